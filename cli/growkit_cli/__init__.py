@@ -1,0 +1,1 @@
+"""The growkit command: one sub-command, one module, one library function."""

@@ -1,0 +1,102 @@
+"""What the commands print: tables and progress for people, one JSON object for programs."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Console:
+    """Prints for people on stdout; with `as_json` people's lines go to stderr and stdout gets one JSON object."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+        self.rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """Print one plain line; names from files cannot smuggle in markup."""
+        self.rich.print(line, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table; the first column is left-aligned, the others right-aligned."""
+        table = Table(title=escape(title), title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self.rich.print(table, soft_wrap=False)
+
+    def result(self, content: dict[str, Any]) -> None:
+        """With --json, print `content` as the one JSON object on stdout."""
+        if self.as_json:
+            json.dump(content, sys.stdout, indent=2, default=str)
+            sys.stdout.write("\n")
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int], "Bar"]]:
+        """Yield `bar(total)`, which shows a bar from its first call on: rate, time left, a note.
+
+        Plain lines now and then where there is no terminal.
+        """
+        shown: list[Bar] = []
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        live = Progress(*columns, console=self.rich)
+
+        def bar(total: int) -> Bar:
+            if not shown:
+                if self.rich.is_terminal:
+                    live.start()
+                    shown.append(RichBar(live, title, total))
+                else:
+                    shown.append(PlainBar(self, title, total))
+            return shown[0]
+
+        try:
+            yield bar
+        finally:
+            live.stop()
+
+
+class Bar:
+    """What long work reports to: `update(done, note)`; `note` holds loss, score, rate."""
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that `done` of the total is done."""
+
+
+class RichBar(Bar):
+    """A live bar on a terminal."""
+
+    def __init__(self, progress: Progress, title: str, total: int):
+        self.live = progress
+        self.task = progress.add_task(escape(title), total=total, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        self.live.update(self.task, completed=done, note=escape(note))
+
+
+class PlainBar(Bar):
+    """About twenty lines for the whole work, for logs and pipes."""
+
+    def __init__(self, console: Console, title: str, total: int):
+        self.console, self.title, self.total = console, title, total
+        self.every = max(1, total // 20)
+        self.next = self.every
+
+    def update(self, done: int, note: str = "") -> None:
+        if done >= self.next or done == self.total:
+            self.console.say(f"{self.title} {done}/{self.total} {note}".rstrip())
+            self.next = done + self.every if done != self.total else done + 1

@@ -1,0 +1,70 @@
+"""growkit demo: the whole way on scikit-learn's digits, by the commands a user would type."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Force
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("growkit-demo"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small ViT on digits, grow it, fine-tune, export, verify, and write a report; about two minutes.
+
+    Example: growkit demo
+    """
+    import shlex
+    import shutil
+    import time
+
+    from growkit.demo import (
+        AUGMENTATION,
+        COLUMNS,
+        INPUT,
+        LARGE,
+        SMALL,
+        comparison,
+        demo_report,
+        equal_compute,
+        write_digits,
+    )
+    from growkit.files import refuse_existing
+    from growkit.record import RunFolder
+    from growkit.report.page import write_report
+    from growkit_cli.main import app
+
+    console = Console(as_json)
+    refuse_existing(out, force)
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    run, baseline = RunFolder(out / "run"), RunFolder(out / "from-nothing")
+    digits = str(out / "digits")
+    console.say(f"{write_digits(out / 'digits')} digits, 8 x 8 pixels, in {digits}")
+
+    def growkit(*arguments: str) -> None:
+        console.say(f"\n$ growkit {shlex.join(arguments)}")
+        app([*arguments], standalone_mode=False)
+
+    here = ("--run", str(run.path))
+    data = ("--data", digits)
+    growkit("train", "deit_tiny", *INPUT, *SMALL, *data, "--epochs", "30", "--lr", "2e-3", *AUGMENTATION, *here)
+    growkit("plan", str(run.trained), "--to", "deit_tiny", *LARGE)
+    growkit("grow", str(run.trained), "--to", "deit_tiny", *LARGE, "--rank", "2", *data, *AUGMENTATION, *here)
+    growkit("finetune", *data, "--epochs", "12", *AUGMENTATION, *here)
+    growkit("export", "--onnx", *here)
+    growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
+    console.say("\nThe same bigger model from nothing, for the same compute:")
+    steps = str(equal_compute(run))
+    beside = ("--run", str(baseline.path))
+    growkit("train", "deit_tiny", *INPUT, *LARGE, *data, "--steps", steps, "--lr", "2e-3", *AUGMENTATION, *beside)
+
+    rows, _ = comparison(run, baseline)
+    console.table("what growing gave, on the validation images", COLUMNS, rows)
+    write_report(out / "report.html", demo_report(run, baseline))
+    console.say(f"report: {out / 'report.html'} ({time.perf_counter() - began:.0f} s in all)")
+    console.result({"report": out / "report.html", "models": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})

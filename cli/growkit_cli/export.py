@@ -1,0 +1,91 @@
+"""growkit export: an ONNX file that is checked before it appears."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit.deploy.settings import ExportSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Force, From, Model, Run, Sets, with_settings
+
+
+@with_settings(ExportSettings)
+def export(
+    settings: ExportSettings,
+    model: Model = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the one format so far.")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),
+    ] = None,
+    from_: From = None,
+    sets: Sets = None,
+    run: Run = Path("run"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model as ONNX, with reference inputs and outputs beside it.
+
+    The finished file is held against PyTorch first: one that answers differently never appears.
+
+    Example: growkit export --onnx
+    """
+    from dataclasses import asdict
+
+    from growkit.deploy.folder import write_export
+    from growkit.files import refuse_existing, whole_folder
+    from growkit.record import RunFolder
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    folder = RunFolder(run)
+    chosen = model or folder.furthest()
+    target = out or folder.onnx
+    refuse_existing(target, force)
+    console.say(f"exporting {chosen}")
+    source = load_source(str(chosen), from_, sets or ())
+    for note in source.notes:
+        console.say(note)
+    provenance = {
+        "weights_sha256": source.sha256 or None,
+        "architecture": source.architecture.name,
+        "arguments": source.architecture.arguments,
+        "history": without_folders(source.history),
+    }
+    with whole_folder(target) as partial:
+        exported = write_export(
+            source.model(), partial, settings, labels=source.labels, provenance=provenance
+        )
+        console.result(exported.content)
+        if not exported.parity.passed:
+            for check in exported.parity.failed:
+                console.say(f"FAILED {check.group}: {check.line}")
+            console.say(f"{target} was not written: the file does not answer like the model")
+            raise typer.Exit(1)
+    made = exported.export
+    figures = exported.parity.figures
+    console.say(
+        f"wrote {target / 'model.onnx'}: {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
+        f"IR {made.ir}, {made.nodes} nodes"
+    )
+    worst = max(batch["relative_rms"] for batch in figures["batches"].values())
+    console.say(
+        f"it answers like PyTorch: relative error {worst:.1e} (allowed 1e-5), "
+        f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
+    )
+    folder.add(
+        "export",
+        options={"model": str(chosen), "out": str(target), **asdict(settings)},
+        figures={"bytes": made.bytes, "nodes": made.nodes, "parity": figures},
+        hashes={"weights": source.sha256, "model.onnx": made.sha256},
+    )
+
+
+def without_folders(value: object) -> object:
+    """`value` with absolute paths cut to their last part: a served file tells no machine's."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

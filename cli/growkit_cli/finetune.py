@@ -1,0 +1,51 @@
+"""growkit finetune: train a grown model on."""
+
+from pathlib import Path
+
+from growkit.settings import FINETUNE_DEFAULTS
+from growkit.train.settings import FitSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
+from growkit_cli.progress import ended, tell_trained, watching
+
+
+@with_settings(FitSettings, **FINETUNE_DEFAULTS)
+def finetune(
+    data: NeededData,
+    settings: FitSettings,
+    model: Model = None,
+    device: Device = "auto",
+    run: Run = Path("run"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grown model on; the best by validation is kept, and the last to resume from.
+
+    Example: growkit finetune --data images/ --epochs 20
+    """
+    from growkit.pipeline import finetune_model
+    from growkit.record import RunFolder
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    folder = RunFolder(run)
+    path = str(model or folder.startable())
+    console.say(f"fine-tuning {path}")
+    loaded = load_source(path)
+    for note in loaded.notes:
+        console.say(note)
+    with watching(console, "fine-tuning") as watch:
+        trained = finetune_model(
+            folder,
+            loaded,
+            data,
+            settings,
+            device=device,
+            force=force,
+            resume=resume,
+            say=console.say,
+            watch=watch,
+        )
+    tell_trained(console, trained)
+    ended(trained.fitted)

@@ -1,0 +1,91 @@
+"""growkit grow: a bigger model from a small one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
+from growkit.train.settings import FitSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Data, Device, Force, From, NoEma, Resume, Run, Sets, with_settings
+from growkit_cli.progress import ended, watching
+
+
+@with_settings(GrowSettings)
+@with_settings(
+    FitSettings,
+    name="operator",
+    panel="Operator training, with --data",
+    skip=("seed", "epochs", "model_ema", "model_ema_decay"),
+    **OPERATOR_DEFAULTS,
+)
+def grow(
+    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    settings: GrowSettings,
+    operator: FitSettings,
+    sets: Sets = None,
+    from_: From = None,
+    data: Data = None,
+    no_ema: NoEma = False,
+    device: Device = "auto",
+    run: Run = Path("run"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Grow a small trained transformer into a bigger one.
+
+    Without --data the target starts where the source stands; with it, the operator is trained first.
+
+    Example: growkit grow deit_small.pth --to deit_base --rank 4
+    """
+    from dataclasses import asdict
+
+    from growkit.pipeline import grow_model
+    from growkit.record import RunFolder
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    loaded = load_source(source, from_, ema=not no_ema)
+    for note in loaded.notes:
+        console.say(note)
+    with watching(console, "training the operator") as watch:
+        grown = grow_model(
+            RunFolder(run),
+            loaded,
+            to,
+            settings,
+            sets=sets or (),
+            data=data,
+            operator=operator,
+            device=device,
+            force=force,
+            resume=resume,
+            say=console.say,
+            watch=watch,
+        )
+    if grown.operator and grown.scores:
+        before, after = grown.scores["step0"], grown.scores["operator"]
+        console.say(
+            f"operator trained for {grown.operator.steps} updates: loss {grown.operator.losses[0]:.4f} -> "
+            f"{grown.operator.losses[-1]:.4f}, validation top-1 {before.top1:.2%} -> {after.top1:.2%}"
+        )
+    console.say(
+        f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters from an operator of "
+        f"{grown.operator_parameters / 1e6:.2f} M"
+    )
+    console.result(
+        {
+            "folder": grown.folder,
+            "source": {"path": source, "sha256": loaded.sha256, "architecture": loaded.architecture.name},
+            "target": {"architecture": grown.target.name, "arguments": grown.target.arguments},
+            "step0_gap": grown.gap,
+            "parameters": grown.parameters,
+            "operator_parameters": grown.operator_parameters,
+            "losses": grown.operator.losses if grown.operator else None,
+            "scores": {name: asdict(found) for name, found in grown.scores.items()} if grown.scores else None,
+        }
+    )
+    ended(grown.operator)

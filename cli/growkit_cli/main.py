@@ -1,0 +1,74 @@
+"""The growkit program: its commands, and errors as one line each."""
+
+import os
+import sys
+
+import typer
+
+from growkit import __version__
+from growkit.errors import GrowkitError
+from growkit_cli import (
+    demo,
+    evaluate,
+    export,
+    finetune,
+    grow,
+    plan,
+    train,
+    verify,
+)
+
+app = typer.Typer(
+    name="growkit",
+    help="Grow small pretrained transformers into larger ones and take them into serving.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def growkit(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Grow small pretrained transformers into larger ones and take them into serving."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if debug:
+        os.environ["GROWKIT_DEBUG"] = "1"
+
+
+for command in (
+    grow.grow,
+    plan.plan,
+    finetune.finetune,
+    train.train,
+    evaluate.evaluate,
+    export.export,
+    verify.verify,
+    demo.demo,
+):
+    app.command(no_args_is_help=False)(command)
+
+
+def main() -> None:
+    """Run the program. Exit status: 0 done, 1 a check said no, 2 bad usage or input, 130 interrupted."""
+    try:
+        app()
+    except GrowkitError as error:
+        if os.environ.get("GROWKIT_DEBUG"):
+            raise
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Options that commands share, and options made from settings dataclasses."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Run = Annotated[Path, typer.Option("--run", help="Run folder that every command reads and writes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10."),
+]
+NeededData = Annotated[
+    str, typer.Option("--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.")
+]
+Model = Annotated[
+    Path | None,
+    typer.Argument(help="Model folder or checkpoint; the run's furthest stage when left out.", show_default=False),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override an architecture argument, as in --set depth=8; repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped or killed.")]
+NoEma = Annotated[
+    bool, typer.Option("--no-ema", help="Take the plain weights of a checkpoint that also holds averaged ones.")
+]
+From = Annotated[
+    str | None,
+    typer.Option("--from", help="Architecture of the source where its shapes cannot tell (head count)."),
+]
+
+
+def field_docs(settings: type) -> dict[str, str]:
+    """The string under each field of a settings dataclass, by field name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
+    docs = {}
+    for field, below in zip(body, body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            docs[field.target.id] = str(below.value.value)
+    return docs
+
+
+def with_settings(
+    settings: type, *, name: str = "settings", panel: str | None = None, skip: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option per field of `settings`, collected into its argument `name`.
+
+    The help of an option is the string under its field, its default the field's own unless
+    `defaults` says otherwise; fields in `skip` get no option. `panel` is the heading in --help.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        docs = field_docs(settings)
+        fields = [f for f in dataclasses.fields(settings) if f.name not in skip]
+        hidden = {key: value for key, value in defaults.items() if key in skip}
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> Any:
+            chosen = {f.name: given.pop(f.name) for f in fields}
+            return command(**given, **{name: settings(**hidden, **chosen)})
+
+        options = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(f.name, f.default),
+                annotation=Annotated[f.type, typer.Option(help=docs[f.name], rich_help_panel=panel)],
+            )
+            for f in fields
+        ]
+        own = inspect.signature(command).parameters.values()
+        kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != name]
+        wrapper.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*kept, *options]}
+        return wrapper
+
+    return decorate

@@ -1,0 +1,66 @@
+"""growkit plan: what growing would give and cost, before anything is written."""
+
+from typing import Annotated
+
+import typer
+
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, From, NoEma, Sets
+
+
+def plan(
+    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    sets: Sets = None,
+    from_: From = None,
+    batch_size: Annotated[int, typer.Option(help="Images per update.")] = 64,
+    steps: Annotated[int, typer.Option(help="Updates of operator training.")] = 100,
+    no_ema: NoEma = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what growing would give and cost: sizes, exactness of the start, FLOPs and memory of each rank.
+
+    Example: growkit plan deit_small.pth --to deit_base
+    """
+    from dataclasses import asdict
+
+    from growkit.plan import plan_growth
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    loaded = load_source(source, from_, ema=not no_ema)
+    for note in loaded.notes:
+        console.say(note)
+    planned = plan_growth(loaded, to, sets or (), batch_size=batch_size)
+    for note in planned.notes:
+        console.say(note)
+    console.table(
+        f"{loaded.architecture.name} -> {planned.target}",
+        ("size", "source", "target"),
+        [
+            *((size.name, size.source, size.target) for size in planned.sizes),
+            ("parameters", f"{planned.parameters[0] / 1e6:,.3g} M", f"{planned.parameters[1] / 1e6:,.3g} M"),
+            (
+                f"GFLOP per update of {batch_size}",
+                f"{planned.flops_per_step[0] / 1e9:,.3g}",
+                f"{planned.flops_per_step[1] / 1e9:,.3g}",
+            ),
+        ],
+    )
+    console.table(
+        f"mango, {steps} updates of {batch_size}",
+        ("rank", "operator", "start off by", "GFLOP per update", "x plain target", "slice memory", "= target updates"),
+        [
+            (
+                cost.rank,
+                f"{cost.operator_parameters / 1e6:.2f} M",
+                f"{cost.gap:.0e}",
+                f"{cost.flops_per_step / 1e9:,.3g}",
+                f"{cost.flops_per_step / planned.flops_per_step[1]:.2f}",
+                f"{cost.slice_bytes / 2**20:,.0f} MiB",
+                f"{cost.flops_per_step * steps / planned.flops_per_step[1]:,.0f}",
+            )
+            for cost in planned.ranks
+        ],
+    )
+    console.result(asdict(planned))

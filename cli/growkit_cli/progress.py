@@ -1,0 +1,67 @@
+"""Training progress as a person reads it: rate, loss, score, time left."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from growkit_cli.console import Console
+
+if TYPE_CHECKING:
+    from growkit.pipeline import Trained
+    from growkit.train.loop import FitResult, StepRecord
+
+
+@contextmanager
+def watching(console: Console, title: str) -> Iterator[Callable[["StepRecord"], None]]:
+    """Yield a callback for fit(on_step=...) that shows a bar from its first record on."""
+    with console.progress(title) as show:
+        scored = ""
+
+        def watch(record: "StepRecord") -> None:
+            nonlocal scored
+            if record.scores is not None:
+                scored = f" top-1 {record.scores.top1:.2%}"
+            bar = show(record.total)
+            note = f"loss {record.loss:.4f}{scored} lr {record.lr:.1e} {record.images_per_second:.0f} images/s"
+            bar.update(record.step, note)
+
+        yield watch
+
+
+def tell_trained(console: Console, trained: "Trained") -> None:
+    """Print what a training run ended with, and its JSON."""
+    from dataclasses import asdict
+
+    fitted = trained.fitted
+    best = fitted.best_scores
+    if best is not None:
+        console.say(f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}")
+    console.say(
+        f"wrote {trained.folder} after {fitted.steps} updates in {fitted.seconds:.0f} s "
+        f"({fitted.images_per_second:.0f} images/s, {fitted.flops_per_step * fitted.steps / 1e12:.2f} TFLOP)"
+    )
+    console.result(
+        {
+            "folder": trained.folder,
+            "steps": fitted.steps,
+            "interrupted": fitted.interrupted,
+            "start": asdict(trained.scores_at_start) if trained.scores_at_start else None,
+            "best": asdict(best) if best else None,
+            "best_step": fitted.best_step,
+            "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
+            "flops_per_step": fitted.flops_per_step,
+            "macs_per_step": fitted.macs_per_step,
+            "images_per_second": fitted.images_per_second,
+            "seconds": fitted.seconds,
+        }
+    )
+
+
+def ended(fitted: "FitResult | None") -> None:
+    """Leave with status 130 when training was interrupted: everything learned is saved by then."""
+    if fitted is not None and fitted.interrupted:
+        sys.stderr.write("interrupted; what was learned is saved, --resume goes on\n")
+        raise typer.Exit(130)

@@ -1,0 +1,48 @@
+"""growkit train: a model from nothing, as a source for experiments or as the baseline."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit.train.settings import FitSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
+from growkit_cli.progress import ended, tell_trained, watching
+
+
+@with_settings(FitSettings)
+def train(
+    architecture: Annotated[str, typer.Argument(help="A timm name or a short one, as deit_tiny.")],
+    data: NeededData,
+    settings: FitSettings,
+    sets: Sets = None,
+    device: Device = "auto",
+    run: Run = Path("run"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model from nothing: a source for experiments, or the baseline to compare with.
+
+    Example: growkit train deit_tiny --set img_size=32 --set patch_size=4 --data images/
+    """
+    from growkit.pipeline import train_model
+    from growkit.record import RunFolder
+
+    console = Console(as_json)
+    with watching(console, f"training {architecture}") as watch:
+        trained = train_model(
+            RunFolder(run),
+            architecture,
+            data,
+            settings,
+            sets=sets or (),
+            device=device,
+            force=force,
+            resume=resume,
+            say=console.say,
+            watch=watch,
+        )
+    tell_trained(console, trained)
+    ended(trained.fitted)

@@ -1,0 +1,161 @@
+"""The architectures growkit knows, found by name or by the shapes of their weights."""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from growkit.arch import vit
+from growkit.arch.spec import Architecture, StateDict
+from growkit.errors import GrowkitError
+
+HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
+
+
+def full_name(name: str) -> str:
+    """A timm name, or a short one completed: deit_base -> deit_base_patch16_224.
+
+    Raises:
+        GrowkitError: no such model; the nearest names are offered.
+    """
+    base = name.partition(".")[0]
+    for candidate in (base, f"{base}_patch16_224", f"{base}_patch14_224"):
+        if timm.is_model(candidate):
+            return candidate
+    plain = timm.list_models("vit_*") + timm.list_models("deit_*")
+    plain = [known.removesuffix("_patch16_224") for known in plain]
+    near = difflib.get_close_matches(base, plain, n=3, cutoff=0.5)
+    raise GrowkitError(f"unknown architecture {name!r}; nearest: {', '.join(near) or 'deit_small, deit_base'}")
+
+
+def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
+    """`--set` values as arguments of VisionTransformer: ['depth=8'] -> {'depth': 8}.
+
+    Raises:
+        GrowkitError: not KEY=VALUE, or no such argument; the nearest are offered.
+    """
+    known = [p.name for p in inspect.signature(VisionTransformer).parameters.values()]
+    arguments = {}
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise GrowkitError(f"--set {item}: expected KEY=VALUE, as in --set depth=8")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
+            raise GrowkitError(f"--set {item}: no argument {key!r}; nearest: {', '.join(near)}")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments
+
+
+def find(name: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture of a timm or short name, with arguments of its constructor overridden.
+
+    Raises:
+        GrowkitError: unknown name, arguments that timm refuses, or a network the table does not cover.
+    """
+    name = full_name(name)
+    arguments = dict(arguments or {})
+    return vit.describe(build(name, arguments, device="meta"), name, arguments)
+
+
+def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> nn.Module:
+    """The network with random weights, or none at all on the meta device.
+
+    Raises:
+        GrowkitError: timm refuses the arguments.
+    """
+    try:
+        with torch.device(device):
+            return timm.create_model(name, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        given = " ".join(f"{key}={value}" for key, value in arguments.items())
+        raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
+
+
+def detect(state: StateDict, *, hint: str = "", name: str | None = None, sets: Sequence[str] = ()) -> tuple[Architecture, str]:
+    """The architecture of a checkpoint, and a line that says how it was told.
+
+    What the shapes do not show, the head count first of all, comes from `name` (--from), else from a
+    timm name inside `hint` (the file's name), else from 64-wide heads.
+
+    Raises:
+        GrowkitError: the tensors are no plain ViT's, or do not fit the name; the message names them.
+    """
+    shapes = vit.arguments_of(state)
+    chosen = parse_sets(sets)
+    if name is None:
+        name, how = _name_for(shapes, hint, heads_given="num_heads" in chosen)
+    else:
+        name, how = full_name(name), f"--from {name}"
+    base = build(name, {}, device="meta")
+    arguments = {key: value for key, value in shapes.items() if value != _argument(base, key)}
+    head_size = base.blocks[0].attn.head_dim
+    if "embed_dim" in arguments and "num_heads" not in chosen:
+        arguments["num_heads"] = shapes["embed_dim"] // head_size
+    architecture = find(name, {**arguments, **chosen})
+    architecture.check(state)
+    return architecture, how
+
+
+def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tuple[str, str]:
+    """The timm name for the shapes and the line that says how it was found."""
+    embed, depth = shapes["embed_dim"], shapes["depth"]
+    words = hint.replace("-", "_").lower()
+    fitting = [known for (e, d, _), known in vit.KNOWN.items() if (e, d) == (embed, depth)]
+    for candidate in sorted(timm.list_models("vit_*") + timm.list_models("deit_*"), key=len, reverse=True):
+        if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
+            model = build(candidate, {}, device="meta")
+            if type(model) is VisionTransformer and (model.embed_dim, len(model.blocks)) == (embed, depth):
+                return candidate, f"{candidate}, from the file's name"
+    if fitting:
+        return fitting[0], f"{fitting[0]}, from its shapes; 64-wide heads assumed (--from says otherwise)"
+    if embed % HEAD_SIZE and not heads_given:
+        raise GrowkitError(
+            f"the weights do not show their head count and {embed} is no multiple of {HEAD_SIZE}; "
+            "--set num_heads=N says it"
+        )
+    return "deit_small_patch16_224", (
+        f"a ViT of {depth} layers, {embed} wide, from its shapes; "
+        + ("heads as --set" if heads_given else f"{HEAD_SIZE}-wide heads assumed (--set num_heads=N says otherwise)")
+    )
+
+
+def _argument(model: nn.Module, key: str) -> Any:
+    """The value of a constructor argument, read off a built VisionTransformer."""
+    assert isinstance(model, VisionTransformer)
+    sizes = {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
+    }
+    return {**vit.input_arguments(model), **sizes}[key]
+
+
+def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tuple[Architecture, list[str]]:
+    """The architecture to grow into: input, classes and tokens are the source's, the sizes are `name`'s and `sets`'.
+
+    Returns the architecture and the lines that say what was taken over from the source.
+
+    Raises:
+        GrowkitError: unknown name or argument, or a `--set` that contradicts the source.
+    """
+    name = full_name(name)
+    chosen = parse_sets(sets)
+    kept = vit.input_arguments(build(source.name, source.arguments, device="meta"))
+    for key in vit.INPUT_ARGUMENTS:
+        if key in chosen and chosen[key] != kept[key]:
+            raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
+    own = vit.input_arguments(build(name, {}, device="meta"))
+    taken = {key: value for key, value in kept.items() if value != own[key]}
+    said = ", ".join(f"{key} {value} ({name} has {own[key]})" for key, value in taken.items())
+    return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []

@@ -1,0 +1,131 @@
+"""Spaces, tensor rows and architectures: which size lives on which axis of which checkpoint tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growkit.errors import GrowkitError
+
+StateDict = Mapping[str, Tensor]  # by checkpoint name
+Weights = dict[str, Tensor]  # by slot; layered tensors stacked, (L, out, in)
+
+LAYERS = "blocks"  # the space that a '{l}' in a key counts
+
+
+@dataclass(frozen=True)
+class Space:
+    """A size that can grow. `group` units always move together: a head's 64 channels."""
+
+    size: int
+    group: int = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One checkpoint tensor, or one per layer when `key` holds '{l}'.
+
+    slots   canonical names; more than one means fused along axis 0 (timm qkv -> q, k, v)
+    dims    space of each axis in (out, in) order, None for an axis that never grows
+    reads   index of the axis contracted with activations; the other axes are written
+    """
+
+    key: str
+    slots: tuple[str, ...]
+    dims: tuple[str | None, ...]
+    reads: int | None = None
+
+    @property
+    def layered(self) -> bool:
+        """Whether the checkpoint holds one such tensor per layer."""
+        return "{l}" in self.key
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A table with one row per checkpoint tensor, and what builds the network it describes."""
+
+    name: str  # timm's, 'deit_small_patch16_224'
+    arguments: Mapping[str, Any]  # what differs from timm's defaults for that name
+    spaces: Mapping[str, Space]  # embed 384, attn 384/64, mlp 1536, blocks 12
+    tensors: tuple[TensorSpec, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every checkpoint tensor
+
+    def check(self, state: StateDict) -> None:
+        """Hold a checkpoint against the table.
+
+        Raises:
+            GrowkitError: tensors are missing, unknown, misshapen or not finite; the message names them.
+        """
+        missing = [name for name in self.shapes if name not in state]
+        unknown = [name for name in state if name not in self.shapes]
+        if missing or unknown:
+            parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+            raise GrowkitError(f"weights do not fit {self.name}: {'; '.join(parts)}; --from names another architecture")
+        for name, shape in self.shapes.items():
+            if tuple(state[name].shape) != shape:
+                got = tuple(state[name].shape)
+                raise GrowkitError(f"weights do not fit {self.name}: {name} has shape {got}, expected {shape}")
+            if not torch.isfinite(state[name]).all():
+                raise GrowkitError(f"{name} holds values that are not finite; growing would spread them")
+
+    def split(self, state: StateDict) -> Weights:
+        """Checkpoint names -> slots; layered tensors come stacked, (L, out, in)."""
+        weights: Weights = {}
+        for spec in self.tensors:
+            if spec.layered:
+                layers = range(self.spaces[LAYERS].size)
+                tensor = torch.stack([state[spec.key.format(l=layer)] for layer in layers])
+            else:
+                tensor = state[spec.key]
+            axis = 1 if spec.layered else 0
+            weights.update(zip(spec.slots, tensor.chunk(len(spec.slots), dim=axis), strict=True))
+        return weights
+
+    def join(self, weights: Weights) -> dict[str, Tensor]:
+        """Inverse of split; plain torch operations, so gradients pass."""
+        state: dict[str, Tensor] = {}
+        for spec in self.tensors:
+            slots = [weights[slot] for slot in spec.slots]
+            tensor = torch.cat(slots, dim=1 if spec.layered else 0) if len(slots) > 1 else slots[0]
+            if spec.layered:
+                state.update((spec.key.format(l=layer), piece) for layer, piece in enumerate(tensor.unbind(0)))
+            else:
+                state[spec.key] = tensor
+        return state
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def linear(key: str, *, out: str | None, reads: str | None, slots: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    """Rows of a linear layer: weight (out, in) and bias (out)."""
+    return (
+        TensorSpec(f"{key}.weight", tuple(f"{s}.weight" for s in slots), (out, reads), reads=1),
+        TensorSpec(f"{key}.bias", tuple(f"{s}.bias" for s in slots), (out,)),
+    )
+
+
+def norm(key: str, space: str, slot: str) -> tuple[TensorSpec, ...]:
+    """Rows of a LayerNorm: gain and bias."""
+    return (
+        TensorSpec(f"{key}.weight", (f"{slot}.weight",), (space,)),
+        TensorSpec(f"{key}.bias", (f"{slot}.bias",), (space,)),
+    )
+
+
+def conv(key: str, *, out: str) -> tuple[TensorSpec, ...]:
+    """Rows of a convolution that reads pixels: weight (out, channels, height, width) and bias (out)."""
+    return (
+        TensorSpec(f"{key}.weight", (f"{key}.weight",), (out, None, None, None)),
+        TensorSpec(f"{key}.bias", (f"{key}.bias",), (out,)),
+    )
+
+
+def table(key: str, *dims: str | None) -> tuple[TensorSpec, ...]:
+    """The row of a parameter that is added to activations: tokens, position embeddings."""
+    return (TensorSpec(key, (key,), dims),)

@@ -1,0 +1,151 @@
+"""Weights in and out: checkpoints of every common kind, never unpickled, and timm's own model folders."""
+
+import argparse
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict, save_for_hf
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+from growkit.files import read_json, sha256_of, write_json
+
+WEIGHTS, CONFIG, HISTORY, OPERATOR = "model.safetensors", "config.json", "growkit.json", "operator.safetensors"
+EMA_KEYS = ("state_dict_ema", "model_ema")
+PLAIN_KEYS = ("state_dict", "model")
+# What a model expects of its images; it goes with the weights, from the source to the grown model.
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights by checkpoint name, float32, and what the file said besides."""
+
+    path: Path
+    state: dict[str, Tensor] = field(repr=False)
+    sha256: str
+    config: dict[str, Any] | None  # timm's config.json, where it is a model folder
+    history: dict[str, Any] | None  # growkit.json, where growkit wrote the folder
+    notes: tuple[str, ...]  # to be said to the user
+
+
+def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
+    """Read a .pth/.pt/.bin, a .safetensors or a timm model folder.
+
+    `ema` takes averaged weights where the file holds both, as timm does.
+
+    Raises:
+        GrowkitError: no such file, a folder that is no model, a damaged file, a pickle that needs more than
+            tensors (nothing of it is run), or a file without weights.
+    """
+    if not path.exists():
+        raise GrowkitError(f"{path}: no such file or folder")
+    config = history = None
+    if path.is_dir():
+        if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
+            raise GrowkitError(f"{path}: no model folder; expected {CONFIG} and {WEIGHTS} in it")
+        config = read_json(path / CONFIG)
+        if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+            raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
+        if (path / HISTORY).exists():
+            history = read_json(path / HISTORY)
+        path = path / WEIGHTS
+    raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
+    state = clean_state_dict({str(key): value for key, value in raw.items()})
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise GrowkitError(f"{path}: holds no weights; expected a state dict or one under {', '.join(PLAIN_KEYS)}")
+    if not all(value.is_floating_point() for value in state.values()):
+        odd = next(key for key, value in state.items() if not value.is_floating_point())
+        raise GrowkitError(f"{path}: {odd} is {state[odd].dtype}; expected floating-point weights")
+    if any(value.dtype is not torch.float32 for value in state.values()):
+        kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+        notes = (*notes, f"weights are {', '.join(kinds)}; read as float32")
+        state = {key: value.float() for key, value in state.items()}
+    return Checkpoint(path, state, sha256_of(path), config, history, notes)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    try:
+        return load_file(path), ()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise GrowkitError(f"{path}: not readable as safetensors ({_first_line(error)})") from None
+
+
+def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    try:
+        # DeiT's and timm's training checkpoints keep their options in a Namespace: data, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises a dozen kinds for broken files
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise GrowkitError(
+                f"{path}: holds more than weights, and growkit runs no code from checkpoints; "
+                "save its state_dict() alone, or as safetensors"
+            ) from None
+        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise GrowkitError(f"{path}: holds a {type(content).__name__}; expected a state dict")
+    averaged = [key for key in EMA_KEYS if isinstance(content.get(key), dict)]
+    plain = [key for key in PLAIN_KEYS if isinstance(content.get(key), dict)]
+    if averaged and ema:
+        other = f"; --no-ema takes {plain[0]!r}" if plain else ""
+        return content[averaged[0]], (f"took the averaged (EMA) weights under {averaged[0]!r}{other}",)
+    if plain:
+        return content[plain[0]], ((f"took {plain[0]!r}, not {averaged[0]!r}",) if averaged else ())
+    return content, ()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def write_model(
+    folder: Path,
+    model: nn.Module,
+    *,
+    preprocessing: dict[str, Any],
+    labels: Sequence[str] | None,
+    history: dict[str, Any],
+) -> None:
+    """Write a timm model folder with growkit.json into `folder`, which exists (see files.whole_folder).
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it bit for bit.
+    """
+    extra: dict[str, Any] = {"pretrained_cfg": preprocessing}
+    if labels:
+        extra["label_names"] = list(labels)
+    save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
+    config = read_json(folder / CONFIG)
+    # Where the weights came from is growkit.json's to say; timm's tag would name other weights.
+    config["pretrained_cfg"].pop("tag", None)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / HISTORY, {**history, "weights_sha256": sha256_of(folder / WEIGHTS)})
+
+
+def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
+    """As write_model, into a folder that is in use: each file is swapped in whole, the weights first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".{uuid.uuid4().hex[:8]}.partial"
+    staged.mkdir()
+    try:
+        write_model(staged, model, **described)
+        for name in (WEIGHTS, CONFIG, HISTORY):
+            os.replace(staged / name, folder / name)
+    finally:
+        shutil.rmtree(staged)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write plain tensors as safetensors."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)

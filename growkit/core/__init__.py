@@ -1,0 +1,1 @@
+"""The arithmetic of growth: the tensor-ring operator and the maps between sizes."""

@@ -1,0 +1,196 @@
+"""The tensor-ring operator of Mango (Pan et al., NeurIPS 2023): four small cores in place of one 8-axis tensor.
+
+    y[B,O,L,I] = sum over b, o, l, i and the bonds p, q, r, s of
+                 x[b,o,l,i] * core_B[p,b,B,q] * core_O[q,o,O,r] * core_L[r,l,L,s] * core_I[s,i,I,p]
+
+B is the matrix inside a layer, O its output axis, L the layer, I its input axis; capital = grown axis.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
+
+import opt_einsum
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from growkit.errors import GrowkitError
+
+AXES = "BOLI"
+BONDS = "pqrs"
+# Elements of the largest intermediate of one slice: 128 MB in float32. Smaller slices cost no extra
+# arithmetic but make the matrix products thin.
+SLICE_ELEMENTS = 2**25
+
+
+class RingOperator(nn.Module):
+    """TR-MPO over the axes B, O, L, I. The core of axis n has shape (r_n, old_n, new_n, r_{n+1}), ring closed.
+
+    `order` names the axes around the ring; O and I are not neighbours in the default 'BOLI'.
+    `ranks` has one entry per bond: ranks[n] is the bond in front of the axis order[n].
+    """
+
+    def __init__(
+        self,
+        old: Mapping[str, int],
+        new: Mapping[str, int],
+        ranks: Sequence[int],
+        order: str = AXES,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        if sorted(order) != sorted(AXES):
+            raise GrowkitError(f"ring order {order!r}: expected the letters B, O, L and I, each once")
+        if len(ranks) != len(AXES) or min(ranks) < 1:
+            raise GrowkitError(f"ranks {tuple(ranks)}: expected four whole numbers of at least 1, one per bond")
+        self.order, self.ranks = order, tuple(ranks)
+        self.cores = nn.ParameterDict(
+            {
+                axis: torch.zeros(ranks[n], old[axis], new[axis], ranks[(n + 1) % 4], dtype=dtype)
+                for n, axis in enumerate(order)
+            }
+        )
+
+    @classmethod
+    def lossless(
+        cls,
+        paths: Sequence[Mapping[str, Tensor]],
+        ranks: Sequence[int],
+        order: str = AXES,
+        *,
+        noise: float,
+        generator: torch.Generator,
+    ) -> Self:
+        """A ring that computes the sum of `paths` exactly, with every further bond index alive.
+
+        Each path holds one (new, old) matrix per axis and takes one index of every bond (growth-methods
+        1.3: one path for whole multiples of width, two otherwise). The other bond indices get noise of
+        standard deviation noise / sqrt(old) where they leave a core and zeros where they enter the next
+        one: the sum is untouched, yet the zeros receive a gradient at the first step (as LoRA starts).
+
+        Raises:
+            GrowkitError: a bond has fewer indices than there are paths.
+        """
+        first = paths[0]
+        old = {axis: first[axis].shape[1] for axis in AXES}
+        new = {axis: first[axis].shape[0] for axis in AXES}
+        ring = cls(old, new, ranks, order, first["B"].dtype)
+        if min(ring.ranks) < len(paths):
+            raise GrowkitError(f"ranks {ring.ranks}: this start needs {len(paths)} on every bond")
+        with torch.no_grad():
+            for axis in AXES:
+                core = ring.cores[axis]
+                leaving = core[: len(paths), :, :, len(paths) :]
+                leaving.normal_(0, noise / old[axis] ** 0.5, generator=generator)
+                for index, path in enumerate(paths):
+                    core[index, :, :, index] = path[axis].T
+        return ring
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, O, L, I) -> (B', O', L', I'), slice by slice along the grown axis where slicing costs nothing.
+
+        A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time.
+        """
+        cores = [self.cores[axis] for axis in self.order]
+        if not torch.is_grad_enabled():
+            cores = _without_dead_bonds(cores)
+        shapes = tuple(tuple(core.shape) for core in cores)
+        plan = contraction_plan(self.equation, tuple(x.shape), shapes, self.order)
+        position = self.order.index(plan.axis)
+        recompute = torch.is_grad_enabled() and plan.width < shapes[position][2]
+        slices = []
+        for piece in cores[position].split(plan.width, dim=2):
+            cores[position] = piece
+            slices.append(
+                checkpoint(self._contract, x, *cores, use_reentrant=False)
+                if recompute
+                else self._contract(x, *cores)
+            )
+        return torch.cat(slices, dim=AXES.index(plan.axis))
+
+    def layer(self, x: Tensor, index: int) -> Tensor:
+        """(B, O, L, I) -> (B', O', I') of target layer `index`, for growing one layer at a time."""
+        cores = [self.cores[axis] for axis in self.order]
+        position = self.order.index("L")
+        cores[position] = cores[position][:, :, index : index + 1]
+        return self._contract(x, *cores).squeeze(AXES.index("L"))
+
+    def dense(self) -> Tensor:
+        """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
+        operands = self.equation.split("->")[0].split(",")[1:]
+        return torch.einsum(
+            f"{','.join(operands)}->boliBOLI", *(self.cores[axis] for axis in self.order)
+        )
+
+    @property
+    def equation(self) -> str:
+        """The einsum of forward, for this ring's order."""
+        cores = (
+            f"{BONDS[n]}{axis.lower()}{axis}{BONDS[(n + 1) % 4]}" for n, axis in enumerate(self.order)
+        )
+        return f"boli,{','.join(cores)}->BOLI"
+
+    def _contract(self, x: Tensor, *cores: Tensor) -> Tensor:
+        shapes = tuple(tuple(core.shape) for core in cores)
+        path, _, _ = cheapest_path(self.equation, tuple(x.shape), shapes)
+        return opt_einsum.contract(self.equation, x, *cores, optimize=list(path), backend="torch")
+
+
+def _without_dead_bonds(cores: list[Tensor]) -> list[Tensor]:
+    """Drop the bond indices that a zero slice on either side silences: the sum is the same, a fresh start cheap."""
+    cores = list(cores)
+    for n in range(len(cores)):
+        alive = cores[n - 1].flatten(0, 2).any(0) & cores[n].flatten(1).any(1)
+        if not alive.any():
+            alive[0] = True
+        cores[n - 1], cores[n] = cores[n - 1][..., alive], cores[n][alive]
+    return cores
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """How a ring is applied: in slices of `width` along the grown `axis`."""
+
+    axis: str
+    width: int
+    flops: int  # of one forward application, 2 per multiply-add
+    largest_elements: int  # of the largest intermediate
+
+
+@lru_cache(maxsize=256)
+def contraction_plan(
+    equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str
+) -> ContractionPlan:
+    """The cheapest way to apply a ring with intermediates of at most SLICE_ELEMENTS.
+
+    Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
+    by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
+    DeiT-S -> DeiT-B at rank 4). So the axis is chosen by arithmetic, then by the fewest slices.
+    """
+    candidates = []
+    for position, axis in enumerate(order):
+        size = cores[position][2]
+        width = size
+        while True:
+            sliced = list(cores)
+            shape = cores[position]
+            sliced[position] = (shape[0], shape[1], width, shape[3])
+            _, flops, largest = cheapest_path(equation, x, tuple(sliced))
+            if largest <= SLICE_ELEMENTS or width == 1:
+                break
+            width = -(-width // 2)
+        count = -(-size // width)
+        over = largest > SLICE_ELEMENTS
+        candidates.append((over, flops * count, count, ContractionPlan(axis, width, flops * count, largest)))
+    return min(candidates, key=lambda candidate: candidate[:3])[3]
+
+
+@lru_cache(maxsize=1024)
+def cheapest_path(
+    equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[tuple[int, ...], ...], int, int]:
+    """Pairwise order of least arithmetic, its FLOPs (2 per multiply-add), its largest intermediate."""
+    path, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
+    return tuple(tuple(step) for step in path), int(info.opt_cost), int(info.largest_intermediate)

@@ -1,0 +1,1 @@
+"""From an nn.Module to a served file that is proven: export, parity, latency, reference data."""

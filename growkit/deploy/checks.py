@@ -1,0 +1,49 @@
+"""One verdict of a verification: what was measured, what was allowed, and a line that says so."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A single check.
+
+    group     structure, weights, numbers, predictions, accuracy, reference or latency
+    name      unique inside the group, as in 'batch 5: relative RMS error'
+    verdict   'inconclusive' only where the machine was too noisy to tell
+    measured  a number, or a word where there is none
+    limit     what `measured` was held against
+    line      the finding as a sentence
+    """
+
+    group: str
+    name: str
+    verdict: Verdict
+    measured: float | str
+    limit: float | str
+    line: str
+
+
+def check(
+    group: str, name: str, passed: bool, measured: float | str, limit: float | str, line: str = ""
+) -> Check:
+    """A check with two outcomes; the line is made from name, measured and limit when left out."""
+    line = line or f"{name}: {shown(measured)}, allowed {shown(limit)}"
+    return Check(group, name, "pass" if passed else "fail", measured, limit, line)
+
+
+def shown(value: float | str) -> str:
+    """A number with three significant digits; words as they are."""
+    return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def plain(value: Any) -> Any:
+    """`value` with what JSON has no word for spelled out: NaN and the infinities as strings."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,277 @@
+"""Is the ONNX file as fast as its architecture allows? Interleaved pairs in random order.
+
+Timing one side after the other reports over 10 % difference between a file and itself in a fifth of
+the runs on a shared machine; pairs do not. Runs inside one session agree too well to be honest, so
+each side gets several fresh sessions and the bootstrap resamples sessions, then pairs. Before any
+verdict the file is timed against itself: where even that differs, the machine is too noisy.
+"""
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from growkit.deploy.checks import Check, Verdict
+from growkit.deploy.export import export_stock
+from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.runtime import open_session
+
+SESSIONS = 3  # fresh ones per side before an interval is believed
+PAIRS = 20  # per session
+HALF_WIDTH = 0.03  # of the interval; narrower is not worth more time
+NOISY = 0.05  # |ratio - 1| + half width of a file against itself
+SAMPLE_SECONDS = 0.004  # a shorter call is repeated: one wake-up would drown it
+SETTLE_SECONDS = 0.005  # lets the other side's threads go to sleep
+RESAMPLES = 2000
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Milliseconds of single calls."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Time of `subject` / time of `baseline` at one batch size; low and high bound it at 95 %."""
+
+    subject: str
+    baseline: str
+    batch: int
+    ratio: float
+    low: float
+    high: float
+    sessions: int
+    pairs: int
+    subject_ms: Percentiles
+    baseline_ms: Percentiles
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+    @property
+    def noise(self) -> float:
+        """How far from 1 the ratio may be; for a file against itself, the machine's own noise."""
+        return abs(self.ratio - 1) + self.half_width
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Every comparison, the checks made of them, and where they ran."""
+
+    comparisons: tuple[Comparison, ...]
+    checks: tuple[Check, ...]
+    provider: str
+    threads: int
+
+
+def compare(
+    open_subject: Callable[[], Call],
+    open_baseline: Callable[[], Call],
+    *,
+    names: tuple[str, str] = ("subject", "baseline"),
+    batch: int = 1,
+    seconds: float = 12.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Comparison:
+    """Time two sides in interleaved pairs, in random order, each after an un-timed call of its own.
+
+    open_subject, open_baseline  make a fresh session and return the call to be timed
+    seconds  stops after this; earlier when the interval is narrow enough
+    """
+    generator = np.random.default_rng(seed)
+    deadline = clock() + seconds
+    rounds: list[np.ndarray] = []
+    singles: tuple[list[float], list[float]] = ([], [])
+    share = seconds / SESSIONS
+    while True:
+        calls = (open_subject(), open_baseline())
+        repeats = [_repeats(call, clock) for call in calls]
+        until = min(deadline, clock() + share) if len(rounds) >= SESSIONS else clock() + share
+        ratios: list[float] = []
+        while len(ratios) < PAIRS and (len(ratios) < 2 or clock() < until):
+            took = [0.0, 0.0]
+            for side in generator.permutation(2):
+                sleep(SETTLE_SECONDS)
+                calls[side]()
+                times = []
+                for _ in range(repeats[side]):
+                    start = clock()
+                    calls[side]()
+                    times.append(clock() - start)
+                singles[side].extend(times)
+                took[side] = float(np.median(times))
+            ratios.append(math.log(took[0] / took[1]))
+        rounds.append(np.array(ratios))
+        if len(rounds) >= SESSIONS:
+            low, high = _interval(rounds, generator)
+            if (high - low) / 2 < HALF_WIDTH or clock() >= deadline:
+                break
+    return Comparison(
+        subject=names[0],
+        baseline=names[1],
+        batch=batch,
+        ratio=math.exp(float(np.median(np.concatenate(rounds)))),
+        low=low,
+        high=high,
+        sessions=len(rounds),
+        pairs=sum(map(len, rounds)),
+        subject_ms=_percentiles(singles[0]),
+        baseline_ms=_percentiles(singles[1]),
+    )
+
+
+def _repeats(call: Call, clock: Callable[[], float]) -> int:
+    """How often to call so that a sample lasts SAMPLE_SECONDS; warms the session up too."""
+    fastest = math.inf
+    for _ in range(3):
+        start = clock()
+        call()
+        fastest = min(fastest, clock() - start)
+        if fastest > 10 * SAMPLE_SECONDS:  # no later call will be that much faster
+            break
+    return max(1, min(20, math.ceil(SAMPLE_SECONDS / max(fastest, 1e-6))))
+
+
+def _interval(rounds: list[np.ndarray], generator: np.random.Generator) -> tuple[float, float]:
+    """95 % bootstrap interval of the median ratio, resampling sessions and then pairs in each."""
+    counts = np.array([len(ratios) for ratios in rounds])
+    padded = np.full((len(rounds), counts.max()), np.nan)
+    for row, ratios in zip(padded, rounds, strict=True):
+        row[: len(ratios)] = ratios
+    chosen = generator.integers(len(rounds), size=(RESAMPLES, len(rounds), 1))
+    draws = generator.random((RESAMPLES, len(rounds), counts.max()))
+    drawn = padded[chosen, (draws * counts[chosen]).astype(int)]
+    # a session counts as often as it has pairs
+    drawn[np.arange(counts.max()) >= counts[chosen]] = np.nan
+    medians = np.nanmedian(drawn.reshape(RESAMPLES, -1), axis=1)
+    low, high = np.exp(np.quantile(medians, (0.025, 0.975)))
+    return float(low), float(high)
+
+
+def _percentiles(seconds: list[float]) -> Percentiles:
+    p50, p90, p99 = np.quantile(np.array(seconds) * 1000, (0.5, 0.9, 0.99))
+    return Percentiles(float(p50), float(p90), float(p99))
+
+
+def verdict_of(comparison: Comparison, noise: float, limit: float) -> Verdict:
+    """By equivalence: pass when the whole interval is within `limit`, fail when all is above.
+
+    noise  of the same machine in the A/A run; above NOISY nothing is concluded
+    """
+    if noise > NOISY:
+        return "inconclusive"
+    if comparison.high <= limit:
+        return "pass"
+    return "fail" if comparison.low > limit else "inconclusive"
+
+
+def measure_latency(
+    model: nn.Module,
+    file: Path,
+    *,
+    stock: tuple[str, Mapping[str, Any]],
+    provider: str = "cpu",
+    batches: tuple[int, ...] = (1, 8),
+    seconds: float = 12.0,
+    margin: float = 0.10,
+    max_ratio: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, str], None] = lambda done, note: None,
+) -> Latency:
+    """Time the ONNX `file` against itself, a stock export of the same architecture, and PyTorch.
+
+    stock      name and arguments for timm.create_model
+    seconds    longest time for one comparison; three per batch size
+    margin     the stock comparison passes up to 1 + margin
+    max_ratio  gate on file / PyTorch; only reported when None
+    progress   told how many comparisons are done, and which comes next
+
+    Raises:
+        GrowkitError: the provider does not run here.
+    """
+    first = open_session(file, provider=provider)
+    device = torch.device("cuda" if first.provider == "cuda" else "cpu")
+    model = copy.deepcopy(model).eval().to(device)
+    done = 0
+    comparisons: list[Comparison] = []
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = preprocessing(model)
+        stock_file = Path(folder) / "stock.onnx"
+        progress(done, "exporting the stock model")
+        export_stock(*stock, torch.zeros(2, *prepared.input_size), stock_file)
+        for batch in batches:
+            images = noise_images(prepared, batch, seed)
+            tensor = torch.from_numpy(images)
+
+            def opened(path: Path, images: np.ndarray = images) -> Callable[[], Call]:
+                def fresh() -> Call:
+                    session = open_session(path, provider=first.provider)
+                    return lambda: session.run(images)
+
+                return fresh
+
+            def eager(tensor: torch.Tensor = tensor) -> Call:
+                @torch.inference_mode()
+                def call() -> object:
+                    return model(tensor.to(device)).cpu()
+
+                return call
+
+            sides: tuple[tuple[str, Callable[[], Call]], ...] = (
+                ("itself", opened(file)),
+                ("stock export", opened(stock_file)),
+                ("PyTorch", eager),
+            )
+            found = {}
+            for name, baseline in sides:
+                progress(done, f"batch {batch} against {name}")
+                found[name] = compare(
+                    opened(file),
+                    baseline,
+                    names=("file", name),
+                    batch=batch,
+                    seconds=seconds,
+                    seed=seed + done,
+                )
+                done += 1
+            comparisons += found.values()
+            noise = found["itself"].noise
+            checks.append(latency_check(found["stock export"], noise, 1 + margin))
+            if max_ratio is not None:
+                checks.append(latency_check(found["PyTorch"], noise, max_ratio))
+        progress(done, "")
+    return Latency(tuple(comparisons), tuple(checks), first.provider, first.threads)
+
+
+def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
+    """The check of one comparison, told with its interval and, where it matters, the noise."""
+    verdict = verdict_of(comparison, noise, limit)
+    line = (
+        f"batch {comparison.batch}: {comparison.ratio:.3f} x the time of {comparison.baseline} "
+        f"[{comparison.low:.3f}, {comparison.high:.3f}], allowed {limit:.2f}"
+    )
+    if noise > NOISY:
+        line += f"; the machine is too noisy: the file against itself is off by {noise:.1%}"
+    elif verdict == "inconclusive":
+        line += "; the interval holds the limit, give it more time with --latency-seconds"
+    name = f"batch {comparison.batch}: against {comparison.baseline}"
+    return Check("latency", name, verdict, comparison.ratio, limit, line)

@@ -1,0 +1,90 @@
+"""Growing: the target network with weights method(source weights), and how far it stands from the source."""
+
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from growkit.arch import build
+from growkit.arch.spec import Architecture, StateDict, Weights
+from growkit.errors import GrowkitError
+from growkit.methods import find
+from growkit.methods.base import GrowthMethod
+from growkit.settings import GrowSettings
+
+
+class GrownModel(nn.Module):
+    """The target network with weights method(source). Its trainable parameters are the method's.
+
+    The network itself is a skeleton without storage; the source's weights are buffers, so both the method
+    and they move with `.to()`. `method.state_dict()` is what is worth saving.
+    """
+
+    def __init__(self, target: Architecture, method: GrowthMethod, source: Weights):
+        super().__init__()
+        self.target = target
+        self.method = method.to(next(iter(source.values())).dtype)
+        # Not a registered child: nothing of it is to be moved, saved or optimised.
+        self._skeleton = (build(target.name, target.arguments, device="meta"),)
+        self._slots = tuple(source)
+        for index, slot in enumerate(self._slots):
+            self.register_buffer(f"source_{index}", source[slot].detach(), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, of the skeleton's dropout too."""
+        self._skeleton[0].train(mode)
+        return super().train(mode)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The target's weights by checkpoint name, with gradients to the method's parameters."""
+        source = {slot: getattr(self, f"source_{index}") for index, slot in enumerate(self._slots)}
+        device = next(iter(source.values())).device.type
+        # A ring's long sums stay in the weights' precision whatever the network runs in.
+        plain = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+        with plain:
+            return self.target.join(self.method(source))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The target network's forward, through the grown weights."""
+        return functional_call(self._skeleton[0], self.weights(), args, kwargs)
+
+    @torch.no_grad()
+    def materialize(self) -> nn.Module:
+        """A plain target network in eval mode with the grown weights, all trainable, on the method's device."""
+        model = build(self.target.name, self.target.arguments, device="meta")
+        weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.weights().items()}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(True).eval()
+
+
+def grow(source: Architecture, target: Architecture, state: StateDict, settings: GrowSettings) -> GrownModel:
+    """Grow a checkpoint: its weights through a fresh method, ready to train or to materialize.
+
+    Raises:
+        GrowkitError: unknown method, or sizes that it cannot grow; the message says what would work.
+    """
+    if settings.noise < 0:
+        raise GrowkitError(f"--noise {settings.noise}: expected 0 or more")
+    method = find(settings.method)(source, target, settings)
+    return GrownModel(target, method, source.split(state))
+
+
+@torch.no_grad()
+def lossless_gap(source: nn.Module, grown: nn.Module, *, seed: int, images: int = 4) -> float:
+    """Largest absolute difference of the two networks' logits on `images` standard-normal inputs.
+
+    Both are used in eval mode, on the device and in the precision of their own parameters.
+    """
+    first = next(source.parameters())
+    config = source.patch_embed
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, config.proj.in_channels, *config.img_size)
+    batch = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
+    was = source.training, grown.training
+    try:
+        return float((source.eval()(batch) - grown.eval()(batch)).abs().max())
+    finally:
+        source.train(was[0])
+        grown.train(was[1])

@@ -1,0 +1,219 @@
+"""Mango (Pan et al., NeurIPS 2023): every weight of the target from all weights of the source, by a tensor ring.
+
+The six matrices of all layers are stacked into one tensor and grown by `RingOperator`; vectors, embeddings
+and the head are grown by `expand` with maps of their own. Cores and maps are the trainable parameters.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from growkit.arch.spec import LAYERS, Architecture, TensorSpec, Weights
+from growkit.core import maps
+from growkit.core.ring import RingOperator
+from growkit.errors import GrowkitError
+from growkit.methods.base import GrowthMethod
+from growkit.methods.expand import SpaceMap, expand
+from growkit.settings import GrowSettings
+
+ATTENTION = ("q", "k", "v", "o")
+MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, "in", "out"))
+MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
+
+
+def pack(weights: Weights) -> Tensor:
+    """Slots -> (B, O, L, I), B = 4 + 2k: q k v o, then the k blocks of in (rows), then those of out (columns)."""
+    attention = [weights[f"{slot}.weight"] for slot in ATTENTION]
+    width = attention[0].shape[1]
+    blocks = (*weights["in.weight"].split(width, dim=1), *weights["out.weight"].split(width, dim=2))
+    return torch.stack([*attention, *blocks]).permute(0, 2, 1, 3)
+
+
+def unpack(stacked: Tensor) -> Weights:
+    """Inverse of pack: (B, O, L, I) -> the six slots, layered."""
+    slots = stacked.permute(0, 2, 1, 3)
+    k = (len(slots) - 4) // 2
+    weights = dict(zip(MATRICES[:4], slots[:4].unbind(0), strict=True))
+    weights["in.weight"] = torch.cat(slots[4 : 4 + k].unbind(0), dim=1)
+    weights["out.weight"] = torch.cat(slots[4 + k :].unbind(0), dim=2)
+    return weights
+
+
+class Mango(GrowthMethod):
+    """Grows by a tensor ring that starts where the source stands, at any rank, width and depth.
+
+    Built in float64 so that the start is exact; `.to(dtype)` afterwards, as GrownModel does.
+
+    Raises:
+        GrowkitError: the ring does not fit these sizes, or the ranks or the order make no ring.
+    """
+
+    lossless: ClassVar[bool] = True
+
+    def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
+        super().__init__(source, target, settings)
+        generator = torch.Generator().manual_seed(settings.seed)
+        ranks = bond_ranks(settings)
+        paths, matrices = lossless_start(
+            source, target, two_paths=min(ranks) >= 2, noise=settings.noise, generator=generator
+        )
+        self.ring = RingOperator.lossless(
+            paths, ranks, settings.ring_order, noise=settings.noise, generator=generator
+        )
+        self.vectors = tuple(
+            _mlp_bias_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES
+        )
+        used = {"embed", "gain", "shift", "head", "layers", "branches"}
+        if any("q.bias" in row.slots for row in self.vectors):
+            used.add("attn")
+        if any("in.bias" in row.slots for row in self.vectors):
+            used |= {"attn", MLP_BLOCKS}
+        self.maps = nn.ParameterDict({name: matrices[name] for name in sorted(used)})
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        vectors = dict(weights)
+        if "in.bias" in vectors:
+            k = mlp_blocks(self.source)
+            vectors["in.bias"] = vectors["in.bias"].unflatten(1, (k, -1))
+        grown = expand(self.vectors, vectors, self._maps_by_slot())
+        if "in.bias" in grown:
+            grown["in.bias"] = grown["in.bias"].flatten(1)
+        return grown | unpack(self.ring(pack(weights)))
+
+    def _maps_by_slot(self) -> dict[str | tuple[str, str], SpaceMap]:
+        """Which matrix each axis of each vector takes."""
+        write = {name: SpaceMap(matrix, matrix) for name, matrix in self.maps.items()}
+        by_slot: dict[str | tuple[str, str], SpaceMap] = {
+            "embed": SpaceMap(self.maps["embed"], self.maps["head"]),
+            LAYERS: write["layers"],
+            **{space: write[space] for space in ("attn", MLP_BLOCKS) if space in write},
+        }
+        for norm in ("norm1", "norm2", "norm"):
+            by_slot[f"{norm}.weight", "embed"] = write["gain"]
+            by_slot[f"{norm}.bias", "embed"] = write["shift"]
+        for branch in ("o.bias", "out.bias"):
+            by_slot[branch, LAYERS] = write["branches"]
+        return by_slot
+
+
+def lossless_start(
+    source: Architecture,
+    target: Architecture,
+    *,
+    two_paths: bool,
+    noise: float,
+    generator: torch.Generator,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Ring paths, (new, old) matrices by axis, and the maps of vectors, that together keep the function.
+
+    Residual channels are copied whole and the rest gets their mean, so that a LayerNorm sees the source's
+    statistics (LEMON, Wang et al., ICLR 2024). Readers take each copy at its share, plus noise that cancels
+    over the copies and so parts them without changing any sum. One path is enough for every size: what is
+    new in a head or an MLP block is then not read yet, and a new layer is zero. Two paths, where they fit,
+    let every new head, unit and layer start as a copy: path 0 carries q, k, v and in, path 1 o and out,
+    which new layers keep at zero.
+    """
+    old, new = source.spaces["embed"].size, target.spaces["embed"].size
+    old_k, new_k = mlp_blocks(source), mlp_blocks(target)
+    if new_k < old_k:
+        raise GrowkitError(f"mlp: ratio {old_k} -> {new_k} would drop blocks; choose --set mlp_ratio={old_k} or more")
+    copies = new // old
+    residual, normed = maps.average_tail(old, new), maps.whole_copies(old, new)
+    layers = maps.spread_layers(source.spaces[LAYERS].size, target.spaces[LAYERS].size)
+    branches = layers * maps.first_copies(layers)[:, None]
+
+    def parted(written: list[Tensor]) -> Tensor:
+        return noise / copies * maps.null_noise((new, old), written, generator)
+
+    if two_paths and (new % old or len(layers) > layers.shape[1]):
+        hidden = maps.duplicate(old, new, source.spaces["attn"].group)
+        paths = [
+            {
+                "B": _slots(old_k, new_k, "qkv", reads=False, noise=noise, generator=generator),
+                "O": hidden,
+                "L": layers,
+                "I": normed / copies + parted([normed]),
+            },
+            {
+                "B": _slots(old_k, new_k, "o", reads=True, noise=noise, generator=generator),
+                "O": residual,
+                "L": branches,
+                "I": maps.shared_read(hidden) + parted([hidden]),
+            },
+        ]
+    else:
+        hidden = residual
+        inner = _slots(old_k, new_k, "qkv", reads=False, noise=noise, generator=generator)
+        outer = _slots(old_k, new_k, "o", reads=True, noise=noise, generator=generator)
+        reads = normed / copies + parted([normed, residual])
+        paths = [{"B": inner + outer, "O": residual, "L": branches, "I": reads}]
+    eta = maps.norm_gain(old, new)
+    return paths, {
+        "embed": residual,
+        # The tail's normalised value is zero; a gain there, any gain, lets it learn.
+        "gain": torch.where(normed.any(1, keepdim=True), eta * normed, residual),
+        "shift": normed,
+        "head": normed / copies + parted([normed]),
+        "attn": hidden,
+        MLP_BLOCKS: maps.duplicate(old_k, new_k),
+        "layers": layers,
+        "branches": branches,
+    }
+
+
+def _slots(
+    old_k: int, new_k: int, attention: str, *, reads: bool, noise: float, generator: torch.Generator
+) -> Tensor:
+    """core_B of one path, (new B, old B): the named attention matrices, and the blocks of in or, with `reads`, out."""
+    slots = torch.zeros(4 + 2 * new_k, 4 + 2 * old_k, dtype=maps.DTYPE)
+    for slot in attention:
+        index = ATTENTION.index(slot)
+        slots[index, index] = 1
+    blocks = maps.duplicate(old_k, new_k)
+    if reads:
+        share = maps.shared_read(blocks)
+        slots[4 + new_k :, 4 + old_k :] = share + noise * maps.null_noise((new_k, old_k), [blocks], generator)
+    else:
+        slots[4 : 4 + new_k, 4 : 4 + old_k] = blocks
+    return slots
+
+
+def mlp_blocks(architecture: Architecture) -> int:
+    """k of the ring: how many attention widths the MLP is wide.
+
+    Raises:
+        GrowkitError: the six matrices do not cut into square slots of one size.
+    """
+    embed, attn, mlp = (architecture.spaces[space].size for space in ("embed", "attn", "mlp"))
+    if attn != embed:
+        raise GrowkitError(f"attn: {attn} wide at embed {embed}; Mango needs square attention matrices, set both alike")
+    if mlp % embed:
+        raise GrowkitError(
+            f"mlp: {mlp} is no multiple of embed {embed}; Mango cuts the MLP into whole blocks, "
+            f"choose --set mlp_ratio={-(-mlp // embed)}"
+        )
+    return mlp // embed
+
+
+def bond_ranks(settings: GrowSettings) -> tuple[int, ...]:
+    """The four ranks of the ring, in ring order.
+
+    Raises:
+        GrowkitError: not four whole numbers of at least 1.
+    """
+    text = settings.ranks or ",".join([str(settings.rank)] * 4)
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        ranks = ()
+    if len(ranks) != 4 or min(ranks) < 1:
+        option = f"--ranks {settings.ranks}" if settings.ranks else f"--rank {settings.rank}"
+        raise GrowkitError(f"{option}: expected whole numbers of at least 1, one for --rank, four for --ranks")
+    return ranks
+
+
+def _mlp_bias_in_blocks(row: TensorSpec) -> TensorSpec:
+    return replace(row, dims=(MLP_BLOCKS, "attn")) if row.slots == ("in.bias",) else row

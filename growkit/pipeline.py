@@ -1,0 +1,354 @@
+"""The job of each command as one function: source in, files and figures of a run folder out."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkit import __version__
+from growkit.arch import find_target
+from growkit.arch.spec import Architecture
+from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
+from growkit.deploy.runtime import open_session
+from growkit.errors import GrowkitError
+from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
+from growkit.grow import grow, lossless_gap
+from growkit.record import RunFolder, hardware, versions
+from growkit.settings import GrowSettings
+from growkit.source import Source, fresh, load_source, with_classes
+from growkit.train.data import Data, open_data, val_batches
+from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.settings import FitSettings
+
+LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
+Watch = Callable[[StepRecord], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What `grow_model` did. With data, `scores` on its validation images: source, step 0, after operator training."""
+
+    folder: Path
+    source: Source
+    target: Architecture
+    gap: float  # largest logit difference from the source before any operator training
+    parameters: int
+    operator_parameters: int
+    operator: FitResult | None
+    scores: dict[str, Scores] | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_model` and `finetune_model` did."""
+
+    folder: Path
+    fitted: FitResult
+    scores_at_start: Scores | None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device auto|cpu|cuda[:N]`.
+
+    Raises:
+        GrowkitError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise GrowkitError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise GrowkitError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works")
+    return device
+
+
+def grow_model(
+    run: RunFolder,
+    source: Source,
+    to: str,
+    settings: GrowSettings,
+    *,
+    sets: Sequence[str] = (),
+    data: str | None = None,
+    operator: FitSettings | None = None,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    say: Say = lambda line: None,
+    watch: Watch | None = None,
+) -> Grown:
+    """Grow `source` into `to`, train the operator where there is data, and write run/grown.
+
+    `say` gets lines for the user, `watch` the progress of operator training.
+
+    Raises:
+        GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
+    """
+    refuse_existing(run.grown, force)
+    chosen = pick_device(device)
+    opened = None
+    if data is not None:
+        operator = replace(operator or FitSettings(), seed=settings.seed)
+        opened = open_data(data, source.preprocessing, operator)
+        labels = opened.classes or [str(i) for i in range(source.state["head.weight"].shape[0])]
+        adapted = with_classes(source, labels, seed=settings.seed)
+        for note in adapted.notes[len(source.notes) :]:
+            say(note)
+        source = adapted
+    target, notes = find_target(source.architecture, to, sets)
+    for note in notes:
+        say(note)
+    small = source.model()
+    grown = grow(source.architecture, target, source.state, settings)
+    model = grown.materialize()
+    gap = lossless_gap(small, model, seed=settings.seed)
+    say(step0_line(gap))
+
+    fitted, scores = None, None
+    if opened is not None and operator is not None:
+        scores = {
+            "source": score(small, opened, operator, chosen),
+            "step0": score(model, opened, operator, chosen),
+        }
+        for name, found in scores.items():
+            say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
+        del small, model
+        fitted = fit(
+            grown, opened, operator, device=chosen, folder=run.path / "operator", resume=resume, on_step=watch
+        )
+        model = grown.materialize()
+        scores["operator"] = score(model, opened, operator, chosen)
+    history = {
+        "stage": "grown",
+        **_origin(source),
+        "to": target.name,
+        "settings": asdict(settings),
+        "step0_gap": gap,
+        "operator": _fit_figures(fitted, operator),
+    }
+    operator_parameters = sum(p.numel() for p in grown.method.parameters())
+    with whole_folder(run.grown) as folder:
+        _write(folder, model, source, history)
+        write_tensors(folder / OPERATOR, grown.method.state_dict())
+    result = Grown(
+        folder=run.grown,
+        source=source,
+        target=target,
+        gap=gap,
+        parameters=sum(p.numel() for p in model.parameters()),
+        operator_parameters=operator_parameters,
+        operator=fitted,
+        scores=scores,
+    )
+    run.add(
+        "grow",
+        options={"source": source.path, "to": to, "set": list(sets), "data": data, **asdict(settings)},
+        figures={
+            "step0_gap": gap,
+            "parameters": result.parameters,
+            "operator_parameters": operator_parameters,
+            "operator": history["operator"],
+            "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
+        },
+        hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
+    )
+    return result
+
+
+def step0_line(gap: float) -> str:
+    """How far the grown model starts from the source, in words."""
+    if gap <= 1e-5:
+        return f"starts where the source stands: logits differ by at most {gap:.1e}"
+    return f"starts near the source: logits differ by at most {gap:.1e} (LayerNorm's eps and float32 rounding)"
+
+
+def train_model(
+    run: RunFolder,
+    name: str,
+    data: str,
+    settings: FitSettings,
+    *,
+    sets: Sequence[str] = (),
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    say: Say = lambda line: None,
+    watch: Watch | None = None,
+) -> Trained:
+    """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
+    draft = fresh(name, sets, ["?"], seed=settings.seed)
+    opened = open_data(data, draft.preprocessing, settings)
+    source = fresh(name, sets, _labels(opened, draft), seed=settings.seed)
+    return _fit_into(
+        run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch
+    )
+
+
+def finetune_model(
+    run: RunFolder,
+    source: Source,
+    data: str,
+    settings: FitSettings,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    say: Say = lambda line: None,
+    watch: Watch | None = None,
+) -> Trained:
+    """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
+    opened = open_data(data, source.preprocessing, settings)
+    adapted = with_classes(source, _labels(opened, source), seed=settings.seed)
+    for note in adapted.notes[len(source.notes) :]:
+        say(note)
+    return _fit_into(
+        run, "finetune", run.finetuned, adapted, opened, settings, data, device, force, resume, say, watch
+    )
+
+
+def _labels(opened: Data, source: Source) -> list[str]:
+    return opened.classes or [str(index) for index in range(source.state["head.weight"].shape[0])]
+
+
+def _fit_into(
+    run: RunFolder,
+    command: str,
+    folder: Path,
+    source: Source,
+    opened: Data,
+    settings: FitSettings,
+    data: str,
+    device: str,
+    force: bool,
+    resume: bool,
+    say: Say,
+    watch: Watch | None,
+) -> Trained:
+    if not resume:
+        refuse_existing(folder, force)
+    chosen = pick_device(device)
+    model = source.model()
+    start = None
+    if command == "finetune" and not resume:
+        start = score(model, opened, settings, chosen)
+        say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
+    history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
+    model.train()
+
+    def keep(best: nn.Module, scores: Scores) -> None:
+        _replace(folder, best, source, {**history, "scores": asdict(scores)})
+
+    fitted = fit(
+        model,
+        opened,
+        settings,
+        device=chosen,
+        evaluate=lambda judged: score(judged, opened, settings, chosen),
+        folder=folder / LAST,
+        resume=resume,
+        on_step=watch,
+        on_best=keep,
+    )
+    final = {**history, "fit": _fit_figures(fitted, settings)}
+    _replace(folder / LAST, model, source, final)
+    if fitted.best_scores is None:
+        _replace(folder, model, source, final)
+    else:
+        write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": final["fit"]})
+    run.add(
+        command,
+        options={"model": source.path, "data": data, **asdict(settings)},
+        figures={"start": asdict(start) if start else None, **(_fit_figures(fitted, settings) or {})},
+        hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
+    )
+    return Trained(folder, fitted, start)
+
+
+def evaluate_model(source: Source, data: str, settings: FitSettings, *, device: str = "auto") -> Scores:
+    """Scores of a model on the validation images of `data`."""
+    opened = open_data(data, source.preprocessing, settings)
+    return score(source.model(), opened, settings, pick_device(device))
+
+
+def score(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device) -> Scores:
+    """Scores of a torch model on the validation images."""
+    predict = predictor(model.to(device), device, settings.precision)
+    return evaluate(predict, val_batches(opened, settings, pin_memory=device.type == "cuda"))
+
+
+def load_stage(run: RunFolder, model: Path | None) -> Source:
+    """The model that a command without MODEL means: the run's furthest stage."""
+    return load_source(str(model if model is not None else run.furthest()))
+
+
+def _origin(source: Source) -> dict[str, Any]:
+    """Where weights come from: names and hashes, never a path of this machine."""
+    return {
+        "growkit": __version__,
+        "source": {
+            "name": source.path if source.path.startswith("timm:") else Path(source.path).name,
+            "sha256": source.sha256,
+            "architecture": source.architecture.name,
+            "arguments": dict(source.architecture.arguments),
+            "history": source.history,
+        },
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[str, Any] | None:
+    if fitted is None or settings is None:
+        return None
+    return {
+        "steps": fitted.steps,
+        "interrupted": fitted.interrupted,
+        "losses": [round(loss, 6) for loss in fitted.losses],
+        "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
+        "best": asdict(fitted.best_scores) if fitted.best_scores else None,
+        "best_step": fitted.best_step,
+        "flops_per_step": fitted.flops_per_step,
+        "macs_per_step": fitted.macs_per_step,
+        "flops": fitted.flops_per_step * fitted.steps,
+        "images_per_second": fitted.images_per_second,
+        "seconds": fitted.seconds,
+        "settings": asdict(settings),
+    }
+
+
+def _write(folder: Path, model: nn.Module, source: Source, history: dict[str, Any]) -> None:
+    write_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
+
+
+def _replace(folder: Path, model: nn.Module, source: Source, history: dict[str, Any]) -> None:
+    replace_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
+
+
+
+
+def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str) -> Scores:
+    """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
+
+    Raises:
+        GrowkitError: no such file, or it does not say how images are prepared.
+    """
+    if not path.exists():
+        raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
+    session = open_session(path, provider=provider)
+    stored = session.inner.get_modelmeta().custom_metadata_map.get("preprocessing")
+    if stored is None:
+        raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
+    opened = open_data(data, json.loads(stored), settings)
+
+    def predict(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(images.numpy()))
+
+    return evaluate(predict, val_batches(opened, settings))

@@ -1,0 +1,111 @@
+"""What growing would give and cost, found on tensors without storage: nothing is trained or written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from growkit.arch import build, find_target
+from growkit.arch.spec import Architecture
+from growkit.core.ring import contraction_plan
+from growkit.grow import grow, lossless_gap
+from growkit.methods.mango import Mango, mlp_blocks
+from growkit.settings import GrowSettings
+from growkit.source import Source
+from growkit.train.flops import count_step
+
+RANKS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One space of source and target."""
+
+    name: str
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """Mango at one rank. FLOPs are of a whole training update, the operator's contraction included."""
+
+    rank: int
+    operator_parameters: int
+    gap: float  # largest logit difference from the source at the start, float32
+    flops_per_step: int
+    macs_per_step: int
+    slice_bytes: int  # float32 bytes of the contraction's largest intermediate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairs hold (source, target)."""
+
+    target: str
+    notes: tuple[str, ...]
+    sizes: tuple[Size, ...]
+    parameters: tuple[int, int]
+    flops_per_step: tuple[int, int]
+    ranks: tuple[RankCost, ...]
+
+
+def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int) -> Plan:
+    """Sizes, parameters, exactness of the start and cost of growing `source` into `to` at several ranks.
+
+    Raises:
+        GrowkitError: the target is unknown or cannot be grown from this source.
+    """
+    target, notes = find_target(source.architecture, to, sets)
+    small = source.model()
+    ranks = []
+    for rank in RANKS:
+        grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
+        assert isinstance(grown.method, Mango)
+        # The start is the same whatever the rank, but for one path at rank 1 and two above.
+        gap = lossless_gap(small, grown.materialize(), seed=0) if rank <= 2 else ranks[-1].gap
+        shape, cores = _ring_shapes(source.architecture, grown.method)
+        ring = grown.method.ring
+        contraction = contraction_plan(ring.equation, shape, cores, ring.order)
+        flops = _step_flops(grown.to("meta"), target, batch_size)
+        ranks.append(
+            RankCost(
+                rank=rank,
+                operator_parameters=sum(p.numel() for p in grown.method.parameters()),
+                gap=gap,
+                flops_per_step=flops,
+                macs_per_step=flops // 2,
+                slice_bytes=4 * contraction.largest_elements,
+            )
+        )
+    both = (source.architecture, target)
+    return Plan(
+        target=target.name,
+        notes=tuple(notes),
+        sizes=tuple(
+            Size(name, space.size, target.spaces[name].size) for name, space in source.architecture.spaces.items()
+        ),
+        parameters=tuple(sum(torch.Size(s).numel() for s in a.shapes.values()) for a in both),  # type: ignore[arg-type]
+        flops_per_step=tuple(  # type: ignore[arg-type]
+            _step_flops(build(a.name, a.arguments, device="meta"), a, batch_size) for a in both
+        ),
+        ranks=tuple(ranks),
+    )
+
+
+def _ring_shapes(
+    source: Architecture, method: Mango
+) -> tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...]]:
+    """Shape of the packed source (B, O, L, I) and of the cores in ring order."""
+    width, layers = source.spaces["embed"].size, source.spaces["blocks"].size
+    cores = tuple(tuple(method.ring.cores[axis].shape) for axis in method.ring.order)
+    return (4 + 2 * mlp_blocks(source), width, layers, width), cores
+
+
+def _step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int) -> int:
+    """FLOPs of one training update of a model on the meta device."""
+    image = build(architecture.name, architecture.arguments, device="meta").patch_embed
+    images = torch.empty(batch_size, image.proj.in_channels, *image.img_size, device="meta")
+    labels = torch.zeros(batch_size, dtype=torch.long, device="meta")
+    return count_step(model, (images, labels), cross_entropy).flops_per_step

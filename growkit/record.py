@@ -1,0 +1,133 @@
+"""A run folder: where each stage lies, and record.json, which says how each file came to be."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from growkit.errors import GrowkitError
+from growkit.files import read_json, write_json
+
+PACKAGES = (
+    "growkit",
+    "torch",
+    "timm",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "onnxscript",
+    "numpy",
+)
+
+
+class RunFolder:
+    """The folder that every command reads and writes; `run/` unless --run says otherwise."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.trained = path / "trained"
+        self.grown = path / "grown"
+        self.finetuned = path / "finetuned"
+        self.onnx = path / "onnx"
+        self.verify = path / "verify"
+        self.report = path / "report.html"
+        self.record = path / "record.json"
+
+    def furthest(self) -> Path:
+        """The model folder of the furthest stage: fine-tuned, else grown, else trained.
+
+        Raises:
+            GrowkitError: the run holds no model yet.
+        """
+        for stage in (self.finetuned, self.grown, self.trained):
+            if (stage / "model.safetensors").exists():
+                return stage
+        raise GrowkitError(
+            f"{self.path} holds no model yet; run `growkit grow` first, or name a model or --run"
+        )
+
+    def startable(self) -> Path:
+        """The model folder that fine-tuning starts from: grown, else trained.
+
+        Raises:
+            GrowkitError: the run holds neither.
+        """
+        for stage in (self.grown, self.trained):
+            if (stage / "model.safetensors").exists():
+                return stage
+        raise GrowkitError(
+            f"{self.path} holds no grown model; run `growkit grow` first, or name a model or --run"
+        )
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Every step so far, oldest first; none when the run is new.
+
+        Raises:
+            GrowkitError: record.json is not a record.
+        """
+        if not self.record.exists():
+            return []
+        content = read_json(self.record)
+        steps = content.get("steps") if isinstance(content, dict) else None
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise GrowkitError(f"{self.record} holds no list of steps; move it away to begin anew")
+        return steps
+
+    def add(
+        self,
+        command: str,
+        *,
+        options: dict[str, Any],
+        figures: dict[str, Any],
+        hashes: dict[str, str] | None = None,
+    ) -> None:
+        """Append a step: settings as given, seeds included, and SHA-256 of files by name."""
+        step = {
+            "command": command,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "options": options,
+            "figures": figures,
+            "hashes": hashes or {},
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        write_json(self.record, {"schema": 1, "steps": [*self.steps(), step]})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, growkit and what decides a result, by distribution name."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on: processor, cores, and the GPU where torch sees one."""
+    import torch
+
+    cpus = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(cpus),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

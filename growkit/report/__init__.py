@@ -1,0 +1,1 @@
+"""Records made readable: tables and one self-contained HTML page."""

@@ -1,0 +1,135 @@
+"""SOURCE and MODEL arguments: a file, a model folder or timm:NAME becomes an architecture with weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from growkit.arch import build, detect, find, parse_sets
+from growkit.arch.spec import Architecture
+from growkit.checkpoint import PREPROCESSING, read_checkpoint
+from growkit.errors import GrowkitError
+
+TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it lies on disk: what it is, its weights, and what to tell the user about it."""
+
+    path: str
+    architecture: Architecture
+    state: dict[str, Tensor] = field(repr=False)
+    sha256: str  # of the weights file; empty for timm:NAME
+    preprocessing: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
+    labels: tuple[str, ...] | None
+    history: dict[str, Any] | None  # growkit.json, where growkit wrote it
+    notes: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
+        model = build(self.architecture.name, self.architecture.arguments, device="meta")
+        model.load_state_dict({name: tensor.clone() for name, tensor in self.state.items()}, assign=True)
+        model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
+        return model.requires_grad_(True).eval()
+
+
+def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
+    """Load a .pth/.pt, a .safetensors, a model folder or `timm:NAME`.
+
+    `from_` (--from) and `sets` (--set) say what the shapes of a bare checkpoint cannot.
+
+    Raises:
+        GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
+    """
+    if path.startswith(TIMM):
+        return _load_timm(path)
+    checkpoint = read_checkpoint(Path(path), ema=ema)
+    if checkpoint.config is not None:
+        config = checkpoint.config
+        name, arguments = config["architecture"], dict(config.get("model_args") or {})
+        if isinstance(size := arguments.get("img_size"), list) and len(set(size)) == 1:
+            arguments["img_size"] = size[0]
+        if from_ or sets:
+            raise GrowkitError(f"{path}: its config.json names the architecture; --from and --set are for bare checkpoints")
+        architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
+        architecture.check(checkpoint.state)
+        given = {k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k in PREPROCESSING}
+        notes = checkpoint.notes
+    else:
+        architecture, how = detect(checkpoint.state, hint=Path(path).stem, name=from_, sets=sets)
+        given, notes = {}, (*checkpoint.notes, f"source is {how}")
+    labels = (checkpoint.config or {}).get("label_names")
+    return Source(
+        path=path,
+        architecture=architecture,
+        state=checkpoint.state,
+        sha256=checkpoint.sha256,
+        preprocessing=_preprocessing(architecture, given),
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
+        history=checkpoint.history,
+        notes=notes,
+    )
+
+
+def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
+    """The source fit for data with these classes: its head is made anew, as timm does, where the count differs.
+
+    A head that fits is kept, and the labels are remembered with it.
+    """
+    count = source.state["head.weight"].shape[0]
+    if count == len(labels):
+        return replace(source, labels=tuple(labels))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = source.model()
+        model.reset_classifier(len(labels))
+    architecture = find(source.architecture.name, {**source.architecture.arguments, "num_classes": len(labels)})
+    note = f"the source has {count} classes, the data {len(labels)}: a new head starts from nothing"
+    return replace(
+        source, architecture=architecture, state=model.state_dict(), labels=tuple(labels), notes=(*source.notes, note)
+    )
+
+
+def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
+    """A network with timm's random weights, for training from nothing.
+
+    Raises:
+        GrowkitError: unknown name or argument.
+    """
+    architecture = find(name, {"num_classes": len(labels), **parse_sets(sets)})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        state = build(architecture.name, architecture.arguments).state_dict()
+    return Source(name, architecture, state, "", _preprocessing(architecture, {}), tuple(labels), None, ())
+
+
+def _load_timm(path: str) -> Source:
+    name = path.removeprefix(TIMM)
+    architecture = find(name)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
+    config = {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING}
+    return Source(path, architecture, model.state_dict(), "", _preprocessing(architecture, config), None, None, ())
+
+
+def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[str, Any]:
+    """timm's data config of the architecture with `given` on top; small images are not cropped."""
+    model = build(architecture.name, architecture.arguments, device="meta")
+    config = {**resolve_model_data_config(model), **given}
+    channels, size, _ = (model.in_chans, *model.patch_embed.img_size)
+    config["input_size"] = (channels, size, size)
+    if not given and size < 64:
+        config["crop_pct"] = 1.0
+    for key in ("mean", "std"):
+        values = tuple(config[key])
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return {key: config[key] for key in PREPROCESSING if key in config}

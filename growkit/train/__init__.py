@@ -1,0 +1,1 @@
+"""One training loop for operators, grown models and models from nothing; no word of growth."""

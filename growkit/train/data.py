@@ -1,0 +1,309 @@
+"""Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
+
+import hashlib
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from growkit.errors import GrowkitError
+from growkit.train.settings import FitSettings
+
+TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to train on and to evaluate on.
+
+    train, val   map-style datasets of (image tensor (C, H, W), label)
+    classes      class names in label order; empty where the dataset does not name them
+    identity     what a resumed run must find again, besides the sizes and the classes
+    """
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: list[str]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) -> Data:
+    """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
+
+    Lists the files, reads no image. Training images are augmented as `settings` says, those for
+    evaluation are resized and cropped as `data_config` says.
+
+    Args:
+        data: directory, or timm dataset string whose files lie in settings.data_dir.
+        data_config: what timm.data.resolve_model_data_config gives; see `channel_config`.
+        settings: augmentation and where datasets lie.
+
+    Raises:
+        GrowkitError: nothing usable is there; the message names the path and the remedy.
+    """
+    config = channel_config(data_config)
+    if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
+        train = _timm_dataset(data, "train", settings)
+        val = _timm_dataset(data, settings.val_split, settings)
+        classes = _class_names(train)
+        files: dict[str, str] = {"dataset": data}
+    else:
+        train, val, classes = _folders(Path(data))
+        files = {"files": _digest(train.reader.samples, train.reader.root)}
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
+    augment = create_transform(
+        **preprocessing,
+        is_training=True,
+        scale=(settings.scale_min, 1.0),
+        hflip=settings.hflip,
+        color_jitter=settings.color_jitter or None,
+        auto_augment=settings.aa,
+        re_prob=settings.reprob,
+        re_mode="pixel",
+    )
+    cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
+    train.transform = _Converted(mode, augment)
+    val.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
+    identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
+    return Data(train=train, val=val, classes=classes, identity=identity)
+
+
+def channel_config(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`data_config` with one mean and std per input channel.
+
+    timm keeps three of each for a model made with in_chans=1; a grey image is normalised by their
+    averages.
+    """
+    config = dict(data_config)
+    channels = config["input_size"][0]
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
+class _Converted:
+    """A transform of PIL images that first gives them `mode`, as torchvision's datasets do not."""
+
+    def __init__(self, mode: str, transform: Callable[[Image.Image], Tensor]):
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image if image.mode == self.mode else image.convert(self.mode))
+
+
+def _timm_dataset(data: str, split: str, settings: FitSettings) -> Any:
+    try:
+        dataset = create_dataset(
+            data,
+            root=settings.data_dir,
+            split=split,
+            is_training=split == "train",
+            download=settings.dataset_download,
+        )
+    except Exception as error:  # every dataset library has its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GrowkitError(
+            f"--data {data}, split {split}: {reason} (files are looked for in --data-dir"
+            f" {settings.data_dir}; --dataset-download fetches them, --val-split names the split)"
+        ) from error
+    if isinstance(dataset, IterableDataset):
+        raise GrowkitError(
+            f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
+            " random access (an image folder, torch/..., hfds/...)"
+        )
+    return dataset
+
+
+def _class_names(dataset: Any) -> list[str]:
+    by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if by_name:
+        return [str(name) for name in sorted(by_name, key=by_name.__getitem__)]
+    return [str(name) for name in getattr(dataset, "classes", [])]
+
+
+def _folders(path: Path) -> tuple[Any, Any, list[str]]:
+    """Datasets without transforms of path/train and path/val, and their common class names."""
+    if not path.is_dir():
+        raise GrowkitError(
+            f"--data {path}: no such folder; give one that holds train/ and val/,"
+            " or a timm dataset such as torch/cifar10"
+        )
+    found: dict[str, Any] = {}
+    for split in ("train", "val"):
+        folder = path / split
+        if not folder.is_dir():
+            raise GrowkitError(
+                f"{folder}: no such folder; put training images in {path}/train/CLASS/ and images"
+                f" for evaluation in {path}/val/CLASS/"
+            )
+        found[split] = _folder(folder)
+    train, val = (_class_names(found[split]) for split in ("train", "val"))
+    if train != val:
+        only = sorted(set(train) ^ set(val))[0]
+        has, lacks = ("train", "val") if only in train else ("val", "train")
+        raise GrowkitError(
+            f"{path}: {has}/ and {lacks}/ must hold the same classes,"
+            f" but {lacks}/ has no images of {only}; add some or remove {has}/{only}"
+        )
+    return found["train"], found["val"], train
+
+
+def _folder(folder: Path) -> Any:
+    try:
+        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=None)
+    except RuntimeError:
+        raise GrowkitError(
+            f"{folder}: holds no images; put them into one folder per class, as in {folder}/cat/"
+        ) from None
+    reader: ReaderImageFolder = dataset.reader
+    first_parts = {Path(name).relative_to(folder).parts[0] for name, _ in reader.samples}
+    loose = sorted(part for part in first_parts if (folder / part).is_file())
+    if loose:
+        raise GrowkitError(
+            f"{folder / loose[0]}: belongs to no class; put images into one folder per class,"
+            f" as in {folder}/cat/"
+        )
+    folders = {part.name for part in folder.iterdir() if part.is_dir() and part.name[0] != "."}
+    empty = sorted(folders - first_parts)
+    if empty:
+        raise GrowkitError(f"{folder / empty[0]}: holds no images; add some or remove the folder")
+    return dataset
+
+
+def _digest(samples: list[tuple[str, int]], root: str) -> str:
+    """Hash of the list of files and labels; the same after the folder was moved."""
+    lines = (f"{Path(name).relative_to(root).as_posix()}\t{label}\n" for name, label in samples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, every random draw is a function of `parts` alone; afterwards all is as before.
+
+    Covers the generators of Python, NumPy, torch on the CPU and, given a CUDA `device`, there.
+    """
+    with _random_kept(device):
+        _seed(*parts, device=device)
+        yield
+
+
+@contextmanager
+def _random_kept(device: torch.device | None = None) -> Iterator[None]:
+    on_gpu = device is not None and device.type == "cuda"
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _seed(*parts: int | str, device: torch.device | None = None) -> None:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1  # torch wants it below 2**63
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+class _Augmented(Dataset[Any]):
+    """`dataset`, asked for (epoch, index): what is drawn for an image depends on these alone."""
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
+        """A whole batch, as loaders ask for it; NumPy takes 0.2 ms to give its state back."""
+        with _random_kept():
+            return [self._draw(epoch, index) for epoch, index in places]
+
+    def _draw(self, epoch: int, index: int) -> Any:
+        _seed(self.seed, "image", epoch, index)
+        return self.dataset[index]
+
+
+class _Places(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew."""
+
+    def __init__(self, images: int, settings: FitSettings, first: int, last: int):
+        self.images, self.settings, self.first, self.last = images, settings, first, last
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = min(self.settings.batch_size, self.images)
+        order, order_of = torch.empty(0), -1
+        for number in range(self.first, self.last):
+            epoch, place = divmod(number, self.images // size)
+            if epoch != order_of:
+                with seeded(self.settings.seed, "order", epoch):
+                    order, order_of = torch.randperm(self.images), epoch
+            yield [(epoch, index) for index in order[place * size : (place + 1) * size].tolist()]
+
+
+def batches_per_epoch(data: Data, settings: FitSettings) -> int:
+    """Training batches in an epoch; the last images of an epoch that fill no batch are left out.
+
+    A dataset smaller than one batch is one batch.
+    """
+    return max(1, size_of(data.train) // settings.batch_size)
+
+
+def train_batches(
+    data: Data, settings: FitSettings, first: int, last: int, *, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
+
+    Numbers run on through the epochs. Nothing before `first` is read.
+    """
+    loader = DataLoader(
+        _Augmented(data.train, settings.seed),
+        batch_sampler=_Places(size_of(data.train), settings, first, last),
+        **_loading(settings, pin_memory),
+    )
+    yield from loader
+
+
+def val_batches(
+    data: Data, settings: FitSettings, *, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,)."""
+    loader = DataLoader(data.val, batch_size=settings.batch_size, **_loading(settings, pin_memory))
+    yield from loader
+
+
+def size_of(dataset: Dataset[Any]) -> int:
+    """Number of images."""
+    assert isinstance(dataset, Sized)
+    return len(dataset)
+
+
+def _loading(settings: FitSettings, pin_memory: bool) -> dict[str, Any]:
+    return {
+        "num_workers": settings.workers,
+        "pin_memory": pin_memory,
+        "worker_init_fn": _quiet_worker,
+        "generator": torch.Generator(),  # else a loader draws from the global one
+    }
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its workers when it is done with them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

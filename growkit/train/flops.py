@@ -1,0 +1,95 @@
+"""Arithmetic of one whole training step, counted by torch's FlopCounterMode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from growkit.train.data import seeded
+from growkit.train.score import mode_kept
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Matrix products and convolutions of a forward and a backward pass over one batch.
+
+    A multiply-accumulate (MAC) is two FLOPs. What a fused attention kernel computes twice is
+    counted once, so that the figures do not depend on device or kernel; what
+    torch.utils.checkpoint computes twice is counted twice. The optimizer's own arithmetic, norms
+    and activations are not counted.
+    """
+
+    flops_per_step: int
+    macs_per_step: int
+    flops_per_image: float
+
+
+def count_step(
+    model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]
+) -> StepCost:
+    """Run one training step of `model` on `batch` and count it.
+
+    The model comes back as it was: buffers, gradients, modes, and the random numbers.
+
+    Args:
+        model: the module to train; its forward is part of the step, whatever it does.
+        batch: images (N, C, H, W) and the targets `loss_fn` takes, on the model's device.
+        loss_fn: maps (outputs, targets) to a scalar.
+    """
+    images, targets = batch
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    try:
+        with mode_kept(model), seeded("count", device=images.device), counter:
+            loss_fn(model.train()(images), targets).backward()
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    flops = counter.get_total_flops()
+    return StepCost(
+        flops_per_step=flops, macs_per_step=flops // 2, flops_per_image=flops / len(images)
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Shapes (N, heads, tokens, width): the scores and the weighted sum of the values."""
+    n, heads, tokens, width = query
+    seen = key[-2]
+    return int(2 * n * heads * tokens * seen * (width + value[-1]))
+
+
+def _attention_backward_flops(
+    _: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any
+) -> int:
+    # each of the two products has two gradients of its own size
+    return 2 * _attention_flops(query, key, value)
+
+
+def _attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for the fused kernels, the CPU's among them, that count no recomputation."""
+    forward = (
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    )
+    backward = (
+        aten._scaled_dot_product_flash_attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        aten._scaled_dot_product_efficient_attention_backward,
+        aten._scaled_dot_product_cudnn_attention_backward,
+    )
+    return dict.fromkeys(forward, _attention_flops) | dict.fromkeys(
+        backward, _attention_backward_flops
+    )

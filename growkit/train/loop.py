@@ -1,0 +1,397 @@
+"""The training loop, for growth operators, grown models and models from nothing alike."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+from growkit.train import resume as resuming
+from growkit.train.data import Data, batches_per_epoch, seeded, size_of, train_batches
+from growkit.train.flops import count_step
+from growkit.train.score import Scores, amp_dtype, autocast, predictor, require_labels
+from growkit.train.settings import FitSettings
+from growkit.train.watch import StepRecord, board, stop_signals
+
+__all__ = ["FitResult", "StepRecord", "fit"]
+
+# settings that change how a run is watched or fed, never what it computes
+FREE_TO_CHANGE = ("workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run did; a resumed run's result covers its earlier parts, but for images_per_second.
+
+    losses holds one value per update, history (step, scores) of each evaluation; best is the one
+    with the highest top-1 (then the lowest loss). seconds is wall time with evaluation.
+    """
+
+    steps: int
+    total: int
+    losses: tuple[float, ...]
+    best_scores: Scores | None
+    best_step: int | None
+    history: tuple[tuple[int, Scores], ...]
+    interrupted: bool
+    flops_per_step: int
+    macs_per_step: int
+    images_per_step: int
+    images_per_second: float
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    settings: FitSettings,
+    *,
+    device: torch.device | str = "cpu",
+    evaluate: Callable[[nn.Module], Scores] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_best: Callable[[nn.Module, Scores], None] | None = None,
+) -> FitResult:
+    """Train the parameters of `model` that require a gradient, in place.
+
+    The result depends on the model, the data and the settings alone: not on the number of workers,
+    nor on where a run was stopped and resumed. No global random state is changed. Ctrl-C or
+    SIGTERM ends the run after the update at hand, with its state saved; a second one at once.
+
+    Args:
+        model: gives logits (N, classes) for images (N, C, H, W).
+        data: images to train on.
+        settings: everything else about the run.
+        device: where to train; the model is moved there.
+        evaluate: scores the model it is given: `model`, or the moving average with model_ema.
+        folder: where state and metrics.jsonl go; nothing is written without it.
+        resume: go on from the state in `folder`.
+        on_step: called every log_every updates, after each evaluation and at the end.
+        on_best: called with the evaluated model whenever it is the best so far.
+
+    Raises:
+        GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
+            finite, no state to resume from, or a state of another run.
+    """
+    began = time.perf_counter()
+    plan = _plan(data, settings)
+    if settings.model_ema and evaluate is None:
+        raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
+    training = _Training(model, data, settings, torch.device(device), plan)
+    losses: list[float] = []
+    history: list[tuple[int, Scores]] = []
+    start, seconds_before = 0, 0.0
+    identity = _identity(data, settings)
+    if resume:
+        if folder is None:
+            raise GrowkitError("resuming needs the folder of the run to go on with")
+        state = resuming.load_state(folder, identity)
+        resuming.cut_metrics(folder, state["step"])
+        training.load(state["training"])
+        start, seconds_before, losses = state["step"], state["seconds"], state["losses"].tolist()
+        history = [(step, Scores(**scores)) for step, scores in state["history"]]
+    elif folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / resuming.STATE).unlink(missing_ok=True)
+        (folder / resuming.METRICS).unlink(missing_ok=True)
+
+    accumulate = settings.grad_accum_steps
+    batches = train_batches(
+        data,
+        settings,
+        start * accumulate,
+        plan.total * accumulate,
+        pin_memory=training.device.type == "cuda",
+    )
+
+    def save() -> None:
+        if folder is not None:
+            state = {
+                "identity": identity,
+                "step": len(losses),
+                "training": training.state(),
+                "losses": torch.tensor(losses, dtype=torch.float64),
+                "history": [(step, asdict(scores)) for step, scores in history],
+                "seconds": seconds_before + time.perf_counter() - began,
+            }
+            resuming.save_state(folder, state)
+
+    pending: list[Tensor] = []  # losses still on the device; reading them waits for it
+    window = training_seconds = 0.0  # seconds since the last record, and in all
+    recorded = saved = start
+    with stop_signals() as stop, board(settings, folder, start) as show:
+        saved_at = mark = time.perf_counter()
+        for step in range(start + 1, plan.total + 1):
+            pending.append(training.update(step, batches))
+            last = step == plan.total
+            judge = evaluate is not None and (last or plan.evaluates_at(step))
+            report = judge or last or step % settings.log_every == 0
+            due = judge or last or time.perf_counter() - saved_at >= settings.save_seconds
+            if not (report or due or stop.asked):
+                continue
+
+            losses += _finite(torch.stack(pending).tolist(), len(losses), saved, folder)
+            pending.clear()
+            window += time.perf_counter() - mark
+            if report:
+                scores = evaluate(training.judged) if judge and evaluate is not None else None
+                model.train()
+                if scores is not None:
+                    history.append((step, scores))
+                    if on_best is not None and _best(history) == (step, scores):
+                        on_best(training.judged, scores)
+                record = StepRecord(
+                    step=step,
+                    total=plan.total,
+                    epoch=step / plan.updates_per_epoch,
+                    loss=losses[-1],
+                    lr=training.lr,
+                    images_per_second=(step - recorded) * plan.images_per_update / window,
+                    scores=scores,
+                )
+                training_seconds, window, recorded = training_seconds + window, 0.0, step
+                if folder is not None:
+                    resuming.append_metrics(folder, asdict(record))
+                show(record)
+                if on_step is not None:
+                    try:
+                        on_step(record)
+                    except KeyboardInterrupt:
+                        stop.asked = True
+            if due or stop.asked:
+                save()
+                saved, saved_at = step, time.perf_counter()
+            if stop.asked:
+                break
+            mark = time.perf_counter()
+
+    training_seconds += window
+    best = _best(history) if history else (None, None)
+    return FitResult(
+        steps=len(losses),
+        total=plan.total,
+        losses=tuple(losses),
+        best_step=best[0],
+        best_scores=best[1],
+        history=tuple(history),
+        interrupted=len(losses) < plan.total,
+        flops_per_step=training.flops_per_step,
+        macs_per_step=training.flops_per_step // 2,
+        images_per_step=plan.images_per_update,
+        images_per_second=(len(losses) - start)
+        * plan.images_per_update
+        / (training_seconds or 1.0),
+        seconds=seconds_before + time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Lengths of a run, in updates."""
+
+    total: int
+    warmup: int
+    updates_per_epoch: float
+    eval_every: int
+    images_per_update: int
+
+    def evaluates_at(self, step: int) -> bool:
+        return self.eval_every > 0 and step % self.eval_every == 0
+
+
+def _plan(data: Data, settings: FitSettings) -> _Plan:
+    images = min(settings.batch_size, size_of(data.train))
+    if images % 2 and (settings.mixup or settings.cutmix):
+        raise GrowkitError(
+            f"--mixup and --cutmix pair the images of a batch, and {images} is odd;"
+            f" set --batch-size {max(2, images - 1)}"
+        )
+    updates_per_epoch = batches_per_epoch(data, settings) / settings.grad_accum_steps
+    total = settings.steps or max(1, round(settings.epochs * updates_per_epoch))
+    warmup = round((settings.warmup_epochs or 0) * updates_per_epoch)
+    if settings.warmup_epochs is None:
+        warmup = total // 20
+    if warmup >= total:
+        raise GrowkitError(
+            f"--warmup-epochs {settings.warmup_epochs} ({warmup} updates) must be shorter than"
+            f" the run ({total} updates)"
+        )
+    eval_every = round(settings.eval_every * updates_per_epoch)
+    return _Plan(
+        total=total,
+        warmup=warmup,
+        updates_per_epoch=updates_per_epoch,
+        eval_every=max(1, eval_every) if settings.eval_every else 0,
+        images_per_update=images * settings.grad_accum_steps,
+    )
+
+
+class _Training:
+    """The model with all that changes it, and one update of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: FitSettings,
+        device: torch.device,
+        plan: _Plan,
+    ):
+        self.model = model.to(device).train()
+        self.settings, self.device = settings, device
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise GrowkitError("nothing to train: every parameter of the model is frozen")
+        self.optimizer = _optimizer(model, settings)
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=settings.sched,
+            num_epochs=plan.total - plan.warmup,
+            warmup_epochs=plan.warmup,
+            warmup_prefix=True,
+            warmup_lr=settings.lr / (plan.warmup + 1),  # the first update moves already
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=1,  # timm's epoch is our update
+        )
+        fp16 = amp_dtype(settings.precision, device) is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.ema: Any = None
+        if settings.model_ema:
+            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
+        self.judged: nn.Module = model if self.ema is None else self.ema.module
+        self._try_one_batch(data)
+
+    def _try_one_batch(self, data: Data) -> None:
+        """Find how many outputs the model has and what an update costs; nothing is learned."""
+        images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1))
+        with seeded("outputs", device=self.device):
+            logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
+        self.outputs: int = logits.shape[-1]
+        if len(data.classes) > self.outputs:
+            raise GrowkitError(
+                f"the data has {len(data.classes)} classes but the model has {self.outputs}"
+                " outputs; give the model as many classes as the data"
+            )
+        require_labels(labels, self.outputs)
+        self.loss_of, self.mix = _loss(self.settings, self.outputs)
+        images, targets = images.to(self.device), labels.to(self.device)
+        with seeded("outputs", device=self.device):
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
+        with autocast(self.settings.precision, self.device):
+            cost = count_step(self.model, (images, targets), self.loss_of)
+        self.flops_per_step = cost.flops_per_step * self.settings.grad_accum_steps
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Make update number `step` (from 1) and return its loss, still on the device."""
+        self.schedule.step_update(step - 1)
+        accumulate = self.settings.grad_accum_steps
+        loss = torch.zeros((), device=self.device)
+        with seeded(self.settings.seed, "update", step, device=self.device):
+            for _ in range(accumulate):
+                images, targets = next(batches)
+                require_labels(targets, self.outputs)
+                images = images.to(self.device, non_blocking=True)
+                targets = targets.to(self.device, non_blocking=True)
+                if self.mix is not None:
+                    images, targets = self.mix(images, targets)
+                with autocast(self.settings.precision, self.device):
+                    share = self.loss_of(self.model(images), targets) / accumulate
+                self.scaler.scale(share).backward()
+                loss += share.detach()
+            if self.settings.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                dispatch_clip_grad(self.trained, self.settings.clip_grad)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes; the schedule is a function of the step and needs none."""
+        return {
+            "model": resuming.trainable_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": {} if self.ema is None else resuming.trainable_state(self.ema.module),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to where `state` was taken."""
+        resuming.load_trainable(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            resuming.load_trainable(self.ema.module, state["ema"])
+
+
+def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    # timm's models name what must not decay
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    groups = [group for group in groups if group["params"]]
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise GrowkitError(
+            f"--opt {settings.opt}: not an optimizer timm can make ({error})"
+        ) from None
+    return optimizer
+
+
+def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:
+    """The loss, and what mixes a batch before it (or None)."""
+    if settings.mixup or settings.cutmix:
+        mix = Mixup(
+            settings.mixup,
+            settings.cutmix,
+            label_smoothing=settings.smoothing,
+            num_classes=outputs,
+        )
+        return SoftTargetCrossEntropy(), mix
+    if settings.smoothing:
+        return LabelSmoothingCrossEntropy(settings.smoothing), None
+    return nn.CrossEntropyLoss(), None
+
+
+def _identity(data: Data, settings: FitSettings) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    chosen = {name: v for name, v in asdict(settings).items() if name not in FREE_TO_CHANGE}
+    sizes = {"training images": size_of(data.train), "validation images": size_of(data.val)}
+    return {**chosen, **sizes, "classes": data.classes, **data.identity}
+
+
+def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
+    """The evaluation with the highest top-1, then the lowest loss, then the earliest."""
+    return max(history, key=lambda entry: (entry[1].top1, -entry[1].loss))
+
+
+def _finite(losses: list[float], done: int, saved: int, folder: Path | None) -> list[float]:
+    """`losses` of the updates after `done`; GrowkitError where one is not finite."""
+    for step, loss in enumerate(losses, start=done + 1):
+        if not math.isfinite(loss):
+            kept = f"; the state of update {saved} is in {folder}" if folder and saved else ""
+            raise GrowkitError(
+                f"the loss is {loss} at update {step}; try a lower --lr, a longer"
+                f" --warmup-epochs or --precision fp32{kept}"
+            )
+    return losses

@@ -1,0 +1,99 @@
+"""What a run needs to go on after it was stopped: written whole, read without unpickling code."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+from growkit.files import whole_file
+
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and persistent buffers by name; frozen parameters are left out."""
+    frozen = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put what `trainable_state` gave back into `model`.
+
+    Raises:
+        GrowkitError: names or shapes are not the model's.
+    """
+    own = trainable_state(model)
+    differing = sorted(
+        name
+        for name in own.keys() | state.keys()
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    )
+    if differing:
+        raise GrowkitError(
+            f"the saved state is of another model ({differing[0]} differs);"
+            " give the same model or start anew without --resume"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, and lists and dicts of them) to `folder`."""
+    with whole_file(folder / STATE) as partial:
+        torch.save(dict(state), partial)
+
+
+def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the state in `folder`, on the CPU.
+
+    Raises:
+        GrowkitError: there is none, it is damaged, or its run had other settings or data
+            than `identity`; the message names the first difference.
+    """
+    path = folder / STATE
+    if not path.exists():
+        raise GrowkitError(f"{path}: no state to resume from; start without --resume")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["identity"]
+    except Exception:  # torch raises whatever its reader stumbles over
+        raise GrowkitError(f"{path}: damaged; start anew without --resume") from None
+    for name in sorted(before.keys() | identity.keys()):
+        was, now = before.get(name), identity.get(name)
+        if was != now:
+            raise GrowkitError(
+                f"{folder}: the run was started with {name} {was}, not {now};"
+                " give the same, or start anew without --resume"
+            )
+    return state
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Append one JSON line to the folder's metrics."""
+    with (folder / METRICS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Drop metrics past `step`, which a resumed run writes again; a torn last line goes too."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(line)
+    with whole_file(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,121 @@
+"""How well a predictor does on labelled images: top-1, top-5, loss and calibration error."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+
+ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over `count` images; top1, top5 and ece are fractions in [0, 1], loss is in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    ece: float
+    count: int
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score `predict`, which maps images (N, C, H, W) to logits (N, classes), on labelled batches.
+
+    With fewer than five classes top5 counts as many as there are. `progress` gets the number of
+    images done after each batch.
+
+    Raises:
+        GrowkitError: there are no images, a label has no logit, or the logits are not finite.
+    """
+    count, top1, top5, loss = 0, 0, 0, 0.0
+    bins = torch.zeros(2, ECE_BINS, dtype=torch.float64)  # sums of confidence and of right answers
+    for images, labels in batches:
+        logits = predict(images).detach().double()
+        labels = labels.to(logits.device)
+        if not bool(torch.isfinite(logits).all()):
+            raise GrowkitError(
+                f"the model's outputs are not finite (images {count} to {count + len(labels) - 1});"
+                " try --precision fp32, or train with a lower --lr"
+            )
+        require_labels(labels, logits.shape[1])
+        logprobs = logits.log_softmax(-1)
+        loss -= logprobs.gather(1, labels[:, None]).sum().item()
+        ranked = logprobs.topk(min(5, logits.shape[1])).indices
+        right = ranked == labels[:, None]
+        top1 += int(right[:, 0].sum())
+        top5 += int(right.sum())
+        confidence = logprobs.amax(-1).exp().cpu()
+        # bins are open below and closed above, as in the paper; a confidence is never 0
+        place = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+        bins[0].index_add_(0, place, confidence)
+        bins[1].index_add_(0, place, right[:, 0].double().cpu())
+        count += len(labels)
+        if progress is not None:
+            progress(count)
+    if count == 0:
+        raise GrowkitError("there are no images to evaluate on")
+    ece = float((bins[0] - bins[1]).abs().sum()) / count
+    return Scores(top1=top1 / count, top5=top5 / count, loss=loss / count, ece=ece, count=count)
+
+
+def require_labels(labels: Tensor, outputs: int) -> None:
+    """Raise GrowkitError when a label has no logit among `outputs`."""
+    if int(labels.min()) < 0 or int(labels.max()) >= outputs:
+        raise GrowkitError(
+            f"labels run from {int(labels.min())} to {int(labels.max())} but the model has "
+            f"{outputs} outputs; give the model as many classes as the data"
+        )
+
+
+def predictor(
+    model: nn.Module, device: torch.device | str, precision: str = "auto"
+) -> Callable[[Tensor], Tensor]:
+    """What `evaluate` takes, made from a torch model on `device`.
+
+    Each call runs the model in evaluation mode and gives every module its own mode back.
+    """
+    device = torch.device(device)
+
+    def predict(images: Tensor) -> Tensor:
+        with mode_kept(model), torch.inference_mode(), autocast(precision, device):
+            logits: Tensor = model.eval()(images.to(device, non_blocking=True))
+            return logits
+
+    return predict
+
+
+@contextmanager
+def mode_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is back in its own mode, training or evaluation."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])  # a model may hold modules that modules() does not list
+        for module, mode in modes:
+            module.training = mode
+
+
+def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that `precision` (auto, fp32, bf16, fp16) means on `device`."""
+    if precision == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision for forward passes on `device`; does nothing for fp32."""
+    dtype = amp_dtype(precision, device)
+    enabled = dtype is not torch.float32
+    return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)

@@ -1,0 +1,132 @@
+"""What can be set about a training run; the command line makes its options from this."""
+
+from dataclasses import dataclass
+
+from growkit.errors import GrowkitError
+
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """Settings of one run of `fit`, under timm's names where timm has one.
+
+    An update is one step of the optimizer: grad_accum_steps batches of batch_size images.
+    """
+
+    epochs: float = 10.0
+    """Passes over the training images; a part of one is fine."""
+
+    steps: int | None = None
+    """Updates to train for; replaces --epochs when given."""
+
+    batch_size: int = 64
+    """Images per batch."""
+
+    grad_accum_steps: int = 1
+    """Batches whose gradients make one update."""
+
+    opt: str = "adamw"
+    """Optimizer, by timm's name."""
+
+    lr: float = 5e-4
+    """Highest learning rate."""
+
+    weight_decay: float = 0.05
+    """Weight decay; biases and norms are left out."""
+
+    clip_grad: float = 1.0
+    """Clip the gradient to this norm; 0 leaves it alone."""
+
+    sched: str = "cosine"
+    """Learning rate after the warm-up: cosine or constant."""
+
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises to --lr; a twentieth of the run when left out."""
+
+    min_lr: float = 0.0
+    """Learning rate that the cosine falls to."""
+
+    smoothing: float = 0.0
+    """Label smoothing."""
+
+    mixup: float = 0.0
+    """Mixup alpha; 0 is off."""
+
+    cutmix: float = 0.0
+    """CutMix alpha; 0 is off."""
+
+    aa: str | None = None
+    """timm's AutoAugment policy, as in rand-m9-mstd0.5; replaces colour jitter."""
+
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+
+    scale_min: float = 0.08
+    """Smallest share of the image's area that a random crop keeps; 1 keeps the whole image."""
+
+    color_jitter: float = 0.4
+    """Strength of colour jitter; 0 is off."""
+
+    reprob: float = 0.0
+    """Probability of erasing a random rectangle."""
+
+    model_ema: bool = False
+    """Keep a moving average of the weights; evaluate and save that."""
+
+    model_ema_decay: float = 0.9998
+    """Decay that the moving average rises to."""
+
+    precision: str = "auto"
+    """auto, fp32, bf16 or fp16; auto is bf16 on GPUs that have it and fp32 elsewhere."""
+
+    seed: int = 0
+    """Seed of every random choice."""
+
+    workers: int = 2
+    """Processes that read images; they change the speed, never the result."""
+
+    data_dir: str = "data"
+    """Folder with the files of a timm dataset such as torch/cifar10."""
+
+    dataset_download: bool = False
+    """Fetch a timm dataset that is not in --data-dir."""
+
+    val_split: str = "validation"
+    """Split of a timm dataset to evaluate on."""
+
+    eval_every: float = 1.0
+    """Epochs between evaluations; the end is always evaluated, 0 evaluates only there."""
+
+    log_every: int = 10
+    """Updates between reported losses."""
+
+    save_seconds: float = 300.0
+    """Longest time in seconds between two saved states; each evaluation saves one too."""
+
+    tensorboard: bool = False
+    """Write TensorBoard files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Raise GrowkitError on a value that no run can use, naming the option."""
+        for name in ("batch_size", "grad_accum_steps", "log_every", "epochs", "lr"):
+            self._require(name, getattr(self, name) > 0, "must be above 0")
+        self._require("steps", self.steps is None or self.steps > 0, "must be above 0")
+        for name in ("weight_decay", "clip_grad", "min_lr", "mixup", "cutmix", "color_jitter"):
+            self._require(name, getattr(self, name) >= 0, "must not be below 0")
+        for name in ("warmup_epochs", "workers", "eval_every", "save_seconds", "seed"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "must not be below 0")
+        for name in ("hflip", "reprob"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1")
+        for name in ("smoothing", "model_ema_decay"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self._require("scale_min", 0 < self.scale_min <= 1, "must be above 0 and at most 1")
+        self._require("sched", self.sched in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}")
+        choices = ", ".join(PRECISIONS)
+        self._require("precision", self.precision in PRECISIONS, f"must be one of {choices}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            option = "--" + name.replace("_", "-")
+            raise GrowkitError(f"{option} {getattr(self, name)}: {rule}")

@@ -1,0 +1,148 @@
+"""`growkit export` and `growkit verify` on a run folder, as a user meets them."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import onnx
+import pytest
+import typer
+from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
+from PIL import Image
+from timm.models import save_for_hf
+from typer.testing import CliRunner, Result
+
+from growkit.deploy import folder
+from growkit.deploy import verify as verify_module
+from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
+from growkit.errors import GrowkitError
+from growkit_cli.export import export, without_folders
+from growkit_cli.verify import verify
+
+app = typer.Typer()
+app.command()(export)
+app.command()(verify)
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def write_source(path: Path, seed: int, **extra: object) -> None:
+    kept = {k: v for k, v in ARGUMENTS.items() if k != "num_classes"}
+    config = {"architecture": NAME, "model_args": kept, **extra}
+    save_for_hf(make_model(seed), str(path), model_config=config, safe_serialization=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a grown model and its export."""
+    run = tmp_path_factory.mktemp("job") / "run"
+    write_source(run / "grown", 0, label_names=list("abcdefg"))
+    result = call("export", "--onnx", "--run", run)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"exporting {run / 'grown'}\n")
+    return run
+
+
+def test_export_writes_a_whole_folder_and_the_record(run: Path) -> None:
+    names = sorted(p.name for p in (run / "onnx").iterdir())
+    assert names == ["export.json", "model.onnx", "test_data_set_0", "test_data_set_1"]
+    content = json.loads((run / "onnx" / "export.json").read_text())
+    assert content["parity"]["checks"]
+    assert {c["verdict"] for c in content["parity"]["checks"]} == {"pass"}
+    (step, *_) = json.loads((run / "record.json").read_text())["steps"]
+    assert step["command"] == "export"
+    assert step["hashes"]["model.onnx"] == content["sha256"]
+    assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_export_refuses_to_replace_without_force(run: Path) -> None:
+    result = call("export", "--onnx", "--run", run)
+    assert isinstance(result.exception, GrowkitError)
+    assert "--force" in str(result.exception)
+
+
+def test_export_that_answers_differently_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(model, example, path, **more):  # type: ignore[no-untyped-def]
+        made = export_onnx(model, example, path, **more)
+        proto = onnx.load(str(path))
+        replace(proto, "head.bias", tensors(proto)["head.bias"] * 2)
+        path.write_bytes(proto.SerializeToString())
+        return made
+
+    export_onnx = folder.export_onnx
+    monkeypatch.setattr(folder, "export_onnx", damaged)
+    result = call("export", run / "grown", "--run", tmp_path, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    assert "FAILED weights" in result.stderr
+    assert "head.bias" in result.stderr
+    assert json.loads(result.stdout)["parity"]["checks"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in "abcdefg":
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for index in range(2):
+                image = Image.new("RGB", (20, 20), (30 * index, 5 * ord(label) % 255, 90))
+                image.save(tmp_path / "data" / split / label / f"{index}.png")
+    data = ("--data", tmp_path / "data", "--workers", "0")
+    junit = tmp_path / "junit.xml"
+    result = call(
+        "verify", "--run", run, "--json", "--latency-seconds", "0.05", "--junit", junit, *data
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report == json.loads((run / "verify" / "report.json").read_text())
+    assert report["verdict"] in ("pass", "inconclusive")  # the timing may be noisy here
+    assert report["numerics"]["accuracy"]["samples"] == 14
+    assert report["provider"] == {"requested": "cpu", "used": "cpu"}
+    assert len(report["latency"]["comparisons"]) == 6
+    groups = {c["group"] for c in report["checks"]}
+    assert {"structure", "weights", "numbers", "accuracy", "reference", "latency"} <= groups
+    suite = ET.parse(junit).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(report["checks"])), "0")
+    step = json.loads((run / "record.json").read_text())["steps"][-1]
+    assert step["command"] == "verify"
+    assert step["figures"]["verdict"] == report["verdict"]
+
+
+def test_verify_of_another_models_file_says_so_and_exits_1(run: Path, tmp_path: Path) -> None:
+    write_source(tmp_path / "other", 8)
+    result = call("verify", tmp_path / "other", "--run", run)
+    assert result.exit_code == 1
+    assert "FAILED structure: exported from weights" in result.output
+    assert "export it again" in result.output
+    assert "FAILED numbers" in result.output
+    assert "latency was not measured" in result.output
+    assert result.output.rstrip().endswith("verdict: fail")
+
+
+def test_strict_turns_inconclusive_into_exit_1(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Percentiles(1.0, 1.0, 1.0)
+    close = Comparison("file", "stock export", 1, 1.1, 1.0, 1.2, 3, 60, times, times)
+    noisy = Latency((close,), (latency_check(close, noise=0.2, limit=1.1),), "cpu", 1)
+    monkeypatch.setattr(verify_module, "measure_latency", lambda *_, **__: noisy)
+    lenient = call("verify", "--run", run)
+    assert lenient.exit_code == 0, lenient.output
+    assert "warning: latency" in lenient.output
+    assert "too noisy" in lenient.output
+    assert lenient.output.rstrip().endswith("verdict: inconclusive")
+    assert call("verify", "--run", run, "--strict").exit_code == 1
+
+
+def test_verify_without_a_file_names_the_remedy(run: Path, tmp_path: Path) -> None:
+    result = call("verify", run / "grown", "--run", tmp_path)
+    assert isinstance(result.exception, GrowkitError)
+    assert "growkit export" in str(result.exception)
+
+
+def test_served_file_names_no_folder_of_the_machine() -> None:
+    assert without_folders({"a": ["/home/me/source.pth", "x/y"], "b": 3}) == {
+        "a": ["source.pth", "x/y"],
+        "b": 3,
+    }

@@ -1,0 +1,38 @@
+"""JUnit XML parses, counts, and lets no markup through."""
+
+import xml.etree.ElementTree as ET
+
+from growkit.deploy.checks import Check, check, plain
+from growkit.deploy.junit import junit_xml
+
+CHECKS = [
+    check("numbers", "batch 1: error", True, 1e-7, 1e-5),
+    check("weights", '<b>"a" & b</b>', False, "]]>", "-", 'got <script> & "quotes"\x00'),
+    Check("latency", "batch 1", "inconclusive", 1.2, 1.1, "the machine is too noisy"),
+]
+
+
+def test_counts_and_outcomes() -> None:
+    suite = ET.fromstring(junit_xml(CHECKS, suite="growkit verify")).find("testsuite")
+    assert suite is not None
+    counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": "3", "failures": "1", "errors": "0", "skipped": "1"}
+    assert [[child.tag for child in case] for case in suite] == [[], ["failure"], ["skipped"]]
+    assert suite[0].get("classname") == "growkit verify.numbers"
+
+
+def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
+    text = junit_xml(CHECKS, suite="<suite>")
+    assert "<script>" not in text
+    suite = ET.fromstring(text)[0]
+    assert suite.get("name") == "<suite>"
+    assert suite[1].get("name") == '<b>"a" & b</b>'
+    assert suite[1][0].get("message") == 'got <script> & "quotes"?'
+    assert suite[1][0].text == "measured ]]>, allowed -"
+
+
+def test_plain_spells_out_what_json_has_no_word_for() -> None:
+    assert plain({"a": (float("nan"), 1.5), "b": [float("-inf")]}) == {
+        "a": ["nan", 1.5],
+        "b": ["-inf"],
+    }

@@ -1,0 +1,61 @@
+"""Tiny source and target pairs, every parameter randomised, that the shared tests run on."""
+
+import torch
+from torch import nn
+
+from growkit.arch import build, find
+from growkit.arch.spec import Architecture
+
+
+def tiny(embed: int, depth: int, heads: int, *, mlp_ratio: float = 4, **more: object) -> Architecture:
+    """A ViT for 16 x 16 images in four patches and 7 classes."""
+    arguments = {"img_size": 16, "patch_size": 8, "num_classes": 7}
+    sizes = {"embed_dim": embed, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio}
+    return find("vit_tiny_patch16_224", {**arguments, **sizes, **more})
+
+
+# name: (source, target), sizes are (embed, depth, heads)
+PAIRS: dict[str, tuple[Architecture, Architecture]] = {
+    "same": (tiny(32, 3, 2), tiny(32, 3, 2)),
+    "twice as wide": (tiny(32, 3, 2), tiny(64, 3, 4)),
+    "thrice as wide": (tiny(32, 2, 2), tiny(96, 2, 6)),
+    "deeper": (tiny(32, 2, 2), tiny(32, 5, 2)),
+    "wider and deeper": (tiny(32, 3, 2), tiny(64, 6, 4)),
+    "half as wide again": (tiny(32, 3, 2), tiny(48, 3, 3)),
+    "odd width and depth": (tiny(48, 4, 3), tiny(112, 7, 7)),
+    "larger MLP ratio": (tiny(32, 2, 2, mlp_ratio=2), tiny(64, 2, 4, mlp_ratio=4)),
+    "odd, larger MLP ratio": (tiny(32, 2, 2, mlp_ratio=2), tiny(48, 3, 3, mlp_ratio=3)),
+    "pooled, no biases": (
+        tiny(32, 2, 2, class_token=False, global_pool="avg", qkv_bias=False),
+        tiny(64, 3, 4, class_token=False, global_pool="avg", qkv_bias=False),
+    ),
+    "register tokens": (tiny(32, 2, 2, reg_tokens=2), tiny(64, 2, 4, reg_tokens=2)),
+}
+# Where the width is a whole multiple, LayerNorm's eps does no harm and the start is exact.
+EXACT = tuple(name for name, (s, t) in PAIRS.items() if t.spaces["embed"].size % s.spaces["embed"].size == 0)
+
+
+def randomised(architecture: Architecture, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The network with every parameter random: biases, norms, tokens and head too, which timm leaves at 0 or 1."""
+    model = build(architecture.name, architecture.arguments)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            gain = "norm" in name and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if gain else (0.1 if parameter.ndim > 1 else 0.3) * noise)
+    return model.to(dtype).eval()
+
+
+def published_scale(architecture: Architecture, *, seed: int = 0) -> nn.Module:
+    """As `randomised`, at the scale of trained weights, so that float32 rounding is that of a real model."""
+    model = build(architecture.name, architecture.arguments)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            gain = "norm" in name and name.endswith("weight")
+            small = parameter.ndim > 1 and "embed" not in name and "token" not in name
+            parameter.copy_((1 if gain else 0) + (0.02 if small else 0.3) * noise)
+        model.head.weight.mul_(5)
+    return model.eval()

@@ -1,0 +1,117 @@
+"""What the documents tell people to type exists, and what they link to is there."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from growkit_cli.main import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def command_lines(text: str, program: str) -> list[str]:
+    """Lines of the code blocks that call `program`, continued lines joined."""
+    blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
+    parts = re.split(r"\n|&&|;|\|", blocks)
+    lines = [part.strip().removeprefix("$ ").strip() for part in parts]
+    return [line for line in lines if line == program or line.startswith(f"{program} ")]
+
+
+def complaint(line: str) -> str | None:
+    """What the program's own parser holds against a growkit command line; nothing is run."""
+    program: Any = typer.main.get_command(app)
+    words = shlex.split(line, comments=True)[1:]
+    if not words or words[0].startswith("-"):
+        name, command = "growkit", program
+    else:
+        name, *words = words
+        command = program.commands.get(name)
+        if command is None:
+            return f"no command {name!r}"
+    context = command.context_class(command, info_name=name)
+    try:
+        given, extra, _ = command.make_parser(context).parse_args(list(words))
+    except Exception as error:  # of click, which typer brings along under changing names
+        return str(error)
+    missing = [p.name for p in command.params if p.required and given.get(p.name) is None]
+    if missing and "--help" not in words:
+        return f"missing {missing}"
+    return f"too many arguments {extra}" if extra else None
+
+
+def slugs(text: str) -> set[str]:
+    """Anchors of a document's headings, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative links of a document that lead nowhere."""
+    broken = []
+    for link in ("".join(pair) for pair in LINK.findall(FENCE.sub("", text))):
+        file, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = path.parent / file if file else path
+        there = text if not file else target.read_text("utf-8") if target.is_file() else ""
+        if (file and not target.exists()) or (anchor and anchor not in slugs(there)):
+            broken.append(link)
+    return broken
+
+
+def test_every_growkit_line_of_the_readme_parses() -> None:
+    lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"), "growkit")
+    assert lines
+    complaints = {line: complaint(line) for line in lines}
+    assert {line: said for line, said in complaints.items() if said} == {}
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"), "make")
+    assert {line.split()[1] for line in lines} <= targets
+    assert {"make demo", "make test"} <= {" ".join(line.split()[:2]) for line in lines}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("growkit shrink a.pth", "shrink"),
+        ("growkit grow a.pth --to deit_base --colour red", "--colour"),
+        ("growkit grow --to deit_base", "missing"),
+        ("growkit grow a.pth b.pth --to deit_base", "too many"),
+        ("growkit grow a.pth --to", "--to"),
+    ],
+)
+def test_wrong_command_line_is_found(line: str, reason: str) -> None:
+    assert reason in (complaint(line) or "")
+
+
+@pytest.mark.parametrize(
+    "line", ["growkit --help", "growkit grow --help", "growkit grow a.pth --to deit_base  # so"]
+)
+def test_right_command_line_is_accepted(line: str) -> None:
+    assert complaint(line) is None
+
+
+def test_command_lines_are_found_in_code_blocks_only() -> None:
+    text = "growkit no\n```sh\n$ growkit a \\\n  --b && growkit c\ngrowkits d\n```\ngrowkit no\n"
+    assert command_lines(text, "growkit") == ["growkit a    --b", "growkit c"]
+
+
+def test_broken_link_is_found(tmp_path: Path) -> None:
+    text = "# A title, here\n[a](#a-title-here) [b](#absent) [c](absent.md) [d](https://x.org/y)\n"
+    assert broken_links(tmp_path / "x.md", text) == ["#absent", "absent.md"]

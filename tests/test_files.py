@@ -1,0 +1,170 @@
+"""Outputs appear whole or not at all, whatever ends the work."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from growkit.errors import GrowkitError
+from growkit.files import (
+    read_json,
+    refuse_existing,
+    sha256_of,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    for content in ("old", "new"):
+        with whole_file(path) as partial:
+            partial.write_text(content)
+    assert path.read_text() == "new"
+    assert names_in(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_file_stays_as_it_was_on_error(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def work() -> None:
+        with whole_file(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        work()
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_folder_is_swapped_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for name in ("old", "new"):
+        with whole_folder(path) as partial:
+            (partial / name).write_text(name)
+    assert names_in(path) == ["new"]
+    assert names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_folder_stays_as_it_was_on_error(tmp_path: Path, existed: bool) -> None:
+    path = tmp_path / "model"
+    if existed:
+        path.mkdir()
+        (path / "old").write_text("old")
+
+    def work() -> None:
+        with whole_folder(path) as partial:
+            (partial / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert names_in(tmp_path) == (["model"] if existed else [])
+    assert not existed or names_in(path) == ["old"]
+
+
+def test_folder_comes_back_when_the_swap_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("old")
+    rename = os.rename
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if target == path and (source / "new").exists():
+            raise PermissionError("disk says no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_new)
+
+    def work() -> None:
+        with whole_folder(path) as partial:
+            (partial / "new").write_text("new")
+
+    with pytest.raises(PermissionError):
+        work()
+    assert names_in(path) == ["old"]
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_folder_replaces_a_file_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("a file")
+    with whole_folder(path) as partial:
+        (partial / "new").write_text("new")
+    assert names_in(path) == ["new"]
+    assert names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("writer", ["whole_file", "whole_folder"])
+def test_kill_in_the_middle_leaves_the_old_content(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "output"
+    old = path / "weights" if writer == "whole_folder" else path
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("old")
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from growkit.files import {writer}
+with {writer}(Path(sys.argv[1])) as partial:
+    (partial / "weights" if partial.is_dir() else partial).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program, path], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert old.read_text() == "old"
+    assert all(name.endswith(".partial") for name in names_in(tmp_path) if name != "output")
+
+
+def test_existing_output_is_refused_without_force(tmp_path: Path) -> None:
+    refuse_existing(tmp_path / "absent", force=False)
+    refuse_existing(tmp_path, force=True)
+    with pytest.raises(GrowkitError, match="already exists; --force"):
+        refuse_existing(tmp_path, force=False)
+
+
+def test_json_survives_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"path": Path("x"), "numbers": [1, 2.5]})
+    assert read_json(path) == {"path": "x", "numbers": [1, 2.5]}
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    loop: list[object] = []
+    loop.append(loop)
+    with pytest.raises(ValueError, match="Circular"):
+        write_json(path, loop)
+    assert json.loads(path.read_text()) == 1
+    assert names_in(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"{half", b"\xff\xfe\x00"])
+def test_unreadable_json_is_one_line_with_its_name(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(GrowkitError, match=r"a\.json: (no such file|not readable)") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"growkit")
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"growkit").hexdigest()

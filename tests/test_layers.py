@@ -1,0 +1,102 @@
+"""What each file may import from growkit: the layers of docs/architecture.md, held over ast."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = "errors files settings record checkpoint"
+ALL = f"{BASE} core arch methods source grow train deploy report"
+MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or their own name has a row
+    "__init__": "",
+    "errors": "",
+    "settings": "errors",
+    "files": "errors",
+    "record": "errors files",
+    "checkpoint": "errors files record",
+    "core": "errors core",
+    "arch.spec": "errors",
+    "arch.*": "errors arch.spec",
+    "arch": "errors arch",
+    "methods": "errors settings core arch.spec methods",
+    "source": f"{BASE} arch",
+    "grow": f"{BASE} core arch methods source",
+    "train.settings": "errors",
+    "train": "errors files record checkpoint train",
+    "deploy.settings": "errors",
+    "deploy": "errors files record deploy",
+    "report": "errors files record report",
+    "plan": ALL,
+    "compare": f"{ALL} plan compare",
+    "pipeline": f"{ALL} plan compare",
+    "demo": f"{ALL} plan compare pipeline",
+}
+
+
+def imports(source: str) -> list[str]:
+    """Dotted names of what a file of growkit imports from growkit or growkit_cli."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.startswith((".", "growkit.", "growkit_cli."))]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Imports that the row of `module` ('methods.mango') does not allow; it must have a row."""
+    parent = module.partition(".")[0]
+    row = next((key for key in (module, f"{parent}.*", parent) if key in MAY_IMPORT), None)
+    assert row, f"{module} has no row in MAY_IMPORT: say what it may import"
+    allowed = tuple(f"growkit.{name}." for name in ("__version__", *MAY_IMPORT[row].split()))
+    return [name for name in imports(source) if not f"{name}.".startswith(allowed)]
+
+
+def modules() -> dict[str, Path]:
+    """Every file of growkit by dotted name; a package goes by its own name."""
+    found = {}
+    for path in sorted((ROOT / "growkit").rglob("*.py")):
+        parts = path.relative_to(ROOT / "growkit").with_suffix("").parts
+        found[".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_file_imports_only_what_lies_below_it(module: str) -> None:
+    assert violations(module, modules()[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "culprit"),
+    [
+        ("core.ring", "from growkit.arch.spec import Space", "growkit.arch.spec.Space"),
+        ("methods.mango", "from growkit.arch import find", "growkit.arch.find"),
+        ("arch.vit", "from growkit.arch import find", "growkit.arch.find"),
+        ("train.loop", "from growkit import grow", "growkit.grow"),
+        ("deploy.export", "def f():\n    import growkit.methods.mango", "growkit.methods.mango"),
+        ("pipeline", "from growkit_cli import console", "growkit_cli.console"),
+        ("report.page", "from .plot import draw", ".plot.draw"),
+        ("files", "from growkit.errors_of_others import x", "growkit.errors_of_others.x"),
+    ],
+)
+def test_import_from_a_higher_layer_is_found(module: str, line: str, culprit: str) -> None:
+    assert violations(module, line) == [culprit]
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("methods.mango", "from growkit.arch import spec"),
+        ("pipeline", "from growkit import __version__\nimport growkit.grow\nimport torch"),
+    ],
+)
+def test_import_from_a_lower_layer_is_allowed(module: str, line: str) -> None:
+    assert violations(module, line) == []
+
+
+def test_file_without_a_row_is_refused() -> None:
+    with pytest.raises(AssertionError, match="newcomer has no row"):
+        violations("newcomer", "")

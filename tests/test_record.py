@@ -1,0 +1,75 @@
+"""A run's record keeps every step, and a run knows its furthest model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from growkit import __version__
+from growkit.errors import GrowkitError
+from growkit.record import RunFolder
+
+
+def test_new_run_has_no_steps_and_makes_no_folder(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert run.steps() == []
+    assert not run.path.exists()
+
+
+def test_steps_are_appended_in_order(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.add("train", options={"seed": 1}, figures={"loss": 0.5})
+    first = run.steps()[0]
+    run.add("grow", options={"to": Path("x")}, figures={}, hashes={"model.safetensors": "ab"})
+    assert run.steps()[0] == first
+    assert [step["command"] for step in run.steps()] == ["train", "grow"]
+    assert run.steps()[1]["hashes"] == {"model.safetensors": "ab"}
+    assert json.loads(run.record.read_text())["schema"] == 1
+
+
+def test_step_says_when_and_on_what(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.add("train", options={}, figures={})
+    (step,) = run.steps()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", step["finished"])
+    assert {"python", "torch", "timm", "onnx", "numpy"} <= set(step["versions"])
+    assert step["versions"].get("growkit", __version__) == __version__
+    assert step["hardware"]["cpu"]
+    assert step["hardware"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": 3}', '{"steps": [1]}', "{}"])
+def test_damaged_record_is_refused_and_kept(tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path)
+    run.record.write_text(content)
+    with pytest.raises(GrowkitError, match=r"record\.json"):
+        run.add("grow", options={}, figures={})
+    assert run.record.read_text() == content
+
+
+def test_furthest_stage_is_the_latest_with_weights(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for stage in (run.trained, run.grown, run.finetuned):
+        stage.mkdir()
+        (stage / "model.safetensors").touch()
+        assert run.furthest() == stage
+
+
+def test_stage_without_weights_does_not_count(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.finetuned.mkdir()
+    with pytest.raises(GrowkitError, match="holds no model yet; run `growkit grow`"):
+        run.furthest()
+
+
+def test_fine_tuning_starts_from_the_grown_model_and_never_from_its_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for stage in (run.finetuned, run.trained, run.grown):
+        if stage == run.trained:
+            with pytest.raises(GrowkitError, match="holds no grown model"):
+                run.startable()
+        stage.mkdir()
+        (stage / "model.safetensors").touch()
+        if stage != run.finetuned:
+            assert run.startable() == stage

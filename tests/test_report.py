@@ -1,0 +1,287 @@
+"""The report: one page that needs nothing else, shows its data and is not steered by it."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from growkit.record import RunFolder
+from growkit.report.page import Report, Section, Table, cell, render, write_report
+from growkit.report.plot import Plot, Series, draw
+from growkit.report.run import run_report
+
+EVIL = "<script>alert('x')</script>\"&<img src=http://example.org/x onerror=y>"
+ALONE = {"meta", "img", "br", "link"}  # elements without an end tag
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its elements with attributes, its text, its open elements."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", list[str]()
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ALONE:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.elements}
+
+
+def plot(*series: Series, title: str = "title", log_x: bool = False) -> Plot:
+    return Plot(title, series, "step", "loss", log_x)
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+
+
+def lines(svg: str) -> list[str]:
+    groups = ElementTree.fromstring(svg).findall("g")
+    return [path.attrib["d"] for group in groups for path in group.findall("path")]
+
+
+def evil_report() -> Report:
+    series = [Series(EVIL, [(0, 1), (1, 2)]), Series("b", [(0, 2), (1, 3)])]
+    drawing = Plot(EVIL, series, EVIL, EVIL)
+    table = Table((EVIL, "n"), [(EVIL, 1), (Path(EVIL), EVIL)])
+    return Report(EVIL, [EVIL], [Section(EVIL, EVIL, table, [drawing, plot(title=EVIL)])])
+
+
+def test_markup_in_data_is_shown_and_never_becomes_elements() -> None:
+    page = Page(render(evil_report()))
+    assert page.open == []
+    assert page.text.count(EVIL) >= 9
+    assert not page.names() & {"script", "img"}
+    assert not [attrs for _, attrs in page.elements if "onerror" in attrs]
+
+
+def test_page_reader_finds_an_element_from_unescaped_data() -> None:
+    page = Page(render(evil_report()).replace("</main>", f"{EVIL}</main>"))
+    assert {"script", "img"} <= page.names()
+
+
+def test_page_loads_nothing_and_forbids_loading() -> None:
+    html = render(Report("title", [], [Section("s", plots=[plot(Series("a", [(0, 1)]))])]))
+    page = Page(html)
+    assert not page.names() & {"script", "link", "img", "iframe"}
+    assert not [attrs for _, attrs in page.elements if {"src", "href"} & attrs.keys()]
+    assert not re.search(r"https?:|@import|url\(", html)
+    policies = [attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_page_is_written_whole(tmp_path: Path) -> None:
+    write_report(tmp_path / "run" / "report.html", Report("Größe × 10⁻³", [], []))
+    assert "Größe × 10⁻³" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (0.5, "0.5000"),
+        (1234.56, "1,235"),
+        (1.2e-7, "1.20×10⁻⁷"),
+        (-2.5e18, "-2.50×10¹⁸"),
+        (0.0, "0"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (True, "yes"),
+        (None, "–"),
+        ("as is", "as is"),
+    ],
+)
+def test_cell_shows_value_as_a_reader_wants_it(value: object, text: str) -> None:
+    assert cell(value) == text
+
+
+def test_columns_of_numbers_are_set_right() -> None:
+    table = Table(("name", "loss", "note"), [("1", 0.5, "a"), ("2", None, "b")])
+    page = Page(render(Report("t", [], [Section("s", table=table)])))
+    classes = [attrs["class"] for tag, attrs in page.elements if tag == "td"]
+    assert classes == ["text", "number", "text"] * 2
+
+
+def test_line_passes_through_its_points_upwards() -> None:
+    (path,) = lines(draw(plot(Series("a", [(0, 0), (1, 1), (2, 4)]))))
+    x, y = zip(*(map(float, point.split()) for point in re.split("[ML]", path)[1:]), strict=True)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert (y[0] - y[2]) == pytest.approx(4 * (y[0] - y[1]), abs=0.5)
+
+
+def test_log_axis_spaces_powers_of_ten_evenly_and_skips_zero() -> None:
+    svg = draw(plot(Series("a", [(0, 9), (1e15, 1), (1e16, 1), (1e17, 1)]), log_x=True))
+    (path,) = lines(svg)
+    x = [float(point.split()[0]) for point in re.split("[ML]", path)[1:]]
+    assert len(x) == 3
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert {"10¹⁵", "10¹⁶", "10¹⁷"} <= set(texts(svg))
+
+
+def test_line_breaks_where_a_value_is_not_finite() -> None:
+    points = [(0, 1), (1, 1), (2, math.nan), (3, math.inf), (4, 1), (5, 1)]
+    (path,) = lines(draw(plot(Series("a", points))))
+    assert re.sub("[^ML]", "", path) == "MLML"
+
+
+@pytest.mark.parametrize("points", [[], [(0, math.nan)], [(math.inf, 1)]])
+def test_plot_without_finite_points_says_so(points: list[tuple[float, float]]) -> None:
+    assert "title: no finite values" in draw(plot(Series("a", points)))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(3, 7)],
+        [(0, 0), (1, 0)],
+        [(0, 1e-12), (1, 2e-12)],
+        [(0, -5e20), (1, 7e20)],
+        [(0, 0.98123), (1, 0.981231)],
+        [(1e9, 1), (1e9 + 1, 1)],
+        [(0, 1), (0.5, 2), (1, 1e6)],
+    ],
+)
+@pytest.mark.parametrize("log_x", [True, False])
+def test_ticks_differ_and_drawing_stays_inside(
+    points: list[tuple[float, float]], log_x: bool
+) -> None:
+    points = [(x + log_x, y) for x, y in points]
+    svg = draw(plot(Series("a", points), log_x=log_x))
+    root = ElementTree.fromstring(svg)
+    heights = [text.text for text in root.iter("text") if text.get("text-anchor") == "end"][1:]
+    assert len(heights) == len(set(heights)) >= 2
+    for dot in root.iter("circle"):
+        assert 0 <= float(dot.attrib["cx"]) <= 440
+        assert 30 <= float(dot.attrib["cy"]) <= 226.1
+
+
+def test_names_beside_lines_never_overlap() -> None:
+    series = [Series(f"method {index}", [(0, 0), (1, 1 + index / 1000)]) for index in range(6)]
+    root = ElementTree.fromstring(draw(plot(*series)))
+    heights = sorted(float(t.attrib["y"]) for t in root.iter("text") if t.get("class") == "name")
+    assert len(heights) == 6
+    assert min(b - a for a, b in pairwise(heights)) >= 14.9
+    assert heights[-1] <= 270
+
+
+def test_long_series_are_thinned_and_keep_their_last_point() -> None:
+    (path,) = lines(draw(plot(Series("a", [(step, step) for step in range(100_001)]))))
+    (ends,) = lines(draw(plot(Series("a", [(0, 0), (100_000, 100_000)]))))
+    assert 300 <= len(re.findall("[ML]", path)) <= 401
+    assert path.split("L")[-1] == ends.split("L")[-1]
+
+
+def run_with(folder: Path, *steps: object) -> RunFolder:
+    run = RunFolder(folder)
+    run.record.write_text(json.dumps({"schema": 1, "steps": steps}))
+    return run
+
+
+def step(command: str, **figures: object) -> dict[str, object]:
+    return {
+        "command": command,
+        "finished": "2026-01-02T03:04:05+00:00",
+        "options": {"seed": 3, "lr": 0.001, "to": None},
+        "figures": figures,
+        "hashes": {"model.safetensors": "ab" * 32},
+        "versions": {"torch": "2.15.0"},
+        "hardware": {"cpu": "a processor"},
+    }
+
+
+def test_report_of_what_a_run_records(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.add("grow", options={"rank": 4}, figures={"parity": {"max_abs": 1e-7}})
+    page = Page(render(run_report(run)))
+    for words in ("1. grow", "rank 4", "parity: max abs", "1.00×10⁻⁷", "torch"):
+        assert words in page.text
+
+
+def test_every_step_has_its_section_with_figures_and_options(tmp_path: Path) -> None:
+    report = run_report(run_with(tmp_path, step("train", loss=0.25), step("grow", gap={"x": 1})))
+    train, grow, machine, files = report.sections
+    assert train.title == "1. train"
+    assert train.text == "Finished 2026-01-02 03:04:05 UTC.\nOptions: seed 3, lr 0.001."
+    assert train.table == Table(("Figure", "Value"), [("loss", 0.25)])
+    assert grow.table == Table(("Figure", "Value"), [("gap: x", 1)])
+    assert machine.table == Table(("", "All steps"), [("cpu", "a processor"), ("torch", "2.15.0")])
+    assert files.table is not None
+    assert len(files.table.rows) == 2
+
+
+def test_curves_become_plots_of_losses_and_of_scores(tmp_path: Path) -> None:
+    curve = [{"step": n, "loss": 1 / (n + 1), "lr": 0.1} for n in range(3)]
+    scores = [{"step": 2, "top1": 0.5, "val_loss": 1.0}, {"step": 4, "top1": None}]
+    section = run_report(run_with(tmp_path, step("train", curve=curve, scores=scores))).sections[0]
+    drawn = {chart.title: [line.points for line in chart.series] for chart in section.plots}
+    assert drawn == {
+        "curve: loss": [[(0, 1), (1, 0.5), (2, 1 / 3)]],
+        "scores: val loss": [[(2, 1)]],
+        "scores: top1": [[(2, 0.5)]],
+    }
+    assert section.table is None
+
+
+def test_rows_that_are_no_curve_become_a_table(tmp_path: Path) -> None:
+    checks = [{"check": "numbers", "passed": True}, {"check": "speed", "ratio": 1.1}]
+    section = run_report(run_with(tmp_path, step("verify", checks=checks))).sections[1]
+    assert section.title == "1. verify: checks"
+    assert section.table == Table(
+        ["check", "passed", "ratio"], [["numbers", True, None], ["speed", None, 1.1]]
+    )
+
+
+def test_machines_that_differ_get_a_column_each(tmp_path: Path) -> None:
+    other = step("verify") | {"hardware": {"cpu": "another", "gpu": "H200"}}
+    report = run_report(run_with(tmp_path, step("train"), step("grow"), other))
+    (machine,) = [section for section in report.sections if section.title.startswith("Machine")]
+    assert machine.table == Table(
+        ("", "1. train to 2. grow", "3. verify"),
+        [("cpu", "a processor", "another"), ("torch", "2.15.0", "2.15.0"), ("gpu", None, "H200")],
+    )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"command": None, "figures": None, "options": [1], "hashes": "x", "versions": 3},
+        {"command": "train", "figures": {"curve": [], "scores": [{}], "a": {"b": {}}}},
+        {"command": "train", "figures": {"curve": [{"step": "one", "loss": "nan"}]}},
+        {"command": "train", "figures": {"curve": [{"step": 1}], "losses": list(range(99))}},
+        {"command": "train", "figures": {"curve": [{"step": 1, "loss": math.nan}, {"x": [1]}]}},
+        {"command": EVIL, "figures": {EVIL: {EVIL: EVIL}}, "hashes": {EVIL: EVIL}},
+    ],
+)
+def test_odd_steps_still_make_a_page(tmp_path: Path, odd: dict[str, object]) -> None:
+    page = Page(render(run_report(run_with(tmp_path, odd, step("grow", x=1)))))
+    assert page.open == []
+    assert "2. grow" in page.text
+    assert "script" not in page.names()
+
+
+def test_run_without_steps_says_so(tmp_path: Path) -> None:
+    report = run_report(RunFolder(tmp_path / "absent"))
+    assert report.summary == ["No steps yet."]
+    assert report.sections == []

@@ -1,0 +1,186 @@
+"""The ring operator against its dense form: values, gradients, slices, layers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from growkit.core import ring as ring_module
+from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
+from growkit.errors import GrowkitError
+
+sizes = st.fixed_dictionaries({axis: st.integers(1, 4) for axis in AXES})
+rings = st.builds(
+    lambda old, new, ranks, order, seed: (old, new, ranks, "".join(order), seed),
+    sizes,
+    sizes,
+    st.lists(st.integers(1, 3), min_size=4, max_size=4),
+    st.permutations(AXES),
+    st.integers(0, 99),
+)
+
+
+def random_ring(old, new, ranks, order, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ring = RingOperator(old, new, ranks, order, dtype=torch.float64)
+    with torch.no_grad():
+        for core in ring.cores.values():
+            core.normal_(generator=generator)
+    x = torch.randn([old[a] for a in AXES], generator=generator, dtype=torch.float64, requires_grad=True)
+    return ring, x
+
+
+def dense_from_loops(ring, x):
+    """The definition, bond by bond, without einsum paths: sum of Kronecker-like products of four matrices."""
+    total = 0
+    ranks = ring.ranks
+    position = {axis: n for n, axis in enumerate(ring.order)}
+    for p in range(ranks[0]):
+        for q in range(ranks[1]):
+            for r in range(ranks[2]):
+                for s in range(ranks[3]):
+                    bonds = (p, q, r, s)
+                    y = x
+                    for place, axis in enumerate(AXES):
+                        n = position[axis]
+                        matrix = ring.cores[axis][bonds[n], :, :, bonds[(n + 1) % 4]]
+                        y = torch.movedim(torch.movedim(y, place, -1) @ matrix, -1, place)
+                    total = total + y
+    return total
+
+
+@given(rings)
+@settings(max_examples=60, deadline=None)
+def test_ring_equals_its_definition_in_value_and_gradient(case):
+    ring, x = random_ring(*case)
+    expected = dense_from_loops(ring, x)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = [x, *ring.cores.values()]
+    truth = torch.autograd.grad((expected * weight).sum(), inputs)
+    actual = ring(x)
+    got = torch.autograd.grad((actual * weight).sum(), inputs)
+    for a, b in [(actual, expected), *zip(got, truth, strict=True)]:
+        assert (a - b).norm() <= 1e-12 * b.norm().clamp(min=1e-300) + 1e-300
+
+
+@given(rings)
+@settings(max_examples=30, deadline=None)
+def test_dense_operator_contracts_to_the_same(case):
+    ring, x = random_ring(*case)
+    dense = torch.einsum("boli,boliBOLI->BOLI", x, ring.dense())
+    assert torch.allclose(ring(x), dense, rtol=1e-11, atol=1e-11)
+
+
+@given(rings)
+@settings(max_examples=30, deadline=None)
+def test_layer_is_the_slice_of_the_whole(case):
+    ring, x = random_ring(*case)
+    whole = ring(x)
+    for index in range(whole.shape[2]):
+        assert torch.allclose(ring.layer(x, index), whole[:, :, index], rtol=1e-11, atol=1e-11)
+
+
+@given(rings)
+@settings(max_examples=30, deadline=None)
+def test_slicing_changes_neither_value_nor_gradient(case):
+    ring, x = random_ring(*case)
+    whole = ring(x)
+    truth = torch.autograd.grad(whole.square().sum(), list(ring.parameters()))
+    limit = ring_module.SLICE_ELEMENTS
+    ring_module.SLICE_ELEMENTS = 8
+    contraction_plan.cache_clear()
+    try:
+        sliced = ring(x)
+        got = torch.autograd.grad(sliced.square().sum(), list(ring.parameters()))
+    finally:
+        ring_module.SLICE_ELEMENTS = limit
+        contraction_plan.cache_clear()
+    assert torch.allclose(sliced, whole, rtol=1e-11, atol=1e-11)
+    for a, b in zip(got, truth, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+@pytest.mark.parametrize("order", ["BOLI", "BIOL", "LBOI"])
+def test_deit_small_to_base_costs_the_cheapest_order_in_bounded_memory(rank, order):
+    old, new = {"B": 12, "O": 384, "L": 12, "I": 384}, {"B": 12, "O": 768, "L": 12, "I": 768}
+    with torch.device("meta"):
+        ring = RingOperator(old, new, [rank] * 4, order)
+    x = tuple(old[axis] for axis in AXES)
+    shapes = tuple(tuple(ring.cores[axis].shape) for axis in order)
+    _, cheapest, _ = cheapest_path(ring.equation, x, shapes)
+    plan = contraction_plan(ring.equation, x, shapes, order)
+    assert plan.flops <= 1.05 * cheapest
+    assert plan.largest_elements <= ring_module.SLICE_ELEMENTS
+
+
+def test_cheapest_order_costs_what_was_published():
+    # growth-methods: opt_einsum's optimum for DeiT-S -> DeiT-B, one forward application, in GFLOP.
+    for rank, gflop in [(1, 99), (2, 408), (4, 1696), (8, 7306)]:
+        x = (12, 384, 12, 384)
+        cores = ((rank, 12, 12, rank), (rank, 384, 768, rank), (rank, 12, 12, rank), (rank, 384, 768, rank))
+        _, flops, _ = cheapest_path("boli,pbBq,qoOr,rlLs,siIp->BOLI", x, cores)
+        assert round(flops / 1e9) == gflop
+
+
+@given(rings, st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_lossless_ring_is_the_sum_of_its_paths(case, count):
+    old, new, ranks, order, seed = case
+    ranks = [rank + count - 1 for rank in ranks]
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(axis):
+        return torch.randn(new[axis], old[axis], generator=generator, dtype=torch.float64)
+
+    paths = [{axis: matrix(axis) for axis in AXES} for _ in range(count)]
+    ring = RingOperator.lossless(paths, ranks, order, noise=1.0, generator=generator)
+    x = torch.randn([old[a] for a in AXES], generator=generator, dtype=torch.float64)
+    expected = sum(
+        torch.einsum("boli,Bb,Oo,Ll,Ii->BOLI", x, *(path[a] for a in AXES)) for path in paths
+    )
+    assert torch.allclose(ring(x), expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():  # where silent bonds are left out
+        assert torch.allclose(ring(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["BOLI", "BIOL"])
+def test_extra_ring_slices_receive_gradient(order):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {axis: 3 for axis in AXES}
+    path = {axis: torch.eye(3, dtype=torch.float64) for axis in AXES}
+    ring = RingOperator.lossless([path], [3, 2, 4, 2], order, noise=1.0, generator=generator)
+    x = torch.randn([sizes[a] for a in AXES], generator=generator, dtype=torch.float64)
+    ring(x).square().sum().backward()
+    for core in ring.cores.values():
+        assert core.grad[0, :, :, 0].abs().max() > 0
+        assert (core.grad[1:, :, :, 0].flatten(1).abs().amax(1) > 0).all()  # the zeros that are entered
+    with torch.no_grad():
+        for core in ring.cores.values():
+            core -= 0.01 * core.grad
+    ring.zero_grad()
+    ring(x).square().sum().backward()
+    for core in ring.cores.values():  # one step later every slice of every core is alive
+        assert (core.grad.abs().amax(dim=(1, 2)) > 0).all()
+
+
+def test_dead_bonds_are_left_out_only_where_they_are_silent():
+    ring, x = random_ring({a: 3 for a in AXES}, {a: 2 for a in AXES}, [3, 2, 3, 2], "BOLI", 0)
+    with torch.no_grad():
+        ring.cores["O"][1] = 0  # bond in front of O: only index 1 falls silent
+        whole = torch.einsum("boli,boliBOLI->BOLI", x, ring.dense())
+        assert torch.allclose(ring(x), whole)
+        ring.cores["L"].zero_()
+        assert ring(x).abs().max() == 0
+
+
+@pytest.mark.parametrize("order", ["BOL", "BOLL", "BOLIX", "boli"])
+def test_a_wrong_ring_order_is_refused(order):
+    with pytest.raises(GrowkitError, match="ring order"):
+        RingOperator({a: 2 for a in AXES}, {a: 2 for a in AXES}, [1] * 4, order)
+
+
+@pytest.mark.parametrize("ranks", [[1, 1, 1], [1, 1, 1, 0], [2] * 5])
+def test_wrong_ranks_are_refused(ranks):
+    with pytest.raises(GrowkitError, match="ranks"):
+        RingOperator({a: 2 for a in AXES}, {a: 2 for a in AXES}, ranks)

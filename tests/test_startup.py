@@ -1,0 +1,57 @@
+"""`growkit --help` answers without loading what only work needs."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from growkit import __version__
+from growkit_cli.main import app
+
+HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxruntime", "numpy", "sklearn"}
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+RUN = """
+import sys
+sys.argv = ["growkit", *sys.argv[1:]]
+from growkit_cli.main import main
+try:
+    main()
+finally:
+    sys.stderr.write(" ".join(sys.modules))
+"""
+
+
+def run(*arguments: str, program: str = RUN) -> tuple[str, set[str]]:
+    """Standard output of a growkit command, and the heavy modules it loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout, HEAVY & set(done.stderr.split())
+
+
+def test_commands_are_registered() -> None:
+    assert isinstance(app, typer.Typer)
+    assert {"grow", "finetune", "export", "verify", "demo"} <= set(COMMANDS)
+
+
+def test_help_lists_every_command_without_heavy_imports() -> None:
+    output, heavy = run("--help")
+    assert [name for name in COMMANDS if name not in output] == []
+    assert heavy == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_command_loads_nothing_heavy(command: str) -> None:
+    output, heavy = run(command, "--help")
+    assert "Usage" in output
+    assert heavy == set()
+
+
+def test_version_is_printed_without_heavy_imports() -> None:
+    assert run("--version") == (f"{__version__}\n", set())
+
+
+def test_heavy_import_is_found() -> None:
+    program = "import sys, numpy; sys.stderr.write(' '.join(sys.modules))"
+    assert run(program=program) == ("", {"numpy"})

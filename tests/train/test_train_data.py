@@ -1,0 +1,262 @@
+"""Batches that depend on seed, epoch and image alone; wrong folders, and how they say so."""
+
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
+from train_samples import CONFIG, write_images
+
+from growkit.errors import GrowkitError
+from growkit.train.data import (
+    Data,
+    batches_per_epoch,
+    channel_config,
+    open_data,
+    seeded,
+    train_batches,
+    val_batches,
+)
+from growkit.train.settings import FitSettings
+
+Open = Callable[[FitSettings], Data]
+HARD = FitSettings(batch_size=8, workers=0, aa="rand-m9-mstd0.5", reprob=0.5, color_jitter=0.0)
+
+
+def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
+    """Equal bit for bit, and as many."""
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs
+    )
+
+
+def test_worker_count_does_not_change_the_batches(opened: Open) -> None:
+    none, one, two = (
+        list(train_batches(opened(HARD), replace(HARD, workers=workers), 0, 5))
+        for workers in (0, 1, 2)
+    )
+    assert same(none, one)
+    assert same(none, two)
+
+
+def test_batches_from_the_middle_are_those_of_the_whole_run(opened: Open) -> None:
+    whole = list(train_batches(opened(HARD), HARD, 0, 8))
+    assert same(whole[5:], list(train_batches(opened(HARD), HARD, 5, 8)))
+    assert not same(whole[4:7], list(train_batches(opened(HARD), HARD, 5, 8)))
+
+
+def test_batches_before_the_first_are_not_read() -> None:
+    read: list[int] = []
+
+    class Counting(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            read.append(index)
+            return super().__getitem__(index)
+
+    images = Counting(torch.zeros(40, 1), torch.zeros(40, dtype=torch.long))
+    data = Data(train=images, val=images, classes=[])
+    list(train_batches(data, FitSettings(batch_size=4, workers=0), 7, 9))
+    assert len(read) == 8
+
+
+def test_seed_and_epoch_change_order_and_augmentation(opened: Open) -> None:
+    settings = replace(HARD, batch_size=26)
+    (first, second), (other, _) = (
+        list(train_batches(opened(settings), replace(settings, seed=seed), 0, 2)) for seed in (0, 1)
+    )
+    for batch in (second, other):
+        assert not torch.equal(first[1], batch[1])
+        # the same 26 images, differently augmented: no image of the one is in the other
+        assert all((image != first[0]).flatten(1).any(1).all() for image in batch[0])
+
+
+def test_epoch_holds_each_image_once_and_leaves_out_the_partial_batch() -> None:
+    numbers = torch.arange(11)
+    data = Data(train=TensorDataset(numbers, numbers), val=TensorDataset(numbers), classes=[])
+    settings = FitSettings(batch_size=4, workers=0)
+    assert batches_per_epoch(data, settings) == 2
+    batches = [labels for _, labels in train_batches(data, settings, 0, 4)]
+    epochs = torch.cat(batches[:2]), torch.cat(batches[2:])
+    assert [len(set(epoch.tolist())) for epoch in epochs] == [8, 8]
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_fewer_images_than_a_batch_make_one_batch() -> None:
+    numbers = torch.arange(3)
+    data = Data(train=TensorDataset(numbers, numbers), val=TensorDataset(numbers), classes=[])
+    settings = FitSettings(batch_size=4, workers=0)
+    assert batches_per_epoch(data, settings) == 1
+    batches = [sorted(labels.tolist()) for _, labels in train_batches(data, settings, 0, 2)]
+    assert batches == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_evaluation_sees_every_image_once_without_chance(opened: Open, images: Path) -> None:
+    settings = FitSettings(batch_size=5, workers=0)
+    batches = list(val_batches(opened(settings), settings))
+    assert [len(labels) for _, labels in batches] == [5, 5, 2]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 6 + [1] * 6
+    assert same(batches, list(val_batches(opened(settings), replace(settings, seed=3, workers=1))))
+    # by hand: the shorter side of 9x10 to floor(8 / 0.9) = 8, the middle, (x - mean) / std
+    picture = Image.open(images / "val" / "cat" / "0.png").resize((8, 8), Image.Resampling.BICUBIC)
+    expected = (np.asarray(picture) / 255 - CONFIG["mean"]) / CONFIG["std"]
+    assert np.allclose(batches[0][0][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_reading_batches_changes_no_global_random_state(opened: Open) -> None:
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    list(train_batches(opened(HARD), HARD, 0, 2))
+    list(val_batches(opened(HARD), replace(HARD, workers=1)))
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_seeded_draws_depend_on_all_parts_and_leave_no_trace() -> None:
+    def draw(*parts: int | str) -> tuple[float, float, float]:
+        with seeded(*parts):
+            return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert draw(1, "a", 2) == draw(1, "a", 2)
+    assert len({draw(1, "a", 2), draw(1, "a", 3), draw(1, "b", 2), draw(12, "a")}) == 4
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5", "augmix-m3-w3", "original"])
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 8), (1, 32), (3, 32)])
+def test_augmentation_works_on_small_and_grey_images(
+    images: Path, aa: str | None, channels: int, side: int
+) -> None:
+    settings = replace(HARD, batch_size=26, aa=aa, color_jitter=0.4)
+    config = {**CONFIG, "input_size": (channels, side, side)}
+    data = open_data(str(images), config, settings)
+    for batch, _ in (*train_batches(data, settings, 0, 2), *val_batches(data, settings)):
+        assert batch.shape[1:] == (channels, side, side)
+        assert batch.isfinite().all()
+
+
+def test_grey_images_are_normalised_by_the_mean_of_the_means() -> None:
+    config = channel_config({**CONFIG, "input_size": (1, 8, 8)})
+    assert config["mean"] == (pytest.approx(0.4),)
+    assert config["std"] == (pytest.approx(0.2),)
+    assert channel_config(CONFIG) == CONFIG
+
+
+def test_classes_come_in_label_order_and_opening_reads_no_image(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("class10", "class9"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "broken.jpg").write_bytes(b"not an image")
+    data = open_data(str(tmp_path), CONFIG, HARD)
+    assert data.classes == ["class9", "class10"]
+
+
+def damage(root: Path, what: str) -> None:
+    """Make a good image folder a bad one."""
+    if what == "root":
+        shutil.rmtree(root)
+    elif what in ("train", "val", "val/dog"):
+        shutil.rmtree(root / what)
+    elif what == "empty":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+    elif what == "empty class":
+        (root / "train" / "owl").mkdir()
+    elif what == "loose":
+        shutil.copy(root / "train" / "cat" / "0.png", root / "train" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("root", "^--data {root}: no such folder; give one that holds train/ and val/"),
+        ("train", "^{root}/train: no such folder; put training images in"),
+        ("val", "^{root}/val: no such folder"),
+        ("empty", "^{root}/train: holds no images; put them into one folder per class"),
+        ("empty class", "^{root}/train/owl: holds no images; add some or remove"),
+        ("loose", "^{root}/train/0.png: belongs to no class"),
+        ("val/dog", "^{root}: .* same classes, but val/ has no images of dog"),
+    ],
+)
+def test_wrong_folder_is_named_with_its_remedy(tmp_path: Path, what: str, message: str) -> None:
+    root = tmp_path / "data"
+    write_images(root, "train", ["cat", "dog"], 1)
+    write_images(root, "val", ["cat", "dog"], 1)
+    open_data(str(root), CONFIG, HARD)
+    damage(root, what)
+    with pytest.raises(GrowkitError, match=message.format(root=root)) as caught:
+        open_data(str(root), CONFIG, HARD)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_is_told_apart_by_its_files_not_by_its_place(images: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    identity = open_data(str(images), CONFIG, HARD).identity
+    assert open_data(str(moved), CONFIG, HARD).identity == identity
+    (moved / "train" / "cat" / "0.png").rename(moved / "train" / "cat" / "new.png")
+    assert open_data(str(moved), CONFIG, HARD).identity != identity
+
+
+def write_mnist(root: Path, train: int, test: int) -> None:
+    """MNIST's files, as torchvision keeps them, with grey noise for digits."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", train), ("t10k", test)):
+        pixels = np.random.default_rng(count).integers(0, 255, (count, 28, 28)).astype(np.uint8)
+        head = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        head = struct.pack(">II", 0x801, count)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timm_dataset_string_opens_from_data_dir(tmp_path: Path, channels: int) -> None:
+    write_mnist(tmp_path, 6, 4)
+    settings = replace(HARD, batch_size=4, data_dir=str(tmp_path))
+    config = {**CONFIG, "input_size": (channels, 28, 28)}
+    data = open_data("torch/mnist", config, settings)
+    assert len(data.classes) == 10
+    (batch, labels), *rest = val_batches(data, settings)
+    assert (batch.shape, labels.tolist(), rest) == ((4, channels, 28, 28), [0, 1, 2, 3], [])
+    assert next(train_batches(data, settings, 0, 1))[0].shape == (4, channels, 28, 28)
+    on_train = open_data("torch/mnist", config, replace(settings, val_split="train"))
+    assert sum(len(labels) for _, labels in val_batches(on_train, settings)) == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("torch/mnist", "^--data torch/mnist, split train: Dataset not found.* --dataset-download"),
+        ("torch/mnits", "^--data torch/mnits, split train: Unknown torchvision dataset mnits"),
+        ("tensor/mnist", "^--data tensor/mnist: no such folder"),
+    ],
+)
+def test_timm_dataset_that_does_not_open_says_so_in_a_line(
+    tmp_path: Path, data: str, message: str
+) -> None:
+    with pytest.raises(GrowkitError, match=message) as caught:
+        open_data(data, CONFIG, replace(HARD, data_dir=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[int]:
+            return iter([])
+
+    monkeypatch.setattr("growkit.train.data.create_dataset", lambda *_, **__: Stream())
+    with pytest.raises(GrowkitError, match="a stream cannot be read in a repeatable order"):
+        open_data("wds/imagenet", CONFIG, HARD)

@@ -1,0 +1,409 @@
+"""What fit learns, leaves alone, reports and refuses."""
+
+import json
+import math
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import TensorDataset
+from train_samples import Net
+
+from growkit.errors import GrowkitError
+from growkit.train.data import Data, train_batches, val_batches
+from growkit.train.loop import StepRecord, fit
+from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.settings import FitSettings
+
+Open = Callable[[FitSettings], Data]
+PLAIN = FitSettings(
+    steps=4, batch_size=8, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0, weight_decay=0.0
+)
+
+
+def blobs(count: int = 64, classes: int = 2) -> Data:
+    """Images a linear model can tell apart: their brightness is their class."""
+    labels = torch.arange(count) % classes
+    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = TensorDataset(labels[:, None, None, None] * 2.0 - 1 + 0.5 * noise, labels)
+    return Data(train=images, val=images, classes=[str(name) for name in range(classes)])
+
+
+def scorer(data: Data, settings: FitSettings) -> Callable[[nn.Module], Scores]:
+    return lambda model: evaluate(predictor(model, "cpu"), val_batches(data, settings))
+
+
+def score_table(top1s: list[float], losses: list[float]) -> Callable[[nn.Module], Scores]:
+    """An evaluation that gives one prepared score after the other."""
+    rows = iter(zip(top1s, losses, strict=True))
+    return lambda model: Scores(*(row := next(rows))[:1], 1.0, row[1], 0.0, 1)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_model_learns_what_can_be_learned() -> None:
+    data, settings = blobs(), replace(PLAIN, steps=30, lr=0.02)
+    before = scorer(data, settings)(Net())
+    result = fit(model := Net(), data, settings, evaluate=scorer(data, settings))
+    assert before.top1 < 0.8
+    assert result.best_scores is not None
+    assert result.best_scores.top1 == 1.0
+    assert scorer(data, settings)(model).top1 == 1.0
+    assert (result.steps, result.total, result.interrupted) == (30, 30, False)
+    assert len(result.losses) == 30
+
+
+def test_first_update_is_that_of_plain_torch(opened: Open) -> None:
+    settings = replace(PLAIN, steps=1, weight_decay=0.1, clip_grad=0.5, smoothing=0.1)
+    data, model, other = opened(settings), Net().eval(), Net().train()
+    model.drop.p = other.drop.p = 0.0
+    fit(model, data, settings)
+    decayed = [p for p in other.parameters() if p.requires_grad and p.ndim > 1]
+    spared = [p for p in other.parameters() if p.requires_grad and p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}], lr=0.01
+    )
+    images, labels = next(train_batches(data, settings, 0, 1))
+    LabelSmoothingCrossEntropy(0.1)(other(images), labels).backward()
+    nn.utils.clip_grad_norm_(decayed + spared, 0.5)
+    optimizer.step()
+    for name, value in other.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    "name", ["mixup", "cutmix", "smoothing", "clip_grad", "weight_decay", "lr"]
+)
+def test_each_setting_changes_what_is_learned(name: str) -> None:
+    values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.2, "clip_grad": 0.01}
+    changed = replace(PLAIN, **{name: values.get(name, 0.3)})
+    weights = []
+    for settings in (PLAIN, changed, changed):
+        fit(model := Net(), blobs(), settings)
+        weights.append(model.head.weight)
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch() -> None:
+    images = blobs(16)
+    model, other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), None
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    other.load_state_dict(model.state_dict())
+    small = fit(model, images, replace(PLAIN, steps=1, batch_size=4, grad_accum_steps=4))
+    large = fit(other, images, replace(PLAIN, steps=1, batch_size=16))
+    assert torch.allclose(model[1].weight, other[1].weight, atol=1e-6)
+    assert small.losses == pytest.approx(large.losses, abs=1e-6)
+    assert (small.images_per_step, small.flops_per_step) == (16, large.flops_per_step)
+
+
+def test_learning_rate_rises_in_equal_steps_then_falls_as_a_cosine() -> None:
+    records: list[StepRecord] = []
+    settings = replace(PLAIN, epochs=2.0, steps=None, warmup_epochs=0.5, lr=0.1, min_lr=0.01)
+    fit(Net(), blobs(), settings, on_step=records.append)
+    fall = [0.01 + 0.09 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(12)]
+    assert [r.lr for r in records] == pytest.approx([0.02, 0.04, 0.06, 0.08, *fall])
+    assert [r.epoch for r in records] == [step / 8 for step in range(1, 17)]
+
+
+def test_constant_schedule_keeps_the_learning_rate_and_a_run_warms_up_for_a_twentieth() -> None:
+    records: list[StepRecord] = []
+    settings = replace(PLAIN, steps=40, sched="constant", warmup_epochs=None, lr=0.3)
+    fit(Net(), blobs(), settings, on_step=records.append)
+    assert [r.lr for r in records] == pytest.approx([0.1, 0.2] + [0.3] * 38)
+
+
+def test_frozen_parameters_stay_and_keep_no_gradient() -> None:
+    model, before = Net(), state_of(Net())
+    fit(model, blobs(), replace(PLAIN, weight_decay=0.1))
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    trained = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    assert changed == trained | {
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weights_built_in_the_forward_pass_are_trained_through_it() -> None:
+    class Built(nn.Module):
+        """A classifier whose weight is an operator times a frozen weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.skeleton = nn.Linear(192, 2).requires_grad_(False)
+            self.operator = nn.Parameter(torch.eye(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = {"weight": self.operator @ self.skeleton.weight}
+            return functional_call(self.skeleton, weights, (x.flatten(1),))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Built()
+    before = state_of(model)
+    result = fit(model, blobs(), replace(PLAIN, steps=40, lr=0.3))
+    assert result.losses[-1] < 0.5 * result.losses[0]
+    assert torch.equal(model.skeleton.weight, before["skeleton.weight"])
+    assert not torch.equal(model.operator, before["operator"])
+    # building the weight (2x2x192) is part of the step: one product forward, one back
+    assert result.macs_per_step == 2 * (8 * 192 * 2) + 2 * (2 * 2 * 192)
+
+
+def test_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(GrowkitError, match="every parameter of the model is frozen"):
+        fit(Net().requires_grad_(False), blobs(), PLAIN)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_global_random_state_is_changed(opened: Open, workers: int) -> None:
+    settings = replace(PLAIN, mixup=0.8, cutmix=1.0, model_ema=True, workers=workers)
+    model, data = Net(), opened(settings)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    fit(model, data, settings, evaluate=scorer(data, settings))
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_result_does_not_depend_on_global_random_state(opened: Open) -> None:
+    settings = replace(PLAIN, mixup=0.8)
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        fit(model := Net(), opened(settings), settings)
+        weights.append(model.head.weight)
+    assert torch.equal(*weights)
+    fit(model := Net(), opened(settings), replace(settings, seed=1))
+    assert not torch.equal(model.head.weight, weights[0])
+
+
+def test_best_is_the_highest_top1_then_the_lowest_loss_then_the_first() -> None:
+    kept: list[float] = []
+    result = fit(
+        Net(),
+        blobs(),
+        replace(PLAIN, steps=5, eval_every=1 / 8),
+        evaluate=score_table([0.5, 0.7, 0.7, 0.6, 0.7], [3.0, 2.0, 1.0, 0.1, 1.0]),
+        on_best=lambda model, scores: kept.append(scores.loss),
+    )
+    assert kept == [3.0, 2.0, 1.0]
+    assert (result.best_step, [step for step, _ in result.history]) == (3, [1, 2, 3, 4, 5])
+    assert result.best_scores == result.history[2][1]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.0, [20]), (1.0, [8, 16, 20]), (0.6, [5, 10, 15, 20])]
+)
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(
+    every: float, steps: list[int]
+) -> None:
+    table = score_table([0.5] * 9, [1.0] * 9)
+    result = fit(Net(), blobs(), replace(PLAIN, steps=20, eval_every=every), evaluate=table)
+    assert [step for step, _ in result.history] == steps
+
+
+def test_moving_average_is_what_is_judged_and_kept() -> None:
+    settings = replace(PLAIN, steps=3, model_ema=True, model_ema_decay=0.9, eval_every=0.0)
+    seen: list[nn.Module] = []
+    weights: list[Tensor] = []
+
+    def judge(model: nn.Module) -> Scores:
+        seen.append(model)
+        return Scores(1.0, 1.0, 0.0, 0.0, 1)
+
+    model = Net()
+    fit(
+        model,
+        blobs(),
+        settings,
+        evaluate=judge,
+        on_step=lambda record: weights.append(model.head.weight.detach().clone()),
+        on_best=lambda best, _: seen.append(best),
+    )
+    average = weights[0]  # timm: the first update is copied, then 1 - (1 + t) ** (-2 / 3)
+    for t, new in enumerate(weights[1:], start=1):
+        decay = min(0.9, 1 - (1 + t) ** (-2 / 3))
+        average = decay * average + (1 - decay) * new
+    assert seen[0] is seen[1] is not model
+    assert torch.allclose(seen[0].head.weight, average, atol=1e-6)
+    assert not torch.allclose(model.head.weight, average, atol=1e-6)
+
+
+def test_moving_average_without_evaluation_is_refused() -> None:
+    with pytest.raises(GrowkitError, match="--model-ema needs data to evaluate on"):
+        fit(Net(), blobs(), replace(PLAIN, model_ema=True))
+
+
+def test_metrics_file_holds_the_records(tmp_path: Path) -> None:
+    records: list[StepRecord] = []
+    data, settings = blobs(), replace(PLAIN, steps=10, log_every=3)
+    judge = scorer(data, settings)
+    result = fit(Net(), data, settings, folder=tmp_path, evaluate=judge, on_step=records.append)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [asdict(record) for record in records]
+    assert [line["step"] for line in lines] == [3, 6, 8, 9, 10]
+    assert [line["scores"] is not None for line in lines] == [False, False, True, False, True]
+    assert [line["loss"] for line in lines] == [result.losses[line["step"] - 1] for line in lines]
+    assert all(line["images_per_second"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM"])
+def test_interrupt_ends_after_the_update_and_keeps_what_was_learned(
+    tmp_path: Path, how: str
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def interrupt(record: StepRecord) -> None:
+        if record.step == 3:
+            if how == "raise":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), getattr(signal, how))
+
+    model = Net()
+    result = fit(model, blobs(), replace(PLAIN, steps=9), folder=tmp_path, on_step=interrupt)
+    assert (result.steps, result.total, result.interrupted) == (3, 9, True)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["step"] == len(saved["losses"]) == 3
+    assert torch.equal(saved["training"]["model"]["head.weight"], model.head.weight)
+    fit(other := Net(), blobs(), replace(PLAIN, steps=9))
+    assert not torch.equal(other.head.weight, model.head.weight)
+
+
+def test_signal_during_an_update_lets_it_finish(tmp_path: Path) -> None:
+    class Signalling(Net):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            if self.calls == 3:  # the first counts FLOPs
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x)
+
+    result = fit(Signalling(), blobs(), replace(PLAIN, log_every=50), folder=tmp_path)
+    assert (result.steps, result.interrupted, len(result.losses)) == (2, True, 2)
+
+
+def test_second_signal_stops_at_once() -> None:
+    class Impatient(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if signal.getsignal(signal.SIGINT) is not before:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Impatient(), blobs(), PLAIN)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Exploding(Net):
+    """Gives nan from its fourth training pass on, the one that counts FLOPs included."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(x) * (math.nan if self.passes > 3 else 1)
+
+
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    tmp_path: Path, log_every: int
+) -> None:
+    settings = replace(PLAIN, steps=9, save_seconds=0.0, log_every=log_every)
+    message = f"^the loss is nan at update 3; try a lower --lr.*update 2 is in {tmp_path}$"
+    with pytest.raises(GrowkitError, match=message):
+        fit(Exploding(), blobs(), settings, folder=tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["training"]["model"].values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_learns_and_leaves_float32_weights(precision: str) -> None:
+    dtypes: set[torch.dtype] = set()
+    model = Net()
+    model.head.register_forward_hook(lambda *inputs: dtypes.add(inputs[2].dtype))
+    settings = replace(PLAIN, steps=30, lr=0.02, precision=precision)
+    result = fit(model, blobs(), settings)
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert result.losses[-1] < 0.5 * result.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "message"),
+    [
+        ({}, 3, "the data has 3 classes but the model has 2 outputs"),
+        ({"mixup": 0.5, "batch_size": 7}, 2, "7 is odd; set --batch-size 6"),
+        ({"warmup_epochs": 1.0}, 2, r"--warmup-epochs 1.0 \(8 updates\) must be shorter"),
+        ({"opt": "sdg"}, 2, "--opt sdg: not an optimizer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_a_line(
+    changes: dict[str, object], classes: int, message: str
+) -> None:
+    with pytest.raises(GrowkitError, match=message) as caught:
+        fit(Net(), blobs(classes=classes), replace(PLAIN, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_label_beyond_the_outputs_is_refused_where_classes_have_no_names() -> None:
+    data = replace(blobs(classes=3), classes=[])
+    with pytest.raises(GrowkitError, match="but the model has 2 outputs"):
+        fit(Net(), data, PLAIN)
+
+
+def test_tensorboard_files_hold_losses_and_scores(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    data, settings = blobs(), replace(PLAIN, tensorboard=True)
+    judge = scorer(data, settings)
+    result = fit(Net(), data, settings, folder=tmp_path, evaluate=judge)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx(result.losses, rel=1e-6)
+    assert events.Scalars("val/top1")[0].step == 4
+
+
+def test_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(GrowkitError, match=r"pip install 'growkit\[tensorboard\]'"):
+        fit(Net(), blobs(), replace(PLAIN, tensorboard=True), folder=tmp_path)
+
+
+def test_timm_vit_with_drop_path_trains_on_grey_digits() -> None:
+    digits = TensorDataset(torch.rand(16, 1, 8, 8), torch.arange(16) % 4)
+    data = Data(train=digits, val=digits, classes=list("abcd"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=8,
+            patch_size=4,
+            in_chans=1,
+            embed_dim=24,
+            depth=2,
+            num_classes=4,
+            drop_path_rate=0.2,
+        )
+    result = fit(model, data, replace(PLAIN, steps=12, batch_size=16, model_ema=False))
+    assert result.losses[-1] < result.losses[0]
+    assert result.flops_per_step == 2 * result.macs_per_step > 0

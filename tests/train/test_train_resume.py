@@ -1,0 +1,267 @@
+"""A run that was stopped anywhere and resumed ends bit for bit where the unbroken one does."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from train_samples import CONFIG, Net, write_images
+
+from growkit.errors import GrowkitError
+from growkit.train.data import Data, open_data, val_batches
+from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.resume import load_trainable, trainable_state
+from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.settings import FitSettings
+
+Open = Callable[[FitSettings], Data]
+
+# everything random or averaged at once: 26 images, 3 batches an epoch, 1.5 updates an epoch
+ALL_ON = FitSettings(
+    steps=9,
+    batch_size=8,
+    grad_accum_steps=2,
+    lr=0.01,
+    weight_decay=0.1,
+    smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    aa="rand-m9-mstd0.5",
+    reprob=0.3,
+    model_ema=True,
+    model_ema_decay=0.9,
+    eval_every=1.3,
+    log_every=2,
+    save_seconds=0.0,
+    workers=0,
+)
+
+
+class KilledError(Exception):
+    """Stands for a killed process: nothing of fit runs after it, not even saving."""
+
+
+class Run:
+    """Runs of fit into one folder, and what they left."""
+
+    def __init__(self, folder: Path, data: Data):
+        self.folder, self.data, self.model = folder, data, Net()
+        self.best: dict[str, Tensor] = {}
+
+    def fit(self, settings: FitSettings, *, kill_at: int | None = None, **more: Any) -> FitResult:
+        self.model = Net()
+        if kill_at is not None:
+            killing = self.model.head.register_forward_pre_hook(Kill(kill_at, settings))
+        try:
+            return fit(
+                self.model,
+                self.data,
+                settings,
+                folder=self.folder,
+                evaluate=self.judge,
+                on_best=self.keep,
+                **more,
+            )
+        finally:
+            if kill_at is not None:
+                killing.remove()
+
+    def judge(self, model: nn.Module) -> Scores:
+        return evaluate(predictor(model, "cpu"), val_batches(self.data, ALL_ON))
+
+    def keep(self, model: nn.Module, scores: Scores) -> None:
+        self.best = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "images_per_second": 0} for line in lines]
+
+
+class Kill:
+    """Raises KilledError in the second batch of update `step`."""
+
+    def __init__(self, step: int, settings: FitSettings):
+        self.left = 1 + step * settings.grad_accum_steps  # one more pass counts FLOPs
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            self.left -= 1
+            if self.left == 0:
+                raise KilledError
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, opened: Open) -> tuple[Run, FitResult]:
+    """A run that nobody stopped."""
+    run = Run(tmp_path_factory.mktemp("unbroken"), opened(ALL_ON))
+    return run, run.fit(ALL_ON)
+
+
+def without_times(result: FitResult) -> FitResult:
+    return replace(result, seconds=0.0, images_per_second=0.0)
+
+
+@pytest.mark.parametrize("kill_at", [2, 3, 5, 9])
+def test_killed_and_resumed_run_ends_where_the_unbroken_one_does(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open, kill_at: int
+) -> None:
+    whole, expected = unbroken
+    run = Run(tmp_path / "killed", opened(ALL_ON))
+    with pytest.raises(KilledError):
+        run.fit(ALL_ON, kill_at=kill_at)
+    workers = replace(ALL_ON, workers=kill_at % 2)  # readers may change, the result may not
+    result = run.fit(workers, resume=True)
+    assert same(run.model.state_dict(), whole.model.state_dict())
+    assert same(run.best, whole.best)
+    assert run.metrics() == whole.metrics()
+    assert without_times(result) == without_times(expected)
+    ends = (torch.load(r.folder / "state.pt", weights_only=True)["training"] for r in (run, whole))
+    first, second = ends
+    assert same(first["ema"], second["ema"])
+    assert str(first["optimizer"]) == str(second["optimizer"])
+
+
+def test_interrupted_run_resumes_to_the_same_end_and_metrics(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+) -> None:
+    whole, expected = unbroken
+    run = Run(tmp_path / "interrupted", opened(ALL_ON))
+
+    def interrupt(record: StepRecord) -> None:
+        raise KeyboardInterrupt
+
+    slow = replace(ALL_ON, save_seconds=1e9)
+    parts = [run.fit(slow, on_step=interrupt)]
+    while parts[-1].interrupted:
+        parts.append(run.fit(slow, on_step=interrupt, resume=True))
+    assert len(parts) > 3
+    assert same(run.model.state_dict(), whole.model.state_dict())
+    assert run.metrics() == whole.metrics()
+    assert without_times(parts[-1]) == without_times(expected)
+
+
+def test_run_without_the_saved_average_or_optimizer_would_end_elsewhere(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+) -> None:
+    whole, _ = unbroken
+    for lost in ("optimizer", "ema", "model"):
+        run = Run(tmp_path / lost, opened(ALL_ON))
+        with pytest.raises(KilledError):
+            run.fit(ALL_ON, kill_at=5)
+        state = torch.load(run.folder / "state.pt", weights_only=True)
+        if lost == "optimizer":
+            state["training"]["optimizer"]["state"] = {}
+        else:
+            state["training"][lost] = trainable_state(Net())
+        torch.save(state, run.folder / "state.pt")
+        run.fit(ALL_ON, resume=True)
+        judged = "ema" if lost == "ema" else "model"
+        ends = [
+            torch.load(r.folder / "state.pt", weights_only=True)["training"][judged]
+            for r in (run, whole)
+        ]
+        assert not same(*ends), lost
+
+
+def test_finished_run_resumes_to_its_own_result(unbroken: tuple[Run, FitResult]) -> None:
+    whole, expected = unbroken
+    run = Run(whole.folder, whole.data)
+    assert without_times(run.fit(ALL_ON, resume=True)) == without_times(expected)
+
+
+def test_state_holds_trained_parameters_and_buffers_but_no_frozen_weights() -> None:
+    assert trainable_state(Net()).keys() == {
+        *("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"),
+        *("norm.num_batches_tracked", "head.weight", "head.bias"),
+    }
+
+
+@pytest.mark.parametrize("change", ["name", "shape"])
+def test_state_of_another_model_is_refused(change: str) -> None:
+    state = trainable_state(Net())
+    value = state.pop("head.bias")
+    state["head.bias" if change == "shape" else "tail.bias"] = torch.cat([value, value])
+    with pytest.raises(GrowkitError, match=r"of another model \(head.bias differs\)"):
+        load_trainable(Net(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.02}, "started with lr 0.01, not 0.02"),
+        ({"steps": 10}, "started with steps 9, not 10"),
+        ({"seed": 4}, "started with seed 0, not 4"),
+        ({"aa": None}, "started with aa rand-m9-mstd0.5, not None"),
+    ],
+)
+def test_resuming_with_other_settings_names_the_difference(
+    unbroken: tuple[Run, FitResult], changes: dict[str, Any], message: str
+) -> None:
+    run = Run(unbroken[0].folder, unbroken[0].data)
+    before = run.metrics()
+    with pytest.raises(GrowkitError, match=message):
+        run.fit(replace(ALL_ON, **changes), resume=True)
+    assert run.metrics() == before
+
+
+def test_resuming_with_other_data_names_the_difference(
+    unbroken: tuple[Run, FitResult], tmp_path: Path
+) -> None:
+    run = Run(unbroken[0].folder, unbroken[0].data)
+    write_images(tmp_path / "other", "train", ["cat", "dog"], 14)
+    write_images(tmp_path / "other", "val", ["cat", "dog"], 6)
+    run.data = open_data(str(tmp_path / "other"), CONFIG, ALL_ON)
+    with pytest.raises(GrowkitError, match=r"started with files [0-9a-f]{16}, not [0-9a-f]{16};"):
+        run.fit(ALL_ON, resume=True)
+
+
+def test_resuming_without_a_state_is_refused(tmp_path: Path, opened: Open) -> None:
+    with pytest.raises(GrowkitError, match="no state to resume from; start without --resume"):
+        Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 cut off"])
+def test_damaged_state_is_refused(tmp_path: Path, opened: Open, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
+        Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
+
+
+def test_state_that_would_run_code_is_refused(tmp_path: Path, opened: Open) -> None:
+    torch.save({"identity": KilledError}, tmp_path / "state.pt")
+    with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
+        Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
+
+
+def test_new_run_in_the_folder_forgets_the_old_one(tmp_path: Path, opened: Open) -> None:
+    run = Run(tmp_path, opened(ALL_ON))
+    run.fit(ALL_ON)
+    metrics = run.metrics()
+    run.fit(ALL_ON)
+    assert run.metrics() == metrics
+    with pytest.raises(KilledError):
+        run.fit(replace(ALL_ON, save_seconds=1e9), kill_at=1)
+    assert not (run.folder / "state.pt").exists()
+
+
+def test_torn_last_line_of_metrics_is_written_again(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+) -> None:
+    whole, _ = unbroken
+    run = Run(tmp_path / "torn", opened(ALL_ON))
+    with pytest.raises(KilledError):
+        run.fit(ALL_ON, kill_at=6)
+    with (run.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "to')
+    run.fit(ALL_ON, resume=True)
+    assert run.metrics() == whole.metrics()

@@ -1,0 +1,106 @@
+"""Scores against plain numpy, and what evaluate refuses."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+from growkit.train.score import Scores, evaluate, predictor
+
+
+def by_hand(logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """The same scores, image by image, in numpy."""
+    z = np.exp(logits - logits.max(1, keepdims=True))
+    p = z / z.sum(1, keepdims=True)
+    n, rows = len(labels), np.arange(len(labels))
+    ranks = [int((row > row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
+    right, confidence, ece = np.array([r == 0 for r in ranks]), p.max(1), 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            gap = abs(right[inside].mean() - confidence[inside].mean())
+            ece += inside.sum() / n * gap
+    return Scores(
+        top1=float(right.mean()),
+        top5=sum(r < 5 for r in ranks) / n,
+        loss=float(-np.log(p[rows, labels]).mean()),
+        ece=ece,
+        count=n,
+    )
+
+
+def in_batches(labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches whose images are their own numbers, for predictors that look logits up."""
+    return list(zip(torch.arange(len(labels)).split(size), labels.split(size), strict=True))
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), st.integers(1, 40), st.integers(1, 9))
+def test_scores_are_those_of_plain_numpy(seed: int, classes: int, count: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (count, classes))
+    labels = rng.integers(0, classes, count)
+    table = torch.from_numpy(logits)
+    scores = evaluate(lambda which: table[which], in_batches(torch.from_numpy(labels), size))
+    expected = by_hand(logits, labels)
+    assert scores.count == expected.count
+    for name in ("top1", "top5", "loss", "ece"):
+        assert getattr(scores, name) == pytest.approx(getattr(expected, name), abs=1e-12), name
+
+
+def test_sure_and_always_wrong_is_the_worst_calibration() -> None:
+    labels = torch.zeros(4, dtype=torch.long)
+    scores = evaluate(lambda which: torch.tensor([[0.0, 99.0]]).expand(4, 2), [(labels, labels)])
+    assert (scores.top1, scores.ece) == (0.0, pytest.approx(1.0))
+
+
+def test_sure_and_always_right_is_the_best_calibration() -> None:
+    labels = torch.ones(4, dtype=torch.long)
+    scores = evaluate(lambda which: torch.tensor([[0.0, 99.0]]).expand(4, 2), [(labels, labels)])
+    assert (scores.top1, scores.ece) == (1.0, pytest.approx(0.0))
+
+
+def test_progress_counts_images() -> None:
+    seen: list[int] = []
+    labels = torch.zeros(7, dtype=torch.long)
+    evaluate(lambda which: torch.zeros(len(which), 2), in_batches(labels, 3), progress=seen.append)
+    assert seen == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        ([[0.0, float("nan")]], [0], "outputs are not finite"),
+        ([[0.0, 1.0]], [2], "has 2 outputs"),
+        ([[0.0, 1.0]], [-1], "from -1 to -1"),
+    ],
+)
+def test_scores_that_would_mean_nothing_are_refused(
+    logits: list[list[float]], labels: list[int], message: str
+) -> None:
+    batch = (torch.zeros(1), torch.tensor(labels))
+    with pytest.raises(GrowkitError, match=message):
+        evaluate(lambda images: torch.tensor(logits), [batch])
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(GrowkitError, match="no images"):
+        evaluate(lambda images: images, [])
+
+
+def test_predictor_evaluates_without_dropout_and_gives_modes_back() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).train()
+    model[1].eval()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model[1](x)
+    assert torch.equal(predictor(model, "cpu")(x), expected)
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_predictor_runs_in_the_precision_asked_for() -> None:
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
+    assert predictor(model, "cpu", "bf16")(x).dtype is torch.bfloat16
+    assert predictor(model, "cpu", "auto")(x).dtype is torch.float32
