@@ -175,10 +175,11 @@ def test_mango_equals_the_formula_written_in_numpy():
             core.normal_(generator=generator)
     weights = source.split(randomised(source).state_dict())
     cores = {axis: core.detach().numpy() for axis, core in mango.ring.cores.items()}
-    x = pack(weights).numpy()
-    y = np.einsum(
-        "boli,pbBq,qoOr,rlLs,siIp->BOLI", x, *(cores[axis] for axis in "BOLI"), optimize=True
-    )
+    # boli,pbBq,qoOr,rlLs,siIp->BOLI, one core at a time
+    y = np.einsum("boli,siIp->bolsIp", pack(weights).numpy(), cores["I"])
+    y = np.einsum("bolsIp,rlLs->borLIp", y, cores["L"])
+    y = np.einsum("borLIp,pbBq->orLIBq", y, cores["B"])
+    y = np.einsum("orLIBq,qoOr->BOLI", y, cores["O"])
     grown = mango(weights)
     ratio = 3
     for slot, index in {"q": 0, "k": 1, "v": 2, "o": 3}.items():
