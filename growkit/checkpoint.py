@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from growkit.errors import GrowkitError
 from growkit.files import read_json, sha256_of, write_json
 
-WEIGHTS, CONFIG, HISTORY, OPERATOR = "model.safetensors", "config.json", "growkit.json", "operator.safetensors"
+WEIGHTS, CONFIG, HISTORY, OPERATOR = (
+    "model.safetensors",
+    "config.json",
+    "growkit.json",
+    "operator.safetensors",
+)
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
 # What a model expects of its images; it goes with the weights, from the source to the grown model.

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -51,7 +52,7 @@ class GrownModel(nn.Module):
         return functional_call(self._skeleton[0], self.weights(), args, kwargs)
 
     @torch.no_grad()
-    def materialize(self) -> nn.Module:
+    def materialize(self) -> VisionTransformer:
         """A plain target network in eval mode with the grown weights, all trainable, on the method's device."""
         model = build(self.target.name, self.target.arguments, device="meta")
         weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.weights().items()}
@@ -72,7 +73,7 @@ def grow(source: Architecture, target: Architecture, state: StateDict, settings:
 
 
 @torch.no_grad()
-def lossless_gap(source: nn.Module, grown: nn.Module, *, seed: int, images: int = 4) -> float:
+def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: int, images: int = 4) -> float:
     """Largest absolute difference of the two networks' logits on `images` standard-normal inputs.
 
     Both are used in eval mode, on the device and in the precision of their own parameters.

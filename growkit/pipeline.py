@@ -66,7 +66,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise GrowkitError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise GrowkitError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works")
+        raise GrowkitError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works"
+        )
     return device
 
 
@@ -122,7 +124,13 @@ def grow_model(
             say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
         del small, model
         fitted = fit(
-            grown, opened, operator, device=chosen, folder=run.path / "operator", resume=resume, on_step=watch
+            grown,
+            opened,
+            operator,
+            device=chosen,
+            folder=run.path / "operator",
+            resume=resume,
+            on_step=watch,
         )
         model = grown.materialize()
         scores["operator"] = score(model, opened, operator, chosen)
@@ -150,12 +158,18 @@ def grow_model(
     )
     run.add(
         "grow",
-        options={"source": source.path, "to": to, "set": list(sets), "data": data, **asdict(settings)},
+        options={
+            "source": source.path,
+            "to": to,
+            "set": list(sets),
+            "data": data,
+            **asdict(settings),
+        },
         figures={
             "step0_gap": gap,
             "parameters": result.parameters,
             "operator_parameters": operator_parameters,
-            "operator": history["operator"],
+            "operator": _told(history["operator"]),
             "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
         },
         hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
@@ -187,9 +201,7 @@ def train_model(
     draft = fresh(name, sets, ["?"], seed=settings.seed)
     opened = open_data(data, draft.preprocessing, settings)
     source = fresh(name, sets, _labels(opened, draft), seed=settings.seed)
-    return _fit_into(
-        run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch
-    )
+    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch)
 
 
 def finetune_model(
@@ -210,7 +222,18 @@ def finetune_model(
     for note in adapted.notes[len(source.notes) :]:
         say(note)
     return _fit_into(
-        run, "finetune", run.finetuned, adapted, opened, settings, data, device, force, resume, say, watch
+        run,
+        "finetune",
+        run.finetuned,
+        adapted,
+        opened,
+        settings,
+        data,
+        device,
+        force,
+        resume,
+        say,
+        watch,
     )
 
 
@@ -266,7 +289,7 @@ def _fit_into(
     run.add(
         command,
         options={"model": source.path, "data": data, **asdict(settings)},
-        figures={"start": asdict(start) if start else None, **(_fit_figures(fitted, settings) or {})},
+        figures={"start": asdict(start) if start else None, **(_told(final["fit"]) or {})},
         hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
     )
     return Trained(folder, fitted, start)
@@ -324,14 +347,22 @@ def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict
     }
 
 
+def _told(fit: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a fit the run's record holds: the options stand there already, and a curve needs few points."""
+    if fit is None:
+        return None
+    every = -(-len(fit["losses"]) // 200) or 1
+    curve = [{"step": step, "loss": loss} for step, loss in enumerate(fit["losses"], 1) if step % every == 0]
+    rest = {name: value for name, value in fit.items() if name not in ("losses", "settings")}
+    return {**rest, "training": curve}
+
+
 def _write(folder: Path, model: nn.Module, source: Source, history: dict[str, Any]) -> None:
     write_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
 
 
 def _replace(folder: Path, model: nn.Module, source: Source, history: dict[str, Any]) -> None:
     replace_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
-
-
 
 
 def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str) -> Scores:

@@ -59,7 +59,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     """
     target, notes = find_target(source.architecture, to, sets)
     small = source.model()
-    ranks = []
+    ranks: list[RankCost] = []
     for rank in RANKS:
         grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
         assert isinstance(grown.method, Mango)
@@ -94,9 +94,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     )
 
 
-def _ring_shapes(
-    source: Architecture, method: Mango
-) -> tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...]]:
+def _ring_shapes(source: Architecture, method: Mango) -> tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...]]:
     """Shape of the packed source (B, O, L, I) and of the cores in ring order."""
     width, layers = source.spaces["embed"].size, source.spaces["blocks"].size
     cores = tuple(tuple(method.ring.cores[axis].shape) for axis in method.ring.order)

@@ -44,9 +44,7 @@ class RunFolder:
         for stage in (self.finetuned, self.grown, self.trained):
             if (stage / "model.safetensors").exists():
                 return stage
-        raise GrowkitError(
-            f"{self.path} holds no model yet; run `growkit grow` first, or name a model or --run"
-        )
+        raise GrowkitError(f"{self.path} holds no model yet; run `growkit grow` first, or name a model or --run")
 
     def startable(self) -> Path:
         """The model folder that fine-tuning starts from: grown, else trained.
@@ -57,9 +55,7 @@ class RunFolder:
         for stage in (self.grown, self.trained):
             if (stage / "model.safetensors").exists():
                 return stage
-        raise GrowkitError(
-            f"{self.path} holds no grown model; run `growkit grow` first, or name a model or --run"
-        )
+        raise GrowkitError(f"{self.path} holds no grown model; run `growkit grow` first, or name a model or --run")
 
     def steps(self) -> list[dict[str, Any]]:
         """Every step so far, oldest first; none when the run is new.
@@ -111,9 +107,7 @@ def hardware() -> dict[str, Any]:
     """What the figures were measured on: processor, cores, and the GPU where torch sees one."""
     import torch
 
-    cpus = (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": len(cpus),

@@ -23,5 +23,10 @@ class GrowSettings:
 
 
 # Where training an operator or a grown model differs from training from nothing.
-OPERATOR_DEFAULTS: dict[str, Any] = {"steps": 100, "lr": 1e-4, "weight_decay": 0.0, "eval_every": 0.0}
+OPERATOR_DEFAULTS: dict[str, Any] = {
+    "steps": 100,
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "eval_every": 0.0,
+}
 FINETUNE_DEFAULTS: dict[str, Any] = {"lr": 1e-4}

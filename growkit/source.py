@@ -8,7 +8,8 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
@@ -31,7 +32,7 @@ class Source:
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
     notes: tuple[str, ...]
 
-    def model(self) -> nn.Module:
+    def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
         model = build(self.architecture.name, self.architecture.arguments, device="meta")
         model.load_state_dict({name: tensor.clone() for name, tensor in self.state.items()}, assign=True)
@@ -56,7 +57,9 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
         if isinstance(size := arguments.get("img_size"), list) and len(set(size)) == 1:
             arguments["img_size"] = size[0]
         if from_ or sets:
-            raise GrowkitError(f"{path}: its config.json names the architecture; --from and --set are for bare checkpoints")
+            raise GrowkitError(
+                f"{path}: its config.json names the architecture; --from and --set are for bare checkpoints"
+            )
         architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
         architecture.check(checkpoint.state)
         given = {k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k in PREPROCESSING}
@@ -92,7 +95,11 @@ def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
     architecture = find(source.architecture.name, {**source.architecture.arguments, "num_classes": len(labels)})
     note = f"the source has {count} classes, the data {len(labels)}: a new head starts from nothing"
     return replace(
-        source, architecture=architecture, state=model.state_dict(), labels=tuple(labels), notes=(*source.notes, note)
+        source,
+        architecture=architecture,
+        state=model.state_dict(),
+        labels=tuple(labels),
+        notes=(*source.notes, note),
     )
 
 
@@ -118,14 +125,23 @@ def _load_timm(path: str) -> Source:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
     config = {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING}
-    return Source(path, architecture, model.state_dict(), "", _preprocessing(architecture, config), None, None, ())
+    return Source(
+        path,
+        architecture,
+        model.state_dict(),
+        "",
+        _preprocessing(architecture, config),
+        None,
+        None,
+        (),
+    )
 
 
 def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[str, Any]:
     """timm's data config of the architecture with `given` on top; small images are not cropped."""
     model = build(architecture.name, architecture.arguments, device="meta")
     config = {**resolve_model_data_config(model), **given}
-    channels, size, _ = (model.in_chans, *model.patch_embed.img_size)
+    channels, size = model.in_chans, model.patch_embed.img_size[0]
     config["input_size"] = (channels, size, size)
     if not given and size < 64:
         config["crop_pct"] = 1.0

@@ -100,9 +100,7 @@ def test_wrong_command_line_is_found(line: str, reason: str) -> None:
     assert reason in (complaint(line) or "")
 
 
-@pytest.mark.parametrize(
-    "line", ["growkit --help", "growkit grow --help", "growkit grow a.pth --to deit_base  # so"]
-)
+@pytest.mark.parametrize("line", ["growkit --help", "growkit grow --help", "growkit grow a.pth --to deit_base  # so"])
 def test_right_command_line_is_accepted(line: str) -> None:
     assert complaint(line) is None
 

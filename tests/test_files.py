@@ -77,9 +77,7 @@ def test_folder_stays_as_it_was_on_error(tmp_path: Path, existed: bool) -> None:
     assert not existed or names_in(path) == ["old"]
 
 
-def test_folder_comes_back_when_the_swap_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model"
     path.mkdir()
     (path / "old").write_text("old")

@@ -17,7 +17,11 @@ from growkit.methods.expand import SpaceMap, expand
 from growkit.methods.mango import Mango, pack, unpack
 from growkit.settings import GrowSettings
 
-SETTINGS = {"rank 1": {"rank": 1}, "rank 2": {"rank": 2}, "rank 4, BIOL": {"rank": 4, "ring_order": "BIOL"}}
+SETTINGS = {
+    "rank 1": {"rank": 1},
+    "rank 2": {"rank": 2},
+    "rank 4, BIOL": {"rank": 4, "ring_order": "BIOL"},
+}
 MATRIX = [
     pytest.param(method, pair, GrowSettings(method=method, **options), id=f"{method}, {pair}, {label}")
     for method in METHODS

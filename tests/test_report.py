@@ -163,9 +163,7 @@ def test_plot_without_finite_points_says_so(points: list[tuple[float, float]]) -
     ],
 )
 @pytest.mark.parametrize("log_x", [True, False])
-def test_ticks_differ_and_drawing_stays_inside(
-    points: list[tuple[float, float]], log_x: bool
-) -> None:
+def test_ticks_differ_and_drawing_stays_inside(points: list[tuple[float, float]], log_x: bool) -> None:
     points = [(x + log_x, y) for x, y in points]
     svg = draw(plot(Series("a", points), log_x=log_x))
     root = ElementTree.fromstring(svg)
@@ -247,9 +245,7 @@ def test_rows_that_are_no_curve_become_a_table(tmp_path: Path) -> None:
     checks = [{"check": "numbers", "passed": True}, {"check": "speed", "ratio": 1.1}]
     section = run_report(run_with(tmp_path, step("verify", checks=checks))).sections[1]
     assert section.title == "1. verify: checks"
-    assert section.table == Table(
-        ["check", "passed", "ratio"], [["numbers", True, None], ["speed", None, 1.1]]
-    )
+    assert section.table == Table(["check", "passed", "ratio"], [["numbers", True, None], ["speed", None, 1.1]])
 
 
 def test_machines_that_differ_get_a_column_each(tmp_path: Path) -> None:

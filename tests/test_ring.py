@@ -118,7 +118,12 @@ def test_cheapest_order_costs_what_was_published():
     # growth-methods: opt_einsum's optimum for DeiT-S -> DeiT-B, one forward application, in GFLOP.
     for rank, gflop in [(1, 99), (2, 408), (4, 1696), (8, 7306)]:
         x = (12, 384, 12, 384)
-        cores = ((rank, 12, 12, rank), (rank, 384, 768, rank), (rank, 12, 12, rank), (rank, 384, 768, rank))
+        cores = (
+            (rank, 12, 12, rank),
+            (rank, 384, 768, rank),
+            (rank, 12, 12, rank),
+            (rank, 384, 768, rank),
+        )
         _, flops, _ = cheapest_path("boli,pbBq,qoOr,rlLs,siIp->BOLI", x, cores)
         assert round(flops / 1e9) == gflop
 
@@ -136,9 +141,7 @@ def test_lossless_ring_is_the_sum_of_its_paths(case, count):
     paths = [{axis: matrix(axis) for axis in AXES} for _ in range(count)]
     ring = RingOperator.lossless(paths, ranks, order, noise=1.0, generator=generator)
     x = torch.randn([old[a] for a in AXES], generator=generator, dtype=torch.float64)
-    expected = sum(
-        torch.einsum("boli,Bb,Oo,Ll,Ii->BOLI", x, *(path[a] for a in AXES)) for path in paths
-    )
+    expected = sum(torch.einsum("boli,Bb,Oo,Ll,Ii->BOLI", x, *(path[a] for a in AXES)) for path in paths)
     assert torch.allclose(ring(x), expected, rtol=1e-10, atol=1e-10)
     with torch.no_grad():  # where silent bonds are left out
         assert torch.allclose(ring(x), expected, rtol=1e-10, atol=1e-10)
@@ -147,7 +150,7 @@ def test_lossless_ring_is_the_sum_of_its_paths(case, count):
 @pytest.mark.parametrize("order", ["BOLI", "BIOL"])
 def test_extra_ring_slices_receive_gradient(order):
     generator = torch.Generator().manual_seed(0)
-    sizes = {axis: 3 for axis in AXES}
+    sizes = dict.fromkeys(AXES, 3)
     path = {axis: torch.eye(3, dtype=torch.float64) for axis in AXES}
     ring = RingOperator.lossless([path], [3, 2, 4, 2], order, noise=1.0, generator=generator)
     x = torch.randn([sizes[a] for a in AXES], generator=generator, dtype=torch.float64)
@@ -165,7 +168,7 @@ def test_extra_ring_slices_receive_gradient(order):
 
 
 def test_dead_bonds_are_left_out_only_where_they_are_silent():
-    ring, x = random_ring({a: 3 for a in AXES}, {a: 2 for a in AXES}, [3, 2, 3, 2], "BOLI", 0)
+    ring, x = random_ring(dict.fromkeys(AXES, 3), dict.fromkeys(AXES, 2), [3, 2, 3, 2], "BOLI", 0)
     with torch.no_grad():
         ring.cores["O"][1] = 0  # bond in front of O: only index 1 falls silent
         whole = torch.einsum("boli,boliBOLI->BOLI", x, ring.dense())
@@ -177,10 +180,10 @@ def test_dead_bonds_are_left_out_only_where_they_are_silent():
 @pytest.mark.parametrize("order", ["BOL", "BOLL", "BOLIX", "boli"])
 def test_a_wrong_ring_order_is_refused(order):
     with pytest.raises(GrowkitError, match="ring order"):
-        RingOperator({a: 2 for a in AXES}, {a: 2 for a in AXES}, [1] * 4, order)
+        RingOperator(dict.fromkeys(AXES, 2), dict.fromkeys(AXES, 2), [1] * 4, order)
 
 
 @pytest.mark.parametrize("ranks", [[1, 1, 1], [1, 1, 1, 0], [2] * 5])
 def test_wrong_ranks_are_refused(ranks):
     with pytest.raises(GrowkitError, match="ranks"):
-        RingOperator({a: 2 for a in AXES}, {a: 2 for a in AXES}, ranks)
+        RingOperator(dict.fromkeys(AXES, 2), dict.fromkeys(AXES, 2), ranks)

@@ -24,9 +24,7 @@ finally:
 
 def run(*arguments: str, program: str = RUN) -> tuple[str, set[str]]:
     """Standard output of a growkit command, and the heavy modules it loaded."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     return done.stdout, HEAVY & set(done.stderr.split())
 
 

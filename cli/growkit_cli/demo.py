@@ -52,19 +52,60 @@ def demo(
 
     here = ("--run", str(run.path))
     data = ("--data", digits)
-    growkit("train", "deit_tiny", *INPUT, *SMALL, *data, "--epochs", "30", "--lr", "2e-3", *AUGMENTATION, *here)
+    growkit(
+        "train",
+        "deit_tiny",
+        *INPUT,
+        *SMALL,
+        *data,
+        "--epochs",
+        "30",
+        "--lr",
+        "2e-3",
+        *AUGMENTATION,
+        *here,
+    )
     growkit("plan", str(run.trained), "--to", "deit_tiny", *LARGE)
-    growkit("grow", str(run.trained), "--to", "deit_tiny", *LARGE, "--rank", "2", *data, *AUGMENTATION, *here)
+    growkit(
+        "grow",
+        str(run.trained),
+        "--to",
+        "deit_tiny",
+        *LARGE,
+        "--rank",
+        "2",
+        *data,
+        *AUGMENTATION,
+        *here,
+    )
     growkit("finetune", *data, "--epochs", "12", *AUGMENTATION, *here)
     growkit("export", "--onnx", *here)
     growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
     console.say("\nThe same bigger model from nothing, for the same compute:")
     steps = str(equal_compute(run))
     beside = ("--run", str(baseline.path))
-    growkit("train", "deit_tiny", *INPUT, *LARGE, *data, "--steps", steps, "--lr", "2e-3", *AUGMENTATION, *beside)
+    growkit(
+        "train",
+        "deit_tiny",
+        *INPUT,
+        *LARGE,
+        *data,
+        "--steps",
+        steps,
+        "--lr",
+        "2e-3",
+        *AUGMENTATION,
+        *beside,
+    )
 
     rows, _ = comparison(run, baseline)
-    console.table("what growing gave, on the validation images", COLUMNS, rows)
+    told = [(name, f"{top1:.1%}", f"{loss:.4f}", f"{tflop:.3f}") for name, top1, loss, tflop in rows]
+    console.table("what growing gave, on the validation images", COLUMNS, told)
     write_report(out / "report.html", demo_report(run, baseline))
     console.say(f"report: {out / 'report.html'} ({time.perf_counter() - began:.0f} s in all)")
-    console.result({"report": out / "report.html", "models": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})
+    console.result(
+        {
+            "report": out / "report.html",
+            "models": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+        }
+    )

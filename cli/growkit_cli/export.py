@@ -54,9 +54,7 @@ def export(
         "history": without_folders(source.history),
     }
     with whole_folder(target) as partial:
-        exported = write_export(
-            source.model(), partial, settings, labels=source.labels, provenance=provenance
-        )
+        exported = write_export(source.model(), partial, settings, labels=source.labels, provenance=provenance)
         console.result(exported.content)
         if not exported.parity.passed:
             for check in exported.parity.failed:

@@ -8,7 +8,18 @@ import typer
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, Device, Force, From, NoEma, Resume, Run, Sets, with_settings
+from growkit_cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Force,
+    From,
+    NoEma,
+    Resume,
+    Run,
+    Sets,
+    with_settings,
+)
 from growkit_cli.progress import ended, watching
 
 
@@ -79,7 +90,11 @@ def grow(
     console.result(
         {
             "folder": grown.folder,
-            "source": {"path": source, "sha256": loaded.sha256, "architecture": loaded.architecture.name},
+            "source": {
+                "path": source,
+                "sha256": loaded.sha256,
+                "architecture": loaded.architecture.name,
+            },
             "target": {"architecture": grown.target.name, "arguments": grown.target.arguments},
             "step0_gap": grown.gap,
             "parameters": grown.parameters,

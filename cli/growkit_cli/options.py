@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,24 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice."
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10."),
+    typer.Option(
+        "--data",
+        help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.",
+    ),
 ]
 NeededData = Annotated[
-    str, typer.Option("--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.")
+    str,
+    typer.Option(
+        "--data",
+        help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.",
+    ),
 ]
 Model = Annotated[
     Path | None,
-    typer.Argument(help="Model folder or checkpoint; the run's furthest stage when left out.", show_default=False),
+    typer.Argument(
+        help="Model folder or checkpoint; the run's furthest stage when left out.",
+        show_default=False,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -33,7 +44,8 @@ Sets = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped or killed.")]
 NoEma = Annotated[
-    bool, typer.Option("--no-ema", help="Take the plain weights of a checkpoint that also holds averaged ones.")
+    bool,
+    typer.Option("--no-ema", help="Take the plain weights of a checkpoint that also holds averaged ones."),
 ]
 From = Annotated[
     str | None,
@@ -46,7 +58,7 @@ def field_docs(settings: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
     docs = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
@@ -58,7 +70,12 @@ def field_docs(settings: type) -> dict[str, str]:
 
 
 def with_settings(
-    settings: type, *, name: str = "settings", panel: str | None = None, skip: tuple[str, ...] = (), **defaults: Any
+    settings: type,
+    *,
+    name: str = "settings",
+    panel: str | None = None,
+    skip: tuple[str, ...] = (),
+    **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of `settings`, collected into its argument `name`.
 

@@ -39,7 +39,11 @@ def plan(
         ("size", "source", "target"),
         [
             *((size.name, size.source, size.target) for size in planned.sizes),
-            ("parameters", f"{planned.parameters[0] / 1e6:,.3g} M", f"{planned.parameters[1] / 1e6:,.3g} M"),
+            (
+                "parameters",
+                f"{planned.parameters[0] / 1e6:,.3g} M",
+                f"{planned.parameters[1] / 1e6:,.3g} M",
+            ),
             (
                 f"GFLOP per update of {batch_size}",
                 f"{planned.flops_per_step[0] / 1e9:,.3g}",
@@ -49,7 +53,15 @@ def plan(
     )
     console.table(
         f"mango, {steps} updates of {batch_size}",
-        ("rank", "operator", "start off by", "GFLOP per update", "x plain target", "slice memory", "= target updates"),
+        (
+            "rank",
+            "operator",
+            "start off by",
+            "GFLOP per update",
+            "x plain target",
+            "slice memory",
+            "= target updates",
+        ),
         [
             (
                 cost.rank,

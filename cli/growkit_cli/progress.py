@@ -38,7 +38,9 @@ def tell_trained(console: Console, trained: "Trained") -> None:
     fitted = trained.fitted
     best = fitted.best_scores
     if best is not None:
-        console.say(f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}")
+        console.say(
+            f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}"
+        )
     console.say(
         f"wrote {trained.folder} after {fitted.steps} updates in {fitted.seconds:.0f} s "
         f"({fitted.images_per_second:.0f} images/s, {fitted.flops_per_step * fitted.steps / 1e12:.2f} TFLOP)"

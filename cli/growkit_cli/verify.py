@@ -30,22 +30,12 @@ def verify(
         ),
     ] = None,
     data: Data = None,
-    data_dir: Annotated[
-        str, typer.Option(help="Folder with the files of a timm dataset.")
-    ] = FitSettings.data_dir,
-    val_split: Annotated[
-        str, typer.Option(help="Split of a timm dataset.")
-    ] = FitSettings.val_split,
-    batch_size: Annotated[
-        int, typer.Option(help="Images per batch of --data.")
-    ] = FitSettings.batch_size,
+    data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
+    val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
+    batch_size: Annotated[int, typer.Option(help="Images per batch of --data.")] = FitSettings.batch_size,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = FitSettings.workers,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail too when the machine was too noisy to tell.")
-    ] = False,
-    junit: Annotated[
-        Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)
-    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail too when the machine was too noisy to tell.")] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
     from_: From = None,
     sets: Sets = None,
     run: Run = Path("run"),
@@ -83,9 +73,7 @@ def verify(
     if data is not None:
         from growkit.train.data import open_data, val_batches
 
-        reading = FitSettings(
-            batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split
-        )
+        reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
         opened = open_data(data, source.preprocessing, reading)
         if source.labels and opened.classes and list(source.labels) != opened.classes:
             raise GrowkitError(

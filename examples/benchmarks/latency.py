@@ -50,9 +50,7 @@ def main() -> None:
         )
     print(f"{arguments.model}, {facts['hardware']}, {latency.threads} threads, {latency.provider}")
     row = "{:14} {:>5} {:>6} {:>16} {:>5} {:>8} {:>8} {:>8}".format
-    print(
-        row("file against", "batch", "ratio", "95 % interval", "pairs", "p50 ms", "p99", "its p50")
-    )
+    print(row("file against", "batch", "ratio", "95 % interval", "pairs", "p50 ms", "p99", "its p50"))
     for c in latency.comparisons:
         times = (c.subject_ms.p50, c.subject_ms.p99, c.baseline_ms.p50)
         interval = f"{c.low:.3f} to {c.high:.3f}"

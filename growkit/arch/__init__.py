@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from growkit.arch import vit
 from growkit.arch.spec import Architecture, StateDict
@@ -67,7 +66,7 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
     return vit.describe(build(name, arguments, device="meta"), name, arguments)
 
 
-def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> nn.Module:
+def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> VisionTransformer:
     """The network with random weights, or none at all on the meta device.
 
     Raises:
@@ -82,7 +81,9 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> nn.Mo
         raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
 
 
-def detect(state: StateDict, *, hint: str = "", name: str | None = None, sets: Sequence[str] = ()) -> tuple[Architecture, str]:
+def detect(
+    state: StateDict, *, hint: str = "", name: str | None = None, sets: Sequence[str] = ()
+) -> tuple[Architecture, str]:
     """The architecture of a checkpoint, and a line that says how it was told.
 
     What the shapes do not show, the head count first of all, comes from `name` (--from), else from a
@@ -115,7 +116,10 @@ def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tup
     for candidate in sorted(timm.list_models("vit_*") + timm.list_models("deit_*"), key=len, reverse=True):
         if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
             model = build(candidate, {}, device="meta")
-            if type(model) is VisionTransformer and (model.embed_dim, len(model.blocks)) == (embed, depth):
+            if type(model) is VisionTransformer and (model.embed_dim, len(model.blocks)) == (
+                embed,
+                depth,
+            ):
                 return candidate, f"{candidate}, from the file's name"
     if fitting:
         return fitting[0], f"{fitting[0]}, from its shapes; 64-wide heads assumed (--from says otherwise)"
@@ -130,9 +134,8 @@ def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tup
     )
 
 
-def _argument(model: nn.Module, key: str) -> Any:
+def _argument(model: VisionTransformer, key: str) -> Any:
     """The value of a constructor argument, read off a built VisionTransformer."""
-    assert isinstance(model, VisionTransformer)
     sizes = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),

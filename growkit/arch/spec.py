@@ -62,7 +62,9 @@ class Architecture:
         missing = [name for name in self.shapes if name not in state]
         unknown = [name for name in state if name not in self.shapes]
         if missing or unknown:
-            parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+            parts = [
+                f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names
+            ]
             raise GrowkitError(f"weights do not fit {self.name}: {'; '.join(parts)}; --from names another architecture")
         for name, shape in self.shapes.items():
             if tuple(state[name].shape) != shape:

@@ -5,7 +5,6 @@ from math import isqrt
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from growkit.arch.spec import Architecture, Space, StateDict, conv, linear, norm, table
 from growkit.errors import GrowkitError
@@ -49,7 +48,7 @@ INPUT_ARGUMENTS = (
 )
 
 
-def describe(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> Architecture:
+def describe(model: VisionTransformer, name: str, arguments: Mapping[str, Any]) -> Architecture:
     """The table of a timm network (its parameters may be on the meta device).
 
     Raises:
@@ -74,9 +73,8 @@ def describe(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> Archi
     return Architecture(name, dict(arguments), spaces, rows, shapes)
 
 
-def input_arguments(model: nn.Module) -> dict[str, Any]:
+def input_arguments(model: VisionTransformer) -> dict[str, Any]:
     """The arguments of a VisionTransformer that growing leaves alone, as this network has them."""
-    assert isinstance(model, VisionTransformer)
     prefix = model.pos_embed is not None and model.pos_embed.shape[1] > model.patch_embed.num_patches
     return {
         "img_size": model.patch_embed.img_size[0],
@@ -100,7 +98,12 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
     for token in ("dist_token", "head_dist.weight"):
         if token in state:
             raise GrowkitError(f"the weights hold {token}: a distilled DeiT; use the plain model of the same size")
-    needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "head.weight")
+    needed = (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+        "head.weight",
+    )
     if missing := [key for key in needed if key not in state]:
         raise GrowkitError(f"no ViT or DeiT: the weights lack {', '.join(missing)}")
     embed, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
@@ -129,5 +132,3 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
             grid = isqrt(tokens)
         found["img_size"] = grid * patch
     return found
-
-

@@ -104,9 +104,7 @@ class RingOperator(nn.Module):
         for piece in cores[position].split(plan.width, dim=2):
             cores[position] = piece
             slices.append(
-                checkpoint(self._contract, x, *cores, use_reentrant=False)
-                if recompute
-                else self._contract(x, *cores)
+                checkpoint(self._contract, x, *cores, use_reentrant=False) if recompute else self._contract(x, *cores)
             )
         return torch.cat(slices, dim=AXES.index(plan.axis))
 
@@ -120,16 +118,12 @@ class RingOperator(nn.Module):
     def dense(self) -> Tensor:
         """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
         operands = self.equation.split("->")[0].split(",")[1:]
-        return torch.einsum(
-            f"{','.join(operands)}->boliBOLI", *(self.cores[axis] for axis in self.order)
-        )
+        return torch.einsum(f"{','.join(operands)}->boliBOLI", *(self.cores[axis] for axis in self.order))
 
     @property
     def equation(self) -> str:
         """The einsum of forward, for this ring's order."""
-        cores = (
-            f"{BONDS[n]}{axis.lower()}{axis}{BONDS[(n + 1) % 4]}" for n, axis in enumerate(self.order)
-        )
+        cores = (f"{BONDS[n]}{axis.lower()}{axis}{BONDS[(n + 1) % 4]}" for n, axis in enumerate(self.order))
         return f"boli,{','.join(cores)}->BOLI"
 
     def _contract(self, x: Tensor, *cores: Tensor) -> Tensor:

@@ -27,9 +27,7 @@ class Check:
     line: str
 
 
-def check(
-    group: str, name: str, passed: bool, measured: float | str, limit: float | str, line: str = ""
-) -> Check:
+def check(group: str, name: str, passed: bool, measured: float | str, limit: float | str, line: str = "") -> Check:
     """A check with two outcomes; the line is made from name, measured and limit when left out."""
     line = line or f"{name}: {shown(measured)}, allowed {shown(limit)}"
     return Check(group, name, "pass" if passed else "fail", measured, limit, line)

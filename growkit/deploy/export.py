@@ -62,14 +62,11 @@ def export_onnx(
     """
     others = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
     if others:
-        raise GrowkitError(
-            f"model has {others[0]} weights; export float32: call model.float() first"
-        )
+        raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
     size = sum(t.nbytes for t in model.state_dict().values())
     if size > PROTOBUF_LIMIT - 2**24:  # the graph itself needs a few MB
         raise GrowkitError(
-            f"model has {size / 1e9:.1f} GB of weights; one ONNX file holds 2 GB: "
-            "choose a smaller target"
+            f"model has {size / 1e9:.1f} GB of weights; one ONNX file holds 2 GB: choose a smaller target"
         )
     props = {
         "growkit.version": __version__,

@@ -22,9 +22,7 @@ def junit_xml(checks: Sequence[Check], *, suite: str) -> str:
     attributes = {name: str(count) for name, count in counts.items()}
     element = ET.SubElement(root, "testsuite", {"name": _clean(suite), **attributes})
     for c in checks:
-        case = ET.SubElement(
-            element, "testcase", {"classname": f"{_clean(suite)}.{c.group}", "name": _clean(c.name)}
-        )
+        case = ET.SubElement(element, "testcase", {"classname": f"{_clean(suite)}.{c.group}", "name": _clean(c.name)})
         if c.verdict != "pass":
             kind = "failure" if c.verdict == "fail" else "skipped"
             outcome = ET.SubElement(case, kind, {"message": _clean(c.line)})

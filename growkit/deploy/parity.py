@@ -122,9 +122,7 @@ def check_parity(
     numbers, figures = outcome.judge(session)
     if any(c.verdict == "fail" and c.group == "numbers" for c in numbers):
         figures["diagnosis"] = outcome.diagnose(file, session)
-        numbers.append(
-            check("numbers", "where it comes from", False, "see line", "-", figures["diagnosis"])
-        )
+        numbers.append(check("numbers", "where it comes from", False, "see line", "-", figures["diagnosis"]))
     checks += numbers
     if reference is not None:
         checks += _reference(session, plain, reference)
@@ -137,9 +135,7 @@ def check_parity(
 # structure ------------------------------------------------------------------------------------
 
 
-def _structure(
-    proto: onnx.ModelProto, input_size: tuple[int, int, int], classes: int
-) -> list[Check]:
+def _structure(proto: onnx.ModelProto, input_size: tuple[int, int, int], classes: int) -> list[Check]:
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
     used = {n.domain or "ai.onnx" for n in proto.graph.node}
     weights = {i.name for i in proto.graph.initializer}
@@ -150,9 +146,7 @@ def _structure(
     leaks = _leaks(proto)
 
     def exactly(name: str, got: list[str] | int | None, wanted: list[str] | int) -> Check:
-        said, expected = (
-            (", ".join(v) or "none") if isinstance(v, list) else str(v) for v in (got, wanted)
-        )
+        said, expected = ((", ".join(v) or "none") if isinstance(v, list) else str(v) for v in (got, wanted))
         line = f"{name}: {said}" + ("" if got == wanted else f", expected {expected}")
         return check("structure", name, got == wanted, said, expected, line)
 
@@ -206,8 +200,7 @@ def _metadata(
             stored == wanted,
             str(stored),
             str(wanted),
-            f"preprocessing in the file: {stored}"
-            + ("" if stored == wanted else f", the model's is {wanted}"),
+            f"preprocessing in the file: {stored}" + ("" if stored == wanted else f", the model's is {wanted}"),
         )
     ]
     if weights_sha256 is not None:
@@ -217,9 +210,7 @@ def _metadata(
         line = f"exported from weights {_short(found)}" + (
             "" if same else f", but this model's are {_short(weights_sha256)}: export it again"
         )
-        checks.append(
-            check("structure", "exported from this model", same, str(found), weights_sha256, line)
-        )
+        checks.append(check("structure", "exported from this model", same, str(found), weights_sha256, line))
     if labels is not None:
         found = _json(props.get("labels"))
         same = found == labels
@@ -324,9 +315,7 @@ def _where(array: np.ndarray, wanted: np.ndarray) -> str:
     if not differing.size:
         return f" is {array.dtype}, the model's {wanted.dtype}"
     first = differing[0]
-    return (
-        f" differs in {differing.size} of {a.size} values, first {a[first]:.9g} for {b[first]:.9g}"
-    )
+    return f" differs in {differing.size} of {a.size} values, first {a[first]:.9g} for {b[first]:.9g}"
 
 
 def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | None:
@@ -373,9 +362,7 @@ class _Outcome:
                 got[batch] = self._run(session, batch)
             except Exception as error:  # ONNX Runtime has its own kinds; the batch is what counts
                 line = f"batch {batch}: {_first_line(error)}"
-                checks.append(
-                    check("numbers", f"batch {batch}: runs", False, "refused", "ok", line)
-                )
+                checks.append(check("numbers", f"batch {batch}: runs", False, "refused", "ok", line))
                 continue
             made, figures = self._compare(got[batch], batch, spread)
             checks += made
@@ -385,9 +372,7 @@ class _Outcome:
             off = _rms(np.concatenate([(g - e).ravel() for g, e, _ in pooled]))
             own = _rms(np.concatenate([(p - e).ravel() for _, e, p in pooled]))
             ratio = off / own if own > 0 else (1.0 if off == 0 else math.inf)
-            checks.append(
-                check("numbers", "error / PyTorch's own", ratio <= NOISE_RATIO, ratio, NOISE_RATIO)
-            )
+            checks.append(check("numbers", "error / PyTorch's own", ratio <= NOISE_RATIO, ratio, NOISE_RATIO))
             if 1 in got:
                 checks += [self._invariant(got[1], got[b], b, spread) for b in got if b > 1]
             made, predictions = _predictions(
@@ -412,15 +397,11 @@ class _Outcome:
             return np.concatenate([session.run(image[None]) for image in self.images])
         return session.run(self.images[:batch])
 
-    def _compare(
-        self, got: np.ndarray, batch: int, spread: float
-    ) -> tuple[list[Check], dict[str, Any]]:
+    def _compare(self, got: np.ndarray, batch: int, spread: float) -> tuple[list[Check], dict[str, Any]]:
         wanted = self.expected[: batch if batch > 1 else len(self.images)]
         if got.shape != wanted.shape:
             line = f"batch {batch}: logits {got.shape}, expected {wanted.shape}"
-            shape = check(
-                "numbers", f"batch {batch}: shape", False, str(got.shape), str(wanted.shape), line
-            )
+            shape = check("numbers", f"batch {batch}: shape", False, str(got.shape), str(wanted.shape), line)
             return [shape], {}
         difference = got.astype(np.float64) - wanted
         finite = bool(np.isfinite(got).all())
@@ -479,9 +460,7 @@ def _relative(value: float, spread: float) -> float:
     return 0.0 if value == 0 else math.inf
 
 
-def _predictions(
-    got: np.ndarray, expected: np.ndarray, group: str
-) -> tuple[list[Check], dict[str, Any]]:
+def _predictions(got: np.ndarray, expected: np.ndarray, group: str) -> tuple[list[Check], dict[str, Any]]:
     """No certified prediction may change.
 
     Certified: the winner leads by more than twice the largest difference, so that no difference of
@@ -529,9 +508,7 @@ def _reference(session: Session, model: nn.Module, folder: Path) -> list[Check]:
                 checks.append(check("reference", label, False, str(got.shape), str(wanted.shape)))
                 continue
             error_size = _relative(_rms(got.astype(np.float64) - wanted), spread)
-            checks.append(
-                check("reference", label, error_size <= RELATIVE_RMS, error_size, RELATIVE_RMS)
-            )
+            checks.append(check("reference", label, error_size <= RELATIVE_RMS, error_size, RELATIVE_RMS))
     return checks
 
 
@@ -573,9 +550,7 @@ def _accuracy(
     )
     return [
         *(dataclasses.replace(c, line=f"{summary}; {c.line}") for c in made),
-        check(
-            "accuracy", "relative RMS difference", relative <= RELATIVE_RMS, relative, RELATIVE_RMS
-        ),
+        check("accuracy", "relative RMS difference", relative <= RELATIVE_RMS, relative, RELATIVE_RMS),
         check("accuracy", "largest difference / std", largest <= LARGEST, largest, LARGEST),
     ], figures
 

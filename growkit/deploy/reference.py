@@ -122,9 +122,7 @@ def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
     """
     found = sorted(folder.glob("test_data_set_*"))
     if not found:
-        raise GrowkitError(
-            f"{folder} holds no test_data_set_*; `growkit export` writes them beside model.onnx"
-        )
+        raise GrowkitError(f"{folder} holds no test_data_set_*; `growkit export` writes them beside model.onnx")
     for data_set in found:
         arrays = []
         for name in ("input_0.pb", "output_0.pb"):
@@ -133,7 +131,5 @@ def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
                 arrays.append(numpy_helper.to_array(tensor).copy())  # its own is read-only
             except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise GrowkitError(
-                    f"{data_set / name}: not a readable ONNX tensor ({reason}); export again"
-                ) from None
+                raise GrowkitError(f"{data_set / name}: not a readable ONNX tensor ({reason}); export again") from None
         yield data_set.name, arrays[0], arrays[1]

@@ -56,9 +56,7 @@ def open_session(
     """
     if provider == "auto":
         try:
-            return open_session(
-                file, provider="cuda", threads=threads, optimise=optimise, spinning=spinning
-            )
+            return open_session(file, provider="cuda", threads=threads, optimise=optimise, spinning=spinning)
         except GrowkitError:
             provider = "cpu"
     if provider not in PROVIDERS:
@@ -79,9 +77,7 @@ def open_session(
     with _quiet():
         if provider == "cuda":
             ort.preload_dlls()
-        inner = ort.InferenceSession(
-            source, options, providers=[PROVIDERS[provider]], provider_options=settings
-        )
+        inner = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]], provider_options=settings)
     if inner.get_providers()[0] != PROVIDERS[provider]:
         raise _not_running(provider, "ONNX Runtime fell back to the CPU")
     return Session(inner, inner.get_inputs()[0].name, provider, threads)

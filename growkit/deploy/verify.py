@@ -75,9 +75,7 @@ def verify_onnx(
         )
     checks = (*parity.checks, *(latency.checks if latency else ()))
     verdicts = {c.verdict for c in checks}
-    verdict: Verdict = (
-        "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
-    )
+    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
     opened = open_session(file, provider=parity.provider) if parity.figures else None
     report = {
         "schema": 1,

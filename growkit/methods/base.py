@@ -49,4 +49,6 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
             )
     keys = {row.key for row in source.tensors} ^ {row.key for row in target.tensors}
     if keys:
-        raise GrowkitError(f"source and target differ in {', '.join(sorted(keys)[:3])}; choose a target of the same kind")
+        raise GrowkitError(
+            f"source and target differ in {', '.join(sorted(keys)[:3])}; choose a target of the same kind"
+        )

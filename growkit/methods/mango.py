@@ -59,12 +59,8 @@ class Mango(GrowthMethod):
         paths, matrices = lossless_start(
             source, target, two_paths=min(ranks) >= 2, noise=settings.noise, generator=generator
         )
-        self.ring = RingOperator.lossless(
-            paths, ranks, settings.ring_order, noise=settings.noise, generator=generator
-        )
-        self.vectors = tuple(
-            _mlp_bias_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES
-        )
+        self.ring = RingOperator.lossless(paths, ranks, settings.ring_order, noise=settings.noise, generator=generator)
+        self.vectors = tuple(_mlp_bias_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES)
         used = {"embed", "gain", "shift", "head", "layers", "branches"}
         if any("q.bias" in row.slots for row in self.vectors):
             used.add("attn")
@@ -164,9 +160,7 @@ def lossless_start(
     }
 
 
-def _slots(
-    old_k: int, new_k: int, attention: str, *, reads: bool, noise: float, generator: torch.Generator
-) -> Tensor:
+def _slots(old_k: int, new_k: int, attention: str, *, reads: bool, noise: float, generator: torch.Generator) -> Tensor:
     """core_B of one path, (new B, old B): the named attention matrices, and the blocks of in or, with `reads`, out."""
     slots = torch.zeros(4 + 2 * new_k, 4 + 2 * old_k, dtype=maps.DTYPE)
     for slot in attention:

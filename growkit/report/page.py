@@ -131,8 +131,7 @@ def _section(section: Section) -> str:
         parts.append(_table(section.table))
     if section.plots:
         figures = (
-            f"<figure><figcaption>{escape(plot.title)}</figcaption>{draw(plot)}</figure>"
-            for plot in section.plots
+            f"<figure><figcaption>{escape(plot.title)}</figcaption>{draw(plot)}</figure>" for plot in section.plots
         )
         parts.append("\n".join(['<div class="plots">', *figures, "</div>"]))
     return "\n".join([*parts, "</section>"])
@@ -153,7 +152,4 @@ def _table(table: Table) -> str:
 
     rows = "\n".join(line("td", [cell(value) for value in row]) for row in table.rows)
     head = line("th", table.columns)
-    return (
-        f'<div class="scroll"><table>\n<thead>{head}</thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
+    return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'

@@ -70,8 +70,7 @@ def draw(plot: Plot) -> str:
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}">',
         f'<text class="axis" x="{left:.1f}" y="14">{escape(plot.y_label)}</text>',
-        f'<text class="axis" x="{right:.1f}" y="{HEIGHT - 6}" text-anchor="end">'
-        f"{escape(plot.x_label)}</text>",
+        f'<text class="axis" x="{right:.1f}" y="{HEIGHT - 6}" text-anchor="end">{escape(plot.x_label)}</text>',
     ]
     for y, text in y_ticks:
         parts.append(
@@ -100,9 +99,7 @@ def _thin(points: Sequence[Point], log_x: bool) -> list[Point | None]:
     """The points to draw, few enough; None where the line breaks."""
     every = max(1, math.ceil(len(points) / POINTS))
     return [
-        (math.log10(x) if log_x else x, y)
-        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)
-        else None
+        (math.log10(x) if log_x else x, y) if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) else None
         for x, y in [*points[: len(points) - 1 : every], *points[-1:]]
     ]
 
@@ -138,9 +135,7 @@ def _short(name: str) -> str:
     return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
 
 
-def _ticks(
-    low: float, high: float, *, cover: bool = False, whole: bool = False
-) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, *, cover: bool = False, whole: bool = False) -> list[tuple[float, str]]:
     """Places and texts of about five multiples of 1, 2 or 5 times a power of ten.
 
     They lie within [low, high], or reach around it with `cover`; `whole` allows integers only.

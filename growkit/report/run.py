@@ -21,9 +21,7 @@ def run_report(run: RunFolder) -> Report:
     """
     steps = run.steps()
     names = [f"{index}. {_command(step)}" for index, step in enumerate(steps, 1)]
-    sections = [
-        section for name, step in zip(names, steps, strict=True) for section in _step(name, step)
-    ]
+    sections = [section for name, step in zip(names, steps, strict=True) for section in _step(name, step)]
     hashes = [
         (name, file, value)
         for name, step in zip(names, steps, strict=True)

@@ -173,8 +173,7 @@ def _folder(folder: Path) -> Any:
     loose = sorted(part for part in first_parts if (folder / part).is_file())
     if loose:
         raise GrowkitError(
-            f"{folder / loose[0]}: belongs to no class; put images into one folder per class,"
-            f" as in {folder}/cat/"
+            f"{folder / loose[0]}: belongs to no class; put images into one folder per class, as in {folder}/cat/"
         )
     folders = {part.name for part in folder.iterdir() if part.is_dir() and part.name[0] != "."}
     empty = sorted(folders - first_parts)
@@ -280,9 +279,7 @@ def train_batches(
     yield from loader
 
 
-def val_batches(
-    data: Data, settings: FitSettings, *, pin_memory: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+def val_batches(data: Data, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """All images for evaluation once, in order: images (N, C, H, W) and labels (N,)."""
     loader = DataLoader(data.val, batch_size=settings.batch_size, **_loading(settings, pin_memory))
     yield from loader

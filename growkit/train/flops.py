@@ -29,9 +29,7 @@ class StepCost:
     flops_per_image: float
 
 
-def count_step(
-    model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]
-) -> StepCost:
+def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]) -> StepCost:
     """Run one training step of `model` on `batch` and count it.
 
     The model comes back as it was: buffers, gradients, modes, and the random numbers.
@@ -57,9 +55,7 @@ def count_step(
             for buffer, before in buffers:
                 buffer.copy_(before)
     flops = counter.get_total_flops()
-    return StepCost(
-        flops_per_step=flops, macs_per_step=flops // 2, flops_per_image=flops / len(images)
-    )
+    return StepCost(flops_per_step=flops, macs_per_step=flops // 2, flops_per_image=flops / len(images))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -69,9 +65,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(2 * n * heads * tokens * seen * (width + value[-1]))
 
 
-def _attention_backward_flops(
-    _: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any
-) -> int:
+def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
     # each of the two products has two gradients of its own size
     return 2 * _attention_flops(query, key, value)
 
@@ -90,6 +84,4 @@ def _attention_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_efficient_attention_backward,
         aten._scaled_dot_product_cudnn_attention_backward,
     )
-    return dict.fromkeys(forward, _attention_flops) | dict.fromkeys(
-        backward, _attention_backward_flops
-    )
+    return dict.fromkeys(forward, _attention_flops) | dict.fromkeys(backward, _attention_backward_flops)

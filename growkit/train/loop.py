@@ -189,9 +189,7 @@ def fit(
         flops_per_step=training.flops_per_step,
         macs_per_step=training.flops_per_step // 2,
         images_per_step=plan.images_per_update,
-        images_per_second=(len(losses) - start)
-        * plan.images_per_update
-        / (training_seconds or 1.0),
+        images_per_second=(len(losses) - start) * plan.images_per_update / (training_seconds or 1.0),
         seconds=seconds_before + time.perf_counter() - began,
     )
 
@@ -352,9 +350,7 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr)
     except (ValueError, AssertionError, KeyError) as error:
-        raise GrowkitError(
-            f"--opt {settings.opt}: not an optimizer timm can make ({error})"
-        ) from None
+        raise GrowkitError(f"--opt {settings.opt}: not an optimizer timm can make ({error})") from None
     return optimizer
 
 

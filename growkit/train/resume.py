@@ -17,11 +17,7 @@ METRICS = "metrics.jsonl"
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters and persistent buffers by name; frozen parameters are left out."""
-    frozen = {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 

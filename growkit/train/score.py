@@ -77,9 +77,7 @@ def require_labels(labels: Tensor, outputs: int) -> None:
         )
 
 
-def predictor(
-    model: nn.Module, device: torch.device | str, precision: str = "auto"
-) -> Callable[[Tensor], Tensor]:
+def predictor(model: nn.Module, device: torch.device | str, precision: str = "auto") -> Callable[[Tensor], Tensor]:
     """What `evaluate` takes, made from a torch model on `device`.
 
     Each call runs the model in evaluation mode and gives every module its own mode back.

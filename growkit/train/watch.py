@@ -57,9 +57,7 @@ def stop_signals() -> Iterator[Stop]:
 
 
 @contextmanager
-def board(
-    settings: FitSettings, folder: Path | None, start: int
-) -> Iterator[Callable[[StepRecord], None]]:
+def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Callable[[StepRecord], None]]:
     """Yield what shows a record in TensorBoard, or does nothing when that was not asked for."""
     if not settings.tensorboard or folder is None:
         yield lambda record: None
@@ -67,9 +65,7 @@ def board(
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise GrowkitError(
-            "--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'"
-        ) from None
+        raise GrowkitError("--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'") from None
     with SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as writer:
 
         def show(record: StepRecord) -> None:

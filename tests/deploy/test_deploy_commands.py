@@ -92,9 +92,7 @@ def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Pat
                 image.save(tmp_path / "data" / split / label / f"{index}.png")
     data = ("--data", tmp_path / "data", "--workers", "0")
     junit = tmp_path / "junit.xml"
-    result = call(
-        "verify", "--run", run, "--json", "--latency-seconds", "0.05", "--junit", junit, *data
-    )
+    result = call("verify", "--run", run, "--json", "--latency-seconds", "0.05", "--junit", junit, *data)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report == json.loads((run / "verify" / "report.json").read_text())

@@ -27,9 +27,7 @@ def test_file_is_opset_18_ir_8_with_dynamic_batch_and_nothing_else(exported: Pat
     assert proto.ir_version == 8
     onnx.checker.check_model(str(exported), full_check=True)
     (entry,), (out,) = proto.graph.input, proto.graph.output
-    shapes = [
-        [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (entry, out)
-    ]
+    shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (entry, out)]
     assert (entry.name, out.name) == ("input", "logits")
     assert shapes == [["batch", 3, 16, 16], ["batch", 7]]
     assert len(proto.graph.value_info) == 0
@@ -79,9 +77,7 @@ def test_no_path_of_this_machine_is_inside(exported: Path) -> None:
         assert needle.encode() not in data, needle
 
 
-def test_same_bytes_in_another_process_and_folder(
-    model: nn.Module, exported: Path, tmp_path: Path
-) -> None:
+def test_same_bytes_in_another_process_and_folder(model: nn.Module, exported: Path, tmp_path: Path) -> None:
     script = """
 import sys, torch
 from pathlib import Path
@@ -103,9 +99,7 @@ export_onnx(make_model(), torch.zeros(1, 3, 16, 16), Path("other.onnx"), labels=
     assert (tmp_path / "other.onnx").read_bytes() == exported.read_bytes()
 
 
-def test_model_keeps_its_state_and_nothing_is_printed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_model_keeps_its_state_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make_model(3)
     model.train()
     model.blocks[0].eval()
@@ -121,9 +115,7 @@ def test_model_keeps_its_state_and_nothing_is_printed(
     assert captured.out == captured.err == ""
 
 
-def test_unfused_attention_gives_fewer_nodes_than_the_exporters_default(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_unfused_attention_gives_fewer_nodes_than_the_exporters_default(exported: Path, tmp_path: Path) -> None:
     from deploy_models import ARGUMENTS, NAME
 
     export_stock(NAME, ARGUMENTS, torch.zeros(1, 3, 16, 16), tmp_path / "stock.onnx")

@@ -62,9 +62,7 @@ class Machine:
 
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "pass"), (0.7, "pass"), (1.5, "fail")])
-def test_ratio_gives_its_verdict_even_while_the_machine_drifts(
-    ratio: float, verdict: str, drift: float
-) -> None:
+def test_ratio_gives_its_verdict_even_while_the_machine_drifts(ratio: float, verdict: str, drift: float) -> None:
     alone = Machine(1, noise=0.02, drift=drift).compare(1.0)
     measured = Machine(2, noise=0.02, drift=drift).compare(ratio)
     assert measured.low < ratio * 1.02
@@ -128,9 +126,7 @@ def test_time_runs_out_at_the_budget_and_percentiles_are_milliseconds() -> None:
     assert compared.baseline_ms.p50 < compared.baseline_ms.p90 < compared.baseline_ms.p99
 
 
-def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(
-    model: nn.Module, exported: Path
-) -> None:
+def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(model: nn.Module, exported: Path) -> None:
     told: list[tuple[int, str]] = []
     latency = measure_latency(
         model,

@@ -53,9 +53,7 @@ def test_clean_export_passes_every_check(model: nn.Module, exported: Path) -> No
         ("vit_tiny_patch16_224", {"num_heads": 1, "in_chans": 1}),
     ],
 )
-def test_clean_exports_of_other_vision_transformers_pass(
-    name: str, arguments: dict[str, int], tmp_path: Path
-) -> None:
+def test_clean_exports_of_other_vision_transformers_pass(name: str, arguments: dict[str, int], tmp_path: Path) -> None:
     model = make_model(1, name, **arguments)
     channels = preprocessing(model).input_size[0]
     export_onnx(model, torch.zeros(1, channels, 16, 16), tmp_path / "m.onnx")
@@ -190,9 +188,7 @@ def test_tanh_gelu_is_found_by_the_numbers(model: nn.Module, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_a_single_bit_in_any_kind_of_tensor_is_found(
-    index: int, model: nn.Module, edit: Edit
-) -> None:
+def test_a_single_bit_in_any_kind_of_tensor_is_found(index: int, model: nn.Module, edit: Edit) -> None:
     shape = [(64, 192), (1, 1, 64), (64, 3, 8, 8), (7, 64)][index]
 
     def flip(proto: onnx.ModelProto) -> None:
@@ -223,12 +219,8 @@ def folded_batch(proto: onnx.ModelProto) -> None:
     proto.graph.initializer.append(target)
     first = next(n for n in proto.graph.node if n.op_type == "Conv")
     first.input[0] = "folded"
-    proto.graph.node.insert(
-        0, onnx.helper.make_node("Transpose", ["input"], ["turned"], perm=[1, 0, 2, 3])
-    )
-    proto.graph.node.insert(
-        1, onnx.helper.make_node("Reshape", ["turned", "folded_shape"], ["folded"])
-    )
+    proto.graph.node.insert(0, onnx.helper.make_node("Transpose", ["input"], ["turned"], perm=[1, 0, 2, 3]))
+    proto.graph.node.insert(1, onnx.helper.make_node("Reshape", ["turned", "folded_shape"], ["folded"]))
 
 
 def set_ir(version: int) -> Change:
@@ -281,9 +273,7 @@ def test_batch_folded_wrongly_is_right_at_batch_one(model: nn.Module, edit: Edit
 
 
 @pytest.mark.parametrize("content", [b"", b"no ONNX at all", b"\x08\x08"])
-def test_file_that_is_no_onnx_is_one_failed_check(
-    content: bytes, model: nn.Module, tmp_path: Path
-) -> None:
+def test_file_that_is_no_onnx_is_one_failed_check(content: bytes, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     parity = check_parity(model, path)

@@ -48,9 +48,7 @@ def test_same_seed_same_bytes(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_images_are_pixels_normalised_by_mean_and_std() -> None:
-    prepared = Preprocessing(
-        (3, 20, 12), (0.1, 0.5, 0.9), (0.2, 0.5, 0.1), "bicubic", 1.0, "center"
-    )
+    prepared = Preprocessing((3, 20, 12), (0.1, 0.5, 0.9), (0.2, 0.5, 0.1), "bicubic", 1.0, "center")
     images = noise_images(prepared, 50, 0)
     assert images.shape == (50, 3, 20, 12)
     mean, std = (np.reshape(v, (3, 1, 1)) for v in (prepared.mean, prepared.std))

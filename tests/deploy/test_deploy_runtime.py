@@ -30,9 +30,7 @@ def test_spinning_threads_and_optimisation_are_what_was_asked_for(exported: Path
 
 
 @no_cuda
-def test_cuda_that_does_not_run_is_one_line_with_a_remedy(
-    exported: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_cuda_that_does_not_run_is_one_line_with_a_remedy(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GrowkitError, match="provider cuda does not run here") as caught:
         open_session(exported, provider="cuda")
     assert "--provider cpu" in str(caught.value)

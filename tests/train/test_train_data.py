@@ -34,16 +34,11 @@ HARD = FitSettings(batch_size=8, workers=0, aa="rand-m9-mstd0.5", reprob=0.5, co
 def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
     """Equal bit for bit, and as many."""
     pairs = zip(first, second, strict=False)
-    return len(first) == len(second) and all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs
-    )
+    return len(first) == len(second) and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 def test_worker_count_does_not_change_the_batches(opened: Open) -> None:
-    none, one, two = (
-        list(train_batches(opened(HARD), replace(HARD, workers=workers), 0, 5))
-        for workers in (0, 1, 2)
-    )
+    none, one, two = (list(train_batches(opened(HARD), replace(HARD, workers=workers), 0, 5)) for workers in (0, 1, 2))
     assert same(none, one)
     assert same(none, two)
 
@@ -135,9 +130,7 @@ def test_seeded_draws_depend_on_all_parts_and_leave_no_trace() -> None:
 
 @pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5", "augmix-m3-w3", "original"])
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 8), (1, 32), (3, 32)])
-def test_augmentation_works_on_small_and_grey_images(
-    images: Path, aa: str | None, channels: int, side: int
-) -> None:
+def test_augmentation_works_on_small_and_grey_images(images: Path, aa: str | None, channels: int, side: int) -> None:
     settings = replace(HARD, batch_size=26, aa=aa, color_jitter=0.4)
     config = {**CONFIG, "input_size": (channels, side, side)}
     data = open_data(str(images), config, settings)
@@ -244,9 +237,7 @@ def test_timm_dataset_string_opens_from_data_dir(tmp_path: Path, channels: int) 
         ("tensor/mnist", "^--data tensor/mnist: no such folder"),
     ],
 )
-def test_timm_dataset_that_does_not_open_says_so_in_a_line(
-    tmp_path: Path, data: str, message: str
-) -> None:
+def test_timm_dataset_that_does_not_open_says_so_in_a_line(tmp_path: Path, data: str, message: str) -> None:
     with pytest.raises(GrowkitError, match=message) as caught:
         open_data(data, CONFIG, replace(HARD, data_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)

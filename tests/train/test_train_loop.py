@@ -26,9 +26,7 @@ from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]
-PLAIN = FitSettings(
-    steps=4, batch_size=8, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0, weight_decay=0.0
-)
+PLAIN = FitSettings(steps=4, batch_size=8, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0, weight_decay=0.0)
 
 
 def blobs(count: int = 64, classes: int = 2) -> Data:
@@ -83,9 +81,7 @@ def test_first_update_is_that_of_plain_torch(opened: Open) -> None:
         assert torch.allclose(model.state_dict()[name], value, atol=1e-7), name
 
 
-@pytest.mark.parametrize(
-    "name", ["mixup", "cutmix", "smoothing", "clip_grad", "weight_decay", "lr"]
-)
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "smoothing", "clip_grad", "weight_decay", "lr"])
 def test_each_setting_changes_what_is_learned(name: str) -> None:
     values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.2, "clip_grad": 0.01}
     changed = replace(PLAIN, **{name: values.get(name, 0.3)})
@@ -207,12 +203,8 @@ def test_best_is_the_highest_top1_then_the_lowest_loss_then_the_first() -> None:
     assert result.best_scores == result.history[2][1]
 
 
-@pytest.mark.parametrize(
-    ("every", "steps"), [(0.0, [20]), (1.0, [8, 16, 20]), (0.6, [5, 10, 15, 20])]
-)
-def test_evaluations_come_every_so_many_epochs_and_at_the_end(
-    every: float, steps: list[int]
-) -> None:
+@pytest.mark.parametrize(("every", "steps"), [(0.0, [20]), (1.0, [8, 16, 20]), (0.6, [5, 10, 15, 20])])
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(every: float, steps: list[int]) -> None:
     table = score_table([0.5] * 9, [1.0] * 9)
     result = fit(Net(), blobs(), replace(PLAIN, steps=20, eval_every=every), evaluate=table)
     assert [step for step, _ in result.history] == steps
@@ -264,9 +256,7 @@ def test_metrics_file_holds_the_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM"])
-def test_interrupt_ends_after_the_update_and_keeps_what_was_learned(
-    tmp_path: Path, how: str
-) -> None:
+def test_interrupt_ends_after_the_update_and_keeps_what_was_learned(tmp_path: Path, how: str) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupt(record: StepRecord) -> None:
@@ -325,9 +315,7 @@ class Exploding(Net):
 
 
 @pytest.mark.parametrize("log_every", [1, 50])
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
-    tmp_path: Path, log_every: int
-) -> None:
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path, log_every: int) -> None:
     settings = replace(PLAIN, steps=9, save_seconds=0.0, log_every=log_every)
     message = f"^the loss is nan at update 3; try a lower --lr.*update 2 is in {tmp_path}$"
     with pytest.raises(GrowkitError, match=message):
@@ -358,9 +346,7 @@ def test_mixed_precision_learns_and_leaves_float32_weights(precision: str) -> No
         ({"opt": "sdg"}, 2, "--opt sdg: not an optimizer"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_in_a_line(
-    changes: dict[str, object], classes: int, message: str
-) -> None:
+def test_settings_that_do_not_fit_are_refused_in_a_line(changes: dict[str, object], classes: int, message: str) -> None:
     with pytest.raises(GrowkitError, match=message) as caught:
         fit(Net(), blobs(classes=classes), replace(PLAIN, **changes))
     assert "\n" not in str(caught.value)

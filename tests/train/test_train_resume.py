@@ -95,9 +95,7 @@ class Kill:
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +164,7 @@ def test_run_without_the_saved_average_or_optimizer_would_end_elsewhere(
         torch.save(state, run.folder / "state.pt")
         run.fit(ALL_ON, resume=True)
         judged = "ema" if lost == "ema" else "model"
-        ends = [
-            torch.load(r.folder / "state.pt", weights_only=True)["training"][judged]
-            for r in (run, whole)
-        ]
+        ends = [torch.load(r.folder / "state.pt", weights_only=True)["training"][judged] for r in (run, whole)]
         assert not same(*ends), lost
 
 
@@ -214,9 +209,7 @@ def test_resuming_with_other_settings_names_the_difference(
     assert run.metrics() == before
 
 
-def test_resuming_with_other_data_names_the_difference(
-    unbroken: tuple[Run, FitResult], tmp_path: Path
-) -> None:
+def test_resuming_with_other_data_names_the_difference(unbroken: tuple[Run, FitResult], tmp_path: Path) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
     write_images(tmp_path / "other", "train", ["cat", "dog"], 14)
     write_images(tmp_path / "other", "val", ["cat", "dog"], 6)

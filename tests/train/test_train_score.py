@@ -77,9 +77,7 @@ def test_progress_counts_images() -> None:
         ([[0.0, 1.0]], [-1], "from -1 to -1"),
     ],
 )
-def test_scores_that_would_mean_nothing_are_refused(
-    logits: list[list[float]], labels: list[int], message: str
-) -> None:
+def test_scores_that_would_mean_nothing_are_refused(logits: list[list[float]], labels: list[int], message: str) -> None:
     batch = (torch.zeros(1), torch.tensor(labels))
     with pytest.raises(GrowkitError, match=message):
         evaluate(lambda images: torch.tensor(logits), [batch])

@@ -41,9 +41,7 @@ def test_values_at_the_allowed_edge_pass() -> None:
 
 
 def test_every_field_has_a_string_below_it() -> None:
-    body = next(
-        node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
-    ).body
+    body = next(node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)).body
     documented = {
         field.target.id
         for field, below in itertools.pairwise(body)
@@ -56,8 +54,6 @@ def test_every_field_has_a_string_below_it() -> None:
 
 
 def test_settings_load_without_torch_and_timm() -> None:
-    code = (
-        "import sys, growkit.train.settings; print(sorted({'torch', 'timm'} & sys.modules.keys()))"
-    )
+    code = "import sys, growkit.train.settings; print(sorted({'torch', 'timm'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
