@@ -94,7 +94,8 @@ def grow_model(
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
     """
-    refuse_existing(run.grown, force)
+    if not resume:
+        refuse_existing(run.grown, force)
     chosen = pick_device(device)
     opened = None
     if data is not None:

@@ -43,7 +43,7 @@ class Source:
 def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
     """Load a .pth/.pt, a .safetensors, a model folder or `timm:NAME`.
 
-    `from_` (--from) and `sets` (--set) say what the shapes of a bare checkpoint cannot.
+    `from_` (--from) and `sets` (--from-set) say what the shapes of a bare checkpoint cannot.
 
     Raises:
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
@@ -58,7 +58,7 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
             arguments["img_size"] = size[0]
         if from_ or sets:
             raise GrowkitError(
-                f"{path}: its config.json names the architecture; --from and --set are for bare checkpoints"
+                f"{path}: its config.json names the architecture; --from and --from-set are for bare checkpoints"
             )
         architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
         architecture.check(checkpoint.state)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Device, From, Model, NeededData, Run, with_settings
+from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, Run, with_settings
 
 DATA_OPTIONS = ("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split")
 OTHERS = tuple(name for name in FitSettings.__dataclass_fields__ if name not in DATA_OPTIONS)
@@ -16,6 +16,7 @@ def evaluate(
     settings: FitSettings,
     model: Model = None,
     from_: From = None,
+    from_sets: FromSets = None,
     device: Device = "auto",
     run: Run = Path("run"),
     as_json: AsJson = False,
@@ -37,7 +38,7 @@ def evaluate(
         provider = device if device in ("auto", "cpu") else "cuda"
         scores = evaluate_onnx(path, data, settings, provider=provider)
     else:
-        loaded = load_source(str(path), from_)
+        loaded = load_source(str(path), from_, from_sets or ())
         for note in loaded.notes:
             console.say(note)
         scores = evaluate_model(loaded, data, settings, device=device)

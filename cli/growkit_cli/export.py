@@ -7,7 +7,7 @@ import typer
 
 from growkit.deploy.settings import ExportSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Force, From, Model, Run, Sets, with_settings
+from growkit_cli.options import AsJson, Force, From, FromSets, Model, Run, with_settings
 
 
 @with_settings(ExportSettings)
@@ -20,7 +20,7 @@ def export(
         typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),
     ] = None,
     from_: From = None,
-    sets: Sets = None,
+    from_sets: FromSets = None,
     run: Run = Path("run"),
     force: Force = False,
     as_json: AsJson = False,
@@ -44,7 +44,7 @@ def export(
     target = out or folder.onnx
     refuse_existing(target, force)
     console.say(f"exporting {chosen}")
-    source = load_source(str(chosen), from_, sets or ())
+    source = load_source(str(chosen), from_, from_sets or ())
     for note in source.notes:
         console.say(note)
     provenance = {

@@ -14,6 +14,7 @@ from growkit_cli.options import (
     Device,
     Force,
     From,
+    FromSets,
     NoEma,
     Resume,
     Run,
@@ -38,6 +39,7 @@ def grow(
     operator: FitSettings,
     sets: Sets = None,
     from_: From = None,
+    from_sets: FromSets = None,
     data: Data = None,
     no_ema: NoEma = False,
     device: Device = "auto",
@@ -59,7 +61,7 @@ def grow(
     from growkit.source import load_source
 
     console = Console(as_json)
-    loaded = load_source(source, from_, ema=not no_ema)
+    loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
     with watching(console, "training the operator") as watch:

@@ -28,15 +28,21 @@ app = typer.Typer(
 )
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and exit, whatever else was typed."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def growkit(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Grow small pretrained transformers into larger ones and take them into serving."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
     if debug:
         os.environ["GROWKIT_DEBUG"] = "1"
 

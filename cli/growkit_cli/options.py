@@ -40,7 +40,13 @@ Model = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override an architecture argument, as in --set depth=8; repeatable."),
+    typer.Option("--set", help="Override an argument of the architecture, as --set depth=8; repeatable."),
+]
+FromSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--from-set", help="Override an argument of the source's architecture, as --from-set num_heads=3; repeatable."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped or killed.")]
 NoEma = Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, From, NoEma, Sets
+from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets
 
 
 def plan(
@@ -13,6 +13,7 @@ def plan(
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
     sets: Sets = None,
     from_: From = None,
+    from_sets: FromSets = None,
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 64,
     steps: Annotated[int, typer.Option(help="Updates of operator training.")] = 100,
     no_ema: NoEma = False,
@@ -28,7 +29,7 @@ def plan(
     from growkit.source import load_source
 
     console = Console(as_json)
-    loaded = load_source(source, from_, ema=not no_ema)
+    loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
     planned = plan_growth(loaded, to, sets or (), batch_size=batch_size)

@@ -8,7 +8,7 @@ import typer
 from growkit.deploy.settings import VerifySettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, From, Model, Run, Sets, with_settings
+from growkit_cli.options import AsJson, Data, From, FromSets, Model, Run, with_settings
 
 if TYPE_CHECKING:
     from growkit.deploy.verify import Verification
@@ -37,7 +37,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Fail too when the machine was too noisy to tell.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
     from_: From = None,
-    sets: Sets = None,
+    from_sets: FromSets = None,
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +63,7 @@ def verify(
     if not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
     console.say(f"verifying {file} against {chosen}")
-    source = load_source(str(chosen), from_, sets or ())
+    source = load_source(str(chosen), from_, from_sets or ())
     for note in source.notes:
         console.say(note)
     network = source.model()

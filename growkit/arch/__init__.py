@@ -70,15 +70,18 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
     """The network with random weights, or none at all on the meta device.
 
     Raises:
-        GrowkitError: timm refuses the arguments.
+        GrowkitError: timm refuses the arguments, or the network is no plain VisionTransformer.
     """
     try:
         with torch.device(device):
-            return timm.create_model(name, **arguments)
+            model = timm.create_model(name, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
+    if type(model) is not VisionTransformer:
+        raise GrowkitError(f"{name} is a {type(model).__name__}; growkit grows timm's plain VisionTransformer")
+    return model
 
 
 def detect(
@@ -116,22 +119,18 @@ def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tup
     for candidate in sorted(timm.list_models("vit_*") + timm.list_models("deit_*"), key=len, reverse=True):
         if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
             model = build(candidate, {}, device="meta")
-            if type(model) is VisionTransformer and (model.embed_dim, len(model.blocks)) == (
-                embed,
-                depth,
-            ):
+            if (model.embed_dim, len(model.blocks)) == (embed, depth):
                 return candidate, f"{candidate}, from the file's name"
+    assumed = f"{HEAD_SIZE}-wide heads assumed (--from-set num_heads=N says otherwise)"
+    heads = "heads as --from-set" if heads_given else assumed
     if fitting:
-        return fitting[0], f"{fitting[0]}, from its shapes; 64-wide heads assumed (--from says otherwise)"
+        return fitting[0], f"{fitting[0]}, from its shapes; {heads}"
     if embed % HEAD_SIZE and not heads_given:
         raise GrowkitError(
             f"the weights do not show their head count and {embed} is no multiple of {HEAD_SIZE}; "
-            "--set num_heads=N says it"
+            "--from-set num_heads=N says it"
         )
-    return "deit_small_patch16_224", (
-        f"a ViT of {depth} layers, {embed} wide, from its shapes; "
-        + ("heads as --set" if heads_given else f"{HEAD_SIZE}-wide heads assumed (--set num_heads=N says otherwise)")
-    )
+    return "deit_small_patch16_224", f"a ViT of {depth} layers, {embed} wide, from its shapes; {heads}"
 
 
 def _argument(model: VisionTransformer, key: str) -> Any:

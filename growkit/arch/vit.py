@@ -52,10 +52,8 @@ def describe(model: VisionTransformer, name: str, arguments: Mapping[str, Any]) 
     """The table of a timm network (its parameters may be on the meta device).
 
     Raises:
-        GrowkitError: another class, or parameters that the table does not cover; the message names them.
+        GrowkitError: parameters that the table does not cover; the message names them.
     """
-    if type(model) is not VisionTransformer:
-        raise GrowkitError(f"{name} is a {type(model).__name__}; growkit grows timm's plain VisionTransformer")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     rows = tuple(row for row in ROWS if row.key.format(l=0) in shapes)
     covered = {row.key.format(l=layer) for row in rows for layer in range(len(model.blocks))}

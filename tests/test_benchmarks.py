@@ -1,0 +1,96 @@
+"""The benchmarks run and write figures; how fast anything is, is not asserted here."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+SMALL = ["embed_dim=32", "depth=2", "num_heads=2", "img_size=16", "patch_size=8", "num_classes=7"]
+BIG = ["embed_dim=48", "depth=3", "num_heads=3"]
+# The name's own heads are 64 wide; both have 16-wide ones here.
+
+
+def run(script: str, *words: object) -> str:
+    """Standard output of a benchmark."""
+    command = [sys.executable, FOLDER / script, *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def not_finite(content: Any, path: str = "") -> list[str]:
+    """Where in parsed JSON a number is not finite."""
+    if isinstance(content, dict):
+        return [found for key, value in content.items() for found in not_finite(value, f"{path}.{key}")]
+    if isinstance(content, list):
+        return [found for n, value in enumerate(content) for found in not_finite(value, f"{path}[{n}]")]
+    return [path] if isinstance(content, float) and not math.isfinite(content) else []
+
+
+def test_number_that_is_not_finite_is_found() -> None:
+    assert not_finite({"a": [1, {"b": math.nan}], "c": "x"}) == [".a[1].b"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_no_benchmark_hides_a_standard_module(script: Path) -> None:
+    # A script's folder comes first on sys.path, for its neighbours too.
+    assert script.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.slow  # each start imports torch
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_of_benchmark_works(script: Path) -> None:
+    assert "usage" in run(script.name, "--help")
+
+
+def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+    out = tmp_path / "operator.json"
+    sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
+    options = ["--ranks", "2", "--batch-size", 2, "--rounds", 1, "--device", "cpu", "--out", out]
+    assert "promised" in run("operator_cost.py", *sizes, *options)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    (arithmetic,), (step,) = content["arithmetic"], content["steps"]
+    assert arithmetic["flops"] >= arithmetic["best_flops"] > 0
+    assert min(step[name] for name in ("time_ratio", "memory_ratio", "plain_peak_bytes")) > 0
+    assert content["versions"]["torch"]
+    assert content["hardware"]["cores"] >= 1
+
+
+@pytest.mark.slow  # four starts of torch
+def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(tmp_path: Path) -> None:
+    out = tmp_path / "grow.json"
+    sets = [word for item in SMALL for word in ("--small-set", item)]
+    sets += [word for item in ("embed_dim=64", "depth=2", "num_heads=4") for word in ("--big-set", item)]
+    run("grow.py", "--small", "vit_tiny", "--big", "vit_tiny", *sets, "--rank", 2, "--runs", 1, "--out", out)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert content["timm_logits_gap"] <= content["promised"]["logits_gap"]
+    assert content["runs"][0]["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(2):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    out = tmp_path / "throughput.json"
+    sets = [word for item in SMALL for word in ("--set", item)]
+    options = ["--batch-size", 4, "--workers", 0, "--steps", 2, "--rounds", 1, "--device", "cpu", "--out", out]
+    run("throughput.py", "--data", tmp_path / "images", "--model", "vit_tiny", *sets, *options)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert content["ratio"] > 0
