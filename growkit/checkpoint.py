@@ -87,6 +87,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    # torch.load takes any text for a pickle; a Git LFS pointer or an error page deserves to be called that.
+    if start != b"PK" and start[:1] != b"\x80":
+        raise GrowkitError(f"{path}: not readable as a torch checkpoint (neither a zip archive nor a pickle)")
     try:
         # DeiT's and timm's training checkpoints keep their options in a Namespace: data, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -73,9 +73,8 @@ def measure(checkpoint: Path, run: Path, options: argparse.Namespace) -> dict[st
     words += ["--rank", str(options.rank), "--seed", str(options.seed), "--run", str(run), "--json"]
     for setting in options.big_set:
         words += ["--set", setting]
-    # `--from` names no arguments, so a source with its own is told by its shapes.
-    if options.small_set:
-        del words[2:4]
+    for setting in options.small_set:
+        words += ["--from-set", setting]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
         command = [sys.executable, "-m", "growkit_cli", *words]

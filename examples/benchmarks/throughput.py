@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from growkit.arch import build, full_name, parse_sets
 from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
+from growkit.source import Source, fresh
 from growkit.train.data import open_data
 from growkit.train.loop import StepRecord, fit
 from growkit.train.score import autocast
@@ -84,10 +84,10 @@ def main() -> None:
         options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def network(options: argparse.Namespace) -> nn.Module:
-    """The model with the same random weights every time."""
-    torch.manual_seed(options.seed)
-    return build(full_name(options.model), parse_sets(options.set))
+def start_of(options: argparse.Namespace) -> Source:
+    """The model with the same random weights every time, and how its images are prepared."""
+    classes = [folder.name for folder in sorted((Path(options.data) / "train").iterdir()) if folder.is_dir()]
+    return fresh(options.model, options.set, classes, seed=options.seed)
 
 
 def settings_of(options: argparse.Namespace) -> FitSettings:
@@ -105,17 +105,18 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
 
 def growkit_segment(options: argparse.Namespace, device: torch.device) -> float:
     """Images per second of the second half of a short run of fit."""
-    model, settings = network(options), settings_of(options)
-    data = open_data(options.data, resolve_model_data_config(model), settings)
+    source, settings = start_of(options), settings_of(options)
+    data = open_data(options.data, source.preprocessing, settings)
     records: list[StepRecord] = []
-    fit(model, data, settings, device=device, on_step=records.append)
+    fit(source.model(), data, settings, device=device, on_step=records.append)
     return records[-1].images_per_second
 
 
 def timm_segment(options: argparse.Namespace, device: torch.device) -> float:
     """Images per second of the second half of as many updates in a loop as timm's train script has it."""
-    model, settings = network(options).to(device).train(), settings_of(options)
-    batches = endless(timm_loader(model, settings, Path(options.data) / "train", device))
+    source, settings = start_of(options), settings_of(options)
+    model = source.model().to(device).train()
+    batches = endless(timm_loader(source.preprocessing, settings, Path(options.data) / "train", device))
     optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
     schedule, _ = create_scheduler_v2(optimizer, sched=settings.sched, num_epochs=2, updates_per_epoch=options.steps)
     loss_of = nn.CrossEntropyLoss()
@@ -140,9 +141,8 @@ def timm_segment(options: argparse.Namespace, device: torch.device) -> float:
     return rate
 
 
-def timm_loader(model: nn.Module, settings: FitSettings, folder: Path, device: torch.device) -> Any:
+def timm_loader(config: dict[str, Any], settings: FitSettings, folder: Path, device: torch.device) -> Any:
     """timm's loader of training images, with the prefetcher where there is a GPU."""
-    config = resolve_model_data_config(model)
     dataset = create_dataset("", root=str(folder), is_training=True, batch_size=settings.batch_size)
     if len(dataset) < settings.batch_size:
         sys.exit(f"{folder}: {len(dataset)} images fill no batch of {settings.batch_size}; lower --batch-size")

@@ -34,6 +34,15 @@ KNOWN = {
     (1024, 24, 64): "vit_large_patch16_224",
     (1280, 32, 80): "vit_huge_patch14_224",
 }
+# Axes of the tensors whose shapes say what the network is.
+AXES = {
+    "patch_embed.proj.weight": 4,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "head.weight": 2,
+    "pos_embed": 3,
+    "reg_token": 3,
+}
 # The fields of a network that growing leaves alone: they come from the source.
 INPUT_ARGUMENTS = (
     "img_size",
@@ -104,6 +113,9 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
     )
     if missing := [key for key in needed if key not in state]:
         raise GrowkitError(f"no ViT or DeiT: the weights lack {', '.join(missing)}")
+    for key, axes in AXES.items():
+        if key in state and (state[key].ndim != axes or not state[key].numel()):
+            raise GrowkitError(f"no ViT or DeiT: {key} has shape {tuple(state[key].shape)}, expected {axes} axes")
     embed, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     mlp = state["blocks.0.mlp.fc1.weight"].shape[0]
@@ -124,7 +136,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
     if "pos_embed" in state:
         tokens = state["pos_embed"].shape[1]
         prefix = int(class_token) + reg_tokens
-        grid = isqrt(tokens - prefix)
+        grid = isqrt(max(0, tokens - prefix))
         found["no_embed_class"] = bool(prefix) and grid**2 != tokens - prefix and isqrt(tokens) ** 2 == tokens
         if found["no_embed_class"]:
             grid = isqrt(tokens)

@@ -1,0 +1,369 @@
+"""Architectures: told from weights or names, covered to the last parameter, and held against checkpoints by name."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import PAIRS, randomised, tiny
+from torch import Tensor
+
+from growkit.arch import build, detect, find, find_target, full_name, parse_sets, vit
+from growkit.arch.spec import Architecture
+from growkit.errors import GrowkitError
+from growkit.source import Source, load_source, with_classes
+
+ARCHITECTURES = {
+    f"{name}, {side}": pair[i] for name, pair in PAIRS.items() for i, side in enumerate(("small", "large"))
+}
+PUBLISHED = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+    "vit_base_patch16_224",
+    "vit_large_patch16_224",
+)
+
+
+def state_of(architecture: Architecture) -> dict[str, Tensor]:
+    return dict(randomised(architecture, dtype=torch.float32).state_dict())
+
+
+def zeros(embed: int, depth: int) -> dict[str, Tensor]:
+    """A checkpoint of a ViT for 16 x 16 images; its head count leaves no trace in it."""
+    return state_of(tiny(embed, depth, 1))
+
+
+def heads(architecture: Architecture) -> int:
+    attention = architecture.spaces["attn"]
+    return attention.size // attention.group
+
+
+# What tells the head count
+
+
+def test_head_count_comes_from_the_files_name() -> None:
+    state = zeros(192, 12)
+    by_shapes, _ = detect(state)
+    assert heads(by_shapes) == 3
+    for hint in ("deit_tiny_patch16_224", "deit_tiny-a1311bcf", "DeiT-Tiny_patch16_224"):
+        architecture, how = detect(state, hint=hint)
+        assert (architecture.name, heads(architecture)) == ("deit_tiny_patch16_224", 3)
+        assert how == "deit_tiny_patch16_224, from the file's name"
+
+
+def test_files_name_of_another_size_is_not_believed() -> None:
+    architecture, how = detect(zeros(192, 12), hint="deit_base_patch16_224")
+    assert architecture.name == "deit_tiny_patch16_224"
+    assert "from its shapes" in how
+
+
+def test_head_count_comes_from_from() -> None:
+    architecture, how = detect(zeros(192, 12), name="vit_tiny", hint="deit_base")
+    assert (architecture.name, heads(architecture)) == ("vit_tiny_patch16_224", 3)
+    assert how == "--from vit_tiny"
+
+
+def test_head_size_is_that_of_from_at_another_width() -> None:
+    state = zeros(160, 2)
+    architecture, _ = detect(state, name="vit_huge_patch14_224")
+    assert (heads(architecture), architecture.spaces["attn"].group) == (2, 80)
+
+
+def test_head_count_is_assumed_from_64_wide_heads_and_said() -> None:
+    architecture, how = detect(zeros(128, 2))
+    assert heads(architecture) == 2
+    assert (
+        how
+        == "a ViT of 2 layers, 128 wide, from its shapes; 64-wide heads assumed (--from-set num_heads=N says otherwise)"
+    )
+
+
+def test_set_decides_over_64_wide_heads() -> None:
+    architecture, how = detect(zeros(128, 2), sets=["num_heads=8"])
+    assert heads(architecture) == 8
+    assert how.endswith("heads as --from-set")
+
+
+def test_width_that_is_no_multiple_of_64_asks_for_the_head_count() -> None:
+    state = zeros(48, 2)
+    with pytest.raises(GrowkitError, match=r"48 is no multiple of 64; --from-set num_heads=N says it"):
+        detect(state)
+    architecture, _ = detect(state, sets=["num_heads=3"])
+    assert heads(architecture) == 3
+
+
+def test_line_about_the_source_reaches_the_user(tmp_path: Path) -> None:
+    torch.save(zeros(192, 12), tmp_path / "deit_tiny_patch16_224-a1311bcf.pth")
+    source = load_source(str(tmp_path / "deit_tiny_patch16_224-a1311bcf.pth"))
+    assert source.notes == ("source is deit_tiny_patch16_224, from the file's name",)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shapes_rebuild_the_architecture(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    found, _ = detect(state_of(architecture), sets=[f"num_heads={heads(architecture)}"])
+    assert found.shapes == architecture.shapes
+    assert found.spaces == architecture.spaces
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"no_embed_class": True},
+        {"reg_tokens": 4},
+        {"reg_tokens": 4, "no_embed_class": True},
+        {"reg_tokens": 1, "class_token": False, "global_pool": "avg"},
+        {"global_pool": "avg"},
+        {"class_token": False, "global_pool": "avg"},
+        {"in_chans": 1, "qkv_bias": False},
+        {"img_size": 32, "num_classes": 3},
+    ],
+    ids=str,
+)
+def test_tokens_and_input_are_told_from_the_weights(more: dict) -> None:
+    architecture = tiny(64, 2, 1, **more)
+    found, _ = detect(state_of(architecture))
+    assert found.shapes == architecture.shapes
+    rebuilt, expected = (build(a.name, a.arguments, device="meta") for a in (found, architecture))
+    assert vit.input_arguments(rebuilt) == vit.input_arguments(expected)
+
+
+# What does not fit
+
+
+def test_missing_and_unknown_tensors_are_named() -> None:
+    state = zeros(64, 2)
+    del state["blocks.1.norm2.bias"]
+    state["blocks.1.ls1.gamma"] = torch.ones(64)
+    with pytest.raises(GrowkitError) as caught:
+        detect(state)
+    assert "lacks blocks.1.norm2.bias" in str(caught.value)
+    assert "has unknown blocks.1.ls1.gamma" in str(caught.value)
+    assert "--from" in str(caught.value)
+
+
+def test_many_missing_tensors_are_counted() -> None:
+    state = {name: tensor for name, tensor in zeros(64, 2).items() if "norm" not in name}
+    with pytest.raises(GrowkitError, match=r"lacks blocks\.0\.norm1\.weight, .*, .* and 7 more"):
+        detect(state)
+
+
+def test_misshapen_tensor_is_named_with_both_shapes() -> None:
+    state = zeros(64, 2) | {"blocks.1.mlp.fc1.bias": torch.zeros(5)}
+    with pytest.raises(GrowkitError, match=r"blocks\.1\.mlp\.fc1\.bias has shape \(5,\), expected \(256,\)"):
+        detect(state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_tensor_that_is_not_finite_is_named(value: float) -> None:
+    state = zeros(64, 2)
+    state["blocks.0.attn.proj.weight"][3, 5] = value
+    with pytest.raises(GrowkitError, match=r"blocks\.0\.attn\.proj\.weight holds values that are not finite"):
+        detect(state)
+
+
+@pytest.mark.parametrize("token", ["dist_token", "head_dist.weight"])
+def test_distilled_deit_is_refused_by_name(token: str) -> None:
+    with pytest.raises(GrowkitError, match=f"{token}: a distilled DeiT"):
+        detect(zeros(64, 2) | {token: torch.zeros(1, 1, 64)})
+
+
+def test_weights_of_something_else_are_refused_by_what_they_lack() -> None:
+    with pytest.raises(GrowkitError, match=r"no ViT or DeiT: the weights lack patch_embed\.proj\.weight, .*"):
+        detect({"conv1.weight": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("key", ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight", "pos_embed"])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 0)], ids=str)
+def test_tensor_of_the_wrong_rank_is_refused_whatever_it_decides(key: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(GrowkitError, match=re.escape(f"{key} has shape {shape}, expected ")):
+        detect(zeros(64, 2) | {key: torch.zeros(shape)})
+
+
+# Names and arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("deit_base", "deit_base_patch16_224"),
+        ("vit_large", "vit_large_patch16_224"),
+        ("vit_huge", "vit_huge_patch14_224"),
+        ("deit_small_patch16_224", "deit_small_patch16_224"),
+        ("deit_small_patch16_224.fb_in1k", "deit_small_patch16_224"),
+    ],
+)
+def test_short_names_are_completed(given: str, name: str) -> None:
+    assert full_name(given) == name
+    assert find(given).name == name
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("deit_bse", "deit_base"), ("diet_small", "deit_small"), ("vit_lrge", "vit_large")]
+)
+def test_typo_is_offered_the_nearest_names(typo: str, meant: str) -> None:
+    with pytest.raises(GrowkitError) as caught:
+        find(typo)
+    assert f"unknown architecture {typo!r}" in str(caught.value)
+    assert meant in str(caught.value).partition("nearest:")[2].replace(" ", "").split(",")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "deit_base_distilled_patch16_224", "vit_base_r50_s16_224", "beit_base_patch16_224"]
+)
+def test_network_of_another_kind_is_refused_by_name(name: str) -> None:
+    with pytest.raises(GrowkitError, match=name):
+        find(name)
+
+
+def test_plain_vit_with_parameters_outside_the_table_is_refused_by_their_names() -> None:
+    with pytest.raises(GrowkitError, match=r"blocks\.0\.ls1\.gamma"):
+        find("vit_tiny", {"init_values": 1e-5, "depth": 1})
+
+
+def test_set_values_are_python_literals_or_words() -> None:
+    parsed = parse_sets(["depth=8", "mlp_ratio=2.5", "qkv_bias=False", "global_pool=avg"])
+    assert parsed == {"depth": 8, "mlp_ratio": 2.5, "qkv_bias": False, "global_pool": "avg"}
+
+
+def test_set_without_equals_says_how_it_is_written() -> None:
+    with pytest.raises(GrowkitError, match=r"--set depth: expected KEY=VALUE, as in --set depth=8"):
+        parse_sets(["depth"])
+
+
+def test_set_of_an_unknown_argument_offers_the_nearest() -> None:
+    with pytest.raises(GrowkitError, match=r"no argument 'embed_dims'; nearest: embed_dim"):
+        parse_sets(["embed_dims=8"])
+
+
+@pytest.mark.parametrize("arguments", [{"num_heads": 5}, {"depth": "many"}, {"num_heads": 0}, {"embed_dim": "wide"}])
+def test_arguments_that_timm_refuses_are_quoted(arguments: dict) -> None:
+    ((key, value),) = arguments.items()
+    with pytest.raises(GrowkitError, match=f"timm cannot build vit_tiny_patch16_224 with {key}={value}") as caught:
+        find("vit_tiny", arguments)
+    assert "\n" not in str(caught.value)
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_split_and_join_give_the_checkpoint_back(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    state = state_of(architecture)
+    joined = architecture.join(architecture.split(state))
+    assert set(joined) == set(state)
+    assert [key for key in state if not torch.equal(joined[key], state[key])] == []
+    assert [key for key in state if joined[key].shape != state[key].shape] == []
+
+
+def test_fused_tensor_is_split_in_order_and_layers_are_stacked() -> None:
+    architecture = tiny(32, 3, 2)
+    state = state_of(architecture)
+    slots = architecture.split(state)
+    for layer in range(3):
+        fused = state[f"blocks.{layer}.attn.qkv.weight"]
+        for position, slot in enumerate("qkv"):
+            assert torch.equal(slots[f"{slot}.weight"][layer], fused[32 * position : 32 * (position + 1)])
+        assert torch.equal(slots["out.weight"][layer], state[f"blocks.{layer}.mlp.fc2.weight"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_parameter_of_published_models_is_covered(name: str) -> None:
+    architecture = find(name)
+    model = build(name, {}, device="meta")
+    layers = range(architecture.spaces["blocks"].size)
+    covered = [row.key.format(l=layer) for row in architecture.tensors for layer in (layers if row.layered else (0,))]
+    assert sorted(covered) == sorted(key for key, _ in model.named_parameters())
+    for row in architecture.tensors:
+        shape = architecture.shapes[row.key.format(l=0)]
+        assert len(row.dims) == len(shape), row.key
+        for axis, space in enumerate(row.dims):
+            if space is not None:
+                times = len(row.slots) if axis == 0 else 1
+                assert shape[axis] == times * architecture.spaces[space].size, row.key
+
+
+@pytest.mark.parametrize(
+    "dropped", [row.key for row in vit.ROWS if row.key not in ("reg_token", "fc_norm.weight", "fc_norm.bias")]
+)
+def test_dropped_table_row_is_reported_by_name(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
+    monkeypatch.setattr(vit, "ROWS", tuple(row for row in vit.ROWS if row.key != dropped))
+    with pytest.raises(GrowkitError, match=dropped.format(l=0).replace(".", r"\.")):
+        find("deit_tiny")
+
+
+def test_row_with_a_wrong_space_does_not_join_back() -> None:
+    architecture = tiny(32, 2, 2)
+    rows = tuple(replace(row, slots=("k", "q", "v")) if "qkv" in row.key else row for row in architecture.tensors)
+    broken = replace(architecture, tensors=rows)
+    weights = broken.split(state_of(architecture))
+    with pytest.raises(KeyError, match=r"q\.weight"):
+        architecture.join(weights)
+
+
+# Targets
+
+
+def test_target_keeps_the_sources_input_and_says_so() -> None:
+    source = tiny(64, 2, 1, in_chans=1, num_classes=5)
+    target, notes = find_target(source, "deit_base")
+    (note,) = notes
+    assert note.startswith("target takes the source's img_size 16 (deit_base_patch16_224 has 224)")
+    for said in ("patch_size 8", "in_chans 1", "num_classes 5"):
+        assert said in note
+    kept, has = (build(a.name, a.arguments, device="meta") for a in (source, target))
+    assert vit.input_arguments(kept) == vit.input_arguments(has)
+    assert target.spaces["embed"].size == 768
+
+
+def test_target_of_the_same_input_has_nothing_to_say() -> None:
+    assert find_target(find("deit_tiny"), "deit_small")[1] == []
+
+
+@pytest.mark.parametrize("item", ["img_size=32", "patch_size=4", "num_classes=3", "in_chans=1", "class_token=False"])
+def test_set_that_contradicts_the_source_is_refused(item: str) -> None:
+    key = item.partition("=")[0]
+    with pytest.raises(GrowkitError, match=f"--set {item}: the source has .*, and growing keeps it"):
+        find_target(tiny(64, 2, 1), "deit_base", [item])
+    agreed = f"{key}={vit.input_arguments(build_tiny())[key]}"
+    assert find_target(tiny(64, 2, 1), "deit_base", [agreed])[0].spaces["embed"].size == 768
+
+
+def build_tiny() -> torch.nn.Module:
+    architecture = tiny(64, 2, 1)
+    return build(architecture.name, architecture.arguments, device="meta")
+
+
+# Classes
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    torch.save(zeros(64, 2), tmp_path / "source.pth")
+    return load_source(str(tmp_path / "source.pth"))
+
+
+def test_head_that_fits_is_kept_with_the_datas_labels(source: Source) -> None:
+    adapted = with_classes(source, list("abcdefg"), seed=0)
+    assert adapted.labels == tuple("abcdefg")
+    assert adapted.notes == source.notes
+    assert all(adapted.state[name] is source.state[name] for name in source.state)
+
+
+def test_other_classes_get_a_new_head_by_the_seed_and_it_is_said(source: Source) -> None:
+    before = torch.random.get_rng_state()
+    adapted = with_classes(source, ["cat", "dog"], seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert adapted.notes[-1] == "the source has 7 classes, the data 2: a new head starts from nothing"
+    assert adapted.labels == ("cat", "dog")
+    assert adapted.architecture.shapes["head.weight"] == (2, 64)
+    assert adapted.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+    rest = [name for name in source.state if not name.startswith("head.")]
+    assert [name for name in rest if not torch.equal(adapted.state[name], source.state[name])] == []
+    again, other = (with_classes(source, ["cat", "dog"], seed=seed) for seed in (5, 6))
+    assert torch.equal(again.state["head.weight"], adapted.state["head.weight"])
+    assert not torch.equal(other.state["head.weight"], adapted.state["head.weight"])
+    assert source.state["head.weight"].shape == (7, 64)
