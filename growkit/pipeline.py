@@ -17,9 +17,9 @@ from growkit.deploy.runtime import open_session
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
 from growkit.grow import grow, lossless_gap
-from growkit.record import RunFolder, hardware, versions
+from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
-from growkit.source import Source, fresh, load_source, with_classes
+from growkit.source import Source, fresh, with_classes
 from growkit.train.data import Data, open_data, val_batches
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.score import Scores, evaluate, predictor
@@ -308,13 +308,8 @@ def score(model: nn.Module, opened: Data, settings: FitSettings, device: torch.d
     return evaluate(predict, val_batches(opened, settings, pin_memory=device.type == "cuda"))
 
 
-def load_stage(run: RunFolder, model: Path | None) -> Source:
-    """The model that a command without MODEL means: the run's furthest stage."""
-    return load_source(str(model if model is not None else run.furthest()))
-
-
 def _origin(source: Source) -> dict[str, Any]:
-    """Where weights come from: names and hashes, never a path of this machine."""
+    """Where weights come from: names, hashes and versions; nothing that tells of this machine, for it is served."""
     return {
         "growkit": __version__,
         "source": {
@@ -325,7 +320,6 @@ def _origin(source: Source) -> dict[str, Any]:
             "history": source.history,
         },
         "versions": versions(),
-        "hardware": hardware(),
     }
 
 

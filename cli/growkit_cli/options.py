@@ -15,7 +15,6 @@ import typer
 Run = Annotated[Path, typer.Option("--run", help="Run folder that every command reads and writes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Data = Annotated[
     str | None,

@@ -1,0 +1,372 @@
+"""The commands beyond the common way: exit statuses, --json, mistakes in every option and file, and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from pairs import published_scale, tiny
+from PIL import Image
+from safetensors.torch import load_file
+
+from growkit import __version__
+from growkit_cli import main as program
+
+ROOT = Path(__file__).parents[1]
+TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
+QUICK = ("--workers", "0", "--batch-size", "8", "--scale-min", "0.8")
+GROW = ("grow", "small", *TO)
+
+
+def growkit(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the program in this process: exit status, stdout, stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["growkit", *map(str, arguments)])
+        patch.setenv("GROWKIT_DEBUG", "")
+        status = 0
+        try:
+            program.main()
+        except SystemExit as left:
+            status = int(left.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every file with its content, every folder with None."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def write_images(root: Path, labels: tuple[str, ...], each: int) -> None:
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index, label in enumerate(labels):
+            (root / split / label).mkdir(parents=True)
+            for number in range(each):
+                pixels = generator.integers(0, 60, (16, 16, 3)) + 60 * index
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / label / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model, images of 3 classes, and files broken in every way."""
+    root = tmp_path_factory.mktemp("place")
+    model = published_scale(tiny(32, 2, 2))
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": dict(tiny(32, 2, 2).arguments)}
+    del config["model_args"]["num_classes"]
+    timm.models.save_for_hf(model, str(root / "small"), model_config=config, safe_serialization=True)
+    torch.save(model.state_dict(), root / "bare.pth")
+    write_images(root / "images", ("cat", "dog", "elk"), 5)
+    (root / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    (root / "text.onnx").write_text("no model\n")
+    (root / "cut.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    (root / "folder.onnx").mkdir()
+    (root / "a-file").write_text("x")
+    (root / "none").mkdir()
+    (root / "[red]odd.pth").write_text("x")
+    (root / "half" / "train" / "cat").mkdir(parents=True)
+    for name, change in {
+        "no-name": lambda c: c.pop("architecture"),
+        "other-name": lambda c: c.update(architecture="vit_tinny"),
+        "other-args": lambda c: c["model_args"].update(embed_dim=48),
+        "odd-args": lambda c: c["model_args"].update(wings=2),
+        "other-kind": lambda c: c.update(architecture="resnet18", model_args={}),
+        "list-args": lambda c: c.update(model_args=[1]),
+    }.items():
+        (root / name).mkdir()
+        changed = json.loads((root / "small" / "config.json").read_text())
+        change(changed)
+        (root / name / "config.json").write_text(json.dumps(changed))
+        (root / name / "model.safetensors").write_bytes((root / "small" / "model.safetensors").read_bytes())
+    (root / "odd-record").mkdir()
+    (root / "odd-record" / "record.json").write_text("[]")
+    return root
+
+
+DATA = ("--data", "images")
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "Git LFS pointer": (("grow", "lfs.pth", *TO), "neither a zip archive nor a pickle"),
+    "name with markup": (("grow", "[red]odd.pth", *TO), "[red]odd.pth: not readable"),
+    "bare checkpoint without heads": (("grow", "bare.pth", *TO), "--from-set num_heads=N"),
+    "--from that does not fit": (("grow", "bare.pth", "--from", "deit_distilled_tiny", *TO), "unknown architecture"),
+    "--from-set that does not fit": (
+        ("grow", "bare.pth", "--from-set", "num_heads=2", "--from-set", "depth=3", *TO),
+        "lacks blocks.2.norm1.weight",
+    ),
+    "--from-set unknown": (("grow", "bare.pth", "--from-set", "heads=2", *TO), "no argument 'heads'"),
+    "--from of a folder": (("grow", "small", "--from", "vit_tiny", *TO), "for bare checkpoints"),
+    "config without a name": (("grow", "no-name", *TO), "names no architecture"),
+    "config of an unknown name": (("grow", "other-name", *TO), "unknown architecture 'vit_tinny'"),
+    "config of other sizes": (("grow", "other-args", *TO), "weights do not fit"),
+    "config with odd arguments": (("grow", "odd-args", *TO), "wings"),
+    "config of another kind": (("grow", "other-kind", *TO), "resnet18 is a ResNet"),
+    "config with a list": (("grow", "list-args", *TO), "list-args"),
+    "timm:NAME unknown": (("grow", "timm:deit_tinny", *TO), "nearest: "),
+    "--set without value": (("grow", "small", *TO, "--set", "depth"), "expected KEY=VALUE"),
+    "--set of no argument": (("grow", "small", *TO, "--set", "deph=3"), "nearest: depth"),
+    "--set of a word": (("grow", "small", *TO, "--set", "depth=deep"), "depth=deep"),
+    "--set of a negative number": (("grow", "small", *TO, "--set", "depth=-1"), "depth"),
+    "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "depth"),
+    "--set against the source": (("grow", "small", *TO, "--set", "img_size=32"), "growing keeps it"),
+    "shallower target": (("grow", "small", *TO, "--set", "depth=1"), "blocks: 2 -> 1 would shrink"),
+    "--method close to nothing": ((*GROW, "--method", "zzz"), "nearest: mango"),
+    "--rank below zero": ((*GROW, "--rank", "-1"), "--rank -1"),
+    "--ranks of words": ((*GROW, "--ranks", "a,b,c,d"), "--ranks a,b,c,d"),
+    "--ranks with a zero": ((*GROW, "--ranks", "1,1,0,1"), "--ranks 1,1,0,1"),
+    "--ring-order of other letters": ((*GROW, "--ring-order", "BOLX"), "BOLX"),
+    "--noise below zero": ((*GROW, "--noise", "-1"), "--noise -1"),
+    "--device that is none": ((*GROW, "--device", "gpu"), "--device gpu"),
+    "--data of nothing": ((*GROW, "--data", "nowhere"), "nowhere"),
+    "--data of a file": ((*GROW, "--data", "a-file"), "a-file"),
+    "--data with one split": ((*GROW, "--data", "half"), "half"),
+    "--batch-size 0": ((*GROW, *DATA, "--batch-size", "0"), "--batch-size 0"),
+    "--steps 0": ((*GROW, *DATA, "--steps", "0"), "--steps 0"),
+    "--lr 0": (("finetune", "small", *DATA, "--lr", "0"), "--lr 0"),
+    "--opt unknown": (("finetune", "small", *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
+    "--sched unknown": (("finetune", "small", *DATA, "--sched", "step"), "--sched step"),
+    "--precision unknown": (("finetune", "small", *DATA, "--precision", "fp8"), "--precision fp8"),
+    "finetune without a model": (("finetune", *DATA), "growkit grow"),
+    "finetune of nothing": (("finetune", "nowhere", *DATA), "nowhere: no such file"),
+    "resume of nothing": (("finetune", "small", *DATA, "--resume", *QUICK), "start without --resume"),
+    "train of no architecture": (("train", "vit_tinny", *DATA), "nearest: vit_tiny"),
+    "train of another kind": (("train", "resnet18", *DATA), "resnet18"),
+    "export without a model": (("export", "--onnx"), "holds no model yet"),
+    "verify without a model": (("verify",), "holds no model yet"),
+    "verify of no file": (("verify", "small", "--onnx-file", "nowhere.onnx"), "nowhere.onnx: no such file"),
+    "verify of text": (("verify", "small", "--onnx-file", "text.onnx"), "text.onnx"),
+    "evaluate without a model": (("evaluate", *DATA), "holds no model yet"),
+    "evaluate of no ONNX file": (("evaluate", "nowhere.onnx", *DATA), "nowhere.onnx: no such file"),
+    "evaluate of text": (("evaluate", "text.onnx", *DATA), "text.onnx"),
+    "evaluate of a cut ONNX file": (("evaluate", "cut.onnx", *DATA), "cut.onnx"),
+    "evaluate of a folder named .onnx": (("evaluate", "folder.onnx", *DATA), "folder.onnx"),
+    "plan of a smaller target": (("plan", "small", *TO, "--set", "depth=1"), "would shrink"),
+    "plan of no batch": (("plan", "small", *TO, "--batch-size", "0"), "--batch-size 0"),
+    "plan of no updates": (("plan", "small", *TO, "--steps", "0"), "--steps 0"),
+    "--run that is a file": ((*GROW, "--run", "a-file"), "a-file"),
+    "record that is none": ((*GROW, "--run", "odd-record"), "holds no list of steps"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_and_exit_2_and_nothing_is_written(
+    mistake: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    arguments, said = MISTAKES[mistake]
+    before = listing(place)
+    status, _, err = growkit(capsys, *arguments)
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err == line + "\n"
+    assert said in line
+    assert listing(place) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that must be missing here")
+@pytest.mark.parametrize("arguments", [GROW, ("finetune", "small", *DATA), ("evaluate", "small", *DATA)])
+def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
+    arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = listing(place)
+    status, _, err = growkit(capsys, *arguments, "--device", "cuda")
+    assert status == 2
+    assert err == "error: --device cuda: torch sees 0 CUDA devices here; --device cpu works\n"
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("grow",), ("grow", "small"), ("grwo", "small"), (*GROW, "--rank", "two"), (*GROW, "--depth", "3"), ()],
+)
+def test_bad_usage_exits_2_and_writes_nothing(
+    arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = listing(place)
+    status, out, err = growkit(capsys, *arguments)
+    assert status == 2
+    assert "Usage" in out + err
+    assert "Traceback" not in err
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--version", "grow"), ("--debug", "--version")])
+def test_version_is_printed_without_a_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert growkit(capsys, *arguments) == (0, f"{__version__}\n", "")
+
+
+def test_debug_shows_the_traceback_of_an_error(place: Path) -> None:
+    shown = run(place, "--debug", "grow", "nowhere.pth", *TO)
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+    assert shown.stderr.rstrip().endswith("nowhere.pth: no such file or folder")
+
+
+@pytest.mark.parametrize("command", [GROW, ("plan", "small", *TO)])
+def test_json_is_the_one_thing_on_stdout_and_people_read_stderr(
+    command: tuple[str, ...],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    here = ("--run", tmp_path / "run") if command[0] == "grow" else ()
+    status, out, err = growkit(capsys, *command, *here, "--json")
+    assert status == 0
+    content = json.loads(out)  # fails on anything beside one object
+    assert isinstance(content, dict)
+    assert "target" in content
+    assert "vit_tiny_patch16_224" in err
+    status, people, err = growkit(capsys, *command, *here, *(("--force",) if here else ()))
+    assert (status, err) == (0, "")
+    assert "vit_tiny_patch16_224" in people
+
+
+@pytest.mark.parametrize("command", [("grow", "nowhere.pth", *TO), ("plan", "nowhere.pth", *TO)])
+def test_json_of_a_mistake_leaves_stdout_empty(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = growkit(capsys, *command, "--json")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: nowhere.pth")
+
+
+def test_grow_records_what_made_the_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    status, _, _ = growkit(
+        capsys, "grow", "bare.pth", "--from-set", "num_heads=2", *TO, "--rank", "3", "--seed", "7", "--run", tmp_path
+    )
+    assert status == 0
+    history = json.loads((tmp_path / "grown" / "growkit.json").read_text())
+    assert history["source"]["name"] == "bare.pth"
+    assert history["source"]["sha256"] == sha256(place / "bare.pth")
+    assert history["source"]["arguments"]["num_heads"] == 2
+    assert (history["settings"]["method"], history["settings"]["rank"], history["settings"]["seed"]) == ("mango", 3, 7)
+    assert {"growkit", "torch", "timm", "python"} <= set(history["versions"])
+    assert 0 <= history["step0_gap"] <= 1e-5
+    assert history["weights_sha256"] == sha256(tmp_path / "grown" / "model.safetensors")
+    (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
+    assert step["hashes"] == {"source": history["source"]["sha256"], "grown": history["weights_sha256"]}
+    assert (step["options"]["seed"], step["options"]["rank"]) == (7, 3)
+
+
+def sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process SIGINT, as Ctrl-C does, when an update of training is done."""
+    from growkit.train import loop
+
+    real = loop._Training.update
+
+    def arm(step: int) -> None:
+        def update(self, number, batches):  # type: ignore[no-untyped-def]
+            loss = real(self, number, batches)
+            if number == step:
+                signal.raise_signal(signal.SIGINT)
+            return loss
+
+        monkeypatch.setattr(loop._Training, "update", update)
+
+    return arm
+
+
+@pytest.mark.parametrize("command", ["finetune", "train"])
+def test_interrupted_training_exits_130_and_resumes_to_the_same_bits(
+    command: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
+) -> None:
+    monkeypatch.chdir(place)
+    sizes = ("--set", "embed_dim=32", "--set", "depth=1", "--set", "num_heads=2", "--set", "img_size=16")
+    start = ("finetune", "small") if command == "finetune" else ("train", "vit_tiny", *sizes, "--set", "patch_size=8")
+    settings = (*DATA, "--steps", "6", "--lr", "1e-3", *QUICK)
+    folder = "finetuned" if command == "finetune" else "trained"
+    status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "whole")
+    assert status == 0, err
+
+    with monkeypatch.context() as patch:
+        interrupted_at(3)
+        status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken")
+        patch.undo()
+    assert (status, err) == (130, "interrupted; what was learned is saved, --resume goes on\n")
+    history = json.loads((tmp_path / "broken" / folder / "last" / "growkit.json").read_text())
+    assert (history["fit"]["interrupted"], history["fit"]["steps"]) == (True, 3)
+    assert timm.create_model(f"local-dir:{tmp_path / 'broken' / folder}", pretrained=True)
+
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    refused, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken")
+    assert (refused, "--force" in err) == (2, True)
+    other, _, err = growkit(capsys, *start, *settings, "--lr", "2e-3", "--run", tmp_path / "broken", "--resume")
+    assert (other, "the run was started with lr 0.001, not 0.002" in err) == (2, True)
+    status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken", "--resume")
+    assert status == 0, err
+    for stage in (folder, f"{folder}/last"):
+        whole, broken = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("whole", "broken"))
+        assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
+
+
+def test_interrupted_operator_training_writes_the_grown_model_and_exits_130(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
+) -> None:
+    monkeypatch.chdir(place)
+    interrupted_at(2)
+    status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "5", *QUICK, "--run", tmp_path, "--json")
+    assert status == 130
+    assert "Traceback" not in err
+    assert len(json.loads(out)["losses"]) == 2
+    assert timm.create_model(f"local-dir:{tmp_path / 'grown'}", pretrained=True)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
+
+
+def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_export_keep(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "1", *QUICK, "--run", tmp_path)
+    assert status == 0, err
+    assert "the source has 7 classes, the data 3: a new head starts from nothing" in out
+    config = json.loads((tmp_path / "grown" / "config.json").read_text())
+    assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "elk"])
+    write_images(tmp_path / "others", ("cat", "dog"), 2)
+    status, _, err = growkit(capsys, "export", "--run", tmp_path)
+    assert status == 0, err
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, "verify", "--run", tmp_path, "--data", tmp_path / "others", "--workers", "0")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "its 2 classes are not the model's 3" in err
+    assert listing(tmp_path) == before
+
+
+def run(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """growkit as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'cli'}", "GROWKIT_DEBUG": ""}
+    command = [sys.executable, "-m", "growkit_cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_process_of_its_own_ends_with_the_same_status_and_line(place: Path) -> None:
+    refused = run(place, "grow", "lfs.pth", *TO)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: lfs.pth: not readable as a torch checkpoint (neither a zip archive nor a pickle)\n"
