@@ -94,6 +94,9 @@ def grow_model(
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
     """
+    run.refuse_unusable()
+    if resume and data is None:
+        raise GrowkitError("--resume goes on with operator training; give the --data it was trained on")
     if not resume:
         refuse_existing(run.grown, force)
     chosen = pick_device(device)
@@ -256,6 +259,7 @@ def _fit_into(
     say: Say,
     watch: Watch | None,
 ) -> Trained:
+    run.refuse_unusable()
     if not resume:
         refuse_existing(folder, force)
     chosen = pick_device(device)
@@ -364,11 +368,17 @@ def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str
     """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
 
     Raises:
-        GrowkitError: no such file, or it does not say how images are prepared.
+        GrowkitError: no such file, none that ONNX Runtime reads, or it does not say how images are prepared.
     """
-    if not path.exists():
+    if not path.is_file():
         raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
-    session = open_session(path, provider=provider)
+    try:
+        session = open_session(path, provider=provider)
+    except GrowkitError:
+        raise
+    except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
+        reason = str(error).strip().splitlines()[0][:200]
+        raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
     stored = session.inner.get_modelmeta().custom_metadata_map.get("preprocessing")
     if stored is None:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import contraction_plan
+from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
 from growkit.methods.mango import Mango, mlp_blocks
 from growkit.settings import GrowSettings
@@ -57,6 +58,8 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     Raises:
         GrowkitError: the target is unknown or cannot be grown from this source.
     """
+    if batch_size < 1:
+        raise GrowkitError(f"--batch-size {batch_size}: must be above 0")
     target, notes = find_target(source.architecture, to, sets)
     small = source.model()
     ranks: list[RankCost] = []

@@ -57,6 +57,12 @@ class RunFolder:
                 return stage
         raise GrowkitError(f"{self.path} holds no grown model; run `growkit grow` first, or name a model or --run")
 
+    def refuse_unusable(self) -> None:
+        """Raise GrowkitError where the run cannot be written to its end, before the work starts."""
+        if self.path.exists() and not self.path.is_dir():
+            raise GrowkitError(f"{self.path} is a file; --run names a folder")
+        self.steps()
+
     def steps(self) -> list[dict[str, Any]]:
         """Every step so far, oldest first; none when the run is new.
 

@@ -53,7 +53,10 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
     checkpoint = read_checkpoint(Path(path), ema=ema)
     if checkpoint.config is not None:
         config = checkpoint.config
-        name, arguments = config["architecture"], dict(config.get("model_args") or {})
+        name, arguments = config["architecture"], config.get("model_args") or {}
+        if not isinstance(arguments, dict):
+            raise GrowkitError(f"{path}: model_args in its config.json is no object; expected timm's config.json")
+        arguments = dict(arguments)
         if isinstance(size := arguments.get("img_size"), list) and len(set(size)) == 1:
             arguments["img_size"] = size[0]
         if from_ or sets:

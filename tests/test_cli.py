@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from growkit import __version__
+from growkit.errors import GrowkitError
 from growkit_cli import main as program
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--set of no argument": (("grow", "small", *TO, "--set", "deph=3"), "nearest: depth"),
     "--set of a word": (("grow", "small", *TO, "--set", "depth=deep"), "depth=deep"),
     "--set of a negative number": (("grow", "small", *TO, "--set", "depth=-1"), "depth"),
-    "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "depth"),
+    "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "with depth 0 has no layers"),
     "--set against the source": (("grow", "small", *TO, "--set", "img_size=32"), "growing keeps it"),
     "shallower target": (("grow", "small", *TO, "--set", "depth=1"), "blocks: 2 -> 1 would shrink"),
     "--method close to nothing": ((*GROW, "--method", "zzz"), "nearest: mango"),
@@ -140,7 +141,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "export without a model": (("export", "--onnx"), "holds no model yet"),
     "verify without a model": (("verify",), "holds no model yet"),
     "verify of no file": (("verify", "small", "--onnx-file", "nowhere.onnx"), "nowhere.onnx: no such file"),
-    "verify of text": (("verify", "small", "--onnx-file", "text.onnx"), "text.onnx"),
     "evaluate without a model": (("evaluate", *DATA), "holds no model yet"),
     "evaluate of no ONNX file": (("evaluate", "nowhere.onnx", *DATA), "nowhere.onnx: no such file"),
     "evaluate of text": (("evaluate", "text.onnx", *DATA), "text.onnx"),
@@ -150,6 +150,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "plan of no batch": (("plan", "small", *TO, "--batch-size", "0"), "--batch-size 0"),
     "plan of no updates": (("plan", "small", *TO, "--steps", "0"), "--steps 0"),
     "--run that is a file": ((*GROW, "--run", "a-file"), "a-file"),
+    "--run of finetune that is a file": (("finetune", "small", *DATA, "--run", "a-file"), "a-file is a file"),
     "record that is none": ((*GROW, "--run", "odd-record"), "holds no list of steps"),
 }
 
@@ -203,11 +204,9 @@ def test_version_is_printed_without_a_command(arguments: tuple[str, ...], capsys
     assert growkit(capsys, *arguments) == (0, f"{__version__}\n", "")
 
 
-def test_debug_shows_the_traceback_of_an_error(place: Path) -> None:
-    shown = run(place, "--debug", "grow", "nowhere.pth", *TO)
-    assert shown.returncode == 1
-    assert "Traceback" in shown.stderr
-    assert shown.stderr.rstrip().endswith("nowhere.pth: no such file or folder")
+def test_debug_lets_the_error_through_with_its_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(GrowkitError, match=r"nowhere\.pth: no such file or folder"):
+        growkit(capsys, "--debug", "grow", "nowhere.pth", *TO)
 
 
 @pytest.mark.parametrize("command", [GROW, ("plan", "small", *TO)])
@@ -251,7 +250,8 @@ def test_grow_records_what_made_the_model(
     assert history["source"]["sha256"] == sha256(place / "bare.pth")
     assert history["source"]["arguments"]["num_heads"] == 2
     assert (history["settings"]["method"], history["settings"]["rank"], history["settings"]["seed"]) == ("mango", 3, 7)
-    assert {"growkit", "torch", "timm", "python"} <= set(history["versions"])
+    assert {"torch", "timm", "python"} <= set(history["versions"])
+    assert history["growkit"] == __version__
     assert 0 <= history["step0_gap"] <= 1e-5
     assert history["weights_sha256"] == sha256(tmp_path / "grown" / "model.safetensors")
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
@@ -301,10 +301,8 @@ def test_interrupted_training_exits_130_and_resumes_to_the_same_bits(
     status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "whole")
     assert status == 0, err
 
-    with monkeypatch.context() as patch:
-        interrupted_at(3)
-        status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken")
-        patch.undo()
+    interrupted_at(3)
+    status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken")
     assert (status, err) == (130, "interrupted; what was learned is saved, --resume goes on\n")
     history = json.loads((tmp_path / "broken" / folder / "last" / "growkit.json").read_text())
     assert (history["fit"]["interrupted"], history["fit"]["steps"]) == (True, 3)
@@ -357,6 +355,20 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     assert (status, err.count("\n")) == (2, 1)
     assert "its 2 classes are not the model's 3" in err
     assert listing(tmp_path) == before
+
+
+def test_verify_of_a_file_that_is_no_onnx_is_a_check_that_says_no(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    junit = tmp_path / "junit.xml"
+    status, out, err = growkit(
+        capsys, "verify", "small", "--onnx-file", "text.onnx", "--run", tmp_path / "run", "--junit", junit
+    )
+    assert (status, err) == (1, "")
+    assert "FAILED structure: " in out
+    assert out.rstrip().endswith("verdict: fail")
+    assert '<failure message="' in junit.read_text()
 
 
 def run(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -40,6 +40,7 @@ def export(
 
     console = Console(as_json)
     folder = RunFolder(run)
+    folder.refuse_unusable()
     chosen = model or folder.furthest()
     target = out or folder.onnx
     refuse_existing(target, force)

@@ -64,7 +64,7 @@ def main() -> None:
     """Run the program. Exit status: 0 done, 1 a check said no, 2 bad usage or input, 130 interrupted."""
     try:
         app()
-    except GrowkitError as error:
+    except (GrowkitError, OSError) as error:  # a full disk or a read-only folder is the user's to mend, too
         if os.environ.get("GROWKIT_DEBUG"):
             raise
         from rich.console import Console

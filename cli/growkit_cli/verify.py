@@ -58,6 +58,7 @@ def verify(
 
     console = Console(as_json)
     folder = RunFolder(run)
+    folder.refuse_unusable()
     chosen = model or folder.furthest()
     file = onnx_file or folder.onnx / "model.onnx"
     if not file.is_file():

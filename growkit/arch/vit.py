@@ -63,6 +63,8 @@ def describe(model: VisionTransformer, name: str, arguments: Mapping[str, Any]) 
     Raises:
         GrowkitError: parameters that the table does not cover; the message names them.
     """
+    if not len(model.blocks):
+        raise GrowkitError(f"{name} with depth 0 has no layers; set a depth of at least 1")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     rows = tuple(row for row in ROWS if row.key.format(l=0) in shapes)
     covered = {row.key.format(l=layer) for row in rows for layer in range(len(model.blocks))}

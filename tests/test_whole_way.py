@@ -1,0 +1,128 @@
+"""The whole way through the commands on real image files, and a run that is killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from pairs import published_scale, tiny
+from PIL import Image
+from safetensors.torch import load_file
+
+from growkit_cli import main as program
+
+SOURCE = tiny(32, 2, 2)
+TARGET = ["--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 16 x 16 colours with noise: 16 training and 6 validation images each."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for label, colour in enumerate(((200, 40, 40), (40, 200, 40), (40, 40, 200))):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = generator.integers(0, 55, (16, 16, 3)) + np.array(colour)
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def growkit(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the program in this process: exit status, stdout, stderr."""
+    before = sys.argv
+    sys.argv = ["growkit", *map(str, arguments)]
+    try:
+        program.main()
+        status = 0
+    except SystemExit as left:
+        status = int(left.code or 0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+QUICK = ["--workers", 0, "--batch-size", 8, "--scale-min", 0.8]
+
+
+def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> dict[str, object]:
+        status, out, err = growkit(capsys, *arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    sizes = ["--set", "embed_dim=32", "--set", "depth=2", "--set", "num_heads=2", "--set", "img_size=16"]
+    trained = run(
+        "train", "vit_tiny", *sizes, "--set", "patch_size=8", "--data", images, "--epochs", 4, "--lr", 2e-3, *QUICK
+    )
+    assert trained["best"]["top1"] > 0.5
+    planned = run("plan", "run/trained", *TARGET)
+    grown = run("grow", "run/trained", *TARGET, "--rank", 2, "--data", images, "--steps", 3, *QUICK)
+    assert grown["scores"]["step0"] == pytest.approx(grown["scores"]["source"], abs=1e-5)
+    assert len(grown["losses"]) == 3
+    assert grown["parameters"] == planned["parameters"][1]
+    tuned = run("finetune", "--data", images, "--epochs", 1, *QUICK)
+    assert tuned["steps"] == 6
+    run("export", "--onnx")
+    torch_scores = run("evaluate", "--data", images, "--workers", 0)
+    onnx_scores = run("evaluate", "run/onnx/model.onnx", "--data", images, "--workers", 0)
+    for name in ("top1", "top5", "loss", "ece"):
+        assert onnx_scores[name] == pytest.approx(torch_scores[name], abs=1e-6)
+    report = run("verify", "--data", images, "--no-latency", "--workers", 0, "--junit", "junit.xml")
+    assert report["verdict"] == "pass"
+    assert Path("junit.xml").exists()
+    names = [step["command"] for step in json.loads(Path("run/record.json").read_text())["steps"]]
+    assert names == ["train", "grow", "finetune", "export", "verify"]
+
+    whole = Path("run/onnx/model.onnx").read_bytes()
+    weight = load_file("run/finetuned/model.safetensors")["blocks.0.mlp.fc1.bias"].numpy().tobytes()
+    at = whole.index(weight)
+    Path("run/onnx/model.onnx").write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 1]) + whole[at + 3 :])
+    status, _, _ = growkit(capsys, "verify", "--no-latency")
+    assert status == 1
+
+
+def start(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "growkit_cli", *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'cli'}"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
+    timm.models.save_for_hf(published_scale(SOURCE), str(tmp_path / "small"), safe_serialization=True)
+    settings = ["--data", images, "--epochs", 12, "--lr", 1e-3, "--log-every", 1, "--save-seconds", 0, *QUICK]
+    unbroken = start(tmp_path, "finetune", "small", *settings, "--run", "a")
+    killed = start(tmp_path, "finetune", "small", *settings, "--run", "b")
+    wait_for_line(killed, "fine-tuning 24/72")
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start(tmp_path, "finetune", "small", *settings, "--run", "b", "--resume")
+    out, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, out
+    out, _ = unbroken.communicate(timeout=120)
+    assert unbroken.returncode == 0, out
+    for place in ("finetuned", "finetuned/last"):
+        a, b = (load_file(tmp_path / run / place / "model.safetensors") for run in ("a", "b"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
