@@ -27,6 +27,7 @@ def plan(
 
     from growkit.errors import GrowkitError
     from growkit.plan import plan_growth
+    from growkit.report.page import cell
     from growkit.source import load_source
 
     if steps < 1:
@@ -50,8 +51,8 @@ def plan(
             ),
             (
                 f"GFLOP per update of {batch_size}",
-                f"{planned.flops_per_step[0] / 1e9:,.3g}",
-                f"{planned.flops_per_step[1] / 1e9:,.3g}",
+                cell(planned.flops_per_step[0] / 1e9),
+                cell(planned.flops_per_step[1] / 1e9),
             ),
         ],
     )
@@ -71,7 +72,7 @@ def plan(
                 cost.rank,
                 f"{cost.operator_parameters / 1e6:.2f} M",
                 f"{cost.gap:.0e}",
-                f"{cost.flops_per_step / 1e9:,.3g}",
+                cell(cost.flops_per_step / 1e9),
                 f"{cost.flops_per_step / planned.flops_per_step[1]:.2f}",
                 f"{cost.slice_bytes / 2**20:,.0f} MiB",
                 f"{cost.flops_per_step * steps / planned.flops_per_step[1]:,.0f}",
