@@ -123,7 +123,8 @@ def _load_timm(path: str) -> Source:
     name = path.removeprefix(TIMM)
     architecture = find(name)
     try:
-        model = timm.create_model(name, pretrained=True)
+        # a tag, as in deit_small_patch16_224.fb_in1k, picks among published weights
+        model = timm.create_model(name if "." in name else architecture.name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
