@@ -1,5 +1,6 @@
 """What a growth method is: a module that maps the source's weights to the target's."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import nn
@@ -9,7 +10,7 @@ from growkit.errors import GrowkitError
 from growkit.settings import GrowSettings
 
 
-class GrowthMethod(nn.Module):
+class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
 
     Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters.
@@ -22,9 +23,9 @@ class GrowthMethod(nn.Module):
         refuse_shrinking(source, target)
         self.source, self.target, self.settings = source, target, settings
 
+    @abstractmethod
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target; layered slots are (L, out, in) and (L, out)."""
-        raise NotImplementedError
 
 
 def refuse_shrinking(source: Architecture, target: Architecture) -> None:
