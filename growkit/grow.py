@@ -8,12 +8,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from growkit.arch import build
+from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
 from growkit.errors import GrowkitError
-from growkit.methods import find
+from growkit.methods import check
 from growkit.methods.base import GrowthMethod
+from growkit.methods.staged import Staged
 from growkit.settings import GrowSettings
+
+STAGES = ("both", "width-first", "depth-first")
 
 
 class GrownModel(nn.Module):
@@ -66,10 +69,22 @@ def grow(source: Architecture, target: Architecture, state: StateDict, settings:
     Raises:
         GrowkitError: unknown method, or sizes that it cannot grow; the message says what would work.
     """
-    if settings.noise < 0:
-        raise GrowkitError(f"--noise {settings.noise}: expected 0 or more")
-    method = find(settings.method)(source, target, settings)
-    return GrownModel(target, method, source.split(state))
+    return GrownModel(target, make_method(source, target, settings), source.split(state))
+
+
+def make_method(source: Architecture, target: Architecture, settings: GrowSettings) -> GrowthMethod:
+    """The method of the settings for a pair, in two stages where they say so and both width and depth grow.
+
+    Raises:
+        GrowkitError: unknown method, variant or stages, or sizes that it cannot grow.
+    """
+    if settings.stages not in STAGES:
+        raise GrowkitError(f"--stages {settings.stages}: choose {', '.join(STAGES)}")
+    method = check(source, target, settings)
+    middle = None if settings.stages == "both" else halfway(source, target, depth=settings.stages == "depth-first")
+    if middle is None:
+        return method(source, target, settings)
+    return Staged(method(source, middle, settings), method(middle, target, settings))
 
 
 @torch.no_grad()

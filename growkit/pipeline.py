@@ -116,7 +116,7 @@ def grow_model(
     grown = grow(source.architecture, target, source.state, settings)
     model = grown.materialize()
     gap = lossless_gap(small, model, seed=settings.seed)
-    say(step0_line(gap))
+    say(step0_line(gap, lossless=grown.method.lossless))
 
     fitted, scores = None, None
     if opened is not None and operator is not None:
@@ -127,17 +127,20 @@ def grow_model(
         for name, found in scores.items():
             say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
         del small, model
-        fitted = fit(
-            grown,
-            opened,
-            operator,
-            device=chosen,
-            folder=run.path / "operator",
-            resume=resume,
-            on_step=watch,
-        )
+        if any(p.requires_grad for p in grown.parameters()):
+            fitted = fit(
+                grown,
+                opened,
+                operator,
+                device=chosen,
+                folder=run.path / "operator",
+                resume=resume,
+                on_step=watch,
+            )
+            scores["operator"] = score(grown.materialize(), opened, operator, chosen)
+        else:
+            say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
         model = grown.materialize()
-        scores["operator"] = score(model, opened, operator, chosen)
     history = {
         "stage": "grown",
         **_origin(source),
@@ -149,7 +152,8 @@ def grow_model(
     operator_parameters = sum(p.numel() for p in grown.method.parameters())
     with whole_folder(run.grown) as folder:
         _write(folder, model, source, history)
-        write_tensors(folder / OPERATOR, grown.method.state_dict())
+        if operator_parameters:
+            write_tensors(folder / OPERATOR, grown.method.state_dict())
     result = Grown(
         folder=run.grown,
         source=source,
@@ -181,8 +185,10 @@ def grow_model(
     return result
 
 
-def step0_line(gap: float) -> str:
-    """How far the grown model starts from the source, in words."""
+def step0_line(gap: float, *, lossless: bool = True) -> str:
+    """How far the grown model starts from the source, in words; `lossless` is what its method claims."""
+    if not lossless:
+        return f"does not start where the source stands, nor claims to: logits differ by up to {gap:.1e}"
     if gap <= 1e-5:
         return f"starts where the source stands: logits differ by at most {gap:.1e}"
     return f"starts near the source: logits differ by at most {gap:.1e} (LayerNorm's eps and float32 rounding)"

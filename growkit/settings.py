@@ -9,17 +9,24 @@ class GrowSettings:
     """How the target's weights are made from the source's."""
 
     method: str = "mango"
-    """Growth method."""
+    """Growth method: mango, ligo, bert2bert, net2net, lemon, hypercloning, stackbert, llama-pro or random-pad."""
+    variant: str | None = None
+    """Variant of the method: fpi or aki of bert2bert; stack, interlace, round or solar of stackbert; lossless, noisy
+    or random start of mango."""
     rank: int = 1
     """Rank of every bond of Mango's tensor ring."""
     ranks: str | None = None
     """Rank of each bond in ring order, as in 4,4,1,4; overrides --rank."""
     ring_order: str = "BOLI"
     """Order of Mango's cores around the ring: B matrices of a layer, O outputs, L layers, I inputs."""
+    vectors: bool = True
+    """Train Mango's maps of biases, norms, embeddings and head together with its ring."""
+    stages: str = "both"
+    """Grow width and depth at once or one after the other: both, width-first or depth-first."""
     noise: float = 0.1
-    """Noise that parts duplicated units, relative to the weights; the function stays as it is."""
+    """Noise that parts duplicated units, relative to the weights; what a method keeps exactly, it still keeps."""
     seed: int = 0
-    """Seed of the noise, of the data order and of the augmentation."""
+    """Seed of every draw of the method, of the data order and of the augmentation."""
 
 
 # Where training an operator or a grown model differs from training from nothing.

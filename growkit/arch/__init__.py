@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from growkit.arch import vit
-from growkit.arch.spec import Architecture, StateDict
+from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GrowkitError
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
@@ -161,3 +161,10 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
     taken = {key: value for key, value in kept.items() if value != own[key]}
     said = ", ".join(f"{key} {value} ({name} has {own[key]})" for key, value in taken.items())
     return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
+
+
+def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:
+    """The target's widths at the source's depth or, with `depth`, the other way round; None where that is either."""
+    wide, deep = (source, target) if depth else (target, source)
+    middle = find(wide.name, {**wide.arguments, "depth": deep.spaces[LAYERS].size})
+    return None if middle.spaces in (source.spaces, target.spaces) else middle

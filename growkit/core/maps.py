@@ -11,8 +11,33 @@ DTYPE = torch.float64
 
 def duplicate(old: int, new: int, group: int = 1) -> Tensor:
     """Unit j of the target copies unit j mod old, in whole groups (a head's channels stay together)."""
-    source = torch.arange(new) // group % (old // group) * group + torch.arange(new) % group
-    return torch.nn.functional.one_hot(source, old).to(DTYPE)
+    return _grouped(torch.arange(new // group) % (old // group), old, group)
+
+
+def even_duplicate(old: int, new: int, group: int, generator: torch.Generator) -> Tensor:
+    """As `duplicate` for whole rounds; the groups left over are drawn at random, no two alike (a partial round)."""
+    groups = old // group
+    left = new // group % groups
+    rounds = torch.arange(new // group - left) % groups
+    return _grouped(torch.cat([rounds, torch.randperm(groups, generator=generator)[:left]]), old, group)
+
+
+def random_duplicate(old: int, new: int, group: int, generator: torch.Generator) -> Tensor:
+    """Each source unit once, then units drawn at random with replacement, in whole groups. Net2Net's g."""
+    groups = old // group
+    drawn = torch.randint(groups, (new // group - groups,), generator=generator)
+    return _grouped(torch.cat([torch.arange(groups), drawn]), old, group)
+
+
+def _grouped(groups: Tensor, old: int, group: int) -> Tensor:
+    """The (new, old) matrix that copies these source groups, in this order."""
+    units = groups.repeat_interleave(group) * group + torch.arange(len(groups) * group) % group
+    return copies_of(units, old)
+
+
+def copies_of(units: Tensor, old: int) -> Tensor:
+    """The (new, old) matrix whose row j copies source unit units[j]."""
+    return torch.nn.functional.one_hot(units, old).to(DTYPE)
 
 
 def whole_copies(old: int, new: int) -> Tensor:
@@ -57,7 +82,29 @@ def null_noise(shape: tuple[int, int], written: Sequence[Tensor], generator: tor
 
 def spread_layers(old: int, new: int) -> Tensor:
     """Target layer l copies source layer floor(l * old / new): every source layer, in order, evenly repeated."""
-    return torch.nn.functional.one_hot(torch.arange(new) * old // new, old).to(DTYPE)
+    return copies_of(torch.arange(new) * old // new, old)
+
+
+def stacked_layers(old: int, new: int) -> Tensor:
+    """Whole stacks, then the top layers: bert2BERT's depth (Chen et al., ACL 2022, section 3.4)."""
+    left = new % old
+    return copies_of(torch.cat([torch.arange(new - left) % old, torch.arange(old - left, old)]), old)
+
+
+def round_layers(old: int, new: int) -> Tensor:
+    """Target layer l copies source layer round(l * old / new), halves up, the last one at most."""
+    return copies_of(((2 * torch.arange(new) * old + new) // (2 * new)).clamp(max=old - 1), old)
+
+
+def solar_layers(old: int, new: int) -> Tensor:
+    """The first ceil(new / 2) layers, then the last floor(new / 2); needs new <= 2 * old."""
+    return copies_of(torch.cat([torch.arange(new - new // 2), torch.arange(old - new // 2, old)]), old)
+
+
+def inserted_layers(old: int, new: int) -> Tensor:
+    """Every layer in order, and `new - old` second copies spread evenly, each right after a layer it copies."""
+    after = torch.arange(1, old + 1) * (new - old) // old  # copies inserted up to and with each layer
+    return copies_of(torch.arange(old).repeat_interleave(1 + after.diff(prepend=torch.zeros(1, dtype=torch.long))), old)
 
 
 def first_copies(write: Tensor) -> Tensor:

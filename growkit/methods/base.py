@@ -5,23 +5,36 @@ from typing import ClassVar
 
 from torch import nn
 
-from growkit.arch.spec import Architecture, Weights
+from growkit.arch.spec import LAYERS, Architecture, Weights
 from growkit.errors import GrowkitError
 from growkit.settings import GrowSettings
+
+WIDTHS = ("embed", "attn", "mlp")
 
 
 class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
 
-    Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters.
+    Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters. Which sizes a
+    method can grow is for `cannot` to say; callers go through `methods.make`, which asks it first.
     """
 
-    lossless: ClassVar[bool]  # claims to keep the function where sizes allow; tests hold it to that
+    VARIANTS: ClassVar[tuple[str, ...]] = ()  # what --variant takes; the first is the default
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
         super().__init__()
-        refuse_shrinking(source, target)
         self.source, self.target, self.settings = source, target, settings
+        self.variant = settings.variant or next(iter(self.VARIANTS), None)
+
+    @classmethod
+    def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
+        """Why this pair is out of reach: what, got, expected; None where it can be grown."""
+        return None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the grown model, before any training, computes what the source computes; tests hold it to that."""
+        return same_size(self.source, self.target)
 
     @abstractmethod
     def forward(self, weights: Weights) -> Weights:
@@ -53,3 +66,30 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
         raise GrowkitError(
             f"source and target differ in {', '.join(sorted(keys)[:3])}; choose a target of the same kind"
         )
+
+
+def growing(source: Architecture, target: Architecture) -> tuple[str, ...]:
+    """Names of the spaces that grow."""
+    return tuple(name for name, space in source.spaces.items() if target.spaces[name].size != space.size)
+
+
+def same_size(source: Architecture, target: Architecture) -> bool:
+    """Whether nothing grows."""
+    return not growing(source, target)
+
+
+def grows_width(source: Architecture, target: Architecture) -> str | None:
+    """Why a method that grows depth alone cannot: the first width that grows, in words."""
+    for name in WIDTHS:
+        if name in growing(source, target):
+            sizes = f"{source.spaces[name].size} -> {target.spaces[name].size}"
+            return f"{name} grows ({sizes}), and this method grows depth alone"
+    return None
+
+
+def grows_depth(source: Architecture, target: Architecture) -> str | None:
+    """Why a method that grows width alone cannot, in words."""
+    if LAYERS not in growing(source, target):
+        return None
+    sizes = f"{source.spaces[LAYERS].size} -> {target.spaces[LAYERS].size}"
+    return f"{LAYERS} grow ({sizes}), and this method grows width alone"

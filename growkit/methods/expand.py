@@ -1,32 +1,41 @@
 """expand(): apply a map to every axis of every tensor. Every method but Mango is this call with other matrices."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from growkit.arch.spec import LAYERS, TensorSpec, Weights
+from growkit.arch.spec import LAYERS, Architecture, TensorSpec, Weights
+from growkit.core import maps
+from growkit.methods.base import GrowthMethod
+from growkit.settings import GrowSettings
+
+BRANCHES = ("o", "out")  # the slots through which a block writes the residual
 
 
 class SpaceMap(NamedTuple):
     """How a space grows: tensors that write it use `write`, tensors that read it use `read`.
 
-    Both are (new, old). The function is kept when write.T @ read = I.
+    Both are (new, old), or (L, new, old) with a matrix for each source layer. The function is kept when
+    write.T @ read = I.
     """
 
     write: Tensor
     read: Tensor
 
 
-Maps = Mapping[str | tuple[str, str], SpaceMap]  # by space, or by (slot, space) where one slot differs
+Place = str | tuple[str, str]  # a space, or (slot, space) where one slot differs
+Maps = Mapping[Place, SpaceMap]
 
 
 def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weights:
-    """Grow every slot of `tensors` along every axis that lives in a space; other axes stay.
+    """Grow every slot of `tensors` along every axis whose space has a map; other axes stay.
 
-    Shapes: a slot (old sizes) -> the same slot (new sizes). Source: LiGO (Wang et al., ICLR 2023), Eq. 3,
-    of which duplication, stacking and interpolation are special cases.
+    Shapes: a slot (old sizes) -> the same slot (new sizes). Width first, then depth, so that a width may have a
+    matrix for each source layer. Source: LiGO (Wang et al., ICLR 2023), Eq. 3, of which duplication, stacking and
+    interpolation are special cases.
     """
     grown: Weights = {}
     for spec in tensors:
@@ -34,11 +43,70 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
         reads = None if spec.reads is None else spec.reads + spec.layered
         for slot in spec.slots:
             tensor = weights[slot]
-            for axis, space in enumerate(axes):
-                if space is None:
-                    continue
-                space_map = maps.get((slot, space)) or maps[space]
-                matrix = space_map.read if axis == reads else space_map.write
-                tensor = torch.movedim(torch.tensordot(matrix, tensor, dims=([1], [axis])), 0, axis)
+            for axis, space in reversed(list(enumerate(axes))):
+                space_map = maps.get((slot, space)) or maps.get(space) if space else None
+                if space_map is not None:
+                    tensor = _along(tensor, axis, space_map.read if axis == reads else space_map.write)
             grown[slot] = tensor
     return grown
+
+
+def _along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """`tensor` with `matrix`, (new, old) or one for each layer (L, new, old), applied to one of its axes."""
+    if matrix.ndim == 3:
+        return torch.einsum("lno,lo...->ln...", matrix, tensor.movedim(axis, 1)).movedim(1, axis)
+    return torch.tensordot(matrix, tensor, dims=([1], [axis])).movedim(0, axis)
+
+
+class Expansion(GrowthMethod):
+    """A fixed rule: `expand` with matrices that are made once, in float64, and never trained."""
+
+    def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
+        super().__init__(source, target, settings)
+        self.maps = self.make_maps(torch.Generator().manual_seed(settings.seed))
+
+    @abstractmethod
+    def make_maps(self, generator: torch.Generator) -> Maps:
+        """The matrices of each space; spaces without any stay as they are."""
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        return expand(self.source.tensors, weights, as_in(weights, self.maps))
+
+    def sizes(self, space: str) -> tuple[int, int, int]:
+        """Old size, new size and group of a space."""
+        old = self.source.spaces[space]
+        return old.size, self.target.spaces[space].size, old.group
+
+    def copied(self, write: Tensor, generator: torch.Generator) -> SpaceMap:
+        """The map of a 0/1 copy matrix: each copy is read at its share, plus noise that cancels over the copies."""
+        noise = maps.null_noise((len(write), write.shape[1]), [write], generator)
+        share = maps.shared_read(write)
+        return SpaceMap(write, share + self.settings.noise * share.max() * noise)
+
+
+def as_in(weights: Weights, maps: Maps) -> Maps:
+    """The maps on the device and in the precision of the weights."""
+    like = next(iter(weights.values()))
+    return {name: SpaceMap(m.write.to(like), m.read.to(like)) for name, m in maps.items()}
+
+
+def silent(branches: Tensor) -> dict[Place, SpaceMap]:
+    """Depth maps under which a block writes the residual only where its row of `branches` is not zero."""
+    slots = (f"{slot}.{kind}" for slot in BRANCHES for kind in ("weight", "bias"))
+    return {(slot, LAYERS): SpaceMap(branches, branches) for slot in slots}
+
+
+def averaged_norms(old: int, new: int) -> dict[Place, SpaceMap]:
+    """Maps of LayerNorms over channels that `average_tail` writes (LEMON, Wang et al., ICLR 2024, section 4).
+
+    Copied gains take back eta. The tail's normalised value is zero: its bias stays zero, and a gain there, any
+    gain, lets it learn.
+    """
+    copies = maps.whole_copies(old, new)
+    gain = torch.where(copies.any(1, keepdim=True), maps.norm_gain(old, new) * copies, maps.average_tail(old, new))
+    return {
+        (f"{norm}.{kind}", "embed"): SpaceMap(matrix, matrix)
+        for norm in ("norm1", "norm2", "norm")
+        for kind, matrix in (("weight", gain), ("bias", copies))
+    }

@@ -2,6 +2,9 @@
 
 The six matrices of all layers are stacked into one tensor and grown by `RingOperator`; vectors, embeddings
 and the head are grown by `expand` with maps of their own. Cores and maps are the trainable parameters.
+
+--variant says where the ring starts: `lossless`, where the source stands; `noisy`, there but with noise on every entry
+of the first path, which costs what it costs; `random`, a ring of normal numbers that keeps the weights' scale.
 """
 
 from dataclasses import replace
@@ -47,10 +50,26 @@ class Mango(GrowthMethod):
     Built in float64 so that the start is exact; `.to(dtype)` afterwards, as GrownModel does.
 
     Raises:
-        GrowkitError: the ring does not fit these sizes, or the ranks or the order make no ring.
+        GrowkitError: the ranks or the order make no ring.
     """
 
-    lossless: ClassVar[bool] = True
+    VARIANTS: ClassVar[tuple[str, ...]] = ("lossless", "noisy", "random")
+
+    @classmethod
+    def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
+        """Sizes whose six matrices do not cut into square slots."""
+        try:
+            old, new = mlp_blocks(source), mlp_blocks(target)
+        except GrowkitError as error:
+            return str(error)
+        if new < old:
+            return f"mlp: ratio {old} -> {new} would drop blocks; choose --set mlp_ratio={old} or more"
+        return None
+
+    @property
+    def lossless(self) -> bool:
+        """Its variant of that name, always; without noise, the noisy one too."""
+        return self.variant == "lossless" or (self.variant == "noisy" and not self.settings.noise)
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
         super().__init__(source, target, settings)
@@ -67,6 +86,11 @@ class Mango(GrowthMethod):
         if any("in.bias" in row.slots for row in self.vectors):
             used |= {"attn", MLP_BLOCKS}
         self.maps = nn.ParameterDict({name: matrices[name] for name in sorted(used)})
+        self.maps.requires_grad_(settings.vectors)
+        if self.variant == "noisy":
+            _disturb(self.ring, settings.noise, generator)
+        elif self.variant == "random":
+            _randomise(self.ring, generator)
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""
@@ -114,8 +138,6 @@ def lossless_start(
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
     old_k, new_k = mlp_blocks(source), mlp_blocks(target)
-    if new_k < old_k:
-        raise GrowkitError(f"mlp: ratio {old_k} -> {new_k} would drop blocks; choose --set mlp_ratio={old_k} or more")
     copies = new // old
     residual, normed = maps.average_tail(old, new), maps.whole_copies(old, new)
     layers = maps.spread_layers(source.spaces[LAYERS].size, target.spaces[LAYERS].size)
@@ -173,6 +195,22 @@ def _slots(old_k: int, new_k: int, attention: str, *, reads: bool, noise: float,
     else:
         slots[4 : 4 + new_k, 4 : 4 + old_k] = blocks
     return slots
+
+
+@torch.no_grad()
+def _disturb(ring: RingOperator, noise: float, generator: torch.Generator) -> None:
+    """Add noise to every entry of the cores, relative to what a row of such a core needs to keep the scale."""
+    for core in ring.cores.values():
+        deviation = noise / (core.shape[0] * core.shape[1]) ** 0.5
+        core += deviation * torch.randn(core.shape, generator=generator, dtype=core.dtype)
+
+
+@torch.no_grad()
+def _randomise(ring: RingOperator, generator: torch.Generator) -> None:
+    """Normal cores whose product keeps the scale of the weights, in expectation."""
+    for core in ring.cores.values():
+        core.copy_(torch.randn(core.shape, generator=generator, dtype=core.dtype))
+        core /= (core.shape[0] * core.shape[1]) ** 0.5
 
 
 def mlp_blocks(architecture: Architecture) -> int:

@@ -1,0 +1,41 @@
+"""LEMON (Wang et al., ICLR 2024): growing a pre-norm transformer to any width and depth without losing anything.
+
+The residual gets whole copies and, where the width is no whole multiple, the mean of all channels in the rest
+(average expansion), so that a LayerNorm sees the source's statistics; its gain takes back eta = sqrt(floor(D2 / D1)
+D1 / D2). Heads and MLP units are duplicated whole, in a circle. Readers share each unit unequally among its copies,
+which parts them: here by noise that cancels over the copies. New layers copy old ones with both output projections
+zero.
+
+The tail's columns of a reader are free, for the tail normalises to zero; LEMON fills them at random, as the noise
+does here. As for Mango, LayerNorm's eps is not scaled by eta^2, so that the file stays a stock timm model; see
+docs/architecture.md.
+"""
+
+import torch
+
+from growkit.arch.spec import LAYERS
+from growkit.core import maps
+from growkit.methods.expand import Expansion, Maps, SpaceMap, averaged_norms, silent
+
+
+class Lemon(Expansion):
+    """Keeps the function at every width and depth."""
+
+    @property
+    def lossless(self) -> bool:
+        """Always."""
+        return True
+
+    def make_maps(self, generator: torch.Generator) -> Maps:
+        """Average expansion of the residual, duplicated hidden units, silent new layers."""
+        old, new, _ = self.sizes("embed")
+        copies = maps.whole_copies(old, new)
+        noise = self.settings.noise * maps.null_noise((new, old), [copies], generator)
+        layers = maps.spread_layers(*self.sizes(LAYERS)[:2])
+        return {
+            "embed": SpaceMap(maps.average_tail(old, new), (copies + noise) / (new // old)),
+            **averaged_norms(old, new),
+            **{space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in ("attn", "mlp")},
+            LAYERS: SpaceMap(layers, layers),
+            **silent(layers * maps.first_copies(layers)[:, None]),
+        }

@@ -1,0 +1,71 @@
+"""LiGO (Wang et al., ICLR 2023): width and depth maps as parameters, trained on the task for a few steps.
+
+W_new,l = sum_j w_lj B_j W_j A_j^T (Eq. 3 and 4). What writes a space and what reads it share one matrix, as the paper
+ties them: A of q, k, v and of the first MLP matrix, B of o and of the second, embeddings, norms and head all take
+B_emb, one for all layers; A of o is B of v, A of the second MLP matrix is B of the first, one for each source layer.
+The depth rows w are one set for each module (q, k, v, o, both norms, both MLP matrices), for its weight and its bias.
+
+The start is duplication and stacking (l mod L1). A tied matrix cannot copy on one side and divide on the other, so
+each side takes the root: duplicates over sqrt(copies), plain ones for q and k, which nobody reads by a tied matrix.
+This keeps the residual at whole multiples, but not the MLP, whose GELU is no homogeneous function: LiGO is not
+lossless.
+
+The released code differs from the paper: it learns the new rows alone, starts them at random and lets depth rows
+start as a noisy stack, with matrices for each target layer; and its warm-up of 10,000 steps hardly moves them in its
+100.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from growkit.arch.spec import LAYERS, Architecture, Weights
+from growkit.core import maps
+from growkit.methods.base import GrowthMethod
+from growkit.methods.expand import SpaceMap, expand
+from growkit.settings import GrowSettings
+
+TIES = {"q": "attn", "k": "attn", "v": "attn", "in": "mlp"}  # what owns a hidden matrix, and its space
+READERS = {"o": "v", "out": "in"}  # whose matrix a reader of a hidden space takes
+
+
+class LiGO(GrowthMethod):
+    """Trainable width and depth maps, tied as in the paper."""
+
+    def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
+        super().__init__(source, target, settings)
+        generator = torch.Generator().manual_seed(settings.seed)
+        layers = source.spaces[LAYERS].size
+
+        def start(space: str, *, shared: bool) -> Tensor:
+            old, new = source.spaces[space], target.spaces[space]
+            copies = maps.duplicate(old.size, new.size, old.group)
+            scale = copies.sum(0).sqrt() if shared else torch.ones(())
+            noise = maps.null_noise((new.size, old.size), [copies], generator)
+            return (copies + settings.noise * noise) / scale
+
+        self.embed = nn.Parameter(start("embed", shared=True))
+        self.hidden = nn.ParameterDict(
+            {
+                slot: torch.stack([start(space, shared=slot not in ("q", "k")) for _ in range(layers)])
+                for slot, space in TIES.items()
+            }
+        )
+        self.modules_in_layers = sorted(
+            {slot.split(".")[0] for row in source.tensors if row.layered for slot in row.slots}
+        )
+        stack = maps.duplicate(layers, target.spaces[LAYERS].size)
+        self.depth = nn.ParameterDict({module: stack.clone() for module in self.modules_in_layers})
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        embed = SpaceMap(self.embed, self.embed)
+        by_slot: dict[str | tuple[str, str], SpaceMap] = {"embed": embed}
+        for slot, space in TIES.items():
+            for kind in ("weight", "bias"):
+                by_slot[f"{slot}.{kind}", space] = SpaceMap(self.hidden[slot], self.hidden[slot])
+        for reader, owner in READERS.items():
+            by_slot[f"{reader}.weight", TIES[owner]] = SpaceMap(self.hidden[owner], self.hidden[owner])
+        for module, rows in self.depth.items():
+            for kind in ("weight", "bias"):
+                by_slot[f"{module}.{kind}", LAYERS] = SpaceMap(rows, rows)
+        return expand(self.source.tensors, weights, by_slot)

@@ -1,0 +1,36 @@
+"""LLaMA Pro (Wu et al., ACL 2024, section 3.2): depth by identity blocks.
+
+The layers are cut into as many groups as layers are added, and each group is followed by a copy of its last layer
+whose two output projections are zero, so that the new block adds nothing at first. Where the layers do not divide,
+the groups differ by one; where more layers are added than there are, a layer is followed by several. The paper then
+trains the new blocks alone, to keep what a language model knows while it learns a new domain; growkit trains
+everything, as for every other method.
+"""
+
+import torch
+
+from growkit.arch.spec import LAYERS, Architecture
+from growkit.core import maps
+from growkit.methods.base import grows_width
+from growkit.methods.expand import Expansion, Maps, SpaceMap, silent
+from growkit.settings import GrowSettings
+
+
+class LlamaPro(Expansion):
+    """Identity blocks between copied layers; widths stay. Keeps the function at every depth."""
+
+    @classmethod
+    def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
+        """Width."""
+        return grows_width(source, target)
+
+    @property
+    def lossless(self) -> bool:
+        """Always."""
+        return True
+
+    def make_maps(self, generator: torch.Generator) -> Maps:
+        """Layers, and the same with the new blocks' rows zero for what writes the residual."""
+        old, new, _ = self.sizes(LAYERS)
+        layers = maps.inserted_layers(old, new)
+        return {LAYERS: SpaceMap(layers, layers), **silent(layers * maps.first_copies(layers)[:, None])}

@@ -1,0 +1,48 @@
+"""Net2Net (Chen, Goodfellow and Shlens, ICLR 2016): random duplication, and new layers that begin as identities.
+
+Net2Wider: unit j of the target is unit j of the source as long as there is one, then one drawn at random with
+replacement; whoever reads a unit divides by its number of copies. Heads are drawn whole, hidden units anew for each
+layer, the residual's channels once, for every layer shares them. The copies are parted by noise that cancels over
+them; the paper adds a little noise that does not. Net2Deeper: a new block of a pre-norm transformer is an identity
+where it does not write the residual.
+
+Exact but for LayerNorm: where channels have unequal numbers of copies its mean and variance change, so growing
+`embed` is not lossless.
+"""
+
+import torch
+from torch import Tensor
+
+from growkit.arch.spec import LAYERS
+from growkit.core import maps
+from growkit.methods.base import growing
+from growkit.methods.expand import Expansion, Maps, SpaceMap, silent
+
+
+class Net2Net(Expansion):
+    """Keeps the function as long as the residual's width stays."""
+
+    @property
+    def lossless(self) -> bool:
+        """Unless `embed` grows."""
+        return "embed" not in growing(self.source, self.target)
+
+    def make_maps(self, generator: torch.Generator) -> Maps:
+        """Random duplicates; hidden ones for each source layer."""
+
+        def draw(space: str) -> SpaceMap:
+            return self.copied(maps.random_duplicate(*self.sizes(space), generator), generator)
+
+        old, new, _ = self.sizes(LAYERS)
+        layers = maps.spread_layers(old, new)
+        return {
+            "embed": draw("embed"),
+            **{space: _stacked([draw(space) for _ in range(old)]) for space in ("attn", "mlp")},
+            LAYERS: SpaceMap(layers, layers),
+            **silent(layers * maps.first_copies(layers)[:, None]),
+        }
+
+
+def _stacked(drawn: list[SpaceMap]) -> SpaceMap:
+    writes: list[Tensor] = [m.write for m in drawn]
+    return SpaceMap(torch.stack(writes), torch.stack([m.read for m in drawn]))

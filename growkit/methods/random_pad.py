@@ -1,0 +1,41 @@
+"""random-pad, a control: the source in a corner of freshly initialised weights.
+
+Old units and layers keep their weights among themselves; everything new is what timm gives a fresh ViT: normal with
+deviation 0.02, cut at two, for matrices and embeddings, zeros for biases, ones for gains. New layers come last. It
+shows what is gained by having the source's numbers anywhere at all.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.init import trunc_normal_
+
+from growkit.arch.spec import LAYERS, TensorSpec, Weights
+from growkit.methods.base import GrowthMethod
+
+DEVIATION = 0.02
+
+
+class RandomPad(GrowthMethod):
+    """The source's weights in the first places, fresh ones in the rest. Keeps the function of nothing."""
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        grown: Weights = {}
+        for row in self.source.tensors:
+            for slot in row.slots:
+                tensor = weights[slot]
+                fresh = self._fresh(row, slot, tuple(tensor.shape), generator).to(tensor)
+                fresh[tuple(slice(size) for size in tensor.shape)] = tensor
+                grown[slot] = fresh
+        return grown
+
+    def _fresh(self, row: TensorSpec, slot: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What timm would start this slot with; `shape` is the source's."""
+        spaces = (LAYERS, *row.dims) if row.layered else row.dims
+        sizes = [self.target.spaces[s].size if s else old for s, old in zip(spaces, shape, strict=True)]
+        if slot.startswith("norm") and slot.endswith("weight"):
+            return torch.ones(sizes)
+        if slot.endswith("bias"):
+            return torch.zeros(sizes)
+        return trunc_normal_(torch.empty(sizes), std=DEVIATION, a=-2 * DEVIATION, b=2 * DEVIATION, generator=generator)
