@@ -22,7 +22,7 @@ from growkit.settings import GrowSettings
 from growkit.source import Source, fresh, with_classes
 from growkit.train.data import Data, open_data, val_batches
 from growkit.train.loop import FitResult, StepRecord, fit
-from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.score import Scores, evaluate, score_model
 from growkit.train.settings import FitSettings
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -121,8 +121,8 @@ def grow_model(
     fitted, scores = None, None
     if opened is not None and operator is not None:
         scores = {
-            "source": score(small, opened, operator, chosen),
-            "step0": score(model, opened, operator, chosen),
+            "source": score_model(small, opened, operator, chosen),
+            "step0": score_model(model, opened, operator, chosen),
         }
         for name, found in scores.items():
             say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
@@ -137,7 +137,7 @@ def grow_model(
                 resume=resume,
                 on_step=watch,
             )
-            scores["operator"] = score(grown.materialize(), opened, operator, chosen)
+            scores["operator"] = score_model(grown.materialize(), opened, operator, chosen)
         else:
             say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
         model = grown.materialize()
@@ -272,7 +272,7 @@ def _fit_into(
     model = source.model()
     start = None
     if command == "finetune" and not resume:
-        start = score(model, opened, settings, chosen)
+        start = score_model(model, opened, settings, chosen)
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
@@ -285,7 +285,7 @@ def _fit_into(
         opened,
         settings,
         device=chosen,
-        evaluate=lambda judged: score(judged, opened, settings, chosen),
+        evaluate=lambda judged: score_model(judged, opened, settings, chosen),
         folder=folder / LAST,
         resume=resume,
         on_step=watch,
@@ -309,13 +309,7 @@ def _fit_into(
 def evaluate_model(source: Source, data: str, settings: FitSettings, *, device: str = "auto") -> Scores:
     """Scores of a model on the validation images of `data`."""
     opened = open_data(data, source.preprocessing, settings)
-    return score(source.model(), opened, settings, pick_device(device))
-
-
-def score(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device) -> Scores:
-    """Scores of a torch model on the validation images."""
-    predict = predictor(model.to(device), device, settings.precision)
-    return evaluate(predict, val_batches(opened, settings, pin_memory=device.type == "cuda"))
+    return score_model(source.model(), opened, settings, pick_device(device))
 
 
 def _origin(source: Source) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
         shape, cores = _ring_shapes(source.architecture, grown.method)
         ring = grown.method.ring
         contraction = contraction_plan(ring.equation, shape, cores, ring.order)
-        flops = _step_flops(grown.to("meta"), target, batch_size)
+        flops = step_flops(grown.to("meta"), target, batch_size)
         ranks.append(
             RankCost(
                 rank=rank,
@@ -91,7 +91,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
         ),
         parameters=tuple(sum(torch.Size(s).numel() for s in a.shapes.values()) for a in both),  # type: ignore[arg-type]
         flops_per_step=tuple(  # type: ignore[arg-type]
-            _step_flops(build(a.name, a.arguments, device="meta"), a, batch_size) for a in both
+            step_flops(build(a.name, a.arguments, device="meta"), a, batch_size) for a in both
         ),
         ranks=tuple(ranks),
     )
@@ -104,7 +104,7 @@ def _ring_shapes(source: Architecture, method: Mango) -> tuple[tuple[int, int, i
     return (4 + 2 * mlp_blocks(source), width, layers, width), cores
 
 
-def _step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int) -> int:
+def step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int) -> int:
     """FLOPs of one training update of a model on the meta device."""
     image = build(architecture.name, architecture.arguments, device="meta").patch_embed
     images = torch.empty(batch_size, image.proj.in_channels, *image.img_size, device="meta")

@@ -32,6 +32,8 @@ class RunFolder:
         self.finetuned = path / "finetuned"
         self.onnx = path / "onnx"
         self.verify = path / "verify"
+        self.compare = path / "compare"
+        self.sweep = path / "sweep"
         self.report = path / "report.html"
         self.record = path / "record.json"
 

@@ -113,10 +113,15 @@ def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -
         GrowkitError: unknown name or argument.
     """
     architecture = find(name, {"num_classes": len(labels), **parse_sets(sets)})
+    state = untrained(architecture, seed=seed)
+    return Source(name, architecture, state, "", _preprocessing(architecture, {}), tuple(labels), None, ())
+
+
+def untrained(architecture: Architecture, *, seed: int) -> dict[str, Tensor]:
+    """timm's random weights, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        state = build(architecture.name, architecture.arguments).state_dict()
-    return Source(name, architecture, state, "", _preprocessing(architecture, {}), tuple(labels), None, ())
+        return build(architecture.name, architecture.arguments).state_dict()
 
 
 def _load_timm(path: str) -> Source:

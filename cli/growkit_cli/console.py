@@ -73,7 +73,7 @@ class Console:
 class Bar:
     """What long work reports to: `update(done, note)`; `note` holds loss, score, rate."""
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: float, note: str = "") -> None:
         """Show that `done` of the total is done."""
 
 
@@ -84,7 +84,7 @@ class RichBar(Bar):
         self.live = progress
         self.task = progress.add_task(escape(title), total=total, note="")
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: float, note: str = "") -> None:
         self.live.update(self.task, completed=done, note=escape(note))
 
 
@@ -94,9 +94,9 @@ class PlainBar(Bar):
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
         self.every = max(1, total // 20)
-        self.next = self.every
+        self.next: float = self.every
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: float, note: str = "") -> None:
         if done >= self.next or done == self.total:
             self.console.say(f"{self.title} {done}/{self.total} {note}".rstrip())
             self.next = done + self.every if done != self.total else done + 1

@@ -8,12 +8,14 @@ import typer
 from growkit import __version__
 from growkit.errors import GrowkitError
 from growkit_cli import (
+    compare,
     demo,
     evaluate,
     export,
     finetune,
     grow,
     plan,
+    sweep,
     train,
     verify,
 )
@@ -53,6 +55,8 @@ for command in (
     finetune.finetune,
     train.train,
     evaluate.evaluate,
+    compare.compare,
+    sweep.sweep,
     export.export,
     verify.verify,
     demo.demo,

@@ -31,6 +31,22 @@ def watching(console: Console, title: str) -> Iterator[Callable[["StepRecord"], 
         yield watch
 
 
+@contextmanager
+def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], Callable[["StepRecord"], None]]]:
+    """Yield `follow(name, finished, total)`, which makes what watches one of many runs; a bar on terminals alone."""
+    with console.progress(title) as show:
+
+        def follow(name: str, finished: int, total: int) -> Callable[["StepRecord"], None]:
+            def watch(record: "StepRecord") -> None:
+                if console.rich.is_terminal:
+                    note = f"{name}: loss {record.loss:.4f} {record.images_per_second:.0f} images/s"
+                    show(total).update(finished + record.step / record.total, note)
+
+            return watch
+
+        yield follow
+
+
 def tell_trained(console: Console, trained: "Trained") -> None:
     """Print what a training run ended with, and its JSON."""
     from dataclasses import asdict

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from growkit import __version__
 from growkit.files import whole_file
-from growkit.report.plot import Plot, draw, scientific
+from growkit.report.plot import Bars, Plot, draw, scientific
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Section:
     title: str
     text: str = ""
     table: Table | None = None
-    plots: Sequence[Plot] = ()
+    plots: Sequence[Plot | Bars] = ()
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,11 @@ figure { margin: 0; max-width: 34rem; }
 figcaption { font-weight: 600; font-size: 0.93rem; margin-bottom: 0.5rem; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
-svg text { fill: var(--soft); } svg .axis { fill: var(--ink); } svg .name { font-weight: 600; }
-svg .grid { stroke: var(--grid); } svg .tick { stroke: var(--soft); }
-svg .line path { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 footer { margin-top: 3rem; }
 @media print { @page { margin: 16mm; } body { max-width: none; padding: 0; font-size: 10.5pt; }
   section { margin-top: 1.5rem; padding-top: 1rem; } .scroll { overflow: visible; }
   figure, tr, h2 { break-inside: avoid; } h2 { break-after: avoid; } }
-""" + "".join(
-    f"svg .line-{index} path {{ stroke: var(--line-{index}); stroke-dasharray: {dash}; }} "
-    f"svg .line-{index} circle {{ fill: var(--line-{index}); }}\n"
-    for index, dash in enumerate(("none", "7 4", "2 4", "11 4 2 4", "4 3", "14 5"))
-)
+"""
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -1,17 +1,56 @@
-"""Line charts as inline SVG: readable on a phone, in print, in light and dark, without colour."""
+"""Line charts and bars by matplotlib: inline SVG for a page, in its colours, and PNG and SVG files.
 
+Readable on a phone, in print, in light and dark, and without colour: lines differ in dash and marker as well.
+"""
+
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape
-from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 440, 270  # small, so that text stays readable when scaled to a phone
-TOP, BOTTOM = 30, HEIGHT - 44
+from growkit.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.0, 3.7  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
 POINTS = 400  # per series; more would only make the page heavy
-LETTER = 7.2  # width of a character of 12 px text
-LABEL = 16  # characters of a series' name beside its line
-COLOURS = 6
+DPI = 200  # of PNG files
+# The page's --line-0 to --line-5, --ink, --soft and --grid in light.
+COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
+INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
+VARIABLES = {colour: f"var(--line-{index})" for index, colour in enumerate(COLOURS)} | {
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    GRID: "var(--grid)",
+}
+DASHES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))
+MARKERS = "os^Dv<>PX*hp"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "growkit",  # the same bytes twice
+    "font.size": 10,
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+}
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
@@ -19,21 +58,44 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: its name and its (x, y) points; points that are not finite are gaps."""
+    """One line of a plot: its (x, y) points, not finite ones being gaps, and perhaps a band from low to high."""
 
     name: str
     points: Sequence[Point]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A line chart. `log_x` leaves out points whose x is not positive."""
+    """A line chart. `log_x` leaves out points whose x is not positive; `reference` is a named level."""
 
     title: str
     series: Sequence[Series]
     x_label: str
     y_label: str
     log_x: bool = False
+    reference: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, its interval where there is one, and words beside it; without a value the words alone."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars, the first on top."""
+
+    title: str
+    bars: Sequence[Bar]
+    label: str
 
 
 def scientific(value: float, digits: int) -> str:
@@ -42,136 +104,138 @@ def scientific(value: float, digits: int) -> str:
     return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
-def draw(plot: Plot) -> str:
-    """The chart as an <svg> element; its colours are the page's --line-0 to --line-5.
-
-    A plot without a finite point becomes a sentence that says so.
-    """
-    lines = [_thin(series.points, plot.log_x) for series in plot.series]
-    drawn = [point for line in lines for point in line if point is not None]
-    if not drawn:
+def draw(plot: Plot | Bars) -> str:
+    """The chart as an <svg> element in the page's colours; a sentence where there is nothing finite to show."""
+    if not _finite(plot):
         return f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
-    names = [_short(series.name) for series in plot.series]
-    xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
-    pad = 0.0 if min(xs) < max(xs) else 0.5
-    x_low, x_high = min(xs) - pad, max(xs) + pad
-    whole = not plot.log_x and all(x == round(x) for x in xs)
-    x_ticks = _log_ticks(x_low, x_high) if plot.log_x else _ticks(x_low, x_high, whole=whole)
-    y_ticks = _ticks(min(ys), max(ys), cover=True)
-    left = 14 + LETTER * max(len(text) for _, text in y_ticks)
-    right = WIDTH - (16 + LETTER * max(map(len, names)) if len(names) > 1 else 24)
+    svg = _render(plot, "svg", transparent=True).decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    # Ids are of the page, not of the drawing: none that nobody refers to, and the others unlike any other plot's.
+    prefix = "p" + sha256(svg.encode()).hexdigest()[:8]
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    head = re.search(r'viewBox="[^"]*"', svg)
+    assert head is not None
+    attributes = f'{head[0]} role="img" aria-label="{escape(plot.title)}" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"<svg {attributes}>" + svg[svg.index(">") + 1 :].strip()
 
-    def across(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (right - left)
 
-    def down(y: float) -> float:
-        return TOP + (y_ticks[-1][0] - y) / (y_ticks[-1][0] - y_ticks[0][0]) * (BOTTOM - TOP)
+def save(plot: Plot | Bars, folder: Path, name: str) -> tuple[Path, ...]:
+    """Write `name`.svg and `name`.png into the folder, on white; nothing where there is nothing finite to show."""
+    if not _finite(plot):
+        return ()
+    paths = tuple(folder / f"{name}.{kind}" for kind in ("svg", "png"))
+    for path in paths:
+        with whole_file(path) as partial:
+            partial.write_bytes(_render(plot, path.suffix[1:], transparent=False, title=True))
+    return paths
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}">',
-        f'<text class="axis" x="{left:.1f}" y="14">{escape(plot.y_label)}</text>',
-        f'<text class="axis" x="{right:.1f}" y="{HEIGHT - 6}" text-anchor="end">{escape(plot.x_label)}</text>',
-    ]
-    for y, text in y_ticks:
-        parts.append(
-            f'<path class="grid" d="M{left:.1f} {down(y):.1f}H{right:.1f}"/>'
-            f'<text x="{left - 8:.1f}" y="{down(y) + 4:.1f}" text-anchor="end">{text}</text>'
+
+def _finite(plot: Plot | Bars) -> bool:
+    if isinstance(plot, Bars):
+        return any(bar.value is not None and math.isfinite(bar.value) for bar in plot.bars)
+    points = (point for series in plot.series for point in series.points)
+    return any(math.isfinite(x) and math.isfinite(y) and (x > 0 or not plot.log_x) for x, y in points)
+
+
+def _render(plot: Plot | Bars, kind: str, *, transparent: bool, title: bool = False) -> bytes:
+    """The chart as a file of this kind; nothing global is touched."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        tall = HEIGHT + 0.17 * (len(plot.series) + 1) if isinstance(plot, Plot) else 1 + 0.33 * len(plot.bars)
+        figure = Figure(figsize=(WIDTH, tall), layout="constrained")
+        (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(figure)
+        axes = figure.subplots()
+        if isinstance(plot, Plot):
+            _lines(figure, axes, plot)
+        else:
+            _bars(axes, plot)
+        if title:
+            axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
+        stream = io.BytesIO()
+        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        figure.savefig(
+            stream, format=kind, dpi=72 if kind == "svg" else DPI, transparent=transparent, metadata=metadata
         )
-    for x, text in x_ticks:
-        parts.append(
-            f'<path class="tick" d="M{across(x):.1f} {BOTTOM}v5"/>'
-            f'<text x="{across(x):.1f}" y="{BOTTOM + 19}" text-anchor="middle">{text}</text>'
+    return stream.getvalue()
+
+
+def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
+    drawn = []
+    for index, series in enumerate(plot.series):
+        kept = _thinned(series, plot.log_x)
+        xs = [series.points[i][0] for i in kept]
+        ys = [series.points[i][1] if math.isfinite(series.points[i][1]) else math.nan for i in kept]
+        colour = COLOURS[index % len(COLOURS)]
+        marker = MARKERS[index % len(MARKERS)]
+        (line,) = axes.plot(
+            xs,
+            ys,
+            color=colour,
+            linestyle=DASHES[index % len(DASHES)],
+            marker=marker,
+            markevery=max(1, len(kept) // 8),
         )
-    ends: dict[int, float] = {}
-    for index, line in enumerate(lines):
-        corners = [point and (across(point[0]), down(point[1])) for point in line]
-        parts.append(_line(corners, index, plot.series[index].name))
-        ends.update((index, corner[1]) for corner in corners if corner)
-    for index, height in _apart(ends).items() if len(names) > 1 else ():
-        parts.append(
-            f'<text class="name" style="fill:var(--line-{index % COLOURS})" x="{right + 9:.1f}" '
-            f'y="{height + 4:.1f}">{escape(names[index])}</text>'
-        )
-    return "".join([*parts, "</svg>"])
+        drawn.append(line)
+        if series.low is not None and series.high is not None:
+            low, high = ([band[i] for i in kept] for band in (series.low, series.high))
+            axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
+    if plot.log_x:
+        axes.set_xscale("log")
+    names = [series.name for series in plot.series]
+    if plot.reference is not None:
+        drawn.append(axes.axhline(plot.reference[1], color=SOFT, linewidth=1, linestyle=(0, (1, 2))))
+        names.append(plot.reference[0])
+    axes.grid(True)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    if len(names) > 1:
+        figure.legend(drawn, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 34 else 2)
 
 
-def _thin(points: Sequence[Point], log_x: bool) -> list[Point | None]:
-    """The points to draw, few enough; None where the line breaks."""
-    every = max(1, math.ceil(len(points) / POINTS))
-    return [
-        (math.log10(x) if log_x else x, y) if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) else None
-        for x, y in [*points[: len(points) - 1 : every], *points[-1:]]
-    ]
+def _thinned(series: Series, log_x: bool) -> list[int]:
+    """Places of the points to draw: few enough, the last among them."""
+    count = len(series.points)
+    every = max(1, math.ceil(count / POINTS))
+    kept = sorted({*range(0, count, every), count - 1} if count else ())
+    return [i for i in kept if math.isfinite(series.points[i][0]) and (series.points[i][0] > 0 or not log_x)]
 
 
-def _line(corners: Sequence[Point | None], index: int, name: str) -> str:
-    """One series: its line, and a dot at each point when they are few, else at the last."""
-    path, joined = "", False
-    for corner in corners:
-        if corner:
-            path += f"{'L' if joined else 'M'}{corner[0]:.1f} {corner[1]:.1f}"
-        joined = corner is not None
-    present = [corner for corner in corners if corner]
-    dots = present if len(present) <= 12 else present[-1:]
-    circles = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in dots)
-    title = f"<title>{escape(name)}</title>"
-    return f'<g class="line line-{index % COLOURS}">{title}<path d="{path}"/>{circles}</g>'
-
-
-def _apart(ends: dict[int, float], gap: float = 15) -> dict[int, float]:
-    """Heights of the names: those of the ends of their lines, moved until none overlap."""
-    order = sorted(ends, key=ends.__getitem__)
-    heights = dict(ends)
-    for above, below in pairwise(order):
-        heights[below] = max(heights[below], heights[above] + gap)
-    floor = float(BOTTOM)
-    for index in reversed(order):
-        heights[index] = min(heights[index], floor)
-        floor = heights[index] - gap
-    return heights
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
-
-
-def _ticks(low: float, high: float, *, cover: bool = False, whole: bool = False) -> list[tuple[float, str]]:
-    """Places and texts of about five multiples of 1, 2 or 5 times a power of ten.
-
-    They lie within [low, high], or reach around it with `cover`; `whole` allows integers only.
-    """
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        pad = abs(low) / 4 or 0.5
-        low, high = low - pad, high + pad
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if m == 10 or power * m >= rough)
-    step = max(1.0, step) if whole else step
-    outward = 1 if cover else 0
-    first = math.ceil(low / step - outward + 1e-9 * (2 * outward - 1))
-    last = math.floor(high / step + outward - 1e-9 * (2 * outward - 1))
-    largest, power = max(abs(low), abs(high)), math.floor(math.log10(step) + 1e-9)
-    ticks = [n * step for n in range(first, last + 1)]
-    if 1e-3 <= largest < 1e6:
-        return [(tick, f"{tick:,.{max(0, -power)}f}") for tick in ticks]
-    return [(tick, _label(tick, math.floor(math.log10(largest)) - power)) for tick in ticks]
-
-
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """log10 and texts of ticks in 10**[low, high]: powers of ten, and between them when narrow."""
-    span = high - low
-    between = (1,) if span > 2.5 else (1, 3) if span > 1.3 else (1, 2, 5)
-    every = max(1, math.ceil(span / 6))
-    powers = [p for p in range(math.floor(low), math.ceil(high) + 1) if p % every == 0]
-    ticks = [p + math.log10(m) for p in powers for m in between]
-    inside = [tick for tick in ticks if low - 1e-9 <= tick <= high + 1e-9]
-    return [(tick, _label(10**tick)) for tick in (inside if len(inside) > 1 else (low, high))]
-
-
-def _label(value: float, digits: int = 2) -> str:
-    """A tick's number: plain near one, else as a power of ten, without trailing zeros."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
-    mantissa, _, power = scientific(value, digits).partition("×")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return power if mantissa == "1" else f"{mantissa}×{power}"
+def _bars(axes: "Axes", plot: Bars) -> None:
+    places = range(len(plot.bars))
+    values = [bar.value if bar.value is not None and math.isfinite(bar.value) else 0.0 for bar in plot.bars]
+    axes.barh(places, values, height=0.62, color=COLOURS[0], alpha=0.85)
+    ends = []
+    for place, (bar, value) in enumerate(zip(plot.bars, values, strict=True)):
+        end = max(value, 0.0)
+        if bar.low is not None and bar.high is not None:
+            axes.errorbar(
+                value, place, xerr=[[value - bar.low], [bar.high - value]], color=INK, capsize=3, linewidth=1.2
+            )
+            end = max(end, bar.high)
+        shown = "" if bar.value is None or not math.isfinite(bar.value) else f"{bar.value:.1f}"
+        text = "  ".join(part for part in (shown, bar.note) if part)
+        axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        ends.append(end)
+    low = min([0.0, *values, *(bar.low for bar in plot.bars if bar.low is not None)])
+    longest = max(len(bar.note) for bar in plot.bars)
+    room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
+    axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
+    axes.set_yticks(list(places), [bar.name for bar in plot.bars])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(low == 0)
+    if low < 0:
+        axes.axvline(0, color=SOFT, linewidth=1)
+    axes.invert_yaxis()
+    axes.grid(True, axis="x")
+    axes.set_xlabel(plot.label)

@@ -1,5 +1,6 @@
 """Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
 
+import copy
 import hashlib
 import random
 import signal
@@ -15,9 +16,10 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from growkit.errors import GrowkitError
+from growkit.train.resident import Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
@@ -27,7 +29,8 @@ TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 class Data:
     """Images to train on and to evaluate on.
 
-    train, val   map-style datasets of (image tensor (C, H, W), label)
+    train, val   map-style datasets of (image tensor (C, H, W), label), or both resident
+    plain        the training images prepared as for evaluation, for `hold_out`; `train` itself when left out
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
     """
@@ -36,6 +39,7 @@ class Data:
     val: Dataset[Any]
     classes: list[str]
     identity: Mapping[str, Any] = field(default_factory=dict)
+    plain: Dataset[Any] | None = None
 
 
 def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) -> Data:
@@ -74,10 +78,72 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         re_mode="pixel",
     )
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
-    train.transform = _Converted(mode, augment)
-    val.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
-    return Data(train=train, val=val, classes=classes, identity=identity)
+    plain = copy.copy(train)
+    train.transform = _Converted(mode, augment)
+    if not settings.resident:
+        val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
+        return Data(train=train, val=val, plain=plain, classes=classes, identity=identity)
+    refuse_other_augmentation(settings)
+    val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
+    kept, judged = (
+        Resident(split, config["input_size"], config["mean"], config["std"], settings.workers) for split in (plain, val)
+    )
+    return Data(train=kept, val=judged, plain=kept, classes=classes, identity=identity)
+
+
+def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> Data:
+    """Other data from the training images alone: `share` of each class held out as validation images.
+
+    Of the rest a share `keep` of each class stays to train on. The same seed gives the same split.
+
+    Raises:
+        GrowkitError: a share out of range, or a class with too few images; the message names it.
+    """
+    if not 0 < share < 1 or not 0 < keep <= 1:
+        raise GrowkitError(f"cannot hold out {share} and keep {keep}: shares lie between 0 and 1")
+    plain = data.train if data.plain is None else data.plain
+    labels = torch.as_tensor(labels_of(plain))
+    held: list[int] = []
+    kept: list[int] = []
+    for label in labels.unique().tolist():
+        own = torch.nonzero(labels == label)[:, 0]
+        with seeded(seed, "hold out", label):
+            own = own[torch.randperm(len(own))]
+        out = max(1, round(share * len(own)))
+        left = max(1, round(keep * (len(own) - out)))
+        if out >= len(own):
+            name = data.classes[label] if data.classes else label
+            raise GrowkitError(f"class {name} has {len(own)} training images; holding some out takes at least 2")
+        held += own[:out].tolist()
+        kept += own[out : out + left].tolist()
+    split = {"held out": share, "kept": keep, "split seed": seed}
+    return Data(
+        train=_part(data.train, sorted(kept)),
+        val=_part(plain, sorted(held)),
+        plain=_part(plain, sorted(kept)),
+        classes=data.classes,
+        identity={**data.identity, **split},
+    )
+
+
+def _part(dataset: Any, index: list[int]) -> Dataset[Any]:
+    return dataset.part(index) if isinstance(dataset, Resident) else Subset(dataset, index)
+
+
+def labels_of(dataset: Any) -> list[int]:
+    """The label of every image, without reading images where the dataset knows them."""
+    if isinstance(dataset, Resident):
+        inner = labels_of(dataset.dataset)
+        return [inner[place] for place in dataset.index.tolist()]
+    if isinstance(dataset, Subset):
+        inner = labels_of(dataset.dataset)
+        return [inner[place] for place in dataset.indices]
+    samples = getattr(getattr(dataset, "reader", None), "samples", None)
+    if samples:
+        return [int(label) for _, label in samples]
+    known = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    return [int(label) for label in known] if known is not None else [int(pair[1]) for pair in dataset]
 
 
 def channel_config(data_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +277,14 @@ def _random_kept(device: torch.device | None = None) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _seed(*parts: int | str, device: torch.device | None = None) -> None:
+def _number(*parts: int | str) -> int:
+    """A seed that is a function of `parts`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 1  # torch wants it below 2**63
+    return int.from_bytes(digest, "little") >> 1  # torch wants it below 2**63
+
+
+def _seed(*parts: int | str, device: torch.device | None = None) -> None:
+    seed = _number(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -265,24 +336,36 @@ def batches_per_epoch(data: Data, settings: FitSettings) -> int:
 
 
 def train_batches(
-    data: Data, settings: FitSettings, first: int, last: int, *, pin_memory: bool = False
+    data: Data, settings: FitSettings, first: int, last: int, *, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
 
-    Numbers run on through the epochs. Nothing before `first` is read.
+    Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be used;
+    resident images are there already.
     """
+    device = torch.device(device)
+    sampler = _Places(size_of(data.train), settings, first, last)
+    if isinstance(data.train, Resident):
+        for number, places in enumerate(sampler, start=first):
+            images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
+            generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
+            yield data.train.normalised(crop_and_flip(images, settings, generator)), labels
+        return
     loader = DataLoader(
-        _Augmented(data.train, settings.seed),
-        batch_sampler=_Places(size_of(data.train), settings, first, last),
-        **_loading(settings, pin_memory),
+        _Augmented(data.train, settings.seed), batch_sampler=sampler, **_loading(settings, device.type == "cuda")
     )
     yield from loader
 
 
-def val_batches(data: Data, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def val_batches(
+    data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """All images for evaluation once, in order: images (N, C, H, W) and labels (N,)."""
-    loader = DataLoader(data.val, batch_size=settings.batch_size, **_loading(settings, pin_memory))
-    yield from loader
+    device = torch.device(device)
+    if isinstance(data.val, Resident):
+        yield from data.val.evaluation(settings.batch_size, device)
+        return
+    yield from DataLoader(data.val, batch_size=settings.batch_size, **_loading(settings, device.type == "cuda"))
 
 
 def size_of(dataset: Dataset[Any]) -> int:

@@ -112,7 +112,7 @@ def fit(
         settings,
         start * accumulate,
         plan.total * accumulate,
-        pin_memory=training.device.type == "cuda",
+        device=training.device,
     )
 
     def save() -> None:
@@ -273,7 +273,7 @@ class _Training:
 
     def _try_one_batch(self, data: Data) -> None:
         """Find how many outputs the model has and what an update costs; nothing is learned."""
-        images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1))
+        images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
         with seeded("outputs", device=self.device):
             logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
         self.outputs: int = logits.shape[-1]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
+from growkit.train.data import Data, val_batches
+from growkit.train.settings import FitSettings
 
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
 
@@ -66,6 +68,12 @@ def evaluate(
         raise GrowkitError("there are no images to evaluate on")
     ece = float((bins[0] - bins[1]).abs().sum()) / count
     return Scores(top1=top1 / count, top5=top5 / count, loss=loss / count, ece=ece, count=count)
+
+
+def score_model(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Scores:
+    """Scores of a torch model on the validation images of `data`; the model is moved to the device."""
+    predict = predictor(model.to(device), device, settings.precision)
+    return evaluate(predict, val_batches(data, settings, device=device))
 
 
 def require_labels(labels: Tensor, outputs: int) -> None:

@@ -84,6 +84,9 @@ class FitSettings:
     seed: int = 0
     """Seed of every random choice."""
 
+    resident: bool = False
+    """Keep the decoded images in the device's memory, cropped and flipped there: for small images and many runs."""
+
     workers: int = 2
     """Processes that read images; they change the speed, never the result."""
 

@@ -1,0 +1,82 @@
+"""growkit compare: several methods and training from nothing under one budget."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit.compare.settings import CompareSettings
+from growkit.train.settings import FitSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Device, Force, From, FromSets, NeededData, Resume, Run, Sets, with_settings
+from growkit_cli.progress import following
+
+
+@with_settings(CompareSettings)
+@with_settings(
+    FitSettings,
+    name="recipe",
+    panel="Training: what the full budget is, and how every arm spends its own",
+    skip=("lr", "eval_every", "tensorboard"),
+)
+def compare(
+    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    data: NeededData,
+    settings: CompareSettings,
+    recipe: FitSettings,
+    sets: Sets = None,
+    from_: From = None,
+    from_sets: FromSets = None,
+    device: Device = "auto",
+    run: Run = Path("run"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare growth methods with training from nothing: same images, same order, same compute, several seeds.
+
+    The full budget is what training the target from nothing costs for --epochs. Results, plots and report.html go
+    into run/compare; a stopped comparison goes on with --resume, which may also ask for more methods or seeds.
+
+    Example: growkit compare deit_small.pth --to deit_base --data images/ --methods mango,ligo,bert2bert --seeds 3
+    """
+    from growkit.compare.compare import compare_methods
+    from growkit.compare.page import cost_table, main_table
+    from growkit.pipeline import pick_device
+    from growkit.record import RunFolder
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    loaded = load_source(source, from_, from_sets or ())
+    for note in loaded.notes:
+        console.say(note)
+    try:
+        with following(console, "comparing") as follow:
+            compared = compare_methods(
+                RunFolder(run),
+                loaded,
+                to,
+                data,
+                settings,
+                recipe,
+                sets=sets or (),
+                device=pick_device(device),
+                force=force,
+                resume=resume,
+                command=shlex.join(["growkit", *sys.argv[1:]]),
+                say=console.say,
+                follow=follow,
+            )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished runs are kept, --resume goes on\n")
+        raise typer.Exit(130) from None
+    console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms))
+    console.table("cost", *cost_table(compared.arms))
+    for arm in compared.arms:
+        for line in arm.failures:
+            console.say(f"failed: {arm.name}, {line}")
+    console.say(f"wrote {compared.folder}: report.html, results.json, plots/")
+    console.result(compared.content)

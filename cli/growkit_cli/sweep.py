@@ -1,0 +1,83 @@
+"""growkit sweep: a pilot that recommends how to grow, before the full run is paid for."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit.compare.settings import SweepSettings
+from growkit.train.settings import FitSettings
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Device, Force, From, FromSets, NeededData, Resume, Run, Sets, with_settings
+from growkit_cli.progress import following
+
+
+@with_settings(SweepSettings)
+@with_settings(
+    FitSettings,
+    name="recipe",
+    panel="Training: what a trial may spend, from nothing on its share of the data",
+    skip=("lr", "eval_every", "tensorboard"),
+)
+def sweep(
+    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    data: NeededData,
+    settings: SweepSettings,
+    recipe: FitSettings,
+    sets: Sets = None,
+    from_: From = None,
+    from_sets: FromSets = None,
+    device: Device = "auto",
+    run: Run = Path("run"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try ranks, ring orders, stages, noise and operator training on a share of the data, and recommend one.
+
+    Every trial spends the same compute; losers are stopped early. Results and report.html go into run/sweep.
+
+    Example: growkit sweep deit_small.pth --to deit_base --data images/ --share 0.1 --epochs 10
+    """
+    from growkit.compare.page import trials_table
+    from growkit.compare.sweep import sweep_settings
+    from growkit.pipeline import pick_device
+    from growkit.record import RunFolder
+    from growkit.source import load_source
+
+    console = Console(as_json)
+    loaded = load_source(source, from_, from_sets or ())
+    for note in loaded.notes:
+        console.say(note)
+    try:
+        with following(console, "sweeping") as follow:
+            swept = sweep_settings(
+                RunFolder(run),
+                loaded,
+                to,
+                data,
+                settings,
+                recipe,
+                sets=sets or (),
+                device=pick_device(device),
+                force=force,
+                resume=resume,
+                command=shlex.join(["growkit", *sys.argv[1:]]),
+                say=console.say,
+                follow=follow,
+            )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished trials are kept, --resume goes on\n")
+        raise typer.Exit(130) from None
+    console.table(f"trials, best first; {settings.metric} on held-out images", *trials_table(swept.tried))
+    console.say(f"recommended: trial {swept.best.number}")
+    for reason in swept.reasons:
+        console.say(f"  {reason}")
+    console.say("the full run:")
+    for command in swept.commands:
+        console.say(f"  {command}")
+    console.say(f"wrote {swept.folder}: report.html, results.json")
+    console.result(swept.content)

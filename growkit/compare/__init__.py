@@ -1,0 +1,1 @@
+"""Several growth methods under one budget: what each gives, costs and saves."""

@@ -1,0 +1,103 @@
+"""Arms of a comparison: training from nothing, growth methods with their options, and controls."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from growkit.compare.settings import CompareSettings
+from growkit.errors import GrowkitError
+from growkit.settings import GrowSettings
+
+SCRATCH, LONGER = "from nothing", "source trained longer"
+OPTIONS = {f.name: f.type for f in fields(GrowSettings) if f.name not in ("method", "seed")}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a trained model.
+
+    name             what tables call it
+    grow             how the target is grown; None for training from nothing and for the source trained longer
+    operator_steps   updates of operator training, where the method has something to train; None for the default
+    operator_lr      its learning rate; None for the best of the grid
+    fresh_source     grow a source with random weights instead
+    control          there to be beaten
+    """
+
+    name: str
+    grow: GrowSettings | None = None
+    operator_steps: int | None = None
+    operator_lr: float | None = None
+    fresh_source: bool = False
+    control: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as a file's name; distinct for distinct arms."""
+        return re.sub(r"[^a-z0-9.=]+", "-", self.name.lower()).strip("-")
+
+
+def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], bool]) -> list[Arm]:
+    """Every arm of a comparison, training from nothing first.
+
+    `learned` tells whether a method has something to train, for the control without that training.
+
+    Raises:
+        GrowkitError: an option that no method has, or the same arm twice.
+    """
+    arms = [Arm(SCRATCH), *(parse_arm(text) for text in settings.methods.split(","))]
+    main = arms[1]
+    assert main.grow is not None
+    controls = [] if settings.controls == "none" else settings.controls.split(",")
+    if "random-pad" in controls and not any(arm.grow and arm.grow.method == "random-pad" for arm in arms):
+        arms.append(Arm("random-pad", GrowSettings(method="random-pad"), control=True))
+    if "untrained-operator" in controls:
+        for arm in arms[1:]:
+            if arm.grow is not None and arm.operator_steps != 0 and learned(arm.grow):
+                arms.append(replace(arm, name=f"{arm.name}, operator untrained", operator_steps=0, control=True))
+    if "untrained-source" in controls:
+        arms.append(replace(main, name=f"{main.name}, source untrained", fresh_source=True, control=True))
+    if "source-longer" in controls:
+        arms.append(Arm(LONGER, control=True))
+    names = [arm.slug for arm in arms]
+    twice = [arm.name for arm in arms if names.count(arm.slug) > 1]
+    if twice:
+        raise GrowkitError(f"--methods: {twice[0]} is there twice")
+    return arms
+
+
+def parse_arm(text: str) -> Arm:
+    """An arm from `method[:option=value]...`, where options are those of `growkit grow`, `steps` and `lr`.
+
+    Bond ranks are written with x, as in mango:ranks=4x4x1x4, since commas part the methods.
+
+    Raises:
+        GrowkitError: an unknown option or a value of the wrong kind.
+    """
+    method, *parts = text.strip().split(":")
+    given: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        key = key.replace("-", "_")
+        kinds = {**OPTIONS, "steps": int, "lr": float}
+        if not equals or key not in kinds:
+            raise GrowkitError(f"--methods {text}: {part!r} is no option; choose from {', '.join(sorted(kinds))}")
+        try:
+            given[key] = _value(kinds[key], value)
+        except ValueError:
+            raise GrowkitError(f"--methods {text}: {value!r} is no value for {key}") from None
+    steps, rate = given.pop("steps", None), given.pop("lr", None)
+    if (steps is not None and steps < 0) or (rate is not None and rate <= 0):
+        raise GrowkitError(f"--methods {text}: steps must not be below 0, lr must be above 0")
+    if "ranks" in given:
+        given["ranks"] = given["ranks"].replace("x", ",")
+    return Arm(text.strip(), GrowSettings(method=method, **given), operator_steps=steps, operator_lr=rate)
+
+
+def _value(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError
+        return text == "true"
+    return kind(text) if kind in (int, float) else text

@@ -1,0 +1,230 @@
+"""What every arm of a comparison shares, and one run of an arm: start, train, score."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from growkit.arch import build
+from growkit.arch.spec import Architecture
+from growkit.compare.arms import LONGER, Arm
+from growkit.errors import GrowkitError
+from growkit.files import read_json, whole_file, write_json
+from growkit.grow import grow, make_method
+from growkit.plan import step_flops
+from growkit.settings import GrowSettings
+from growkit.source import Source, untrained
+from growkit.train.data import Data, batches_per_epoch, size_of
+from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.resume import STATE
+from growkit.train.score import Scores, score_model
+from growkit.train.settings import FitSettings
+
+Watch = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before its training proper. Scores are on the held-out images; operator figures where one was trained."""
+
+    model: nn.Module
+    step0: Scores | None  # None for what has nothing to start from
+    after_operator: Scores | None
+    flops: int  # of operator training
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Source, target, images and recipe that all arms share.
+
+    data       training images, and those held out from them as validation images
+    test       the images scored once, as validation images
+    recipe     how the full budget is spent from nothing
+    operator   how operators are trained
+    """
+
+    source: Source
+    target: Architecture
+    data: Data
+    test: Data
+    recipe: FitSettings
+    operator: FitSettings
+    device: torch.device
+    folder: Path
+
+    def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
+        """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
+
+        Raises:
+            GrowkitError: the method cannot grow this pair, or its operator's loss is not finite.
+            KeyboardInterrupt: operator training was stopped; it goes on from there the next time.
+        """
+        if arm.name == LONGER:
+            model = self.source.model()
+            return Start(model, self.score(model), None, 0, 0.0)
+        if arm.grow is None:
+            model = build(self.target.name, self.target.arguments)
+            model.load_state_dict(untrained(self.target, seed=seed))
+            return Start(model, None, None, 0, 0.0)
+        settings = replace(arm.grow, seed=seed)
+        rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
+        folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
+        kept, figures = folder / "model.safetensors", folder / "start.json"
+        if figures.exists() and kept.exists():
+            model = self.fresh(arm)
+            model.load_state_dict(load_file(kept))
+        else:
+            state = untrained(self.source.architecture, seed=seed) if arm.fresh_source else self.source.state
+            grown = grow(self.source.architecture, self.target, state, settings)
+            model = grown.materialize()
+            if not figures.exists():
+                found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
+                if operator_lr is not None:
+                    recipe = replace(self.operator, steps=self.operator_steps(arm), lr=operator_lr, seed=seed)
+                    fitted = _fit(grown, self.data, recipe, self.device, folder, None, watch)
+                    model = grown.materialize()
+                    with whole_file(kept) as partial:
+                        save_file(model.cpu().state_dict(), partial)
+                    found |= {
+                        "flops": fitted.flops_per_step * fitted.steps,
+                        "seconds": fitted.seconds,
+                        "operator": asdict(self.score(model)),
+                        "losses": [round(loss, 6) for loss in fitted.losses],
+                    }
+                write_json(figures, found)
+        found = read_json(figures)
+        after = Scores(**found["operator"]) if "operator" in found else None
+        return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
+
+    def operator_steps(self, arm: Arm) -> int:
+        """Updates of the arm's operator training; 0 for fixed rules and untrained operators."""
+        if arm.grow is None or not self.learned(arm.grow):
+            return 0
+        steps = self.operator.steps if arm.operator_steps is None else arm.operator_steps
+        assert steps is not None
+        return steps
+
+    def learned(self, settings: GrowSettings) -> bool:
+        """Whether a method has something to train for this pair.
+
+        Raises:
+            GrowkitError: it cannot grow this pair.
+        """
+        return any(p.requires_grad for p in make_method(self.source.architecture, self.target, settings).parameters())
+
+    def score(self, model: nn.Module, *, test: bool = False) -> Scores:
+        """Scores on the held-out images, or on the test images."""
+        return score_model(model, self.test if test else self.data, self.recipe, self.device)
+
+    def fresh(self, arm: Arm) -> nn.Module:
+        """The network that the arm trains, with weights yet to be loaded."""
+        trained = self.trained(arm)
+        return build(trained.name, trained.arguments)
+
+    def trained(self, arm: Arm) -> Architecture:
+        """What the arm trains: the target, but for the control that trains the source on."""
+        return self.source.architecture if arm.name == LONGER else self.target
+
+    def operator_flops(self, arm: Arm) -> int:
+        """FLOPs of the arm's operator training."""
+        steps = self.operator_steps(arm)
+        if not steps or arm.grow is None:
+            return 0
+        grown = grow(self.source.architecture, self.target, self.source.state, arm.grow).to("meta")
+        return steps * step_flops(grown, self.target, self._images()) * self.operator.grad_accum_steps
+
+    def _images(self) -> int:
+        return min(self.recipe.batch_size, size_of(self.data.train))
+
+    def flops_per_step(self, arm: Arm) -> int:
+        """FLOPs of one update of the arm's training proper."""
+        trained = self.trained(arm)
+        model = build(trained.name, trained.arguments, device="meta")
+        return step_flops(model, trained, self._images()) * self.recipe.grad_accum_steps
+
+    def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
+        """Updates of training proper that `flops` pays for, `spent` of which went into the operator.
+
+        Raises:
+            GrowkitError: not a single one.
+        """
+        steps = round((flops - spent) / self.flops_per_step(arm))
+        if steps < 1:
+            raise GrowkitError(
+                f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, all of a budget of {flops / 1e12:.3g}; "
+                f"train for more --epochs, or give it fewer --operator-steps"
+            )
+        return steps
+
+    def train(
+        self,
+        start: Start,
+        arm: Arm,
+        *,
+        flops: float,
+        seed: int,
+        lr: float,
+        evals: int,
+        folder: Path | None = None,
+        watch: Watch | None = None,
+    ) -> dict[str, Any]:
+        """Spend what is left of `flops` on the start, with a schedule that ends there; what came out, as JSON.
+
+        The model of `start` is trained in place. The curve holds (FLOPs, top-1, loss) on held-out images.
+
+        Raises:
+            GrowkitError: nothing is left to spend, or the loss is not finite.
+            KeyboardInterrupt: stopped, with the state saved in `folder`; the next call goes on from there.
+        """
+        steps = self.steps_within(arm, flops, start.flops)
+        updates_per_epoch = batches_per_epoch(self.data, self.recipe) / self.recipe.grad_accum_steps
+        every = max(1, steps // evals) / updates_per_epoch
+        recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every)
+        began = time.perf_counter()
+        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, watch)
+        first = start.after_operator or start.step0
+        curve = [] if start.step0 is None else [(0, start.step0)]
+        if start.after_operator is not None:
+            curve.append((start.flops, start.after_operator))
+        curve += [(start.flops + step * fitted.flops_per_step, scores) for step, scores in fitted.history]
+        return {
+            "steps": fitted.steps,
+            "flops": start.flops + fitted.steps * fitted.flops_per_step,
+            "operator_flops": start.flops,
+            "flops_per_step": fitted.flops_per_step,
+            "macs_per_step": fitted.macs_per_step,
+            "step0": asdict(start.step0) if start.step0 else None,
+            "started_from": asdict(first) if first else None,
+            "final": asdict(fitted.history[-1][1]),
+            "curve": [(at, scores.top1, scores.loss) for at, scores in curve],
+            "training_losses": [round(loss, 5) for loss in fitted.losses[:: max(1, len(fitted.losses) // 200)]],
+            "seconds": time.perf_counter() - began,
+            "operator_seconds": start.seconds,
+            "images_per_second": fitted.images_per_second,
+        }
+
+
+def _fit(
+    model: nn.Module,
+    data: Data,
+    recipe: FitSettings,
+    device: torch.device,
+    folder: Path | None,
+    evaluate: Callable[[nn.Module], Scores] | None,
+    watch: Watch | None,
+) -> FitResult:
+    """fit() that goes on where it was stopped, and clears its state away when it is done."""
+    state = None if folder is None else folder / STATE
+    resume = state is not None and state.exists()
+    fitted = fit(model, data, recipe, device=device, evaluate=evaluate, folder=folder, resume=resume, on_step=watch)
+    if fitted.interrupted:
+        raise KeyboardInterrupt
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return fitted

@@ -1,0 +1,401 @@
+"""growkit compare: every arm on the same images, in the same order, for the same compute; resumable run by run."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from growkit import __version__
+from growkit.arch import find_target
+from growkit.arch.spec import Architecture
+from growkit.compare.arms import Arm, parse_arms
+from growkit.compare.bench import Bench, Watch
+from growkit.compare.figures import ArmFigures, arm_figures
+from growkit.compare.page import write_pages
+from growkit.compare.settings import CompareSettings, SweepSettings, numbers
+from growkit.errors import GrowkitError
+from growkit.files import read_json, refuse_existing, whole_file, write_json
+from growkit.record import RunFolder, hardware, versions
+from growkit.settings import OPERATOR_DEFAULTS
+from growkit.source import Source, with_classes
+from growkit.train.data import batches_per_epoch, hold_out, open_data
+from growkit.train.loop import FREE_TO_CHANGE
+from growkit.train.settings import FitSettings
+
+BEGUN = "begun.json"
+SCHEMA = 1  # of every file a comparison writes
+FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
+Say = Callable[[str], None]
+Follow = Callable[[str, int, int], Watch]  # title of a run, runs finished, runs in all -> what watches it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to make: an arm at a share of the full budget, with a seed and a learning rate."""
+
+    arm: Arm
+    budget: float
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.arm.name}, budget {self.budget:.0%}, seed {self.seed}, lr {self.lr:g}"
+
+    @property
+    def slug(self) -> str:
+        """For files."""
+        return f"{self.arm.slug}-b{self.budget:g}-s{self.seed}-lr{self.lr:g}"
+
+
+class Comparison:
+    """A folder of runs. What is there already is not run again."""
+
+    def __init__(self, bench: Bench, settings: CompareSettings, *, say: Say, follow: Follow):
+        self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
+        self.runs = bench.folder / "runs"
+        self.arms = parse_arms(settings, learned=bench.learned)
+        self.budgets = numbers("--budgets", settings.budgets)
+        self.lrs = numbers("--lrs", settings.lrs)
+        self.operator_lrs = numbers("--operator-lrs", settings.operator_lrs)
+        scratch = self.arms[0]
+        updates = updates_of(bench)
+        self.full = bench.flops_per_step(scratch) * updates
+        self.seeds = range(bench.recipe.seed, bench.recipe.seed + settings.seeds)
+        self.total = len(self.arms) * len(self.budgets) * (len(self.lrs) + len(self.seeds) - 1)
+        self.finished = 0
+        self._rates: dict[str, float] = {}  # of operator training, by arm
+
+    def prepare(self, *, resume: bool) -> None:
+        """Refuse what cannot work before anything runs, and note what this comparison is.
+
+        Raises:
+            GrowkitError: an arm's operator leaves nothing of the smallest budget, or the folder holds a comparison
+                with other settings or of another version.
+        """
+        for arm in self.arms:
+            self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
+        own = {**identity_of(self.bench), "settings": asdict(self.settings)}
+        begin(self.bench.folder, own, resume=resume, free=FREE_TO_GROW)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make every run that is missing, then score the chosen ones on the test images; all results.
+
+        Raises:
+            KeyboardInterrupt: stopped; what is finished is kept, and the run at hand goes on the next time.
+        """
+        for seed in self.seeds:
+            for arm in self.arms:
+                for budget in self.budgets:
+                    self._cell_of(arm, budget, seed)
+        return self.results()
+
+    def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
+        """The runs of one arm, budget and seed: the whole grid on the first seed, the best of it on the others."""
+        grid = self.lrs
+        if seed != self.seeds[0]:
+            best = self.best(arm, budget)
+            if best is None:
+                return  # every rate failed; the reasons are on file
+            grid = (best["lr"],)
+        for lr in grid:
+            self._run(Cell(arm, budget, seed, lr))
+        chosen = self.best(arm, budget) if seed == self.seeds[0] else self._result(Cell(arm, budget, seed, grid[0]))
+        if chosen is not None and "failed" not in chosen and chosen["test"] is None:
+            self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
+
+    def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
+        """The first seed's run with the best final score on held-out images; None when all failed or none is there."""
+        made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
+        finished = [found for found in made if found is not None and "failed" not in found]
+        sign = 1 if self.settings.metric == "top1" else -1
+        return max(finished, key=lambda found: sign * found["final"][self.settings.metric], default=None)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Every run on file that belongs to this comparison, failed ones too, in order."""
+        cells = [
+            Cell(arm, budget, seed, lr)
+            for arm in self.arms
+            for budget in self.budgets
+            for seed in self.seeds
+            for lr in self.lrs
+        ]
+        return [found for cell in cells if (found := self._result(cell)) is not None]
+
+    def _run(self, cell: Cell) -> None:
+        found = self._result(cell)
+        self.finished += 1
+        if found is not None and "failed" not in found:
+            return
+        folder = self.runs / cell.slug
+        facts = {
+            "schema": SCHEMA,
+            "growkit": __version__,
+            "arm": cell.arm.name,
+            "budget": cell.budget,
+            "seed": cell.seed,
+            "lr": cell.lr,
+            "test": None,
+        }
+        try:
+            operator_lr = self._operator_lr(cell.arm)
+            start = self.bench.start(cell.arm, cell.seed, operator_lr, self._watch(f"operator of {cell.name}"))
+            trained = self.bench.train(
+                start,
+                cell.arm,
+                flops=self.full * cell.budget,
+                seed=cell.seed,
+                lr=cell.lr,
+                evals=max(1, round(self.settings.evals * cell.budget)),
+                folder=folder,
+                watch=self._watch(cell.name),
+            )
+        except (GrowkitError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            write_json(folder / "result.json", {**facts, "failed": reason})
+            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
+            return
+        with whole_file(folder / "model.safetensors") as partial:
+            save_file({name: t.contiguous() for name, t in start.model.cpu().state_dict().items()}, partial)
+        write_json(folder / "result.json", {**facts, "operator_lr": operator_lr, **trained})
+        self.say(
+            f"[{self.finished}/{self.total}] {cell.name}: held-out top-1 {trained['final']['top1']:.2%}, "
+            f"loss {trained['final']['loss']:.4f} in {trained['seconds']:.0f} s"
+        )
+
+    def _watch(self, title: str) -> Watch:
+        return self.follow(title, self.finished - 1, self.total)
+
+    def _operator_lr(self, arm: Arm) -> float | None:
+        """The arm's rate of operator training: its own, or the one with the lowest held-out loss on the first seed."""
+        if not self.bench.operator_steps(arm):
+            return None
+        if arm.operator_lr is not None or len(self.operator_lrs) == 1:
+            return arm.operator_lr or self.operator_lrs[0]
+        if arm.slug in self._rates:
+            return self._rates[arm.slug]
+        tried: dict[float, float] = {}
+        for lr in self.operator_lrs:
+            try:
+                watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
+                start = self.bench.start(arm, self.seeds[0], lr, watch)
+            except GrowkitError as error:
+                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({error})")
+                continue
+            assert start.after_operator is not None
+            tried[lr] = start.after_operator.loss
+        if not tried:
+            raise GrowkitError(f"{arm.name}: its operator failed at every rate of {self.settings.operator_lrs}")
+        self._rates[arm.slug] = min(tried, key=tried.__getitem__)
+        return self._rates[arm.slug]
+
+    def _test(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Score a chosen run on the test images, once, and let its weights go."""
+        folder = self.runs / cell.slug
+        model = self.bench.fresh(cell.arm)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        result["test"] = asdict(self.bench.score(model, test=True))
+        write_json(folder / "result.json", result)
+        for lr in self.lrs:
+            (self.runs / replace(cell, lr=lr).slug / "model.safetensors").unlink(missing_ok=True)
+
+    def _result(self, cell: Cell) -> dict[str, Any] | None:
+        path = self.runs / cell.slug / "result.json"
+        return _read(path) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `compare_methods` did: where it lies, figures of each arm, and everything as JSON."""
+
+    folder: Path
+    arms: tuple[ArmFigures, ...]
+    content: dict[str, Any]
+
+
+def compare_methods(
+    run: RunFolder,
+    source: Source,
+    to: str,
+    data: str,
+    settings: CompareSettings,
+    recipe: FitSettings,
+    *,
+    sets: Sequence[str] = (),
+    device: torch.device,
+    force: bool = False,
+    resume: bool = False,
+    command: str = "",
+    say: Say = lambda line: None,
+    follow: Follow = lambda title, finished, total: lambda record: None,
+) -> Compared:
+    """Compare methods on growing `source` into `to`, in run/compare.
+
+    `recipe` says what the full budget is: the target trained from nothing for its epochs or steps. `say` gets lines for
+    the user, `follow` makes what watches a run of a given title.
+
+    Raises:
+        GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a
+            comparison that is there already (without `resume` or `force`) or is another one.
+        KeyboardInterrupt: stopped; `resume` goes on.
+    """
+    run.refuse_unusable()
+    if not resume:
+        refuse_existing(run.compare, force)
+    bench = bench_of(
+        source,
+        to,
+        data,
+        recipe,
+        operator_steps=settings.operator_steps,
+        sets=sets,
+        device=device,
+        folder=run.compare,
+        split=settings,
+        say=say,
+    )
+    comparison = Comparison(bench, settings, say=say, follow=follow)
+    comparison.prepare(resume=resume)
+    runs = comparison.run()
+    known = settings.source_flops if settings.source_flops is not None else flops_of(source)
+    arms = arm_figures(
+        runs,
+        arms=[(arm.name, arm.control) for arm in comparison.arms],
+        budgets=comparison.budgets,
+        metric=settings.metric,
+        source_flops=known,
+    )
+    content = {
+        **identity_of(bench),
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": asdict(settings),
+        "full_flops": comparison.full,
+        "source_flops": known,
+        "source_score": asdict(bench.score(bench.source.model())),
+        "arms": [asdict(arm) for arm in arms],
+        "runs": runs,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(run.compare / "results.json", content)
+    write_pages(run.compare, content, arms)
+    return Compared(run.compare, arms, content)
+
+
+def bench_of(
+    source: Source,
+    to: str,
+    data: str,
+    recipe: FitSettings,
+    *,
+    split: CompareSettings | SweepSettings,
+    operator_steps: int = OPERATOR_DEFAULTS["steps"],
+    sets: Sequence[str],
+    device: torch.device,
+    folder: Path,
+    say: Say,
+) -> Bench:
+    """What all arms share: the source with a head for the data, the target, and the images split by `split`."""
+    opened = open_data(data, source.preprocessing, recipe)
+    labels = opened.classes or [str(i) for i in range(source.state["head.weight"].shape[0])]
+    adapted = with_classes(source, labels, seed=recipe.seed)
+    target, notes = find_target(adapted.architecture, to, sets)
+    for note in (*adapted.notes[len(source.notes) :], *notes):
+        say(note)
+    held = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
+    operator = replace(recipe, **{**OPERATOR_DEFAULTS, "steps": operator_steps, "model_ema": False})
+    return Bench(adapted, target, held, opened, recipe, operator, device, folder)
+
+
+def identity_of(bench: Bench) -> dict[str, Any]:
+    """What must be the same for runs to be compared."""
+    recipe, operator = (
+        {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
+        for settings in (bench.recipe, bench.operator)
+    )
+    return {
+        "schema": SCHEMA,
+        "growkit": __version__,
+        "source": {"sha256": bench.source.sha256, **_described(bench.source.architecture)},
+        "target": _described(bench.target),
+        "data": {name: str(value) for name, value in bench.data.identity.items()},
+        "recipe": recipe,
+        "operator": operator,
+    }
+
+
+def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str]) -> None:
+    """Note in the folder what is measured there; a folder that is begun anew is emptied first.
+
+    Raises:
+        GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
+            in `free` excepted.
+    """
+    path = folder / BEGUN
+    if resume and path.exists():
+        differing = _first_difference(_read(path), own, free)
+        if differing is not None:
+            name, was, now = differing
+            raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
+    elif folder.exists():
+        shutil.rmtree(folder)
+    write_json(path, own)
+
+
+def flops_of(source: Source) -> float | None:
+    """FLOPs that went into a model that growkit trained, through everything it was grown from; None where unknown."""
+    total, history = 0.0, source.history
+    while history is not None:
+        spent = history.get("fit") or history.get("operator")
+        if history.get("stage") != "grown" and not spent:
+            return None
+        total += spent["flops"] if spent else 0
+        origin = history.get("source") or {}
+        if not origin.get("sha256"):
+            return total  # it began as random weights
+        history = origin.get("history")
+    return None
+
+
+def updates_of(bench: Bench) -> int:
+    """Updates of the full budget, from nothing."""
+    per_epoch = batches_per_epoch(bench.data, bench.recipe) / bench.recipe.grad_accum_steps
+    return bench.recipe.steps or max(1, round(bench.recipe.epochs * per_epoch))
+
+
+def _described(architecture: Architecture) -> dict[str, Any]:
+    sizes = {name: space.size for name, space in architecture.spaces.items()}
+    return {"name": architecture.name, "arguments": dict(architecture.arguments), "spaces": sizes}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file this version of growkit wrote.
+
+    Raises:
+        GrowkitError: it is damaged or another version's; it is left as it is.
+    """
+    content = read_json(path)
+    made = (content.get("schema"), content.get("growkit")) if isinstance(content, dict) else None
+    if made != (SCHEMA, __version__):
+        by = f"growkit {made[1]}, schema {made[0]}" if made and made[1] else "something else"
+        raise GrowkitError(
+            f"{path}: written by {by}, this is growkit {__version__}, schema {SCHEMA}; results of two versions are "
+            "not mixed, --run writes elsewhere"
+        )
+    return dict(content)
+
+
+def _first_difference(before: Any, now: Any, free: Sequence[str], name: str = "") -> tuple[str, Any, Any] | None:
+    """Name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else (name, before, now)
+    keys = sorted(key for key in before.keys() | now.keys() if key not in free)
+    found = (_first_difference(before.get(key), now.get(key), free, key) for key in keys)
+    return next((difference for difference in found if difference is not None), None)

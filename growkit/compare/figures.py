@@ -1,0 +1,133 @@
+"""From the runs of a comparison to the figures of each arm."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from growkit.compare.savings import Estimate, Point, Saving, estimate, flops_to, saving
+
+Run = Mapping[str, Any]  # the result.json of a run
+
+
+@dataclass(frozen=True)
+class BudgetFigures:
+    """An arm's fully decayed runs at one share of the full budget; scores on the test images."""
+
+    budget: float
+    lr: float | None
+    top1: Estimate | None
+    loss: Estimate | None
+    ahead: Estimate | None  # top-1 minus that of training from nothing at the same budget and seed
+    flops: float | None
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """What an arm gave. Step 0 and after the operator are top-1 on held-out images; FLOPs are per seed, in seed order.
+
+    flops_to_target counts operator training, and is None where the target was never reached.
+    """
+
+    name: str
+    control: bool
+    step0: Estimate | None
+    after_operator: Estimate | None
+    operator_lr: float | None
+    operator_flops: float
+    budgets: tuple[BudgetFigures, ...]
+    flops_to_target: tuple[float | None, ...]
+    saving: Saving | None
+    saving_including_source: Saving | None
+    curve: tuple[tuple[float, Estimate], ...]  # FLOPs, metric on held-out images, along the full budget
+    seconds: Estimate | None  # of the full budget, operator training and evaluation included
+    failures: tuple[str, ...]
+
+
+def arm_figures(
+    runs: Sequence[Run],
+    *,
+    arms: Sequence[tuple[str, bool]],
+    budgets: Sequence[float],
+    metric: str,
+    source_flops: float | None,
+) -> tuple[ArmFigures, ...]:
+    """Figures of every arm, from runs that were scored on the test images.
+
+    Args:
+        runs: every run of the comparison.
+        arms: name and whether it is a control; the first is training from nothing.
+        budgets: shares of the full budget, the largest of which savings are measured along.
+        metric: top1 or loss, on held-out images, whose final value from nothing is the target.
+        source_flops: what training the source took; None where nobody knows.
+    """
+    chosen = [run for run in runs if run.get("test") is not None]
+    nothing, full = arms[0][0], max(budgets)
+    targets = {run["seed"]: run for run in chosen if run["arm"] == nothing and run["budget"] == full}
+
+    def figures(name: str, control: bool) -> ArmFigures:
+        own = [run for run in chosen if run["arm"] == name]
+        whole = sorted((run for run in own if run["budget"] == full), key=lambda run: run["seed"])
+        paired = [run for run in whole if run["seed"] in targets]
+        costs = tuple(_cost(run, targets[run["seed"]], metric) for run in paired)
+        alone = [_cost(targets[run["seed"]], targets[run["seed"]], metric) for run in paired]
+        scratch = [cost for cost in alone if cost is not None]  # its own end is always reached
+        spent = [run["flops"] for run in paired]
+        own_source = 0.0 if name == nothing else source_flops
+        return ArmFigures(
+            name=name,
+            control=control,
+            step0=_mean(whole, "step0", "top1"),
+            after_operator=estimate([r["started_from"]["top1"] for r in whole if r["operator_flops"]]),
+            operator_lr=next((run["operator_lr"] for run in whole), None),
+            operator_flops=max((run["operator_flops"] for run in whole), default=0),
+            budgets=tuple(_budget(own, chosen, nothing, budget) for budget in budgets),
+            flops_to_target=costs,
+            saving=saving(costs, spent, scratch),
+            saving_including_source=None if own_source is None else saving(costs, spent, scratch, source=own_source),
+            curve=_mean_curve(whole, metric),
+            seconds=estimate([run["seconds"] + run["operator_seconds"] for run in whole]),
+            failures=tuple(_failure(run) for run in runs if run["arm"] == name and "failed" in run),
+        )
+
+    return tuple(figures(name, control) for name, control in arms)
+
+
+def _budget(own: Sequence[Run], chosen: Sequence[Run], nothing: str, budget: float) -> BudgetFigures:
+    mine = [run for run in own if run["budget"] == budget]
+    base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == nothing and r["budget"] == budget}
+    ahead = [run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base]
+    return BudgetFigures(
+        budget=budget,
+        lr=next((run["lr"] for run in mine), None),
+        top1=_mean(mine, "test", "top1"),
+        loss=_mean(mine, "test", "loss"),
+        ahead=estimate(ahead),
+        flops=next((run["flops"] for run in mine), None),
+    )
+
+
+def _mean(runs: Sequence[Run], scores: str, name: str) -> Estimate | None:
+    return estimate([run[scores][name] for run in runs if run[scores] is not None])
+
+
+def _curve(run: Run, metric: str) -> list[Point]:
+    return [(flops, top1 if metric == "top1" else loss) for flops, top1, loss in run["curve"]]
+
+
+def _cost(run: Run, scratch: Run, metric: str) -> float | None:
+    """FLOPs until the run has the score that training from nothing ended with."""
+    return flops_to(_curve(run, metric), scratch["final"][metric], higher=metric == "top1")
+
+
+def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate], ...]:
+    """The mean over seeds at each evaluation; seeds evaluate at the same places."""
+    points = []
+    for places in zip(*(_curve(run, metric) for run in runs), strict=False):
+        found = estimate([score for _, score in places])
+        assert found is not None
+        points.append((places[0][0], found))
+    return tuple(points)
+
+
+def _failure(run: Run) -> str:
+    return f"budget {run['budget']:.0%}, seed {run['seed']}, lr {run['lr']:g}: {run['failed']}"

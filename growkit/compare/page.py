@@ -1,0 +1,213 @@
+"""A comparison as tables, plots and one page; the same rows for the terminal, the README and the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from growkit.compare.figures import ArmFigures
+from growkit.compare.savings import Estimate, Saving
+from growkit.report.page import Report, Section, Table, cell, write_report
+from growkit.report.plot import Bar, Bars, Plot, Series, save
+
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
+
+
+def main_table(arms: Sequence[ArmFigures]) -> Rows:
+    """What each arm gave: scores on the test images at each budget, and what it saved."""
+    budgets = [found.budget for found in arms[0].budgets]
+    columns = (
+        "method",
+        "step 0",
+        *(f"top-1 at {budget:.0%}" for budget in budgets),
+        "ahead at 100%",
+        "saving",
+        "saving with source",
+    )
+    rows = [
+        (
+            arm.name,
+            points(arm.step0),
+            *(points(found.top1) for found in arm.budgets),
+            points(arm.budgets[-1].ahead, signed=True) if index else "",
+            share(arm.saving) if index else "",
+            share(arm.saving_including_source) if index else "",
+        )
+        for index, arm in enumerate(arms)
+    ]
+    return columns, rows
+
+
+def cost_table(arms: Sequence[ArmFigures]) -> Rows:
+    """What each arm cost, and the learning rates it was given."""
+    columns: tuple[str, ...] = (
+        "method",
+        "operator TFLOP",
+        "operator lr",
+        "TFLOP to target",
+        "TFLOP in all",
+        "lr at each budget",
+        "wall s",
+    )
+    rows = [
+        (
+            arm.name,
+            cell(arm.operator_flops / 1e12) if arm.operator_flops else "–",
+            f"{arm.operator_lr:g}" if arm.operator_lr else "–",
+            ", ".join("never" if cost is None else cell(cost / 1e12) for cost in arm.flops_to_target) or "–",
+            cell(arm.budgets[-1].flops / 1e12) if arm.budgets[-1].flops else "–",
+            ", ".join("–" if found.lr is None else f"{found.lr:g}" for found in arm.budgets),
+            cell(round(arm.seconds.mean)) if arm.seconds else "–",
+        )
+        for arm in arms
+    ]
+    return columns, rows
+
+
+def points(found: Estimate | None, *, signed: bool = False) -> str:
+    """A share as percentage points, with half its 95 % interval where there is one: 59.3 ± 0.8."""
+    if found is None:
+        return "–"
+    text = f"{100 * found.mean:{'+' if signed else ''}.1f}"
+    return text if found.high is None else f"{text} ± {100 * (found.high - found.mean):.1f}"
+
+
+def share(found: Saving | None) -> str:
+    """A saving in per cent; an upper bound where some seed never reached the target."""
+    if found is None:
+        return "–"
+    if found.bound:
+        return f"≤ {found.mean:.0%} ({found.reached} of {found.seeds} there)"
+    if found.high is None:
+        return f"{found.mean:.0%}"
+    return f"{found.mean:.0%} ± {100 * (found.high - found.mean):.0f}"
+
+
+def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
+    """Curves over compute, final scores and savings, by file name."""
+    scale, unit = (100, "top-1 on held-out images, %") if metric == "top1" else (1, "loss on held-out images")
+    curves = [
+        Series(
+            arm.name,
+            [(flops / 1e12, scale * found.mean) for flops, found in arm.curve],
+            low=[scale * (found.mean if found.low is None else found.low) for _, found in arm.curve],
+            high=[scale * (found.mean if found.high is None else found.high) for _, found in arm.curve],
+        )
+        for arm in arms
+        if arm.curve
+    ]
+    ends = [end.mean for end in (curve[-1][1] for curve in (arms[0].curve,) if curve)]
+    final = [
+        Bar(arm.name, *(_percent(arm.budgets[-1].top1)), note="; ".join(arm.failures[:1]) if arm.failures else "")
+        for arm in arms
+    ]
+    saved = [Bar(arm.name, *_percent(arm.saving), note=_censored(arm.saving)) for arm in arms[1:]]
+    return {
+        "curves": Plot(
+            title="Score over compute, full budget",
+            series=curves,
+            x_label="TFLOP of training, operator included",
+            y_label=unit,
+            reference=("from nothing, at its end", scale * ends[0]) if ends else None,
+        ),
+        "final": Bars(title="Test top-1 at the full budget, %", bars=final, label="top-1, %"),
+        "saving": Bars(title="Compute saved to reach what training from nothing ends with, %", bars=saved, label="%"),
+    }
+
+
+def _percent(found: Estimate | Saving | None) -> tuple[float | None, float | None, float | None]:
+    if found is None:
+        return None, None, None
+    low, high = found.low, found.high
+    return 100 * found.mean, None if low is None else 100 * low, None if high is None else 100 * high
+
+
+def _censored(found: Saving | None) -> str:
+    if found is None:
+        return "no run"
+    return f"at most; {found.reached} of {found.seeds} seeds got there" if found.bound else ""
+
+
+def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> Report:
+    """The page of a comparison; `content` is its results.json."""
+    settings, nothing = content["settings"], arms[0]
+    metric = settings["metric"]
+    drawn = plots(arms, metric)
+    seeds = settings["seeds"]
+    known = content["source_flops"]
+    summary = [
+        f"{content['source']['name']} ({_size(content['source'])}) grown into {_size(content['target'])}, "
+        f"{seeds} paired {'seed' if seeds == 1 else 'seeds'}.",
+        f"From nothing the target ends at {points(nothing.budgets[-1].top1)} % on the test images, after "
+        f"{cell(content['full_flops'] / 1e12)} TFLOP ({cell(content['full_flops'] / 2e12)} T multiply-adds).",
+        "Training the source took "
+        + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
+    ]
+    reading = (
+        "Every arm sees the same images in the same order with the same augmentation and schedule, and is trained for "
+        "the same FLOPs, operator training included; its learning rate is the best of the same grid on held-out "
+        "images, found on the first seed. Test images are scored once, by the runs so chosen.\n"
+        "Saving is 1 - C / C(from nothing), with C the FLOPs to reach the held-out score that training from nothing "
+        "ends with, along the full budget; 'with source' adds the source's own training to C. ≤ marks an upper bound: "
+        "some seed never got there.\n"
+        "± is half a 95 % interval over paired seeds (Student's t)."
+        + ("" if seeds > 1 else " One seed has none: a hint, not a result.")
+        + (
+            " A source that is as good as the end of training from nothing saves everything by construction: then only "
+            "scores at equal budget tell methods apart."
+        )
+    )
+    failures = [(arm.name, line) for arm in arms for line in arm.failures]
+    sections = [
+        Section("What each method gave", reading, Table(*main_table(arms)), list(drawn.values())),
+        Section("What it cost", table=Table(*cost_table(arms))),
+    ]
+    if failures:
+        sections.append(Section("Failed runs", table=Table(("method", "run"), failures)))
+    for title in ("settings", "recipe", "operator", "data", "versions", "hardware"):
+        rows = [(name, cell(value)) for name, value in content[title].items()]
+        sections.append(Section(title.capitalize(), table=Table(("name", "value"), rows)))
+    sections.append(Section("Command", content["command"]))
+    return Report("growkit compare", summary, sections)
+
+
+def write_pages(folder: Path, content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> None:
+    """Write report.html, and each plot as PNG and SVG."""
+    for name, plot in plots(arms, content["settings"]["metric"]).items():
+        save(plot, folder / "plots", name)
+    write_report(folder / "report.html", comparison_report(content, arms))
+
+
+def _size(architecture: Mapping[str, Any]) -> str:
+    sizes = architecture["spaces"]
+    return f"{sizes['blocks']} layers, {sizes['embed']} wide"
+
+
+def trials_table(tried: Sequence[Any]) -> Rows:
+    """Trials of a sweep, one row each."""
+    columns = ("trial", "options", "score", "step 0", "operator TFLOP", "TFLOP to scratch", "state")
+    rows = [
+        (
+            str(one.number),
+            ", ".join(f"{name} {value}" for name, value in one.options.items() if value is not None),
+            cell(one.score),
+            cell(one.step0),
+            cell(one.operator_flops / 1e12),
+            "never" if one.flops_to_scratch is None else cell(one.flops_to_scratch / 1e12),
+            one.state,
+        )
+        for one in tried
+    ]
+    return columns, rows
+
+
+def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[Any]) -> None:
+    """Write report.html of a sweep."""
+    sections = [
+        Section("Recommended", "\n".join((*content["reasons"], "The full run:", *content["commands"]))),
+        Section("Trials, best first", "Scores are on held-out images.", Table(*trials_table(tried))),
+    ]
+    for title in ("settings", "recipe", "data", "versions", "hardware"):
+        rows = [(name, cell(value)) for name, value in content[title].items()]
+        sections.append(Section(title.capitalize(), table=Table(("name", "value"), rows)))
+    sections.append(Section("Command", content["command"]))
+    write_report(folder / "report.html", Report("growkit sweep", content["reasons"][:1], sections))

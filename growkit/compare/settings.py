@@ -1,0 +1,146 @@
+"""What can be set about a comparison and a sweep; the command line makes its options from this."""
+
+from dataclasses import dataclass
+
+from growkit.errors import GrowkitError
+
+METRICS = ("top1", "loss")
+CONTROLS = ("random-pad", "untrained-source", "untrained-operator", "source-longer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """How methods are compared. The full budget is what training the target from nothing costs, in FLOPs."""
+
+    methods: str = "mango,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net"
+    """Methods, with options of their own after colons, as in mango,mango:rank=4:steps=200,bert2bert:variant=aki."""
+
+    controls: str = ",".join(CONTROLS)
+    """Controls to run beside them: random-pad, untrained-source, untrained-operator, source-longer; or none."""
+
+    seeds: int = 3
+    """Paired repetitions: with one seed, every arm sees the same images in the same order."""
+
+    budgets: str = "0.25,0.5,1"
+    """Shares of the full budget that every arm is trained for, each with a schedule of its own."""
+
+    lrs: str = "5e-4,1e-3,2e-3"
+    """Learning rates; each arm and budget gets the best of them on held-out images, found on the first seed."""
+
+    operator_steps: int = 100
+    """Updates of operator training for learned methods; they come out of the budget."""
+
+    operator_lrs: str = "1e-4,1e-3"
+    """Learning rates of operator training; each learned method gets the best of them, found in the same way."""
+
+    hold_out: float = 0.1
+    """Share of the training images held out to choose by; the validation folder is scored once, at the end."""
+
+    share: float = 1.0
+    """Share of the other training images to use."""
+
+    metric: str = "top1"
+    """What is chosen by and what savings are measured on: top1 or loss."""
+
+    evals: int = 20
+    """Evaluations on held-out images along a run of the full budget."""
+
+    source_flops: float | None = None
+    """FLOPs the source took to train, for savings that include it; known where growkit trained it."""
+
+    def __post_init__(self) -> None:
+        """Raise GrowkitError on a value that no comparison can use, naming the option."""
+        _require(self.seeds >= 1, f"--seeds {self.seeds}: at least 1; 3 or more give an interval")
+        _require(self.operator_steps >= 1, f"--operator-steps {self.operator_steps}: at least 1")
+        _require(self.evals >= 1, f"--evals {self.evals}: at least 1")
+        _require(0 < self.hold_out < 1, f"--hold-out {self.hold_out}: must lie between 0 and 1")
+        _require(0 < self.share <= 1, f"--share {self.share}: must be above 0 and at most 1")
+        _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
+        _require(self.source_flops is None or self.source_flops >= 0, "--source-flops: must not be below 0")
+        shares = numbers("--budgets", self.budgets)
+        _require(max(shares) == 1, f"--budgets {self.budgets}: the largest must be 1, the full budget")
+        numbers("--lrs", self.lrs)
+        numbers("--operator-lrs", self.operator_lrs)
+        chosen = [] if self.controls == "none" else self.controls.split(",")
+        unknown = [name for name in chosen if name not in CONTROLS]
+        _require(not unknown, f"--controls {','.join(unknown)}: choose from {', '.join(CONTROLS)}, or none")
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """The positive numbers of a comma-separated option, ascending.
+
+    Raises:
+        GrowkitError: not numbers, not positive, or none.
+    """
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < number < float("inf") for number in found):
+        raise GrowkitError(f"{option} {text}: expected numbers above 0, separated by commas")
+    return found
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise GrowkitError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What a pilot tries. Every trial spends the same FLOPs, operator training included."""
+
+    share: float = 0.1
+    """Share of the training images the pilot uses, beside those held out."""
+
+    hold_out: float = 0.1
+    """Share of the training images held out to score trials on."""
+
+    trials: int = 24
+    """Trials at most; all combinations are tried where there are no more than that."""
+
+    methods: str = "mango"
+    """Methods to try, as for compare: mango,bert2bert:variant=aki."""
+
+    rank_choices: str = "1,2,4"
+    """Ranks of Mango's ring to try; of each bond alone with x, as in 1,4,4x4x1x4."""
+
+    ring_orders: str = "BOLI,BIOL"
+    """Ring orders to try, above rank 1."""
+
+    stage_choices: str = "both,width-first,depth-first"
+    """Stages to try where width and depth both grow."""
+
+    noises: str = "0.1,0.01"
+    """Noise scales to try."""
+
+    operator_steps: str = "0,100"
+    """Updates of operator training to try; 0 leaves the operator where it starts."""
+
+    operator_lrs: str = "1e-4,1e-3"
+    """Learning rates of operator training to try."""
+
+    lrs: str = "3e-4,1e-3"
+    """Learning rates of fine-tuning to try."""
+
+    metric: str = "top1"
+    """What trials are judged by: top1 or loss on held-out images."""
+
+    evals: int = 8
+    """Evaluations along a trial; losers stop at one of them."""
+
+    def __post_init__(self) -> None:
+        """Raise GrowkitError on a value that no sweep can use, naming the option."""
+        _require(0 < self.share <= 1, f"--share {self.share}: must be above 0 and at most 1")
+        _require(0 < self.hold_out < 1, f"--hold-out {self.hold_out}: must lie between 0 and 1")
+        _require(self.trials >= 1, f"--trials {self.trials}: at least 1")
+        _require(self.evals >= 1, f"--evals {self.evals}: at least 1")
+        _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
+        for name in ("operator_lrs", "lrs"):
+            numbers("--" + name.replace("_", "-"), getattr(self, name))
+        try:
+            whole = all(int(part) >= 0 for part in self.operator_steps.split(","))
+            scales = all(float(part) >= 0 for part in self.noises.split(","))
+        except ValueError:
+            whole = scales = False
+        _require(whole and scales, "--operator-steps and --noises: expected numbers of 0 or more, separated by commas")
