@@ -1,6 +1,7 @@
 """What the commands print: tables and progress for people, one JSON object for programs."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how wide they are
+
 
 class Console:
     """Prints for people on stdout; with `as_json` people's lines go to stderr and stdout gets one JSON object."""
@@ -18,6 +21,8 @@ class Console:
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
         self.rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
+        if not self.rich.is_terminal and "COLUMNS" not in os.environ:
+            self.rich.width = LOG_WIDTH
 
     def say(self, line: str) -> None:
         """Print one plain line; names from files cannot smuggle in markup."""

@@ -207,7 +207,7 @@ class Comparison:
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         path = self.runs / cell.slug / "result.json"
-        return _read(path) if path.exists() else None
+        return read_own(path) if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str
     """
     path = folder / BEGUN
     if resume and path.exists():
-        differing = _first_difference(_read(path), own, free)
+        differing = _first_difference(read_own(path), own, free)
         if differing is not None:
             name, was, now = differing
             raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
@@ -375,7 +375,7 @@ def _described(architecture: Architecture) -> dict[str, Any]:
     return {"name": architecture.name, "arguments": dict(architecture.arguments), "spaces": sizes}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_own(path: Path) -> dict[str, Any]:
     """A file this version of growkit wrote.
 
     Raises:

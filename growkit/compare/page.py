@@ -6,6 +6,7 @@ from typing import Any
 
 from growkit.compare.figures import ArmFigures
 from growkit.compare.savings import Estimate, Saving
+from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
 from growkit.report.plot import Bar, Bars, Plot, Series, save
 
@@ -17,11 +18,11 @@ def main_table(arms: Sequence[ArmFigures]) -> Rows:
     budgets = [found.budget for found in arms[0].budgets]
     columns = (
         "method",
-        "step 0",
-        *(f"top-1 at {budget:.0%}" for budget in budgets),
+        "step 0 (held-out)",
+        *(f"test top-1 at {budget:.0%}" for budget in budgets),
         "ahead at 100%",
         "saving",
-        "saving with source",
+        "saving, source counted",
     )
     rows = [
         (
@@ -170,8 +171,34 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     return Report("growkit compare", summary, sections)
 
 
+def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
+    """The comparison's summary and tables as Markdown, for a README or a pull request."""
+    report = comparison_report(content, arms)
+    machine, seen = content["hardware"], content["versions"]
+    on = ", ".join(f"{name} {seen[name]}" for name in ("python", "torch", "timm", "growkit") if name in seen)
+    where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['torch_threads']} threads"
+    parts = [
+        *report.summary,
+        *report.sections[0].text.splitlines(),
+        _markdown_table(main_table(arms)),
+        _markdown_table(cost_table(arms)),
+        *(f"Failed: {arm.name}, {line}" for arm in arms for line in arm.failures),
+        f"{where}; {on}.",
+        f"    {content['command']}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Rows) -> str:
+    columns, body = rows
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def write_pages(folder: Path, content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> None:
-    """Write report.html, and each plot as PNG and SVG."""
+    """Write report.html, results.md, and each plot as PNG and SVG."""
+    with whole_file(folder / "results.md") as partial:
+        partial.write_text(markdown(content, arms), encoding="utf-8")
     for name, plot in plots(arms, content["settings"]["metric"]).items():
         save(plot, folder / "plots", name)
     write_report(folder / "report.html", comparison_report(content, arms))

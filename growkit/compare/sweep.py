@@ -15,9 +15,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
 from growkit.compare.bench import Bench
-from growkit.compare.compare import Follow, Say, begin, bench_of, identity_of, updates_of
+from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own, updates_of
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
@@ -31,6 +32,7 @@ from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
+NOTHING = "from-nothing.json"
 STUDY = "study.log"  # Optuna's journal; trials survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
@@ -101,14 +103,24 @@ def sweep_settings(
         check(bench.source.architecture, bench.target, arm.grow)
     begin(run.sweep, {**identity_of(bench), "settings": asdict(settings)}, resume=resume, free=("trials",))
 
-    nothing = _from_nothing(bench, settings, follow("from nothing", 0, settings.trials))
+    path = run.sweep / NOTHING
+    if not path.exists():
+        watch = follow("from nothing", 0, settings.trials)
+        write_json(path, {"schema": SCHEMA, "growkit": __version__, **_from_nothing(bench, settings, watch)})
+    nothing = read_own(path)
     budget = nothing["flops"]
     say(f"from nothing: held-out {settings.metric} {_score(nothing, settings):.4f} after {budget / 1e12:.3g} TFLOP")
     study = _study(run.sweep, space, settings, seed=recipe.seed)
 
     def objective(trial: Trial) -> float:
         arm, operator_lr, options = space.draw(trial)
-        watch = follow(f"trial {trial.number}", min(len(study.trials), settings.trials) - 1, settings.trials)
+        trial.set_user_attr("options", options)
+        for earlier in study.get_trials(states=(TrialState.COMPLETE,)):
+            if earlier.user_attrs["options"] == options:  # Optuna may ask for the same again
+                for name, value in earlier.user_attrs.items():
+                    trial.set_user_attr(name, value)
+                return float(earlier.values[0])
+        watch = follow(f"trial {trial.number}", min(trial.number, settings.trials - 1), settings.trials)
 
         def judge(record: StepRecord) -> None:
             watch(record)
@@ -121,7 +133,6 @@ def sweep_settings(
                 raise optuna.TrialPruned
 
         start = bench.start(arm, recipe.seed, operator_lr, watch)
-        trial.set_user_attr("options", options)
         trial.set_user_attr("operator_flops", start.flops)
         trial.set_user_attr("step0", getattr(start.step0, settings.metric))
         result = bench.train(
@@ -137,9 +148,13 @@ def sweep_settings(
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
         say(f"[{trial.number + 1}/{settings.trials}] {_words(tried.options)}: {tried.state}, {settings.metric} {shown}")
 
-    left = settings.trials - sum(trial.state in STATES for trial in study.trials)
+    left = settings.trials - len(_ended(study))
     if left > 0:
-        study.optimize(objective, n_trials=left, callbacks=[tell], catch=(GrowkitError, RuntimeError, MemoryError))
+        try:
+            study.optimize(objective, n_trials=left, callbacks=[tell], catch=(GrowkitError, RuntimeError, MemoryError))
+        except KeyboardInterrupt:
+            _again(study, study.trials[-1])
+            raise
     return _conclude(run.sweep, study, bench, settings, recipe, nothing, source, to, data, sets, command)
 
 
@@ -195,11 +210,21 @@ def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -
         direction="maximize" if settings.metric == "top1" else "minimize",
         load_if_exists=True,
     )
-    for trial in study.trials:
-        if trial.state == TrialState.RUNNING:  # it was killed; its choices are tried again
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the process was killed
+        study.tell(trial.number, state=TrialState.FAIL)
+        _again(study, trial)
     return study
+
+
+def _again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Try a trial's choices again, for it was broken off by no fault of theirs."""
+    study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
+
+
+def _ended(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that came to an end of their own."""
+    broken = {trial.user_attrs.get("repeats") for trial in study.trials}
+    return [trial for trial in study.trials if trial.state in STATES and trial.number not in broken]
 
 
 def _combinations(space: _Space) -> int:
@@ -277,7 +302,7 @@ def _conclude(
     command: str,
 ) -> Swept:
     sign = 1 if settings.metric == "top1" else -1
-    tried = [_tried(trial) for trial in study.trials if trial.state in STATES]
+    tried = [_tried(trial) for trial in _ended(study)]
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
         raise GrowkitError(f"no trial finished; {folder / STUDY} has the reasons, and other choices may do better")

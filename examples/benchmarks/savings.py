@@ -1,0 +1,170 @@
+"""What growth saves on CIFAR-10: every method under one budget, from a ViT of 6 layers, 192 wide, to four bigger ones.
+
+    python examples/benchmarks/savings.py --data CIFAR --out OUT                     quick: 1 seed, 30 epochs
+    python examples/benchmarks/savings.py --data CIFAR --out OUT --full --pairs width     3 seeds, 60 epochs
+
+CIFAR holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32. Images stay in the device's memory and are augmented there;
+on a GPU everything runs in bf16. It stops after --minutes with its state saved, and the same command goes on; exit
+status 3 says that there is more to do. Results of each pair lie in OUT/PAIR/compare; with --results they are copied
+there under a name with pair, hardware and date. Sizes are layers,width,heads.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from growkit.checkpoint import HISTORY
+from growkit.compare.bench import Watch
+from growkit.compare.compare import compare_methods
+from growkit.compare.settings import CompareSettings
+from growkit.files import read_json
+from growkit.pipeline import pick_device, train_model
+from growkit.record import RunFolder, hardware
+from growkit.source import load_source
+from growkit.train.loop import StepRecord
+from growkit.train.settings import FitSettings
+
+PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}
+METHODS = {
+    "width": "mango,mango:rank=4,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net,hypercloning",
+    "depth": "mango,mango:rank=4,ligo,bert2bert,lemon,llama-pro,stackbert,stackbert:variant=interlace",
+    "both": "mango,mango:rank=4,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net",
+    "odd": "mango,mango:rank=4,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net",
+}
+UNFINISHED = 3
+
+
+class Deadline:
+    """Stops training, with its state saved, once the time is over."""
+
+    def __init__(self, seconds: float):
+        self.ends = time.monotonic() + seconds
+
+    def watch(self, record: StepRecord) -> None:
+        """For fit(on_step=...)."""
+        if time.monotonic() > self.ends:
+            raise KeyboardInterrupt
+
+    def follow(self, title: str, finished: int, total: int) -> Watch:
+        """For compare_methods(follow=...)."""
+        self.watch_total = total
+        return self.watch
+
+
+def main() -> int:
+    """Train the source, then compare on each pair; 0 when all is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="ImageFolder with train/ and val/")
+    parser.add_argument("--out", type=Path, required=True, help="where the source and the runs go")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="of width, depth, both, odd")
+    parser.add_argument("--full", action="store_true", help="3 seeds, 60 epochs, three rates, three budgets")
+    parser.add_argument("--minutes", type=float, default=9, help="stop after so many")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, help="folder for copies of the finished results")
+    parser.add_argument("--source", default="6,192,3")
+    parser.add_argument("--target", action="append", default=[], metavar="PAIR=L,W,H", help="another size for a pair")
+    parser.add_argument("--methods", help="others than the pair's own")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the source's input")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--operator-steps", type=int, default=100)
+    given = parser.parse_args()
+    targets = PAIRS | dict(item.split("=", 1) for item in given.target)
+    deadline, device = Deadline(60 * given.minutes), pick_device(given.device)
+    recipe = FitSettings(
+        epochs=given.epochs or (60 if given.full else 30),
+        batch_size=given.batch_size,
+        lr=1e-3,
+        min_lr=1e-5,
+        scale_min=0.6,
+        color_jitter=0,
+        smoothing=0.1,
+        resident=True,
+        eval_every=5,
+        save_seconds=60,
+    )
+    run = RunFolder(given.out / "source")
+    if not whole(run):
+        print(f"training the source, {given.source}", flush=True)
+        trained = train_model(
+            run,
+            "deit_tiny",
+            given.data,
+            recipe,
+            sets=(*(given.set or ("img_size=32", "patch_size=4")), *sizes(given.source)),
+            device=given.device,
+            resume=(run.trained / "last" / "state.pt").exists(),
+            force=True,
+            watch=deadline.watch,
+        )
+        if trained.fitted.interrupted:
+            print("time is over; the same command goes on", flush=True)
+            return UNFINISHED
+    source = load_source(str(run.trained))
+    for pair in given.pairs.split(","):
+        settings = CompareSettings(
+            methods=given.methods or METHODS[pair],
+            controls="random-pad,untrained-source,untrained-operator,source-longer",
+            seeds=given.seeds or (3 if given.full else 1),
+            budgets="0.25,0.5,1" if given.full else "1",
+            lrs="5e-4,1e-3,2e-3" if given.full else "5e-4,2e-3",
+            operator_steps=given.operator_steps,
+        )
+        print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
+        where = RunFolder(given.out / pair)
+        if (where.compare / "results.json").exists():
+            continue
+        try:
+            compared = compare_methods(
+                where,
+                source,
+                "deit_tiny",
+                given.data,
+                settings,
+                recipe,
+                sets=sizes(targets[pair]),
+                device=device,
+                resume=True,
+                command=shlex.join(["python", *sys.argv]),
+                say=lambda line: print(line, flush=True),
+                follow=deadline.follow,
+            )
+        except KeyboardInterrupt:
+            print("time is over; the same command goes on", flush=True)
+            return UNFINISHED
+        print((compared.folder / "results.md").read_text(encoding="utf-8"), flush=True)
+        if given.results:
+            keep(compared.folder, given.results, pair)
+    return 0
+
+
+def whole(run: RunFolder) -> bool:
+    """Whether the source is trained to its end."""
+    path = run.trained / HISTORY
+    return path.exists() and read_json(path).get("fit", {}).get("interrupted") is False
+
+
+def sizes(text: str) -> tuple[str, ...]:
+    """'6,192,3' as arguments of the architecture."""
+    layers, width, heads = text.split(",")
+    return f"depth={layers}", f"embed_dim={width}", f"num_heads={heads}"
+
+
+def keep(folder: Path, results: Path, pair: str) -> None:
+    """Copy results and the curves' plot under a name with pair, hardware and date."""
+    found = hardware()
+    machine = re.sub(r"[^a-z0-9]+", "-", found.get("gpu", f"{found['cores']} cpu cores").lower()).strip("-")
+    results.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "results.json", folder / "results.md", folder / "plots" / "curves.svg"):
+        name = f"savings-{pair}_{machine}_{datetime.now(UTC):%Y-%m-%d}{path.suffix}"
+        shutil.copyfile(path, results / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Digits as an image folder, and a small source trained on them for a moment."""
+
+from dataclasses import replace
+
+import pytest
+from compare_samples import RECIPE, SMALL
+
+from growkit.demo import write_digits
+from growkit.pipeline import train_model
+from growkit.record import RunFolder
+from growkit.source import Source, load_source
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    write_digits(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def source(digits, tmp_path_factory) -> Source:
+    run = RunFolder(tmp_path_factory.mktemp("source"))
+    trained = train_model(run, "deit_tiny", digits, replace(RECIPE, epochs=4, lr=5e-3), sets=SMALL, device="cpu")
+    return load_source(str(trained.folder))

@@ -1,0 +1,84 @@
+"""What --methods, --controls and the other options of a comparison mean."""
+
+import pytest
+
+from growkit.compare.arms import parse_arm, parse_arms
+from growkit.compare.settings import CompareSettings, SweepSettings
+from growkit.errors import GrowkitError
+
+
+def learned(settings):
+    return settings.method in ("mango", "ligo")
+
+
+def names(**given):
+    return [arm.name for arm in parse_arms(CompareSettings(**given), learned=learned)]
+
+
+def test_training_from_nothing_comes_first_and_controls_last():
+    assert names(methods="mango,lemon") == [
+        "from nothing",
+        "mango",
+        "lemon",
+        "random-pad",
+        "mango, operator untrained",
+        "mango, source untrained",
+        "source trained longer",
+    ]
+    assert names(methods="lemon", controls="none") == ["from nothing", "lemon"]
+
+
+def test_options_of_an_arm_reach_its_settings():
+    arm = parse_arm("mango:ranks=4x1x4x1:noise=0.5:steps=7:lr=0.01:vectors=false:ring-order=BIOL")
+    assert (arm.grow.ranks, arm.grow.noise, arm.grow.vectors) == ("4,1,4,1", 0.5, False)
+    assert (arm.grow.ring_order, arm.operator_steps, arm.operator_lr) == ("BIOL", 7, 0.01)
+
+
+def test_arms_that_differ_have_files_that_differ():
+    texts = ["mango", "mango:rank=4", "mango:noise=0.1", "mango:noise=0.01", "mango:lr=1e-4", "mango:lr=1e-3"]
+    assert len({parse_arm(text).slug for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mango:rang=4", "'rang=4' is no option; choose from .*rank"),
+        ("mango:rank", "is no option"),
+        ("mango:rank=four", "'four' is no value for rank"),
+        ("mango:vectors=maybe", "no value for vectors"),
+        ("mango:steps=-1", "steps must not be below 0"),
+        ("mango,mango", "there twice"),
+    ],
+)
+def test_wrong_arm_is_refused(text, says):
+    with pytest.raises(GrowkitError, match=says):
+        names(methods=text)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"seeds": 0}, "--seeds 0"),
+        ({"budgets": "0.5"}, "largest must be 1"),
+        ({"budgets": "0.5,2"}, "largest must be 1"),
+        ({"budgets": "half,1"}, "--budgets"),
+        ({"lrs": ""}, "--lrs"),
+        ({"lrs": "-1"}, "--lrs"),
+        ({"operator_lrs": "nan"}, "--operator-lrs"),
+        ({"operator_steps": 0}, "--operator-steps"),
+        ({"controls": "randompad"}, "--controls randompad: choose from random-pad"),
+        ({"metric": "top5"}, "--metric top5"),
+        ({"share": 0.0}, "--share"),
+        ({"hold_out": 1.0}, "--hold-out"),
+        ({"evals": 0}, "--evals"),
+    ],
+)
+def test_wrong_settings_are_refused(given, says):
+    with pytest.raises(GrowkitError, match=says):
+        CompareSettings(**given)
+
+
+@pytest.mark.parametrize("given", [{"trials": 0}, {"share": 2.0}, {"noises": "a"}, {"operator_steps": "-1"}])
+def test_wrong_sweep_is_refused(given):
+    with pytest.raises(GrowkitError, match="--"):
+        SweepSettings(**given)

@@ -1,0 +1,263 @@
+"""A whole comparison in seconds: what is paired, what is kept, what is refused, what is scored once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from compare_samples import CPU, LARGE, RECIPE, options
+
+from growkit.compare import bench as bench_module
+from growkit.compare.bench import Bench
+from growkit.compare.compare import compare_methods
+from growkit.errors import GrowkitError
+from growkit.record import RunFolder
+from growkit.train import loop
+
+
+def run_compare(folder, source, digits, settings, recipe=RECIPE, **more):
+    return compare_methods(
+        RunFolder(folder), source, "deit_tiny", digits, settings, recipe, sets=LARGE, device=CPU, **more
+    )
+
+
+def runs_of(folder: Path) -> dict[str, dict]:
+    """Every result on file, without the times."""
+    found = {}
+    for path in sorted((folder / "compare" / "runs").glob("*/result.json")):
+        content = json.loads(path.read_text())
+        found[path.parent.name] = {k: v for k, v in content.items() if "seconds" not in k and "per_second" not in k}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(source, digits, tmp_path_factory):
+    """Two methods with all controls, two seeds, two budgets, two rates."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = options(
+        controls="random-pad,untrained-source,untrained-operator,source-longer",
+        seeds=2,
+        budgets="0.5,1",
+        lrs="1e-3,4e-3",
+    )
+    return folder, run_compare(folder, source, digits, settings, command="growkit compare ...")
+
+
+def test_every_arm_has_figures_for_every_budget_and_seed(whole):
+    _, compared = whole
+    names = [arm.name for arm in compared.arms]
+    assert names[:3] == ["from nothing", "mango", "lemon"]
+    assert len(names) == 7
+    for arm in compared.arms:
+        assert [found.budget for found in arm.budgets] == [0.5, 1.0]
+        assert all(found.top1.count == 2 for found in arm.budgets)
+        assert not arm.failures
+        assert len(arm.flops_to_target) == 2
+
+
+def test_lossless_methods_start_at_the_sources_score(whole):
+    _, compared = whole
+    source_top1 = compared.content["source_score"]["top1"]
+    by_name = {arm.name: arm for arm in compared.arms}
+    assert by_name["mango"].step0.mean == pytest.approx(source_top1)
+    assert by_name["lemon"].step0.mean == pytest.approx(source_top1)
+    assert by_name["mango, source untrained"].step0.mean < source_top1 - 0.1
+    assert by_name["from nothing"].step0 is None
+
+
+def test_every_arm_spends_the_same_budget_operator_included(whole):
+    _, compared = whole
+    full = compared.content["full_flops"]
+    for run in compared.content["runs"]:
+        assert run["flops"] == pytest.approx(run["budget"] * full, abs=0.51 * run["flops_per_step"])
+    mango = next(run for run in compared.content["runs"] if run["arm"] == "mango")
+    assert mango["operator_flops"] > 0
+    assert mango["flops"] == mango["operator_flops"] + mango["steps"] * mango["flops_per_step"]
+    assert mango["flops_per_step"] == 2 * mango["macs_per_step"]
+
+
+def test_rates_are_chosen_on_the_first_seed_by_held_out_images(whole):
+    _, compared = whole
+    runs = compared.content["runs"]
+    for arm in ("from nothing", "mango"):
+        for budget in (0.5, 1.0):
+            mine = [run for run in runs if (run["arm"], run["budget"]) == (arm, budget)]
+            first = {run["lr"]: run for run in mine if run["seed"] == 0}
+            assert set(first) == {1e-3, 4e-3}
+            best = max(first.values(), key=lambda run: run["final"]["top1"])
+            assert [run["lr"] for run in mine if run["seed"] == 1] == [best["lr"]]
+            assert [run["lr"] for run in mine if run["test"] is not None] == [best["lr"]] * 2
+
+
+def test_curve_begins_at_step_0_and_ends_at_the_final_score(whole):
+    _, compared = whole
+    run = next(r for r in compared.content["runs"] if r["arm"] == "mango" and r["budget"] == 1)
+    assert run["curve"][0][:2] == [0, run["step0"]["top1"]]
+    assert run["curve"][1][0] == run["operator_flops"]
+    assert run["curve"][-1] == [run["flops"], run["final"]["top1"], run["final"]["loss"]]
+
+
+def test_report_has_all_that_makes_the_result(whole):
+    folder, _ = whole
+    page = (folder / "compare" / "report.html").read_text()
+    for word in ("mango", "from nothing", "growkit compare ...", "smoothing", "torch", "cores", "source untrained"):
+        assert word in page
+    for plot in ("curves", "final", "saving"):
+        for kind in ("svg", "png"):
+            assert (folder / "compare" / "plots" / f"{plot}.{kind}").stat().st_size > 1000
+    content = json.loads((folder / "compare" / "results.json").read_text())
+    assert content["recipe"]["batch_size"] == 64
+    assert content["versions"]["torch"]
+    assert len(content["runs"]) == 7 * 2 * 3
+
+
+def test_weights_of_runs_are_let_go(whole):
+    folder, _ = whole
+    assert not list((folder / "compare" / "runs").glob("*/*.safetensors"))
+    assert not list((folder / "compare" / "runs").glob("*/state.pt"))
+
+
+def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, source, digits, monkeypatch):
+    folder, compared = whole
+    trained = []
+    train = Bench.train
+
+    def noting(self, start, arm, **more):
+        trained.append(arm.name)
+        return train(self, start, arm, **more)
+
+    monkeypatch.setattr(Bench, "train", noting)
+    settings = options(**{**compared.content["settings"], "methods": "mango,lemon,bert2bert"})
+    more = run_compare(folder, source, digits, settings, resume=True)
+    assert set(trained) == {"bert2bert"}
+    assert [arm.name for arm in more.arms[:4]] == ["from nothing", "mango", "lemon", "bert2bert"]
+    assert more.arms[1] == compared.arms[1]
+
+
+def test_test_images_are_scored_once_for_each_chosen_run_alone(source, digits, tmp_path, monkeypatch):
+    scored = []
+    score = Bench.score
+
+    def counting(self, model, *, test=False):
+        if test:
+            scored.append(1)
+        return score(self, model, test=test)
+
+    monkeypatch.setattr(Bench, "score", counting)
+    run_compare(tmp_path, source, digits, options(methods="lemon", lrs="1e-3,2e-3,4e-3"))
+    assert len(scored) == 2  # of six runs, two are chosen
+
+
+def test_stopped_comparison_ends_bit_for_bit_where_an_unbroken_one_does(source, digits, tmp_path, monkeypatch):
+    settings = options(methods="mango", evals=2)
+    recipe = replace(RECIPE, save_seconds=0, log_every=1)
+    run_compare(tmp_path / "unbroken", source, digits, settings, recipe)
+    fit, calls = bench_module.fit, []
+
+    def stopping(*args, **kwargs):
+        watch = kwargs.get("on_step") or (lambda record: None)
+
+        def once(record):
+            watch(record)
+            calls.append(record.step)
+            if len(calls) in (2, 5, 9):  # in nothing's training, the operator's and the method's, or near
+                raise KeyboardInterrupt
+
+        return fit(*args, **{**kwargs, "on_step": once})
+
+    monkeypatch.setattr(bench_module, "fit", stopping)
+    stops = 0
+    for _ in range(9):
+        try:
+            run_compare(tmp_path / "stopped", source, digits, settings, recipe, resume=True)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == 3
+    assert runs_of(tmp_path / "stopped") == runs_of(tmp_path / "unbroken")
+
+
+def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digits, tmp_path, monkeypatch):
+    start = Bench.start
+
+    def failing(self, arm, *args, **kwargs):
+        if arm.name == "lemon":
+            raise RuntimeError("out of memory\nmore words")
+        return start(self, arm, *args, **kwargs)
+
+    monkeypatch.setattr(Bench, "start", failing)
+    lines = []
+    compared = run_compare(tmp_path, source, digits, options(seeds=2), say=lines.append)
+    by_name = {arm.name: arm for arm in compared.arms}
+    assert by_name["lemon"].failures == ("budget 100%, seed 0, lr 0.002: out of memory",)
+    assert by_name["lemon"].saving is None
+    assert by_name["mango"].saving is not None
+    assert any("failed, the others go on (out of memory)" in line for line in lines)
+    assert "Failed runs" in (tmp_path / "compare" / "report.html").read_text()
+    monkeypatch.setattr(Bench, "start", start)
+    again = run_compare(tmp_path, source, digits, options(seeds=2), resume=True)
+    assert again.arms[2].failures == ()
+    assert again.arms[2].budgets[-1].top1.count == 2
+
+
+def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, tmp_path, monkeypatch):
+    seen = {}
+    train, order = Bench.train, loop.train_batches
+    current = []
+
+    def watching(data, settings, first, last, **more):
+        for images, labels in order(data, settings, first, last, **more):
+            if last - first > 1:
+                seen.setdefault(current[-1], []).append((labels.tolist(), images.sum().item()))
+            yield images, labels
+
+    def training(self, start, arm, **more):
+        current.append((arm.name, more["seed"]))
+        return train(self, start, arm, **more)
+
+    monkeypatch.setattr(loop, "train_batches", watching)
+    monkeypatch.setattr(Bench, "train", training)
+    run_compare(tmp_path, source, digits, options(methods="lemon,bert2bert", seeds=2))
+    assert seen["from nothing", 0] == seen["lemon", 0] == seen["bert2bert", 0]
+    assert seen["from nothing", 1] == seen["lemon", 1] != seen["lemon", 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe", "says"),
+    [
+        ({"methods": "mangoo"}, {}, "unknown method 'mangoo'; nearest: mango"),
+        ({"methods": "bert2bert:variant=akki"}, {}, "--variant akki: not a variant of bert2bert; choose fpi or aki"),
+        ({"methods": "lemon,stackbert"}, {}, "stackbert: embed grows .* methods that can: mango"),
+        ({"operator_steps": 500}, {}, "mango: its operator takes .* TFLOP, all of a budget"),
+        ({"hold_out": 0.9999}, {}, "too few training images"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, settings, recipe, says):
+    with pytest.raises(GrowkitError, match=says):
+        run_compare(tmp_path, source, digits, options(**settings), replace(RECIPE, **recipe))
+    assert not (tmp_path / "compare").exists()
+
+
+def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, tmp_path):
+    settings = options(methods="lemon")
+    run_compare(tmp_path, source, digits, settings)
+    before = runs_of(tmp_path)
+    with pytest.raises(GrowkitError, match="already exists; --force"):
+        run_compare(tmp_path, source, digits, settings)
+    with pytest.raises(GrowkitError, match=r"begun with smoothing 0\.0, not 0\.1"):
+        run_compare(tmp_path, source, digits, settings, replace(RECIPE, smoothing=0.1), resume=True)
+    with pytest.raises(GrowkitError, match=r"begun with hold_out share 0\.1.*, not share 0\.2"):
+        run_compare(tmp_path, source, digits, replace(settings, hold_out=0.2), resume=True)
+    assert runs_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["begun.json", "result.json"])
+def test_file_of_another_version_is_refused_by_name_and_left(source, digits, tmp_path, name):
+    settings = options(methods="lemon")
+    run_compare(tmp_path, source, digits, settings)
+    path = next((tmp_path / "compare").rglob(name))
+    old = path.read_text().replace('"growkit": "', '"growkit": "0.0.')
+    path.write_text(old)
+    with pytest.raises(GrowkitError, match=rf"{name}: written by growkit 0\.0\."):
+        run_compare(tmp_path, source, digits, settings, resume=True)
+    assert path.read_text() == old

@@ -1,0 +1,71 @@
+"""Savings, intervals and censoring, against NumPy, SciPy and by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from growkit.compare.savings import estimate, flops_to, saving
+
+scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
+
+
+def test_target_between_two_evaluations_is_found_on_the_line_between_them():
+    curve = [(0, 0.1), (10, 0.3), (20, 0.7)]
+    assert flops_to(curve, 0.5, higher=True) == pytest.approx(15)
+    assert flops_to(curve, 0.3, higher=True) == pytest.approx(10)
+    assert flops_to([(0, 2.0), (4, 1.0)], 1.25, higher=False) == pytest.approx(3)
+
+
+def test_start_that_has_the_target_costs_nothing():
+    assert flops_to([(0, 0.6), (10, 0.2)], 0.5, higher=True) == 0
+
+
+def test_target_that_is_never_reached_has_no_cost():
+    assert flops_to([(0, 0.1), (10, 0.4)], 0.5, higher=True) is None
+    assert flops_to([(0, 0.1), (10, 0.4)], 0.05, higher=False) is None
+    assert flops_to([], 0.5, higher=True) is None
+
+
+@given(scores, st.floats(0, 1, width=32))
+def test_first_crossing_is_where_a_fine_interpolation_first_has_it(values, target):
+    curve = [(float(i), v) for i, v in enumerate(values)]
+    found = flops_to(curve, target, higher=True)
+    grid = np.linspace(0, len(values) - 1, 2000 * max(1, len(values) - 1) + 1)
+    there = np.interp(grid, range(len(values)), values) >= target
+    if found is None:
+        assert max(values) < target
+    else:
+        assert not there[grid < found - 1e-6].any()
+        assert np.interp(found, range(len(values)), values) == pytest.approx(target, abs=1e-6) or found == 0
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
+def test_interval_is_students(values):
+    found = estimate(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    if np.std(values) > 1e-6:
+        assert (found.low, found.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_one_seed_has_no_interval_and_none_no_estimate():
+    assert estimate([0.5]).low is None
+    assert estimate([]) is None
+
+
+def test_saving_by_hand():
+    found = saving([2.0, 4.0], [10.0, 10.0], [10.0, 8.0])
+    assert found.mean == pytest.approx((0.8 + 0.5) / 2)
+    assert not found.bound
+    with_source = saving([2.0, 4.0], [10.0, 10.0], [10.0, 8.0], source=2.0)
+    assert with_source.mean == pytest.approx((0.6 + 0.25) / 2)
+
+
+def test_run_that_never_gets_there_counts_as_all_it_spent_and_bounds_the_saving():
+    found = saving([2.0, None], [10.0, 9.0], [10.0, 10.0])
+    assert found.bound
+    assert (found.reached, found.seeds) == (1, 2)
+    assert found.mean == pytest.approx((0.8 + 0.1) / 2)
+    assert found.low is None  # an interval around a bound would be none
