@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, write_json
-from growkit.methods import check
+from growkit.grow import make_method
 from growkit.methods.base import growing
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import GrowSettings
@@ -97,10 +97,7 @@ def sweep_settings(
         refuse_existing(run.sweep, force)
     bench = bench_of(source, to, data, recipe, sets=sets, device=device, folder=run.sweep, split=settings, say=say)
     space = _Space(bench, settings)
-    for text in settings.methods.split(","):
-        arm = parse_arm(text)
-        assert arm.grow is not None
-        check(bench.source.architecture, bench.target, arm.grow)
+    space.check()
     begin(run.sweep, {**identity_of(bench), "settings": asdict(settings)}, resume=resume, free=("trials",))
 
     path = run.sweep / NOTHING
@@ -117,8 +114,7 @@ def sweep_settings(
         trial.set_user_attr("options", options)
         for earlier in study.get_trials(states=(TrialState.COMPLETE,)):
             if earlier.user_attrs["options"] == options:  # Optuna may ask for the same again
-                for name, value in earlier.user_attrs.items():
-                    trial.set_user_attr(name, value)
+                trial.set_user_attr("repeated", True)
                 return float(earlier.values[0])
         watch = follow(f"trial {trial.number}", min(trial.number, settings.trials - 1), settings.trials)
 
@@ -144,6 +140,8 @@ def sweep_settings(
         return _score(result, settings)
 
     def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.user_attrs.get("repeated"):
+            return
         tried = _tried(trial)
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
         say(f"[{trial.number + 1}/{settings.trials}] {_words(tried.options)}: {tried.state}, {settings.metric} {shown}")
@@ -166,6 +164,19 @@ class _Space:
         grown = growing(bench.source.architecture, bench.target)
         self.staged = "blocks" in grown and len(grown) > 1
 
+    def check(self) -> None:
+        """Raise GrowkitError where a choice is none for this pair, before anything runs."""
+        settings, pair = self.settings, (self.bench.source.architecture, self.bench.target)
+        for text in settings.methods.split(","):
+            drawn = parse_arm(text).grow
+            assert drawn is not None
+            for stages in settings.stage_choices.split(","):
+                make_method(*pair, replace(drawn, stages=stages))
+            if drawn.method == "mango":
+                for rank in settings.rank_choices.split(","):
+                    for order in settings.ring_orders.split(","):
+                        make_method(*pair, replace(drawn, **_ranks(rank), ring_order=order))
+
     def draw(self, trial: Trial) -> tuple[Arm, float | None, dict[str, Any]]:
         """The arm of a trial, its operator's rate (None for none), and every option by name."""
         settings = self.settings
@@ -181,7 +192,7 @@ class _Space:
             options["variant"] = drawn.variant
         if drawn.method == "mango":
             rank = choose("rank", settings.rank_choices)
-            options |= {"ranks": rank.replace("x", ",")} if "x" in rank else {"rank": int(rank)}
+            options |= _ranks(rank)
             if rank != "1":
                 options["ring_order"] = choose("ring_order", settings.ring_orders)
         if self.staged:
@@ -196,6 +207,15 @@ class _Space:
         operator_lr = float(choose("operator_lr", settings.operator_lrs)) if steps else None
         options |= {"steps": steps, "operator_lr": operator_lr, "lr": float(choose("lr", settings.lrs))}
         return arm, operator_lr, options
+
+
+def _ranks(text: str) -> dict[str, Any]:
+    """'4' is the rank of every bond, '4x4x1x4' one for each."""
+    if "x" in text:
+        return {"ranks": text.replace("x", ",")}
+    if not text.isdecimal():
+        raise GrowkitError(f"--rank-choices {text}: expected whole numbers, or one for each bond as in 4x4x1x4")
+    return {"rank": int(text)}
 
 
 def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -> optuna.Study:
@@ -218,12 +238,12 @@ def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -
 
 def _again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Try a trial's choices again, for it was broken off by no fault of theirs."""
-    study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
+    study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that came to an end of their own."""
-    broken = {trial.user_attrs.get("repeats") for trial in study.trials}
+    """Trials that came to an end of their own, repetitions among them."""
+    broken = {trial.user_attrs.get("again") for trial in study.trials}
     return [trial for trial in study.trials if trial.state in STATES and trial.number not in broken]
 
 
@@ -302,7 +322,7 @@ def _conclude(
     command: str,
 ) -> Swept:
     sign = 1 if settings.metric == "top1" else -1
-    tried = [_tried(trial) for trial in _ended(study)]
+    tried = [_tried(trial) for trial in _ended(study) if not trial.user_attrs.get("repeated")]
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
         raise GrowkitError(f"no trial finished; {folder / STUDY} has the reasons, and other choices may do better")
@@ -367,8 +387,16 @@ def _reasons(
         if len(by_value) > 1:
             told = ", ".join(f"{value} {score:.4f}" for value, score in sorted(by_value.items()))
             lines.append(f"best {name} by {option}: {told}")
+    sign = 1 if name == "top1" else -1
+    if best.score is not None and best.step0 is not None and sign * best.score < sign * best.step0:
+        lines.append(f"it ends below its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
     if saving is None:
         lines.append("on the pilot it never reached what training from nothing ends with: do not expect a saving")
+    elif saving == 1:
+        lines.append(
+            "it starts where training from nothing ends the pilot, so the pilot's saving is total by construction; "
+            "longer pilots (--epochs, --share) tell more"
+        )
     else:
         lines.append(
             f"on the pilot it reached that score with {saving:.0%} less compute; expect about that of the full run, if "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from growkit.errors import GrowkitError
-from growkit.train.resident import Resident, crop_and_flip, refuse_other_augmentation
+from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
@@ -46,7 +46,8 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
 
     Lists the files, reads no image. Training images are augmented as `settings` says, those for
-    evaluation are resized and cropped as `data_config` says.
+    evaluation are resized and cropped as `data_config` says. With settings.resident the first batch
+    decodes all images of its split, once for all runs that use what this returns.
 
     Args:
         data: directory, or timm dataset string whose files lie in settings.data_dir.
@@ -54,8 +55,11 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         settings: augmentation and where datasets lie.
 
     Raises:
-        GrowkitError: nothing usable is there; the message names the path and the remedy.
+        GrowkitError: nothing usable is there, or resident images are to be augmented by more than crops and flips;
+            the message names the path or the option, and the remedy.
     """
+    if settings.resident:
+        refuse_other_augmentation(settings)
     config = channel_config(data_config)
     if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
         train = _timm_dataset(data, "train", settings)
@@ -84,24 +88,26 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     if not settings.resident:
         val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
         return Data(train=train, val=val, plain=plain, classes=classes, identity=identity)
-    refuse_other_augmentation(settings)
     val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
-    kept, judged = (
-        Resident(split, config["input_size"], config["mean"], config["std"], settings.workers) for split in (plain, val)
-    )
+    size, mean, std = config["input_size"], config["mean"], config["std"]
+    loaders = (DataLoader(split, batch_size=256, **_loading(settings, False)) for split in (plain, val))
+    kept, judged = (Resident(Decoded(loader, size), mean, std) for loader in loaders)
     return Data(train=kept, val=judged, plain=kept, classes=classes, identity=identity)
 
 
 def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> Data:
     """Other data from the training images alone: `share` of each class held out as validation images.
 
-    Of the rest a share `keep` of each class stays to train on. The same seed gives the same split.
+    Of the rest a share `keep` of each class stays to train on; data.val is left out. Which images, depends on `seed`
+    alone: what is held out stays so with another `keep`.
 
     Raises:
         GrowkitError: a share out of range, or a class with too few images; the message names it.
     """
-    if not 0 < share < 1 or not 0 < keep <= 1:
-        raise GrowkitError(f"cannot hold out {share} and keep {keep}: shares lie between 0 and 1")
+    if not 0 < share < 1:
+        raise GrowkitError(f"cannot hold out a share of {share} of the training images; give one between 0 and 1")
+    if not 0 < keep <= 1:
+        raise GrowkitError(f"cannot keep a share of {keep} of the training images; give one above 0 and at most 1")
     plain = data.train if data.plain is None else data.plain
     labels = torch.as_tensor(labels_of(plain))
     held: list[int] = []
@@ -111,19 +117,23 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> Data:
         with seeded(seed, "hold out", label):
             own = own[torch.randperm(len(own))]
         out = max(1, round(share * len(own)))
-        left = max(1, round(keep * (len(own) - out)))
         if out >= len(own):
             name = data.classes[label] if data.classes else label
-            raise GrowkitError(f"class {name} has {len(own)} training images; holding some out takes at least 2")
+            raise GrowkitError(
+                f"class {name}: too few training images ({len(own)}) to hold out a share of {share} and train on the"
+                " rest; add images or hold out less"
+            )
+        left = max(1, round(keep * (len(own) - out)))
         held += own[:out].tolist()
         kept += own[out : out + left].tolist()
-    split = {"held out": share, "kept": keep, "split seed": seed}
+    split = f"share {share}, keep {keep}, seed {seed}"
+    before = f"{data.identity['hold_out']}, then " if "hold_out" in data.identity else ""
     return Data(
         train=_part(data.train, sorted(kept)),
         val=_part(plain, sorted(held)),
         plain=_part(plain, sorted(kept)),
         classes=data.classes,
-        identity={**data.identity, **split},
+        identity={**data.identity, "hold_out": before + split},
     )
 
 
@@ -134,16 +144,18 @@ def _part(dataset: Any, index: list[int]) -> Dataset[Any]:
 def labels_of(dataset: Any) -> list[int]:
     """The label of every image, without reading images where the dataset knows them."""
     if isinstance(dataset, Resident):
-        inner = labels_of(dataset.dataset)
+        inner = labels_of(dataset.decoded.dataset)
         return [inner[place] for place in dataset.index.tolist()]
     if isinstance(dataset, Subset):
         inner = labels_of(dataset.dataset)
         return [inner[place] for place in dataset.indices]
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if samples:
-        return [int(label) for _, label in samples]
-    known = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    return [int(label) for label in known] if known is not None else [int(pair[1]) for pair in dataset]
+    reader = getattr(dataset, "reader", None)
+    if isinstance(reader, ReaderImageFolder):
+        return [int(label) for _, label in reader.samples]
+    known = np.asarray(getattr(dataset, "targets", []))
+    if known.shape == (len(dataset),):  # QMNIST's have eight columns
+        return [int(label) for label in known]
+    return [int(dataset[place][1]) for place in range(len(dataset))]
 
 
 def channel_config(data_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Images that stay decoded in the device's memory and are cropped and flipped there, a whole batch at once.
 
 Many short runs over small images are otherwise bound by decoding. Cropping and flipping are timm's in meaning: an area
-between scale_min and 1, an aspect ratio between 3:4 and 4:3, a mirror image with probability hflip.
+between scale_min and 1, an aspect ratio between 3:4 and 4:3, a mirror image with probability hflip. Crops are of the
+image as evaluation sees it, not of a larger original.
 """
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn.functional import grid_sample
 from torch.utils.data import DataLoader, Dataset
 
 from growkit.errors import GrowkitError
@@ -22,76 +24,82 @@ TRIES = 10  # theirs, too, before the whole image is taken
 ROOM = 0.8  # of the free memory that images may take
 
 
-class Resident(Dataset[Any]):
-    """Decoded images (N, C, H, W) of uint8 and their labels (N,), made from `dataset` when first needed.
+class Decoded:
+    """All images of `loader`, decoded when first needed, in the memory of the device that asked last.
 
-    dataset   gives (uint8 tensor (C, H, W), label), prepared as for evaluation but for normalisation
-    size      (C, H, W)
-    index     which of its images are meant, in order; all of them when left out
+    loader   gives batches of uint8 images (n, C, H, W) and labels (n,), in order
+    size     (C, H, W) of an image
+    labels   (N,) on the CPU, where the training loop looks at them; empty before the images are decoded
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        size: Sequence[int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        workers: int,
-        index: Tensor | None = None,
-    ):
-        self.dataset, self.size, self.mean, self.std, self.workers = dataset, tuple(size), mean, std, workers
-        self.index = torch.arange(len(dataset)) if index is None else index
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # by device; shared with what `part` gives
+    def __init__(self, loader: DataLoader[Any], size: Sequence[int]):
+        assert isinstance(loader.dataset, Sized)
+        self.loader, self.dataset = loader, loader.dataset
+        self.shape = (len(self.dataset), *size)
+        self.labels = torch.empty(0, dtype=torch.long)
+        self._images: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The images (N, C, H, W), uint8.
+
+        Raises:
+            GrowkitError: they would take more than ROOM of the memory that is free there.
+        """
+        device = torch.empty(0, device=device).device  # cuda is cuda:0, say
+        if self._images is None or self._images.device != device:
+            self._require_room(device)
+            self._images = self._decode(device) if self._images is None else self._images.to(device)
+        return self._images
+
+    def _require_room(self, device: torch.device) -> None:
+        need, free = math.prod(self.shape), free_bytes(device)
+        if need > ROOM * free:
+            raise GrowkitError(
+                f"--resident: {self.shape[0]:,} images take {need / 1e9:.1f} GB, more than {ROOM:.0%} of the"
+                f" {free / 1e9:.1f} GB free on {device}; leave out --resident, or use fewer images"
+            )
+
+    def _decode(self, device: torch.device) -> Tensor:
+        images = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        labels: list[Tensor] = []
+        done = 0
+        for batch, found in self.loader:
+            images[done : done + len(batch)] = batch
+            labels.append(found)
+            done += len(batch)
+        self.labels = torch.cat(labels)
+        return images
+
+
+class Resident(Dataset[Any]):
+    """Images of `decoded` and how they are normalised; gives whole batches, not single images.
+
+    index   which of its images are meant, in order; all of them when left out
+    """
+
+    def __init__(self, decoded: Decoded, mean: Sequence[float], std: Sequence[float], index: Tensor | None = None):
+        self.decoded, self.mean, self.std = decoded, mean, std
+        self.index = torch.arange(decoded.shape[0]) if index is None else index
 
     def __len__(self) -> int:
         return len(self.index)
 
     def part(self, index: Sequence[int]) -> Self:
         """Some of the images, by their places in this one; decoded once for all parts."""
-        other = type(self)(
-            self.dataset, self.size, self.mean, self.std, self.workers, self.index[torch.as_tensor(index)]
-        )
-        other._kept = self._kept
-        return other
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All images and labels of the dataset, on the device.
-
-        Raises:
-            GrowkitError: they would not fit.
-        """
-        if str(device) not in self._kept:
-            need, free = len(self.dataset) * math.prod(self.size), _free(device)
-            if need > ROOM * free:
-                sizes = f"{need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free on {device}"
-                raise GrowkitError(f"--resident: {len(self.dataset):,} images take {sizes}; leave it out")
-            if "cpu" not in self._kept:
-                self._kept["cpu"] = self._decode()
-            images, labels = self._kept["cpu"]
-            self._kept[str(device)] = images.to(device), labels.to(device)
-        return self._kept[str(device)]
-
-    def _decode(self) -> tuple[Tensor, Tensor]:
-        images = torch.empty((len(self.dataset), *self.size), dtype=torch.uint8)
-        labels = torch.empty(len(self.dataset), dtype=torch.long)
-        loader = DataLoader(self.dataset, batch_size=256, num_workers=self.workers, generator=torch.Generator())
-        done = 0
-        for batch, found in loader:
-            images[done : done + len(batch)] = batch
-            labels[done : done + len(batch)] = found
-            done += len(batch)
-        return images, labels
+        return type(self)(self.decoded, self.mean, self.std, self.index[torch.as_tensor(index)])
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (len(places), C, H, W) with values in [0, 1], and labels."""
-        images, labels = self.on(device)
-        chosen = self.index[places].to(device)
-        return images[chosen].float().div(255), labels[chosen]
+        """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
+        images, chosen = self.decoded.on(device), self.index[places]
+        return images[chosen.to(device)].float(), self.decoded.labels[chosen]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the network takes them."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return images.sub(mean).div(std)
+        """Images with values 0 to 255 as the network takes them."""
+        # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
+        full, mean, std = (
+            torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)
+        )
+        return images.div(full).sub(mean).div(std)
 
     def evaluation(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, normalised."""
@@ -102,27 +110,33 @@ class Resident(Dataset[Any]):
 
 def refuse_other_augmentation(settings: FitSettings) -> None:
     """Raise GrowkitError where the settings ask for more than crops and flips."""
-    for name, off in (("color_jitter", 0.0), ("aa", None), ("reprob", 0.0)):
-        if getattr(settings, name) != off:
-            option = "--" + name.replace("_", "-")
-            remedy = f"{option} 0" if off is not None else f"no {option}"
-            raise GrowkitError(f"--resident crops and flips only; give {remedy}, or leave --resident out")
+    for holds, remedy in (
+        (settings.aa is None, "leave out --aa"),
+        (settings.color_jitter == 0, "set --color-jitter 0"),
+        (settings.reprob == 0, "set --reprob 0"),
+    ):
+        if not holds:
+            raise GrowkitError(f"--resident crops and flips only; {remedy}")
 
 
 def crop_and_flip(images: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
     """Each image (N, C, H, W) cropped, resized back and perhaps mirrored; all draws come from the CPU's generator."""
-    count = len(images)
+    count, _, high, wide = images.shape
     mirrored = torch.rand(count, generator=generator) < settings.hflip
     if settings.scale_min == 1:
         return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-    left, top, width, height = _crops(count, tuple(images.shape[2:]), settings.scale_min, generator)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = torch.where(mirrored, -width, width)
-    theta[:, 0, 2] = 2 * left + width - 1
-    theta[:, 1, 1] = height
-    theta[:, 1, 2] = 2 * top + height - 1
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    left, top, width, height = _crops(count, (high, wide), settings.scale_min, generator)
+    x, y = _centres(left, width, wide), _centres(top, height, high)
+    x = torch.where(mirrored[:, None], x.flip(1), x)
+    # not affine_grid: its matrix product may round to TF32
+    x, y = x.to(images.device)[:, None, :].expand(-1, high, -1), y.to(images.device)[:, :, None].expand(-1, -1, wide)
+    return grid_sample(images, torch.stack([x, y], -1), mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _centres(start: Tensor, length: Tensor, pixels: int) -> Tensor:
+    """Where `pixels` pixels lie along crops (N,) of a side, in grid_sample's -1 to 1: (N, pixels)."""
+    steps = (torch.arange(pixels) + 0.5) / pixels
+    return 2 * (start[:, None] + length[:, None] * steps) - 1
 
 
 def _crops(
@@ -141,11 +155,13 @@ def _crops(
     return left * (1 - width), top * (1 - height), width, height
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free."""
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`; where the system does not say, all the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**63 - 1  # this system does not say
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63 - 1
