@@ -1,8 +1,9 @@
 """The job of each command as one function: source in, files and figures of a run folder out."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from growkit import __version__
 from growkit.arch import find_target
 from growkit.arch.spec import Architecture
-from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
+from growkit.checkpoint import HISTORY, OPERATOR, PREPROCESSING, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.deploy.runtime import open_session
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
 from growkit.grow import grow, lossless_gap
 from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
-from growkit.source import Source, fresh, with_classes
+from growkit.source import TIMM, Source, fresh, load_source, with_classes
+from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, val_batches
 from growkit.train.loop import FitResult, StepRecord, fit
-from growkit.train.score import Scores, evaluate, score_model
+from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -51,6 +53,18 @@ class Trained:
     folder: Path
     fitted: FitResult
     scores_at_start: Scores | None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model that answers images, from torch or from an ONNX file, and how they are prepared for it."""
+
+    path: str
+    predict: Predict
+    preprocessing: dict[str, Any]
+    labels: tuple[str, ...] | None
+    outputs: int
+    sha256: str  # of the weights or the ONNX file; empty for timm:NAME
 
 
 def pick_device(name: str) -> torch.device:
@@ -370,6 +384,12 @@ def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str
     Raises:
         GrowkitError: no such file, none that ONNX Runtime reads, or it does not say how images are prepared.
     """
+    answering = _answering_onnx(path, provider)
+    opened = open_data(data, answering.preprocessing, settings)
+    return evaluate(answering.predict, val_batches(opened, settings))
+
+
+def _answering_onnx(path: Path, provider: str) -> Answering:
     if not path.is_file():
         raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
     try:
@@ -379,12 +399,133 @@ def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str
     except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
         reason = str(error).strip().splitlines()[0][:200]
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
-    stored = session.inner.get_modelmeta().custom_metadata_map.get("preprocessing")
-    if stored is None:
+    stored = session.inner.get_modelmeta().custom_metadata_map
+    if "preprocessing" not in stored:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
-    opened = open_data(data, json.loads(stored), settings)
 
     def predict(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(images.numpy()))
 
-    return evaluate(predict, val_batches(opened, settings))
+    return Answering(
+        path=str(path),
+        predict=predict,
+        preprocessing=json.loads(stored["preprocessing"]),
+        labels=tuple(json.loads(stored["labels"])) if "labels" in stored else None,
+        outputs=session.inner.get_outputs()[0].shape[-1],
+        sha256=sha256_of(path),
+    )
+
+
+def evaluate_against(
+    run: RunFolder,
+    model: str,
+    against: str,
+    data: str,
+    settings: FitSettings,
+    *,
+    from_: str | None = None,
+    from_sets: Sequence[str] = (),
+    device: str = "auto",
+    say: Say = lambda line: None,
+) -> tuple[Agreement, bool]:
+    """How a model's answers on the validation images of `data` differ from those of the source it came from.
+
+    `model` and `against` are each a model folder, a checkpoint, timm:NAME or an .onnx file; each gets the images
+    prepared its own way. `from_` and `from_sets` are for the one that is a bare checkpoint.
+
+    A model that lies in the run folder is the run's own, and the run's record gets a step "evaluate"; of another
+    nothing is written. The second value tells which.
+
+    Raises:
+        GrowkitError: a model or the data cannot be read, or the models and the data have different classes.
+    """
+    recorded = Path(model).exists() and Path(model).resolve().is_relative_to(run.path.resolve())
+    if recorded:
+        run.refuse_unusable()
+    bare = [path for path in (model, against) if _is_bare(path)]
+    if (from_ or from_sets) and len(bare) == 2:
+        raise GrowkitError(
+            f"--from: {model} and {against} are both bare checkpoints, and it cannot tell which is meant; "
+            "give one as a model folder, as `growkit finetune` writes it"
+        )
+
+    def answering(path: str) -> Answering:
+        if Path(path).suffix == ".onnx":
+            return _answering_onnx(Path(path), device if device in ("auto", "cpu") else "cuda")
+        meant = path in bare or not bare
+        loaded = load_source(path, from_ if meant else None, from_sets if meant else ())
+        for note in loaded.notes:
+            say(note)
+        chosen = pick_device(device)
+        return Answering(
+            path=path,
+            predict=predictor(loaded.model().to(chosen), chosen, settings.precision),
+            preprocessing=loaded.preprocessing,
+            labels=loaded.labels,
+            outputs=loaded.state["head.weight"].shape[0],
+            sha256=loaded.sha256,
+        )
+
+    new, old = answering(model), answering(against)
+    opened = open_data(data, new.preprocessing, settings)
+    _refuse_other_classes(data, opened.classes, old, new)
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+    if _prepares_alike(old, new):
+        batches = ((images, images, labels) for images, labels in val_batches(opened, settings))
+    else:
+        say("the two prepare images differently; each gets them its own way")
+        others = open_data(data, old.preprocessing, settings)
+        batches = in_step(val_batches(others, settings), val_batches(opened, settings))
+    found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)
+    if recorded:
+        read = ("batch_size", "precision", "data_dir", "val_split")
+        run.add(
+            "evaluate",
+            options={
+                "model": model,
+                "against": against,
+                "data": data,
+                **{name: getattr(settings, name) for name in read},
+            },
+            figures=asdict(found),
+            hashes={"source": old.sha256, "model": new.sha256},
+        )
+    return found, recorded
+
+
+def _is_bare(path: str) -> bool:
+    """Whether this is a checkpoint file, for which --from and --from-set were made."""
+    return not path.startswith(TIMM) and Path(path).suffix != ".onnx" and Path(path).is_file()
+
+
+def _prepares_alike(old: Answering, new: Answering) -> bool:
+    ways = [{key: either.preprocessing.get(key) for key in PREPROCESSING} for either in (old, new)]
+    return json.dumps(ways[0]) == json.dumps(ways[1])  # JSON knows no tuples, and ONNX metadata are JSON
+
+
+def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new: Answering) -> None:
+    """Raise GrowkitError where the two models do not answer the same classes, or the data has others."""
+    remedy = (
+        f"compare with a source of the model's classes; `growkit finetune SOURCE --data {data} --run OTHER` makes one"
+    )
+    if old.outputs != new.outputs:
+        raise GrowkitError(f"{old.path} has {old.outputs} classes and {new.path} {new.outputs}; {remedy}")
+    if old.labels and new.labels and old.labels != new.labels:
+        at, (one, other) = _first_difference(old.labels, new.labels)
+        raise GrowkitError(f"class {at} is {one} in {old.path} and {other} in {new.path}; {remedy}")
+    if classes and len(classes) != new.outputs:
+        raise GrowkitError(
+            f"--data {data}: its {len(classes)} classes are not the models' {new.outputs}; "
+            "give data with the models' classes"
+        )
+    labels = new.labels or old.labels
+    if classes and labels and list(labels) != list(classes):
+        at, (one, other) = _first_difference(classes, labels)
+        raise GrowkitError(
+            f"--data {data}: its class {at} is {one} and the models' is {other}; give data with the models' classes"
+        )
+
+
+def _first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, tuple[str, str]]:
+    pairs = enumerate(zip_longest(one, other, fillvalue="missing"))
+    return next((at, pair) for at, pair in pairs if pair[0] != pair[1])

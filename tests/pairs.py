@@ -29,6 +29,8 @@ PAIRS: dict[str, tuple[Architecture, Architecture]] = {
         tiny(32, 2, 2, class_token=False, global_pool="avg", qkv_bias=False),
         tiny(64, 3, 4, class_token=False, global_pool="avg", qkv_bias=False),
     ),
+    "twice as deep": (tiny(32, 2, 2), tiny(32, 4, 2)),
+    "wider MLP alone": (tiny(32, 2, 2, mlp_ratio=2), tiny(32, 2, 2, mlp_ratio=4)),
     "register tokens": (tiny(32, 2, 2, reg_tokens=2), tiny(64, 2, 4, reg_tokens=2)),
 }
 # Where the width is a whole multiple, LayerNorm's eps does no harm and the start is exact.
@@ -59,3 +61,17 @@ def published_scale(architecture: Architecture, *, seed: int = 0) -> nn.Module:
             parameter.copy_((1 if gain else 0) + (0.02 if small else 0.3) * noise)
         model.head.weight.mul_(5)
     return model.eval()
+
+
+def can_grow(method: str, variant: str | None, pair: str) -> bool:
+    """Whether a method is made for a pair's sizes, said here once more, independently of the methods."""
+    source, target = ({name: space.size for name, space in side.spaces.items()} for side in PAIRS[pair])
+    same_width = all(source[name] == target[name] for name in ("embed", "attn", "mlp"))
+    if variant == "solar" and target["blocks"] > 2 * source["blocks"]:
+        return False
+    if method in ("stackbert", "llama-pro"):
+        return same_width
+    if method == "hypercloning":
+        whole = all(target[name] % source[name] == 0 for name in ("embed", "attn", "mlp"))
+        return whole and source["blocks"] == target["blocks"]
+    return True

@@ -1,6 +1,9 @@
-"""growkit evaluate: top-1, top-5, loss and calibration of a model folder or an ONNX file."""
+"""growkit evaluate: scores of a model folder or an ONNX file, and what changed against the source it came from."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
@@ -15,6 +18,14 @@ def evaluate(
     data: NeededData,
     settings: FitSettings,
     model: Model = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="Source to hold the model against, image by image: a folder, a checkpoint, timm:NAME or an .onnx.",
+            show_default=False,
+        ),
+    ] = None,
     from_: From = None,
     from_sets: FromSets = None,
     device: Device = "auto",
@@ -23,16 +34,46 @@ def evaluate(
 ) -> None:
     """Score a model folder, a checkpoint or an .onnx file on the validation images.
 
-    Example: growkit evaluate run/onnx/model.onnx --data images/
+    With --against it also tells which answers changed: turned wrong, turned right, class by class. Of a model that
+    lies in the run folder, this goes into the run's record and RUN/report.html.
+
+    Example: growkit evaluate --data images/ --against deit_small.pth
     """
     from dataclasses import asdict
 
-    from growkit.pipeline import evaluate_model, evaluate_onnx
+    from growkit.pipeline import evaluate_against, evaluate_model, evaluate_onnx
     from growkit.record import RunFolder
+    from growkit.report.page import write_report
+    from growkit.report.run import agreement_sections, run_report
     from growkit.source import load_source
 
     console = Console(as_json)
-    path = model or RunFolder(run).furthest()
+    folder = RunFolder(run)
+    path = model or folder.furthest()
+    if against is not None:
+        console.say(f"evaluating {path} against {against}")
+        found, recorded = evaluate_against(
+            folder,
+            str(path),
+            against,
+            data,
+            settings,
+            from_=from_,
+            from_sets=from_sets or (),
+            device=device,
+            say=console.say,
+        )
+        content = asdict(found)
+        for section in agreement_sections(content):
+            if section.table is not None:
+                console.table(section.title, section.table.columns, section.table.rows)
+            for line in section.text.splitlines():
+                console.say(line)
+        if recorded:
+            write_report(folder.report, run_report(folder))
+            console.say(f"recorded in {folder.record}; report: {folder.report}")
+        console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
+        return
     console.say(f"evaluating {path}")
     if path.suffix == ".onnx":
         provider = device if device in ("auto", "cpu") else "cuda"

@@ -25,6 +25,55 @@ class Scores:
     count: int
 
 
+class Tally:
+    """Scores in the making: give each batch of logits to `add`, then ask for `scores`. `name` is whose errors tell."""
+
+    def __init__(self, name: str = "the model"):
+        self.name, self.count = name, 0
+        self._top1, self._top5, self._loss = 0, 0, 0.0
+        self._bins = torch.zeros(2, ECE_BINS, dtype=torch.float64)  # sums of confidence and of right answers
+
+    def add(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Count logits (N, classes) of images with labels (N,); gives the predicted classes (N,).
+
+        Raises:
+            GrowkitError: a label has no logit, or the logits are not finite.
+        """
+        logits = logits.detach().double()
+        labels = labels.to(logits.device)
+        if not bool(torch.isfinite(logits).all()):
+            raise GrowkitError(
+                f"{self.name}'s outputs are not finite (images {self.count} to {self.count + len(labels) - 1});"
+                " try --precision fp32, or train with a lower --lr"
+            )
+        require_labels(labels, logits.shape[1])
+        logprobs = logits.log_softmax(-1)
+        self._loss -= logprobs.gather(1, labels[:, None]).sum().item()
+        ranked = logprobs.topk(min(5, logits.shape[1])).indices
+        right = ranked == labels[:, None]
+        self._top1 += int(right[:, 0].sum())
+        self._top5 += int(right.sum())
+        confidence = logprobs.amax(-1).exp().cpu()
+        # bins are open below and closed above, as in the paper; a confidence is never 0
+        place = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+        self._bins[0].index_add_(0, place, confidence)
+        self._bins[1].index_add_(0, place, right[:, 0].double().cpu())
+        self.count += len(labels)
+        return ranked[:, 0]
+
+    def scores(self) -> Scores:
+        """The means so far.
+
+        Raises:
+            GrowkitError: there were no images.
+        """
+        count = self.count
+        if count == 0:
+            raise GrowkitError("there are no images to evaluate on")
+        ece = float((self._bins[0] - self._bins[1]).abs().sum()) / count
+        return Scores(top1=self._top1 / count, top5=self._top5 / count, loss=self._loss / count, ece=ece, count=count)
+
+
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -39,35 +88,12 @@ def evaluate(
     Raises:
         GrowkitError: there are no images, a label has no logit, or the logits are not finite.
     """
-    count, top1, top5, loss = 0, 0, 0, 0.0
-    bins = torch.zeros(2, ECE_BINS, dtype=torch.float64)  # sums of confidence and of right answers
+    tally = Tally()
     for images, labels in batches:
-        logits = predict(images).detach().double()
-        labels = labels.to(logits.device)
-        if not bool(torch.isfinite(logits).all()):
-            raise GrowkitError(
-                f"the model's outputs are not finite (images {count} to {count + len(labels) - 1});"
-                " try --precision fp32, or train with a lower --lr"
-            )
-        require_labels(labels, logits.shape[1])
-        logprobs = logits.log_softmax(-1)
-        loss -= logprobs.gather(1, labels[:, None]).sum().item()
-        ranked = logprobs.topk(min(5, logits.shape[1])).indices
-        right = ranked == labels[:, None]
-        top1 += int(right[:, 0].sum())
-        top5 += int(right.sum())
-        confidence = logprobs.amax(-1).exp().cpu()
-        # bins are open below and closed above, as in the paper; a confidence is never 0
-        place = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
-        bins[0].index_add_(0, place, confidence)
-        bins[1].index_add_(0, place, right[:, 0].double().cpu())
-        count += len(labels)
+        tally.add(predict(images), labels)
         if progress is not None:
-            progress(count)
-    if count == 0:
-        raise GrowkitError("there are no images to evaluate on")
-    ece = float((bins[0] - bins[1]).abs().sum()) / count
-    return Scores(top1=top1 / count, top5=top5 / count, loss=loss / count, ece=ece, count=count)
+            progress(tally.count)
+    return tally.scores()
 
 
 def score_model(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Scores:
