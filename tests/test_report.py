@@ -5,14 +5,14 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from growkit.record import RunFolder
 from growkit.report.page import Report, Section, Table, cell, render, write_report
-from growkit.report.plot import Plot, Series, draw
+from growkit.report.plot import Bar, Bars, Plot, Point, Series, draw, save
 from growkit.report.run import run_report
 
 EVIL = "<script>alert('x')</script>\"&<img src=http://example.org/x onerror=y>"
@@ -56,8 +56,10 @@ def texts(svg: str) -> list[str]:
 
 
 def lines(svg: str) -> list[str]:
-    groups = ElementTree.fromstring(svg).findall("g")
-    return [path.attrib["d"] for group in groups for path in group.findall("path")]
+    """The lines of series, as their paths."""
+    paths = ElementTree.fromstring(svg).iter("path")
+    drawn = [p.attrib["d"] for p in paths if re.search(r"fill: none; .*stroke: var\(--line-", p.get("style", ""))]
+    return [re.sub(r"\s+", " ", path).replace(" L ", "L").replace("M ", "M") for path in drawn]
 
 
 def evil_report() -> Report:
@@ -84,8 +86,8 @@ def test_page_loads_nothing_and_forbids_loading() -> None:
     html = render(Report("title", [], [Section("s", plots=[plot(Series("a", [(0, 1)]))])]))
     page = Page(html)
     assert not page.names() & {"script", "link", "img", "iframe"}
-    assert not [attrs for _, attrs in page.elements if {"src", "href"} & attrs.keys()]
-    assert not re.search(r"https?:|@import|url\(", html)
+    assert not [attrs for _, attrs in page.elements if "src" in attrs or not (attrs.get("href") or "#").startswith("#")]
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
     policies = [attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
@@ -146,8 +148,10 @@ def test_line_breaks_where_a_value_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("points", [[], [(0, math.nan)], [(math.inf, 1)]])
-def test_plot_without_finite_points_says_so(points: list[tuple[float, float]]) -> None:
+def test_plot_without_finite_points_says_so_and_saves_nothing(points: list[Point], tmp_path: Path) -> None:
     assert "title: no finite values" in draw(plot(Series("a", points)))
+    assert save(plot(Series("a", points)), tmp_path, "a") == ()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -163,31 +167,103 @@ def test_plot_without_finite_points_says_so(points: list[tuple[float, float]]) -
     ],
 )
 @pytest.mark.parametrize("log_x", [True, False])
-def test_ticks_differ_and_drawing_stays_inside(points: list[tuple[float, float]], log_x: bool) -> None:
-    points = [(x + log_x, y) for x, y in points]
-    svg = draw(plot(Series("a", points), log_x=log_x))
-    root = ElementTree.fromstring(svg)
-    heights = [text.text for text in root.iter("text") if text.get("text-anchor") == "end"][1:]
-    assert len(heights) == len(set(heights)) >= 2
-    for dot in root.iter("circle"):
-        assert 0 <= float(dot.attrib["cx"]) <= 440
-        assert 30 <= float(dot.attrib["cy"]) <= 226.1
+def test_drawing_stays_inside(points: list[Point], log_x: bool) -> None:
+    svg = draw(plot(Series("a", [(x + log_x, y) for x, y in points]), log_x=log_x))
+    _, _, width, height = map(float, ElementTree.fromstring(svg).attrib["viewBox"].split())
+    (path,) = lines(svg)
+    for x, y in (point.split()[:2] for point in re.split("[ML]", path)[1:]):
+        assert 0 <= float(x) <= width
+        assert 0 <= float(y) <= height
 
 
-def test_names_beside_lines_never_overlap() -> None:
-    series = [Series(f"method {index}", [(0, 0), (1, 1 + index / 1000)]) for index in range(6)]
-    root = ElementTree.fromstring(draw(plot(*series)))
-    heights = sorted(float(t.attrib["y"]) for t in root.iter("text") if t.get("class") == "name")
-    assert len(heights) == 6
-    assert min(b - a for a, b in pairwise(heights)) >= 14.9
-    assert heights[-1] <= 270
+def test_every_series_and_the_reference_are_named_as_they_are_called() -> None:
+    names = ["_hidden", "$x_1$", "a & <b>", "from nothing", r"back\slash"]
+    drawn = Plot("t", [Series(name, [(0, 0), (1, 1)]) for name in names], "x", "y", reference=("target", 0.5))
+    assert {*names, "target"} <= set(texts(draw(drawn)))
+
+
+def test_twelve_series_differ_in_more_than_colour() -> None:
+    svg = draw(plot(*(Series(f"method {n}", [(0, n), (1, n)]) for n in range(12))))
+    styles = [p.get("style", "") for p in ElementTree.fromstring(svg).iter("path")]
+    told = {style for style in styles if re.search(r"fill: none; .*stroke: var\(--line-", style)}
+    assert len(told) == 12
+
+
+def test_band_is_drawn_from_low_to_high() -> None:
+    points = [(0, 1), (1, 2)]
+    plain, band = (draw(plot(Series("a", points, *more))) for more in ((), ([0, 1], [2, 3])))
+    assert band.count("fill-opacity: 0.12") > plain.count("fill-opacity: 0.12") == 0
 
 
 def test_long_series_are_thinned_and_keep_their_last_point() -> None:
-    (path,) = lines(draw(plot(Series("a", [(step, step) for step in range(100_001)]))))
-    (ends,) = lines(draw(plot(Series("a", [(0, 0), (100_000, 100_000)]))))
-    assert 300 <= len(re.findall("[ML]", path)) <= 401
+    (path,) = lines(draw(plot(Series("a", [(step, step % 7) for step in range(100_001)]))))
+    (ends,) = lines(draw(plot(Series("a", [(0, 0), (50_000, 6), (100_000, 100_000 % 7)]))))
+    assert 50 <= len(re.findall("[ML]", path)) <= 402  # matplotlib leaves out what cannot be seen
     assert path.split("L")[-1] == ends.split("L")[-1]
+
+
+def widths(svg: str) -> list[float]:
+    """Lengths of the bars."""
+    paths = [
+        p.attrib["d"].split() for p in ElementTree.fromstring(svg).iter("path") if "opacity: 0.85" in p.get("style", "")
+    ]
+    return [float(d[4]) - float(d[1]) for d in paths]
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    found = widths(draw(Bars("t", [Bar("a", 10.0), Bar("b", 20.0), Bar("c", None, note="no run")], "%")))
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-3)
+    assert found[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_bars_show_values_notes_and_whiskers() -> None:
+    bars = [
+        Bar("mango <b>", 59.31, 58.0, 60.5),
+        Bar("ligo", -12.0, note="at most; 2 of 3 seeds got there"),
+        Bar("x", None),
+    ]
+    svg = draw(Bars("t", bars, "top-1, %"))
+    assert {"mango <b>", "ligo", "x", "59.3", "-12.0  at most; 2 of 3 seeds got there", "top-1, %"} <= set(texts(svg))
+    bare = draw(Bars("t", [Bar(bar.name, bar.value, note=bar.note) for bar in bars], "top-1, %"))
+    assert svg.count("<use") > bare.count("<use")
+
+
+def test_bars_without_values_say_so() -> None:
+    assert "t: no finite values" in draw(Bars("t", [Bar("a", None)], "%"))
+
+
+def test_plots_of_one_page_share_no_ids_and_leave_the_page_alone() -> None:
+    drawn = [plot(Series("a", [(0, n), (1, n + 1)])) for n in range(3)]
+    html = render(Report("t", [], [Section("s", plots=[*drawn, Bars("b", [Bar("x", 1.0, 0.5, 1.5)], "%")])]))
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert ids
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', html)) == set(ids)
+    assert html.count("<style>") == 1
+
+
+def test_colours_are_the_pages() -> None:
+    svg = draw(plot(Series("a", [(0, 1), (1, 2)]), Series("b", [(0, 2), (1, 3)])))
+    assert "var(--line-0)" in svg
+    assert "var(--line-1)" in svg
+    assert not set(re.findall(r"#[0-9a-f]{6}\b", svg)) - {"#000000", "#ffffff"}
+
+
+def test_same_plot_same_bytes(tmp_path: Path) -> None:
+    drawn = plot(Series("a", [(0, 1), (1, 2)]), Series("b", [(0, 2), (1, 3)]))
+    assert draw(drawn) == draw(drawn)
+    first, second = (save(drawn, tmp_path / name, "curve") for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_saved_files_stand_alone(tmp_path: Path) -> None:
+    vector, pixels = save(plot(Series("a", [(0, 1), (1, 2)])), tmp_path, "curve")
+    assert ElementTree.fromstring(vector.read_text()).tag.endswith("svg")
+    assert "var(--" not in vector.read_text()
+    with Image.open(pixels) as image:
+        assert image.size[0] == 1200
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
 
 
 def run_with(folder: Path, *steps: object) -> RunFolder:

@@ -32,7 +32,7 @@ class Console:
         """Print a table; the first column is left-aligned, the others right-aligned."""
         table = Table(title=escape(title), title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if index else "left")
+            table.add_column(escape(column), justify="right" if index else "left", no_wrap=index == 0)
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
         self.rich.print(table, soft_wrap=False)

@@ -104,6 +104,11 @@ def scientific(value: float, digits: int) -> str:
     return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
+def _power(value: float) -> str:
+    """A tick on a log axis: plain near one, else as a power of ten."""
+    return f"{value:g}" if 1e-3 <= value < 1e4 else scientific(value, 0).removeprefix("1×")
+
+
 def draw(plot: Plot | Bars) -> str:
     """The chart as an <svg> element in the page's colours; a sentence where there is nothing finite to show."""
     if not _finite(plot):
@@ -112,6 +117,8 @@ def draw(plot: Plot | Bars) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would hold for the whole page
+    svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
@@ -122,7 +129,8 @@ def draw(plot: Plot | Bars) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
     head = re.search(r'viewBox="[^"]*"', svg)
     assert head is not None
-    attributes = f'{head[0]} role="img" aria-label="{escape(plot.title)}" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = "stroke-linejoin: round; stroke-linecap: butt"
+    attributes = f'{head[0]} role="img" aria-label="{escape(plot.title)}" style="{style}"'
     return f"<svg {attributes}>" + svg[svg.index(">") + 1 :].strip()
 
 
@@ -192,6 +200,8 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
             axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
     if plot.log_x:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _power(value))
+        axes.xaxis.set_minor_formatter("")
     names = [series.name for series in plot.series]
     if plot.reference is not None:
         drawn.append(axes.axhline(plot.reference[1], color=SOFT, linewidth=1, linestyle=(0, (1, 2))))
