@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "with depth 0 has no layers"),
     "--set against the source": (("grow", "small", *TO, "--set", "img_size=32"), "growing keeps it"),
     "shallower target": (("grow", "small", *TO, "--set", "depth=1"), "blocks: 2 -> 1 would shrink"),
-    "--method close to nothing": ((*GROW, "--method", "zzz"), "nearest: mango"),
+    "--method close to nothing": ((*GROW, "--method", "zzz"), "nearest: stackbert"),
     "--rank below zero": ((*GROW, "--rank", "-1"), "--rank -1"),
     "--ranks of words": ((*GROW, "--ranks", "a,b,c,d"), "--ranks a,b,c,d"),
     "--ranks with a zero": ((*GROW, "--ranks", "1,1,0,1"), "--ranks 1,1,0,1"),
