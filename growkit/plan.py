@@ -11,6 +11,8 @@ from growkit.arch.spec import Architecture
 from growkit.core.ring import contraction_plan
 from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
+from growkit.methods import METHODS
+from growkit.methods.base import refuse_shrinking
 from growkit.methods.mango import Mango, mlp_blocks
 from growkit.settings import GrowSettings
 from growkit.source import Source
@@ -41,6 +43,17 @@ class RankCost:
 
 
 @dataclass(frozen=True)
+class MethodCost:
+    """A method on this pair: why it cannot, or whether it keeps the function and what there is to train."""
+
+    name: str
+    cannot: str | None
+    lossless: bool | None
+    operator_parameters: int
+    flops_per_step: int | None  # of operator training; None for a fixed rule
+
+
+@dataclass(frozen=True)
 class Plan:
     """Pairs hold (source, target)."""
 
@@ -49,7 +62,8 @@ class Plan:
     sizes: tuple[Size, ...]
     parameters: tuple[int, int]
     flops_per_step: tuple[int, int]
-    ranks: tuple[RankCost, ...]
+    ranks: tuple[RankCost, ...]  # empty where Mango cannot
+    methods: tuple[MethodCost, ...]
 
 
 def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int) -> Plan:
@@ -61,9 +75,11 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     if batch_size < 1:
         raise GrowkitError(f"--batch-size {batch_size}: must be above 0")
     target, notes = find_target(source.architecture, to, sets)
+    refuse_shrinking(source.architecture, target)
+    methods = tuple(_method_cost(name, source, target, batch_size) for name in METHODS)
     small = source.model()
     ranks: list[RankCost] = []
-    for rank in RANKS:
+    for rank in RANKS if methods[0].cannot is None else ():
         grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
         assert isinstance(grown.method, Mango)
         # The start is the same whatever the rank, but for one path at rank 1 and two above.
@@ -94,7 +110,20 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
             step_flops(build(a.name, a.arguments, device="meta"), a, batch_size) for a in both
         ),
         ranks=tuple(ranks),
+        methods=methods,
     )
+
+
+def _method_cost(name: str, source: Source, target: Architecture, batch_size: int) -> MethodCost:
+    """What a method's defaults give for a pair."""
+    settings = GrowSettings(method=name)
+    reason = METHODS[name].cannot(source.architecture, target, settings)
+    if reason is not None:
+        return MethodCost(name, reason, None, 0, None)
+    grown = grow(source.architecture, target, source.state, settings)
+    parameters = sum(p.numel() for p in grown.method.parameters())
+    flops = step_flops(grown.to("meta"), target, batch_size) if parameters else None
+    return MethodCost(name, None, grown.method.lossless, parameters, flops)
 
 
 def _ring_shapes(source: Architecture, method: Mango) -> tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...]]:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from growkit.demo import write_digits
+
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 SMALL = ["embed_dim=32", "depth=2", "num_heads=2", "img_size=16", "patch_size=8"]
@@ -94,3 +96,24 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["ratio"] > 0
+
+
+@pytest.mark.slow  # trains thrice in one process
+def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
+    write_digits(tmp_path / "digits")
+    sizes = ["--source", "1,16,2", "--target", "width=1,32,4", "--pairs", "width"]
+    inputs = [word for item in ("img_size=8", "patch_size=4", "in_chans=1") for word in ("--set", item)]
+    short = ["--epochs", 2, "--batch-size", 64, "--operator-steps", 2, "--methods", "mango", "--device", "cpu"]
+    words = ["--data", tmp_path / "digits", "--out", tmp_path / "out", *sizes, *inputs, *short]
+    results = tmp_path / "results"
+    command = [sys.executable, FOLDER / "savings.py", *words, "--results", results]
+    stopped = subprocess.run([*map(str, command), "--minutes", "0.0001"], capture_output=True, text=True)
+    assert stopped.returncode == 3, stopped.stderr[-2000:]
+    assert not results.exists()
+    text = run("savings.py", *words, "--results", results)
+    assert "| from nothing |" in text
+    (found,) = results.glob("savings-width_*.json")
+    content = json.loads(found.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert content["source_flops"] > 0
+    assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".svg"}

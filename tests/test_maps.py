@@ -1,5 +1,6 @@
 """Width and depth matrices: what each promises about the numbers it maps."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,3 +47,13 @@ def test_layers_keep_their_order_and_first_copies_are_the_source(size):
     assert (source.diff() >= 0).all()
     kept = source[maps.first_copies(layers).bool()]
     assert kept.tolist() == list(range(old))
+
+
+@pytest.mark.parametrize(("old", "new", "group"), [(4, 8, 1), (6, 10, 2), (5, 5, 1), (32, 112, 16)])
+def test_parting_noise_cancels_over_copies_as_null_noise_does(old, new, group):
+    copies = maps.duplicate(old, new, group)
+    noise = maps.parting_noise(copies, torch.Generator().manual_seed(0))
+    assert (copies.T @ noise).abs().max() < 1e-14
+    same = maps.null_noise((new, old), [copies], torch.Generator().manual_seed(0))
+    assert torch.allclose(noise, same, rtol=0, atol=1e-13)
+    assert bool(noise.any()) == (new > old)

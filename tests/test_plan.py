@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from pairs import PAIRS, published_scale
+from pairs import PAIRS, published_scale, tiny
 from torch.nn.functional import cross_entropy
 
 from growkit.arch import build, find
@@ -100,3 +100,24 @@ def test_planning_changes_neither_the_source_nor_the_random_numbers() -> None:
 def test_target_that_would_shrink_is_refused() -> None:
     with pytest.raises(GrowkitError, match="would shrink"):
         plan_growth(source_of(LARGE), "vit_tiny", ("embed_dim=32", "depth=3", "num_heads=2"), batch_size=1)
+
+
+def test_every_method_is_told_with_what_it_can(planned: Plan) -> None:
+    told = {method.name: method for method in planned.methods}
+    assert {name for name, method in told.items() if method.cannot} == {"hypercloning", "stackbert", "llama-pro"}
+    assert {name for name, method in told.items() if method.lossless} == {"mango", "lemon"}
+    state = published_scale(SMALL).state_dict()
+    ligo = grow(SMALL, LARGE, state, GrowSettings(method="ligo"))
+    assert told["ligo"].flops_per_step == cost(ligo)
+    assert told["ligo"].operator_parameters == sum(p.numel() for p in ligo.method.parameters())
+    assert told["lemon"].flops_per_step is None
+
+
+def test_plan_of_a_pair_that_mango_cannot_grow_tells_the_others() -> None:
+    planned = plan_growth(
+        source_of(tiny(32, 2, 2)), "vit_tiny", (*SETS[:1], "depth=2", "num_heads=4", "mlp_ratio=4.5"), batch_size=2
+    )
+    assert planned.ranks == ()
+    told = {method.name: method for method in planned.methods}
+    assert "multiple of embed" in told["mango"].cannot
+    assert told["lemon"].lossless

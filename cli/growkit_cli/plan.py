@@ -57,6 +57,23 @@ def plan(
         ],
     )
     console.table(
+        "methods",
+        ("method", "starts where the source stands", "operator", "x plain target per update", "why not"),
+        [
+            (
+                method.name,
+                "–" if method.lossless is None else "yes" if method.lossless else "no",
+                f"{method.operator_parameters / 1e6:.2f} M" if method.operator_parameters else "–",
+                f"{method.flops_per_step / planned.flops_per_step[1]:.2f}" if method.flops_per_step else "–",
+                method.cannot or "",
+            )
+            for method in planned.methods
+        ],
+    )
+    if not planned.ranks:
+        console.result(asdict(planned))
+        return
+    console.table(
         f"mango, {steps} updates of {batch_size}",
         (
             "rank",

@@ -80,6 +80,14 @@ def null_noise(shape: tuple[int, int], written: Sequence[Tensor], generator: tor
     return noise - basis @ (basis.T @ noise)
 
 
+def parting_noise(copies: Tensor, generator: torch.Generator) -> Tensor:
+    """`null_noise` of one 0/1 copy matrix, without its SVD: over the copies of each unit it sums to zero."""
+    noise = torch.randn(copies.shape, generator=generator, dtype=DTYPE) / copies.shape[1] ** 0.5
+    units, counts = copies.argmax(dim=1), copies.sum(dim=0)
+    means = torch.zeros_like(noise[: len(counts)]).index_add(0, units, noise) / counts[:, None]
+    return noise - means[units]
+
+
 def spread_layers(old: int, new: int) -> Tensor:
     """Target layer l copies source layer floor(l * old / new): every source layer, in order, evenly repeated."""
     return copies_of(torch.arange(new) * old // new, old)

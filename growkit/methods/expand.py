@@ -80,7 +80,7 @@ class Expansion(GrowthMethod):
 
     def copied(self, write: Tensor, generator: torch.Generator) -> SpaceMap:
         """The map of a 0/1 copy matrix: each copy is read at its share, plus noise that cancels over the copies."""
-        noise = maps.null_noise((len(write), write.shape[1]), [write], generator)
+        noise = maps.parting_noise(write, generator)
         share = maps.shared_read(write)
         return SpaceMap(write, share + self.settings.noise * share.max() * noise)
 

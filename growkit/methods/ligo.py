@@ -40,8 +40,7 @@ class LiGO(GrowthMethod):
             old, new = source.spaces[space], target.spaces[space]
             copies = maps.duplicate(old.size, new.size, old.group)
             scale = copies.sum(0).sqrt() if shared else torch.ones(())
-            noise = maps.null_noise((new.size, old.size), [copies], generator)
-            return (copies + settings.noise * noise) / scale
+            return (copies + settings.noise * maps.parting_noise(copies, generator)) / scale
 
         self.embed = nn.Parameter(start("embed", shared=True))
         self.hidden = nn.ParameterDict(

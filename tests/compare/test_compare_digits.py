@@ -1,0 +1,56 @@
+"""The harness on digits: growth gets there in fewer steps. A check that it works, not a claim of how much it saves."""
+
+from dataclasses import replace
+
+import pytest
+from compare_samples import CPU, RECIPE, options
+
+from growkit.compare.compare import compare_methods
+from growkit.compare.savings import flops_to
+from growkit.pipeline import train_model
+from growkit.record import RunFolder
+from growkit.source import load_source
+
+INPUT = ("img_size=8", "patch_size=2", "in_chans=1")
+
+
+@pytest.mark.slow  # trains thirty small models
+def test_grown_models_reach_the_target_loss_in_fewer_steps_in_four_of_five_seeds(digits, tmp_path):
+    recipe = replace(RECIPE, epochs=8, lr=3e-3)
+    small = (*INPUT, "embed_dim=32", "depth=2", "num_heads=2")
+    trained = train_model(RunFolder(tmp_path), "deit_tiny", digits, recipe, sets=small, device="cpu")
+    source = load_source(str(trained.folder))
+    compared = compare_methods(
+        RunFolder(tmp_path),
+        source,
+        "deit_tiny",
+        digits,
+        options(
+            methods="mango,ligo,lemon,bert2bert:variant=aki",
+            seeds=5,
+            share=1.0,
+            lrs="3e-3",
+            metric="loss",
+            operator_steps=10,
+            evals=30,
+        ),
+        recipe,
+        sets=("embed_dim=64", "depth=2", "num_heads=4"),
+        device=CPU,
+    )
+    runs = compared.content["runs"]
+    scratch = {run["seed"]: run for run in runs if run["arm"] == "from nothing"}
+    source_top1 = compared.content["source_score"]["top1"]
+    for name in ("mango", "ligo", "lemon", "bert2bert:variant=aki"):
+        ahead = 0
+        for run in (run for run in runs if run["arm"] == name):
+            alone = scratch[run["seed"]]
+            target = alone["final"]["loss"]
+            steps = {
+                who["arm"]: flops_to([(at, loss) for at, _, loss in who["curve"]], target, higher=False)
+                for who in (run, alone)
+            }
+            ahead += steps[name] is not None and steps[name] < steps["from nothing"]
+            if name in ("mango", "lemon"):
+                assert run["step0"]["top1"] == pytest.approx(source_top1)
+        assert ahead >= 4, name
