@@ -126,3 +126,50 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
     for place in ("finetuned", "finetuned/last"):
         a, b = (load_file(tmp_path / run / place / "model.safetensors") for run in ("a", "b"))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_fixed_rule_with_data_is_scored_and_told_to_have_nothing_to_train(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(published_scale(SOURCE).state_dict(), "small.pth")
+    words = ["--from-set", "num_heads=2", "--data", images, *QUICK]
+    status, out, err = growkit(capsys, "grow", "small.pth", *TARGET, *words, "--method", "lemon", "--json")
+    assert status == 0
+    assert "lemon is a fixed rule with nothing to train" in err
+    told = json.loads(out)
+    assert told["losses"] is None
+    assert set(told["scores"]) == {"source", "step0"}
+    assert told["scores"]["source"]["top1"] == told["scores"]["step0"]["top1"]
+    assert not Path("run/grown/operator.safetensors").exists()
+    assert timm.create_model("local-dir:run/grown", pretrained=True).embed_dim == 64
+
+
+def test_learned_rival_is_trained_and_kept(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(published_scale(SOURCE).state_dict(), "small.pth")
+    words = ["--from-set", "num_heads=2", "--data", images, *QUICK, "--steps", 3, "--lr", 1e-3]
+    status, out, _ = growkit(capsys, "grow", "small.pth", *TARGET, *words, "--method", "ligo", "--json")
+    assert status == 0
+    told = json.loads(out)
+    assert len(told["losses"]) == 3
+    operator = load_file("run/grown/operator.safetensors")
+    assert operator["embed"].shape == (64, 32)
+    assert sum(t.numel() for t in operator.values()) == told["operator_parameters"]
+
+
+def test_comparison_from_the_command_line_prints_json_alone(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(published_scale(SOURCE).state_dict(), "small.pth")
+    recipe = ["--epochs", 2, "--operator-steps", 1, "--operator-lrs", "1e-3", "--lrs", "1e-3", "--budgets", 1]
+    words = ["--from-set", "num_heads=2", "--data", images, *QUICK, *recipe, "--evals", 2, "--hold-out", 0.25]
+    chosen = ["--methods", "mango,lemon", "--controls", "none", "--seeds", 1]
+    status, out, err = growkit(capsys, "compare", "small.pth", *TARGET, *words, *chosen, "--json")
+    assert status == 0, err
+    content = json.loads(out)
+    assert [arm["name"] for arm in content["arms"]] == ["from nothing", "mango", "lemon"]
+    assert content["command"].startswith("growkit compare small.pth --to vit_tiny")
+    assert "[3/3] lemon, budget 100%, seed 0" in err
+    text = Path("run/compare/results.md").read_text(encoding="utf-8")
+    assert "| lemon |" in text
+    status, _, err = growkit(capsys, "compare", "small.pth", *TARGET, *words, *chosen)
+    assert status == 2
+    assert "already exists" in err

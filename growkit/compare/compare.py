@@ -280,6 +280,7 @@ def compare_methods(
         "source_flops": known,
         "source_score": asdict(bench.score(bench.source.model())),
         "arms": [asdict(arm) for arm in arms],
+        "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
         "versions": versions(),
         "hardware": hardware(),

@@ -164,11 +164,23 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     ]
     if failures:
         sections.append(Section("Failed runs", table=Table(("method", "run"), failures)))
-    for title in ("settings", "recipe", "operator", "data", "versions", "hardware"):
-        rows = [(name, cell(value)) for name, value in content[title].items()]
-        sections.append(Section(title.capitalize(), table=Table(("name", "value"), rows)))
-    sections.append(Section("Command", content["command"]))
+    grown = [
+        (name, ", ".join(f"{key} {value}" for key, value in arm["grow"].items() if value is not None))
+        for name, arm in content["arm_settings"].items()
+        if arm["grow"] is not None
+    ]
+    sections.append(Section("Methods", table=Table(("method", "settings"), grown)))
+    sections += _settings(content, "settings", "recipe", "operator", "data", "versions", "hardware")
     return Report("growkit compare", summary, sections)
+
+
+def _settings(content: Mapping[str, Any], *titles: str) -> list[Section]:
+    """A table for each of these parts of a results.json, and the command."""
+    tables = [
+        Section(title.capitalize(), table=Table(("name", "value"), [(n, cell(v)) for n, v in content[title].items()]))
+        for title in titles
+    ]
+    return [*tables, Section("Command", content["command"])]
 
 
 def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
@@ -233,8 +245,5 @@ def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[A
         Section("Recommended", "\n".join((*content["reasons"], "The full run:", *content["commands"]))),
         Section("Trials, best first", "Scores are on held-out images.", Table(*trials_table(tried))),
     ]
-    for title in ("settings", "recipe", "data", "versions", "hardware"):
-        rows = [(name, cell(value)) for name, value in content[title].items()]
-        sections.append(Section(title.capitalize(), table=Table(("name", "value"), rows)))
-    sections.append(Section("Command", content["command"]))
+    sections += _settings(content, "settings", "recipe", "data", "versions", "hardware")
     write_report(folder / "report.html", Report("growkit sweep", content["reasons"][:1], sections))

@@ -1,6 +1,7 @@
 """growkit sweep: a pilot on a share of the data. Optuna tries settings, losers stop early, one is recommended."""
 
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -9,8 +10,9 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import SuccessiveHalvingPruner
-from optuna.samplers import BruteForceSampler, TPESampler
+from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -221,10 +223,14 @@ def _ranks(text: str) -> dict[str, Any]:
 def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -> optuna.Study:
     """The study in the folder, new or as it was left; every combination where there are few, else Optuna's TPE."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    few = _combinations(space) <= settings.trials
+    sampler: BaseSampler = TPESampler(seed=seed, n_startup_trials=settings.trials // 2)
+    if _combinations(space) <= settings.trials:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # of its interface, since 2023
+            sampler = BruteForceSampler(seed=seed)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / STUDY))),
-        sampler=BruteForceSampler(seed=seed) if few else TPESampler(seed=seed, n_startup_trials=settings.trials // 2),
+        sampler=sampler,
         pruner=SuccessiveHalvingPruner(min_resource=max(1, settings.evals // 4), reduction_factor=HALVE),
         study_name="sweep",
         direction="maximize" if settings.metric == "top1" else "minimize",

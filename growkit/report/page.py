@@ -64,8 +64,8 @@ tbody tr:nth-child(even) { background: var(--band); }
 th.number, td.number { text-align: right; padding: 0.4rem 0.6rem 0.4rem 1.75rem; }
 td.number { white-space: nowrap; }
 .plots { display: grid; gap: 1.5rem 2rem; margin-top: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-figure { margin: 0; max-width: 34rem; }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; max-width: 40rem; }
 figcaption { font-weight: 600; font-size: 0.93rem; margin-bottom: 0.5rem; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
