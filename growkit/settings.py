@@ -23,7 +23,7 @@ class GrowSettings:
     """Train Mango's maps of biases, norms, embeddings and head together with its ring."""
     stages: str = "both"
     """Grow width and depth at once or one after the other: both, width-first or depth-first."""
-    noise: float = 0.1
+    noise: float = 1.0
     """Noise that parts duplicated units, relative to the weights; what a method keeps exactly, it still keeps."""
     seed: int = 0
     """Seed of every draw of the method, of the data order and of the augmentation."""

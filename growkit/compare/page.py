@@ -6,6 +6,7 @@ from typing import Any
 
 from growkit.compare.figures import ArmFigures
 from growkit.compare.savings import Estimate, Saving
+from growkit.compare.settings import numbers
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
 from growkit.report.plot import Bar, Bars, Plot, Series, save
@@ -157,6 +158,10 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
             "scores at equal budget tell methods apart."
         )
     )
+    rates = sorted(numbers("--lrs", settings["lrs"]))
+    edge = [arm.name for arm in arms if len(rates) > 1 and arm.budgets[-1].lr in (rates[0], rates[-1])]
+    if edge:
+        reading += f"\nBest at the edge of the grid of rates, so that a wider one may serve better: {', '.join(edge)}."
     failures = [(arm.name, line) for arm in arms for line in arm.failures]
     sections = [
         Section("What each method gave", reading, Table(*main_table(arms)), list(drawn.values())),

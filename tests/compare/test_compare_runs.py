@@ -105,7 +105,9 @@ def test_report_has_all_that_makes_the_result(whole):
     for plot in ("curves", "final", "saving"):
         for kind in ("svg", "png"):
             assert (folder / "compare" / "plots" / f"{plot}.{kind}").stat().st_size > 1000
+    assert "Best at the edge of the grid of rates" in page  # there are but two
     content = json.loads((folder / "compare" / "results.json").read_text())
+    assert content["arm_settings"]["mango"]["grow"]["noise"] == 1.0
     assert content["recipe"]["batch_size"] == 64
     assert content["versions"]["torch"]
     assert len(content["runs"]) == 7 * 2 * 3
