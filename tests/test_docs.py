@@ -113,3 +113,15 @@ def test_command_lines_are_found_in_code_blocks_only() -> None:
 def test_broken_link_is_found(tmp_path: Path) -> None:
     text = "# A title, here\n[a](#a-title-here) [b](#absent) [c](absent.md) [d](https://x.org/y)\n"
     assert broken_links(tmp_path / "x.md", text) == ["#absent", "absent.md"]
+
+
+def result_table(text: str) -> list[str]:
+    """Rows of the document's table of results."""
+    return [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
+
+
+def test_readmes_result_table_is_that_of_the_result_file() -> None:
+    found = (ROOT / "examples/results/compare-cifar10-width_2-cpu-cores_2026-11-24.md").read_text(encoding="utf-8")
+    rows = result_table((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(rows) > 10
+    assert not [row for row in rows if row not in found.splitlines()]
