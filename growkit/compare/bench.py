@@ -176,7 +176,8 @@ class Bench:
     ) -> dict[str, Any]:
         """Spend what is left of `flops` on the start, with a schedule that ends there; what came out, as JSON.
 
-        The model of `start` is trained in place. The curve holds (FLOPs, top-1, loss) on held-out images.
+        The model of `start` is trained in place; with a moving average it ends with the averaged weights, which are
+        those that were scored. The curve holds (FLOPs, top-1, loss) on held-out images.
 
         Raises:
             GrowkitError: nothing is left to spend, or the loss is not finite.
@@ -187,7 +188,16 @@ class Bench:
         every = max(1, steps // evals) / updates_per_epoch
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every)
         began = time.perf_counter()
-        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, watch)
+        judged = start.model
+
+        def evaluate(model: nn.Module) -> Scores:
+            nonlocal judged
+            judged = model
+            return self.score(model)
+
+        fitted = _fit(start.model, self.data, recipe, self.device, folder, evaluate, watch)
+        if judged is not start.model:
+            start.model.load_state_dict(judged.state_dict())
         first = start.after_operator or start.step0
         curve = [] if start.step0 is None else [(0, start.step0)]
         if start.after_operator is not None:

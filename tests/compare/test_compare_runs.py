@@ -1,7 +1,7 @@
 """A whole comparison in seconds: what is paired, what is kept, what is refused, what is scored once."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -263,3 +263,17 @@ def test_file_of_another_version_is_refused_by_name_and_left(source, digits, tmp
     with pytest.raises(GrowkitError, match=rf"{name}: written by growkit 0\.0\."):
         run_compare(tmp_path, source, digits, settings, resume=True)
     assert path.read_text() == old
+
+
+def test_moving_average_is_what_the_test_images_score_too(source, digits, tmp_path, monkeypatch):
+    score, held_out = Bench.score, []
+
+    def recording(self, model, *, test=False):
+        if test:
+            held_out.append(score(self, model))
+        return score(self, model, test=test)
+
+    monkeypatch.setattr(Bench, "score", recording)
+    recipe = replace(RECIPE, model_ema=True, model_ema_decay=0.9)
+    compared = run_compare(tmp_path, source, digits, options(methods="lemon"), recipe)
+    assert [asdict(found) for found in held_out] == [run["final"] for run in compared.content["runs"]]
