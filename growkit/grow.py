@@ -1,5 +1,6 @@
 """Growing: the target network with weights method(source weights), and how far it stands from the source."""
 
+import re
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
@@ -16,7 +18,22 @@ from growkit.methods.base import GrowthMethod
 from growkit.methods.staged import Staged
 from growkit.settings import GrowSettings
 
+_IN_BLOCK = re.compile(r"^(blocks\.\d+\.)")
 STAGES = ("both", "width-first", "depth-first")
+
+
+class _Recomputed(nn.Module):
+    """A block computed again in the backward pass, with the weights that the forward pass gave it.
+
+    timm's own checkpointing would find the skeleton's, for functional_call takes back what it lends.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(functional_call, self.block, dict(self.block.named_parameters()), (x,), use_reentrant=False)
 
 
 class GrownModel(nn.Module):
@@ -50,9 +67,19 @@ class GrownModel(nn.Module):
         with plain:
             return self.target.join(self.method(source))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass, as timm's models do under this name."""
+        blocks = self._skeleton[0].blocks
+        for index, block in enumerate(blocks):
+            inner = block.block if isinstance(block, _Recomputed) else block
+            blocks[index] = _Recomputed(inner) if enable else inner
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The target network's forward, through the grown weights."""
-        return functional_call(self._skeleton[0], self.weights(), args, kwargs)
+        skeleton, weights = self._skeleton[0], self.weights()
+        if isinstance(skeleton.blocks[0], _Recomputed):
+            weights = {_IN_BLOCK.sub(r"\1block.", name): tensor for name, tensor in weights.items()}
+        return functional_call(skeleton, weights, args, kwargs)
 
     @torch.no_grad()
     def materialize(self) -> VisionTransformer:

@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "plan of no updates": (("plan", "small", *TO, "--steps", "0"), "--steps 0"),
     "--variant of no method": ((*GROW, "--variant", "aki"), "--variant aki: not a variant of mango"),
     "--stages of none": ((*GROW, "--stages", "depth"), "--stages depth: choose both"),
-    "--resident with colours": (("finetune", "small", *DATA, "--resident", *QUICK), "set --color-jitter 0"),
+    "--cache with colours": (("finetune", "small", *DATA, "--cache", "ram", *QUICK), "set --color-jitter 0"),
     "compare of no seeds": (("compare", "small", *TO, *DATA, "--seeds", "0"), "--seeds 0"),
     "compare of no method": (("compare", "small", *TO, *DATA, "--methods", "mangoo"), "nearest: mango"),
     "compare of a method that cannot": (("compare", "small", *TO, *DATA, "--methods", "llama-pro"), "methods that can"),

@@ -322,6 +322,27 @@ def test_moving_and_saving_touches_the_method_alone():
     assert all(t.dtype is torch.float32 for t in model.to(torch.float32).weights().values())
 
 
+def test_blocks_computed_again_give_the_same_gradients_and_keep_less():
+    source, target = PAIRS["wider and deeper"]
+    model = grow(source, target, randomised(source).state_dict(), GrowSettings(rank=2))
+    images = torch.randn(32, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def step():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            loss = model(images).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        return sum(kept), gradients
+
+    usual, expected = step()
+    model.set_grad_checkpointing()
+    less, found = step()
+    assert less < 0.6 * usual
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    model.set_grad_checkpointing(False)
+    assert step()[0] == usual
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("small", "big", "rank"),

@@ -85,7 +85,7 @@ def main() -> int:
         scale_min=0.6,
         color_jitter=0,
         smoothing=0.1,
-        resident=True,
+        cache="device",
         eval_every=5,
         save_seconds=60,
     )

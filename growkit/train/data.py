@@ -46,7 +46,7 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
 
     Lists the files, reads no image. Training images are augmented as `settings` says, those for
-    evaluation are resized and cropped as `data_config` says. With settings.resident the first batch
+    evaluation are resized and cropped as `data_config` says. With settings.cache the first batch
     decodes all images of its split, once for all runs that use what this returns.
 
     Args:
@@ -55,10 +55,10 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         settings: augmentation and where datasets lie.
 
     Raises:
-        GrowkitError: nothing usable is there, or resident images are to be augmented by more than crops and flips;
+        GrowkitError: nothing usable is there, or cached images are to be augmented by more than crops and flips;
             the message names the path or the option, and the remedy.
     """
-    if settings.resident:
+    if settings.cache != "none":
         refuse_other_augmentation(settings)
     config = channel_config(data_config)
     if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
@@ -85,13 +85,13 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
     plain = copy.copy(train)
     train.transform = _Converted(mode, augment)
-    if not settings.resident:
+    if settings.cache == "none":
         val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
         return Data(train=train, val=val, plain=plain, classes=classes, identity=identity)
     val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
     size, mean, std = config["input_size"], config["mean"], config["std"]
     loaders = (DataLoader(split, batch_size=256, **_loading(settings, False)) for split in (plain, val))
-    kept, judged = (Resident(Decoded(loader, size), mean, std) for loader in loaders)
+    kept, judged = (Resident(Decoded(loader, size, settings.cache), mean, std) for loader in loaders)
     return Data(train=kept, val=judged, plain=kept, classes=classes, identity=identity)
 
 

@@ -25,6 +25,7 @@ from growkit.train.watch import StepRecord, board, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
+FUSED = ("adamw", "adam", "sgd", "momentum", "nesterov")  # timm's names for what torch updates in one kernel
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
@@ -269,7 +270,11 @@ class _Training:
         if settings.model_ema:
             self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
+        if settings.grad_checkpointing:
+            _recompute_blocks(model)
         self._try_one_batch(data)
+        # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
+        self.forward = model if settings.compile is None else torch.compile(model, mode=settings.compile)
 
     def _try_one_batch(self, data: Data) -> None:
         """Find how many outputs the model has and what an update costs; nothing is learned."""
@@ -311,7 +316,7 @@ class _Training:
                 if self.mix is not None:
                     images, targets = self.mix(images, targets)
                 with autocast(self.settings.precision, self.device):
-                    share = self.loss_of(self.model(images), targets) / accumulate
+                    share = self.loss_of(self.forward(images), targets) / accumulate
                 self.scaler.scale(share).backward()
                 loss += share.detach()
             if self.settings.clip_grad:
@@ -347,11 +352,19 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     groups = [group for group in groups if group["params"]]
+    fused = {"fused": True} if settings.opt in FUSED else {}
     try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr)
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:
         raise GrowkitError(f"--opt {settings.opt}: not an optimizer timm can make ({error})") from None
     return optimizer
+
+
+def _recompute_blocks(model: nn.Module) -> None:
+    enable: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        raise GrowkitError("--grad-checkpointing: this model has no blocks to compute again; leave it out")
+    enable(True)
 
 
 def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:

@@ -1,4 +1,4 @@
-"""Images that stay decoded in the device's memory and are cropped and flipped there, a whole batch at once.
+"""Images that stay decoded, in RAM or on the device, and are cropped and flipped on the device, a batch at once.
 
 Many short runs over small images are otherwise bound by decoding. Cropping and flipping are timm's in meaning: an area
 between scale_min and 1, an aspect ratio between 3:4 and 4:3, a mirror image with probability hflip. Crops are of the
@@ -25,27 +25,28 @@ ROOM = 0.8  # of the free memory that images may take
 
 
 class Decoded:
-    """All images of `loader`, decoded when first needed, in the memory of the device that asked last.
+    """All images of `loader`, decoded when first needed.
 
     loader   gives batches of uint8 images (n, C, H, W) and labels (n,), in order
     size     (C, H, W) of an image
+    cache    where they stay: "device", the one that asked last, or "ram"
     labels   (N,) on the CPU, where the training loop looks at them; empty before the images are decoded
     """
 
-    def __init__(self, loader: DataLoader[Any], size: Sequence[int]):
+    def __init__(self, loader: DataLoader[Any], size: Sequence[int], cache: str):
         assert isinstance(loader.dataset, Sized)
-        self.loader, self.dataset = loader, loader.dataset
+        self.loader, self.dataset, self.cache = loader, loader.dataset, cache
         self.shape = (len(self.dataset), *size)
         self.labels = torch.empty(0, dtype=torch.long)
         self._images: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
-        """The images (N, C, H, W), uint8.
+        """The images (N, C, H, W), uint8, where they stay when `device` uses them.
 
         Raises:
             GrowkitError: they would take more than ROOM of the memory that is free there.
         """
-        device = torch.empty(0, device=device).device  # cuda is cuda:0, say
+        device = torch.empty(0, device=device if self.cache == "device" else "cpu").device  # cuda is cuda:0, say
         if self._images is None or self._images.device != device:
             self._require_room(device)
             self._images = self._decode(device) if self._images is None else self._images.to(device)
@@ -55,8 +56,8 @@ class Decoded:
         need, free = math.prod(self.shape), free_bytes(device)
         if need > ROOM * free:
             raise GrowkitError(
-                f"--resident: {self.shape[0]:,} images take {need / 1e9:.1f} GB, more than {ROOM:.0%} of the"
-                f" {free / 1e9:.1f} GB free on {device}; leave out --resident, or use fewer images"
+                f"--cache {self.cache}: {self.shape[0]:,} images take {need / 1e9:.1f} GB, more than {ROOM:.0%} of the"
+                f" {free / 1e9:.1f} GB free on {device}; leave out --cache, or use fewer images"
             )
 
     def _decode(self, device: torch.device) -> Tensor:
@@ -91,7 +92,10 @@ class Resident(Dataset[Any]):
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
-        return images[chosen.to(device)].float(), self.decoded.labels[chosen]
+        batch = images[chosen.to(images.device)]
+        if batch.device != device and device.type == "cuda":
+            batch = batch.pin_memory()  # so that the copy need not wait
+        return batch.to(device, non_blocking=True).float(), self.decoded.labels[chosen]
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images with values 0 to 255 as the network takes them."""
@@ -116,7 +120,7 @@ def refuse_other_augmentation(settings: FitSettings) -> None:
         (settings.reprob == 0, "set --reprob 0"),
     ):
         if not holds:
-            raise GrowkitError(f"--resident crops and flips only; {remedy}")
+            raise GrowkitError(f"--cache crops and flips only; {remedy}")
 
 
 def crop_and_flip(images: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,8 @@ from growkit.errors import GrowkitError
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CACHES = ("none", "ram", "device")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,17 @@ class FitSettings:
     precision: str = "auto"
     """auto, fp32, bf16 or fp16; auto is bf16 on GPUs that have it and fp32 elsewhere."""
 
+    compile: str | None = None
+    """Compile the network with torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune."""
+
+    grad_checkpointing: bool = False
+    """Compute each block again in the backward pass: less memory for a third more arithmetic."""
+
     seed: int = 0
     """Seed of every random choice."""
 
-    resident: bool = False
-    """Keep the decoded images in the device's memory, cropped and flipped there: for small images and many runs."""
+    cache: str = "none"
+    """Keep images decoded, in ram or in the device's memory: none, ram or device; they are augmented on the device."""
 
     workers: int = 2
     """Processes that read images; they change the speed, never the result."""
@@ -125,9 +133,10 @@ class FitSettings:
         for name in ("smoothing", "model_ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         self._require("scale_min", 0 < self.scale_min <= 1, "must be above 0 and at most 1")
-        self._require("sched", self.sched in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}")
-        choices = ", ".join(PRECISIONS)
-        self._require("precision", self.precision in PRECISIONS, f"must be one of {choices}")
+        for name, choices in (("sched", SCHEDULES), ("precision", PRECISIONS), ("cache", CACHES)):
+            self._require(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
+        known = self.compile is None or self.compile in COMPILE_MODES
+        self._require("compile", known, f"must be one of {', '.join(COMPILE_MODES)}")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

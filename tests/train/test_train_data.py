@@ -256,7 +256,7 @@ def test_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0)
-KINDS = pytest.mark.parametrize("settings", [PLAIN, replace(PLAIN, resident=True)], ids=["ordinary", "resident"])
+KINDS = pytest.mark.parametrize("settings", [PLAIN, replace(PLAIN, cache="device")], ids=["ordinary", "resident"])
 
 
 def shown(data: Data, settings: FitSettings) -> tuple[list[Tensor], list[Tensor]]:
@@ -295,7 +295,7 @@ def test_training_sees_no_held_out_image_and_evaluation_no_augmentation(opened: 
     assert same(list(val_batches(held, settings)), list(val_batches(unaugmented, still)))
     augmented = [image for batch, _ in train_batches(held, settings, 0, 2) for image in batch]
     assert not any(among(image, shown(held, settings)[0]) for image in augmented)
-    if settings.resident:  # the ordinary path crops the original, not what evaluation sees
+    if settings.cache != "none":  # the ordinary path crops the original, not what evaluation sees
         seen = [image for batch, _ in train_batches(unaugmented, still, 0, 2) for image in batch]
         assert all(among(image, shown(held, settings)[0]) for image in seen)
         assert not any(among(image, shown(held, settings)[1]) for image in seen)
@@ -304,7 +304,7 @@ def test_training_sees_no_held_out_image_and_evaluation_no_augmentation(opened: 
 
 
 def test_split_depends_on_its_seed_alone_and_is_the_same_for_both_kinds(opened: Open) -> None:
-    kept = replace(PLAIN, resident=True)
+    kept = replace(PLAIN, cache="device")
 
     def images(settings: FitSettings, seed: int, **given: float) -> list[Tensor]:
         return shown(hold_out(opened(settings), share=0.3, seed=seed, **given), settings)[1]

@@ -375,21 +375,56 @@ def test_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         fit(Net(), blobs(), replace(PLAIN, tensorboard=True), folder=tmp_path)
 
 
-def test_timm_vit_with_drop_path_trains_on_grey_digits() -> None:
-    digits = TensorDataset(torch.rand(16, 1, 8, 8), torch.arange(16) % 4)
-    data = Data(train=digits, val=digits, classes=list("abcd"))
+def grey_digits() -> tuple[nn.Module, Data]:
+    """A timm ViT with drop path, and grey images for it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=8,
-            patch_size=4,
-            in_chans=1,
-            embed_dim=24,
-            depth=2,
-            num_classes=4,
-            drop_path_rate=0.2,
-        )
+        digits = TensorDataset(torch.rand(16, 1, 8, 8), torch.arange(16) % 4)
+        sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_classes": 4}
+        model = timm.create_model("vit_tiny_patch16_224", **sizes, drop_path_rate=0.2)
+    return model, Data(train=digits, val=digits, classes=list("abcd"))
+
+
+def test_timm_vit_with_drop_path_trains_on_grey_digits() -> None:
+    model, data = grey_digits()
     result = fit(model, data, replace(PLAIN, steps=12, batch_size=16, model_ema=False))
     assert result.losses[-1] < result.losses[0]
     assert result.flops_per_step == 2 * result.macs_per_step > 0
+
+
+def test_blocks_computed_again_learn_the_same_and_cost_their_forward_pass() -> None:
+    settings = replace(PLAIN, steps=6, batch_size=16)
+    (plain, data), (again, _) = grey_digits(), grey_digits()
+    usual = fit(plain, data, settings)
+    recomputed = fit(again, data, replace(settings, grad_checkpointing=True))
+    assert recomputed.losses == usual.losses
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in again.state_dict().items())
+    assert usual.flops_per_step < recomputed.flops_per_step < 1.34 * usual.flops_per_step
+
+
+def test_model_without_blocks_cannot_compute_them_again() -> None:
+    with pytest.raises(GrowkitError, match="--grad-checkpointing: this model has no blocks"):
+        fit(Net(), blobs(), replace(PLAIN, grad_checkpointing=True))
+
+
+def test_only_training_runs_compiled_and_counts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    def compiled(model: nn.Module, *, mode: str) -> Callable[[Tensor], Tensor]:
+        return lambda images: (calls.append((mode, model.training)), model(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    data, settings = blobs(), replace(PLAIN, compile="reduce-overhead")
+    result = fit(Net(), data, settings, evaluate=scorer(data, settings))
+    assert calls == [("reduce-overhead", True)] * 4
+    assert result.flops_per_step == fit(Net(), data, PLAIN).flops_per_step
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_compiled_network_learns_the_same_to_rounding() -> None:
+    settings = replace(PLAIN, steps=6, batch_size=16)
+    (plain, data), (compiled, _) = grey_digits(), grey_digits()
+    for block in (*plain.blocks, *compiled.blocks):  # compiled dropout draws other numbers
+        block.drop_path1.drop_prob = block.drop_path2.drop_prob = 0.0
+    usual = fit(plain, data, settings)
+    assert fit(compiled, data, replace(settings, compile="default")).losses == pytest.approx(usual.losses, rel=1e-4)

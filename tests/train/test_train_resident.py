@@ -21,7 +21,7 @@ from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]
 ORDINARY = FitSettings(batch_size=8, workers=0, color_jitter=0.0, scale_min=0.3)
-RESIDENT = replace(ORDINARY, resident=True)
+RESIDENT = replace(ORDINARY, cache="device")
 WHOLE = replace(RESIDENT, scale_min=1.0, hflip=0.0)
 
 
@@ -222,6 +222,21 @@ def test_images_move_between_devices_without_decoding_and_only_a_move_needs_room
     assert decodings == [26]
 
 
+def test_images_cached_in_ram_stay_there_and_give_what_those_on_the_device_give(
+    opened: Open, decodings: list[int]
+) -> None:
+    in_ram = replace(RESIDENT, cache="ram")
+    data = opened(in_ram)
+    assert isinstance(data.train, Resident)
+    assert data.train.decoded.on(torch.device("meta")).device.type == "cpu"
+    images, _ = data.train.batch(torch.arange(3), torch.device("meta"))
+    assert images.device.type == "meta"
+    ours, theirs = (list(train_batches(opened(s), s, 0, 3)) for s in (in_ram, RESIDENT))
+    assert all(
+        torch.equal(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+
+
 def test_run_that_was_stopped_and_resumed_ends_bit_for_bit_where_the_unbroken_one_does(
     opened: Open, tmp_path: Path
 ) -> None:
@@ -247,20 +262,20 @@ def test_run_that_was_stopped_and_resumed_ends_bit_for_bit_where_the_unbroken_on
 
 
 def test_ordinary_run_is_not_resumed_as_a_resident_one(opened: Open, tmp_path: Path) -> None:
-    assert "resident" not in FREE_TO_CHANGE
+    assert "cache" not in FREE_TO_CHANGE
     settings = replace(ORDINARY, steps=2)
     fit(Net(), opened(settings), settings, folder=tmp_path)
-    kept = replace(settings, resident=True)
-    with pytest.raises(GrowkitError, match="started with resident False, not True"):
+    kept = replace(settings, cache="device")
+    with pytest.raises(GrowkitError, match="started with cache none, not device"):
         fit(Net(), opened(kept), kept, folder=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"color_jitter": 0.4}, "^--resident crops and flips only; set --color-jitter 0$"),
-        ({"reprob": 0.1}, "^--resident crops and flips only; set --reprob 0$"),
-        ({"aa": "rand-m9"}, "^--resident crops and flips only; leave out --aa$"),
+        ({"color_jitter": 0.4}, "^--cache crops and flips only; set --color-jitter 0$"),
+        ({"reprob": 0.1}, "^--cache crops and flips only; set --reprob 0$"),
+        ({"aa": "rand-m9"}, "^--cache crops and flips only; leave out --aa$"),
     ],
 )
 def test_augmentation_it_cannot_do_is_refused_by_option(images: Path, changes: dict[str, object], message: str) -> None:
@@ -272,7 +287,7 @@ def test_augmentation_it_cannot_do_is_refused_by_option(images: Path, changes: d
 def test_images_that_would_not_fit_are_refused_with_their_size(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     need = 26 * 3 * 8 * 8
     monkeypatch.setattr(resident, "free_bytes", lambda device: need / 0.8 - 1)
-    with pytest.raises(GrowkitError, match=r"^--resident: 26 images take .* GB free on cpu; leave out") as caught:
+    with pytest.raises(GrowkitError, match=r"^--cache device: 26 images take .* GB free on cpu; leave out") as caught:
         batches(opened(RESIDENT), RESIDENT)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(resident, "free_bytes", lambda device: need / 0.8 + 1)
