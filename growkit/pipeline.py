@@ -24,6 +24,7 @@ from growkit.source import TIMM, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, val_batches
 from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.memory import with_batch_size
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 
@@ -134,6 +135,7 @@ def grow_model(
 
     fitted, scores = None, None
     if opened is not None and operator is not None:
+        operator = _sized(grown, opened, operator, chosen, say)
         scores = {
             "source": score_model(small, opened, operator, chosen),
             "step0": score_model(model, opened, operator, chosen),
@@ -284,6 +286,7 @@ def _fit_into(
         refuse_existing(folder, force)
     chosen = pick_device(device)
     model = source.model()
+    settings = _sized(model, opened, settings, chosen, say)
     start = None
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen)
@@ -318,6 +321,14 @@ def _fit_into(
         hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
     )
     return Trained(folder, fitted, start)
+
+
+def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say) -> FitSettings:
+    """The settings with the batch size that was asked for, or found."""
+    sized = with_batch_size(model, opened, settings, device)
+    if sized is not settings:
+        say(f"--batch-size {sized.batch_size} is the largest that fits {device}; --lr {settings.lr:g} is not scaled")
+    return sized
 
 
 def evaluate_model(source: Source, data: str, settings: FitSettings, *, device: str = "auto") -> Scores:

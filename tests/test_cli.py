@@ -128,6 +128,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--data of a file": ((*GROW, "--data", "a-file"), "a-file"),
     "--data with one split": ((*GROW, "--data", "half"), "half"),
     "--batch-size 0": ((*GROW, *DATA, "--batch-size", "0"), "--batch-size 0"),
+    "--batch-size auto of compare": (("compare", "small", *TO, *DATA, "--batch-size", "-1"), "give a number here"),
+    "--compile unknown": (("finetune", "small", *DATA, "--compile", "fast"), "--compile fast: must be one of default"),
+    "--cache unknown": (("finetune", "small", *DATA, "--cache", "disk"), "--cache disk: must be one of none"),
     "--steps 0": ((*GROW, *DATA, "--steps", "0"), "--steps 0"),
     "--lr 0": (("finetune", "small", *DATA, "--lr", "0"), "--lr 0"),
     "--opt unknown": (("finetune", "small", *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
@@ -198,7 +201,16 @@ def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("grow",), ("grow", "small"), ("grwo", "small"), (*GROW, "--rank", "two"), (*GROW, "--depth", "3"), ()],
+    [
+        ("grow",),
+        ("grow", "small"),
+        ("grwo", "small"),
+        (*GROW, "--rank", "two"),
+        (*GROW, "--depth", "3"),
+        (*GROW, "--batch-size", "large"),
+        (*GROW, "--batch-size", "-1"),
+        (),
+    ],
 )
 def test_bad_usage_exits_2_and_writes_nothing(
     arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -270,6 +282,19 @@ def test_grow_records_what_made_the_model(
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
     assert step["hashes"] == {"source": history["source"]["sha256"], "grown": history["weights_sha256"]}
     assert (step["options"]["seed"], step["options"]["rank"]) == (7, 3)
+
+
+def test_batch_size_auto_is_found_said_and_recorded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    options = ("--batch-size", "auto", "--steps", "1", "--workers", "0", "--run", tmp_path)
+    status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
+    assert status == 0
+    images = len(list((place / DATA[1] / "train").rglob("*.png")))
+    assert f"--batch-size {images // 8 * 8} is the largest that fits cpu; --lr 0.0001 is not scaled" in out
+    (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
+    assert step["options"]["batch_size"] == images // 8 * 8
 
 
 def sha256(path: Path) -> str:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from growkit.settings import FINETUNE_DEFAULTS
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
 from growkit_cli.progress import ended, tell_trained, watching
 
 
-@with_settings(FitSettings, **FINETUNE_DEFAULTS)
+@with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
 def finetune(
     data: NeededData,
     settings: FitSettings,

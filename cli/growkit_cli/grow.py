@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import (
     AsJson,
@@ -30,6 +30,7 @@ from growkit_cli.progress import ended, watching
     name="operator",
     panel="Operator training, with --data",
     skip=("seed", "epochs", "model_ema", "model_ema_decay"),
+    auto={"batch_size": AUTO},
     **OPERATOR_DEFAULTS,
 )
 def grow(

@@ -80,12 +80,14 @@ def with_settings(
     name: str = "settings",
     panel: str | None = None,
     skip: tuple[str, ...] = (),
+    auto: dict[str, int] | None = None,
     **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of `settings`, collected into its argument `name`.
 
     The help of an option is the string under its field, its default the field's own unless
-    `defaults` says otherwise; fields in `skip` get no option. `panel` is the heading in --help.
+    `defaults` says otherwise; fields in `skip` get no option. `panel` is the heading in --help. Options named in
+    `auto` also take that word, for the number given there.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +105,9 @@ def with_settings(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(f.name, f.default),
-                annotation=Annotated[f.type, typer.Option(help=docs[f.name], rich_help_panel=panel)],
+                annotation=Annotated[
+                    f.type, typer.Option(help=docs[f.name], rich_help_panel=panel, **_auto(auto, f.name))
+                ],
             )
             for f in fields
         ]
@@ -114,3 +118,22 @@ def with_settings(
         return wrapper
 
     return decorate
+
+
+def _auto(words: dict[str, int] | None, name: str) -> dict[str, Any]:
+    """What makes an option of whole numbers take the word auto."""
+    if not words or name not in words:
+        return {}
+
+    def number_or_auto(text: object) -> int:
+        if text == "auto":
+            return words[name]
+        try:
+            number = int(str(text))
+        except ValueError:
+            number = words[name]
+        if number == words[name]:
+            raise typer.BadParameter(f"{text!r} is neither a whole number above 0 nor auto")
+        return number
+
+    return {"parser": number_or_auto, "metavar": "INTEGER|auto"}

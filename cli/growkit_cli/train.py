@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
 from growkit_cli.progress import ended, tell_trained, watching
 
 
-@with_settings(FitSettings)
+@with_settings(FitSettings, auto={"batch_size": AUTO})
 def train(
     architecture: Annotated[str, typer.Argument(help="A timm name or a short one, as deit_tiny.")],
     data: NeededData,

@@ -19,7 +19,7 @@ from growkit.grow import grow, make_method
 from growkit.plan import step_flops
 from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
-from growkit.train.data import Data, batches_per_epoch, size_of
+from growkit.train.data import Data, batches_per_epoch, images_per_batch
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
@@ -140,7 +140,7 @@ class Bench:
         return steps * step_flops(grown, self.target, self._images()) * self.operator.grad_accum_steps
 
     def _images(self) -> int:
-        return min(self.recipe.batch_size, size_of(self.data.train))
+        return images_per_batch(self.data, self.recipe)
 
     def flops_per_step(self, arm: Arm) -> int:
         """FLOPs of one update of the arm's training proper."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from growkit.errors import GrowkitError
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 
@@ -325,11 +325,12 @@ class _Augmented(Dataset[Any]):
 class _Places(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew."""
 
-    def __init__(self, images: int, settings: FitSettings, first: int, last: int):
-        self.images, self.settings, self.first, self.last = images, settings, first, last
+    def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
+        self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
+        self.size = images_per_batch(data, settings)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = min(self.settings.batch_size, self.images)
+        size = self.size
         order, order_of = torch.empty(0), -1
         for number in range(self.first, self.last):
             epoch, place = divmod(number, self.images // size)
@@ -339,12 +340,20 @@ class _Places(Sampler[list[tuple[int, int]]]):
             yield [(epoch, index) for index in order[place * size : (place + 1) * size].tolist()]
 
 
-def batches_per_epoch(data: Data, settings: FitSettings) -> int:
-    """Training batches in an epoch; the last images of an epoch that fill no batch are left out.
+def images_per_batch(data: Data, settings: FitSettings) -> int:
+    """Images of a training batch; a dataset smaller than one is one batch.
 
-    A dataset smaller than one batch is one batch.
+    Raises:
+        GrowkitError: the size is still to be found.
     """
-    return max(1, size_of(data.train) // settings.batch_size)
+    if settings.batch_size == AUTO:
+        raise GrowkitError("--batch-size auto: only grow, finetune and train find it; give a number here")
+    return min(settings.batch_size, size_of(data.train))
+
+
+def batches_per_epoch(data: Data, settings: FitSettings) -> int:
+    """Training batches in an epoch; the last images of an epoch that fill no batch are left out."""
+    return size_of(data.train) // images_per_batch(data, settings)
 
 
 def train_batches(
@@ -356,7 +365,7 @@ def train_batches(
     resident images are there already.
     """
     device = torch.device(device)
-    sampler = _Places(size_of(data.train), settings, first, last)
+    sampler = _Places(data, settings, first, last)
     if isinstance(data.train, Resident):
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.train import resume as resuming
-from growkit.train.data import Data, batches_per_epoch, seeded, size_of, train_batches
+from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
 from growkit.train.flops import count_step
+from growkit.train.memory import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, predictor, require_labels
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, board, stop_signals
@@ -89,7 +90,9 @@ def fit(
     plan = _plan(data, settings)
     if settings.model_ema and evaluate is None:
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
-    training = _Training(model, data, settings, torch.device(device), plan)
+    device = torch.device(device)
+    with telling_what_fits(model, data, settings, device):
+        training = _Training(model, data, settings, device, plan)
     losses: list[float] = []
     history: list[tuple[int, Scores]] = []
     start, seconds_before = 0, 0.0
@@ -134,7 +137,8 @@ def fit(
     with stop_signals() as stop, board(settings, folder, start) as show:
         saved_at = mark = time.perf_counter()
         for step in range(start + 1, plan.total + 1):
-            pending.append(training.update(step, batches))
+            with telling_what_fits(model, data, settings, device):
+                pending.append(training.update(step, batches))
             last = step == plan.total
             judge = evaluate is not None and (last or plan.evaluates_at(step))
             report = judge or last or step % settings.log_every == 0
@@ -210,7 +214,7 @@ class _Plan:
 
 
 def _plan(data: Data, settings: FitSettings) -> _Plan:
-    images = min(settings.batch_size, size_of(data.train))
+    images = images_per_batch(data, settings)
     if images % 2 and (settings.mixup or settings.cutmix):
         raise GrowkitError(
             f"--mixup and --cutmix pair the images of a batch, and {images} is odd;"
@@ -271,7 +275,7 @@ class _Training:
             self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
         if settings.grad_checkpointing:
-            _recompute_blocks(model)
+            recompute_blocks(model)
         self._try_one_batch(data)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward = model if settings.compile is None else torch.compile(model, mode=settings.compile)
@@ -358,13 +362,6 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     except (ValueError, AssertionError, KeyError) as error:
         raise GrowkitError(f"--opt {settings.opt}: not an optimizer timm can make ({error})") from None
     return optimizer
-
-
-def _recompute_blocks(model: nn.Module) -> None:
-    enable: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
-    if enable is None:
-        raise GrowkitError("--grad-checkpointing: this model has no blocks to compute again; leave it out")
-    enable(True)
 
 
 def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:

@@ -7,6 +7,7 @@ from growkit.errors import GrowkitError
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CACHES = ("none", "ram", "device")
+AUTO = -1  # the batch size that asks for the largest that fits
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -24,7 +25,7 @@ class FitSettings:
     """Updates to train for; replaces --epochs when given."""
 
     batch_size: int = 64
-    """Images per batch."""
+    """Images per batch; auto takes the largest that fits in memory, and leaves the learning rate to you."""
 
     grad_accum_steps: int = 1
     """Batches whose gradients make one update."""
@@ -121,8 +122,9 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no run can use, naming the option."""
-        for name in ("batch_size", "grad_accum_steps", "log_every", "epochs", "lr"):
+        for name in ("grad_accum_steps", "log_every", "epochs", "lr"):
             self._require(name, getattr(self, name) > 0, "must be above 0")
+        self._require("batch_size", self.batch_size > 0 or self.batch_size == AUTO, "must be above 0")
         self._require("steps", self.steps is None or self.steps > 0, "must be above 0")
         for name in ("weight_decay", "clip_grad", "min_lr", "mixup", "cutmix", "color_jitter"):
             self._require(name, getattr(self, name) >= 0, "must not be below 0")
