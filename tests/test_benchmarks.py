@@ -96,6 +96,9 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["ratio"] > 0
+    assert list(content["images_per_second"]) == ["growkit", "timm", "growkit, cache-ram", "growkit, cache-device"]
+    assert all(0 < share < 1 for share in content["share_of_peak"].values())
+    assert 0.5 < sum(content["shares_of_time"].values()) <= 1
 
 
 @pytest.mark.slow  # trains thrice in one process

@@ -2,11 +2,13 @@
 
     python examples/benchmarks/throughput.py --data IMAGENET --model deit_base --batch-size 256 --workers 16
 
-Same model, batch, precision, images, augmentation and workers; segments of both alternate in random
-order in one process. The promise is for a GPU; on a CPU this is a smoke test.
+Same model, batch, precision, images, augmentation (crops and flips) and workers; segments of both, and of growkit with
+each of --with, alternate in random order in one process. Then: the share of the machine's measured matmul peak, and
+where a training step's time goes. The promise is for a GPU; on a CPU this is a smoke test.
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -14,7 +16,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,27 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from growkit.pipeline import pick_device
+from growkit.plan import step_flops
 from growkit.record import hardware, versions
 from growkit.source import Source, fresh
 from growkit.train.data import open_data
 from growkit.train.loop import StepRecord, fit
-from growkit.train.score import autocast
+from growkit.train.score import amp_dtype, autocast
 from growkit.train.settings import FitSettings
 
 PROMISED = {"ratio": 1.0}
+WITH: dict[str, dict[str, Any]] = {
+    "cache-ram": {"cache": "ram"},
+    "cache-device": {"cache": "device"},
+    "compile": {"compile": "default"},
+    "cuda-graphs": {"compile": "reduce-overhead"},
+    "grad-checkpointing": {"grad_checkpointing": True},
+}
+SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is the peak
+OPS_SHOWN = 12
 
 
 def main() -> None:
@@ -48,26 +62,43 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--steps", type=int, default=20, help="updates timed in a segment; as many warm it up")
     parser.add_argument("--rounds", type=int, default=5, help="segments of each kind")
+    parser.add_argument("--with", dest="more", default="cache-ram,cache-device", help=f"of {', '.join(WITH)}, or none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
     device = pick_device(options.device)
 
-    kinds = {"growkit": growkit_segment, "timm": timm_segment}
+    kinds: dict[str, Callable[[], float]] = {"growkit": growkit_segment(options, device)}
+    kinds["timm"] = functools.partial(timm_segment, options, device)
+    for name in [] if options.more == "none" else options.more.split(","):
+        kinds[f"growkit, {name}"] = growkit_segment(options, device, **WITH[name])
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     order = random.Random(options.seed)
     for number in range(options.rounds):
         for name in order.sample(list(kinds), len(kinds)):
-            rates[name].append(kinds[name](options, device))
+            rates[name].append(kinds[name]())
         done = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
         print(f"round {number + 1} of {options.rounds}: {done} images/s", file=sys.stderr)
-    ratios = [ours / theirs for ours, theirs in zip(rates["growkit"], rates["timm"], strict=True)]
+    ratios = {
+        name: [ours / theirs for ours, theirs in zip(found, rates["timm"], strict=True)]
+        for name, found in rates.items()
+        if name != "timm"
+    }
     medians = {name: statistics.median(found) for name, found in rates.items()}
+    peak, per_image = matmul_peak(options, device), flops_per_image(options)
+    used = {name: median * per_image / peak for name, median in medians.items()}
     print(f"{options.model}, batch {options.batch_size}, {options.precision}, {options.workers} workers, {device}")
+    print(f"medians of {options.rounds} segments")
+    print(f"matmul peak {peak / 1e12:.3g} TFLOP/s; {per_image / 1e9:.3g} GFLOP for each image")
     for name, median in medians.items():
-        print(f"{name:8} {median:10.1f} images/s, median of {options.rounds} segments")
-    shown = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"growkit / timm: {statistics.median(ratios):.3f}, {shown} (promised on a GPU: {PROMISED['ratio']:.2f})")
+        against = ratios.get(name, [1.0])
+        spread = f"{statistics.median(against):.3f} ({min(against):.3f} to {max(against):.3f}) x timm"
+        print(f"{name:28} {median:10.1f} images/s, {used[name]:6.1%} of the peak, {spread}")
+    print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
+    where = shares(options, device)
+    print("where the time of growkit's training steps goes:")
+    for name, share in where.items():
+        print(f"{share:7.1%}  {name}")
     if options.out:
         given = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
         content = {
@@ -76,8 +107,12 @@ def main() -> None:
             "promised": PROMISED,
             "images_per_second": rates,
             "median_images_per_second": medians,
-            "ratio": statistics.median(ratios),
+            "ratio": statistics.median(ratios["growkit"]),
             "ratios": ratios,
+            "matmul_peak_flops_per_second": peak,
+            "flops_per_image": per_image,
+            "share_of_peak": used,
+            "shares_of_time": where,
             "versions": versions(),
             "hardware": hardware(),
         }
@@ -100,16 +135,56 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
         precision=options.precision,
         seed=options.seed,
         eval_every=0,
+        color_jitter=0,  # which images in a cache cannot have
     )
 
 
-def growkit_segment(options: argparse.Namespace, device: torch.device) -> float:
-    """Images per second of the second half of a short run of fit."""
-    source, settings = start_of(options), settings_of(options)
+def growkit_segment(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[[], float]:
+    """Images per second of the second half of a short run of fit; what is cached stays so between calls."""
+    source, settings = start_of(options), replace(settings_of(options), **changes)
     data = open_data(options.data, source.preprocessing, settings)
-    records: list[StepRecord] = []
-    fit(source.model(), data, settings, device=device, on_step=records.append)
-    return records[-1].images_per_second
+
+    def segment() -> float:
+        records: list[StepRecord] = []
+        fit(source.model(), data, settings, device=device, on_step=records.append)
+        return records[-1].images_per_second
+
+    return segment
+
+
+def flops_per_image(options: argparse.Namespace) -> float:
+    """FLOPs of a training step for each image."""
+    source = start_of(options)
+    return step_flops(source.model().to("meta"), source.architecture, options.batch_size) / options.batch_size
+
+
+def matmul_peak(options: argparse.Namespace, device: torch.device) -> float:
+    """FLOPs per second of a large square product in the precision of training, the best of many."""
+    side = SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=amp_dtype(options.precision, device)) for _ in "ab")
+    best = math.inf
+    for _ in range(20):
+        wait(device)
+        start = time.perf_counter()
+        left @ right
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Share of the time of training steps that each kind of operation takes itself, the largest first."""
+    segment = growkit_segment(options, device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        segment()
+    found = {
+        event.key: float(event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+    }
+    total = sum(found.values())
+    largest = sorted(found, key=found.__getitem__, reverse=True)[:OPS_SHOWN]
+    return {name: found[name] / total for name in largest}
 
 
 def timm_segment(options: argparse.Namespace, device: torch.device) -> float:
