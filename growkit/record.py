@@ -19,6 +19,11 @@ PACKAGES = (
     "onnxruntime",
     "onnxscript",
     "numpy",
+    "safetensors",
+    "opt_einsum",
+    "optuna",
+    "scipy",
+    "matplotlib",
 )
 
 

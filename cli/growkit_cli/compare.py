@@ -73,7 +73,7 @@ def compare(
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished runs are kept, --resume goes on\n")
         raise typer.Exit(130) from None
-    console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms))
+    console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
     console.table("cost", *cost_table(compared.arms))
     for arm in compared.arms:
         for line in arm.failures:

@@ -5,8 +5,8 @@
 
 CIFAR holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32. Images stay in the device's memory and are augmented there;
 on a GPU everything runs in bf16. It stops after --minutes with its state saved, and the same command goes on; exit
-status 3 says that there is more to do. Results of each pair lie in OUT/PAIR/compare; with --results they are copied
-there under a name with pair, hardware and date. Sizes are layers,width,heads.
+status 3 says that there is more to do. Results of each pair lie in OUT/quick/PAIR/compare, or under OUT/full; with
+--results they are copied there under a name with pair, hardware and date. Sizes are layers,width,heads.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from growkit.compare.bench import Watch
 from growkit.compare.compare import compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.files import read_json
-from growkit.pipeline import pick_device, train_model
+from growkit.pipeline import LAST, pick_device, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import load_source
 from growkit.train.loop import StepRecord
@@ -52,7 +53,6 @@ class Deadline:
 
     def follow(self, title: str, finished: int, total: int) -> Watch:
         """For compare_methods(follow=...)."""
-        self.watch_total = total
         return self.watch
 
 
@@ -89,8 +89,9 @@ def main() -> int:
         eval_every=5,
         save_seconds=60,
     )
-    run = RunFolder(given.out / "source")
-    if not whole(run):
+    root = given.out / ("full" if given.full else "quick")
+    run = RunFolder(root / "source")
+    if not whole(run, recipe):
         print(f"training the source, {given.source}", flush=True)
         trained = train_model(
             run,
@@ -106,10 +107,10 @@ def main() -> int:
         if trained.fitted.interrupted:
             print("time is over; the same command goes on", flush=True)
             return UNFINISHED
-    source = load_source(str(run.trained))
+    source = load_source(str(run.trained / LAST))  # its best was chosen on images that will test it
     for pair in given.pairs.split(","):
         settings = CompareSettings(
-            methods=given.methods or METHODS[pair],
+            methods=given.methods or METHODS.get(pair, METHODS["odd"]),
             controls="random-pad,untrained-source,untrained-operator,source-longer",
             seeds=given.seeds or (3 if given.full else 1),
             budgets="0.25,0.5,1" if given.full else "1",
@@ -117,9 +118,7 @@ def main() -> int:
             operator_steps=given.operator_steps,
         )
         print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
-        where = RunFolder(given.out / pair)
-        if (where.compare / "results.json").exists():
-            continue
+        where = RunFolder(root / pair)
         try:
             compared = compare_methods(
                 where,
@@ -144,10 +143,15 @@ def main() -> int:
     return 0
 
 
-def whole(run: RunFolder) -> bool:
-    """Whether the source is trained to its end."""
-    path = run.trained / HISTORY
-    return path.exists() and read_json(path).get("fit", {}).get("interrupted") is False
+def whole(run: RunFolder, recipe: FitSettings) -> bool:
+    """Whether the source is trained to its end; leaves where it was trained otherwise than now."""
+    path = run.trained / LAST / HISTORY
+    if not path.exists():
+        return False
+    fitted = read_json(path)["fit"]
+    if fitted["settings"] != asdict(recipe):
+        sys.exit(f"{run.trained}: trained with other settings; give the same, or another --out")
+    return not fitted["interrupted"]
 
 
 def sizes(text: str) -> tuple[str, ...]:

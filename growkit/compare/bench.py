@@ -1,8 +1,7 @@
 """What every arm of a comparison shares, and one run of an arm: start, train, score."""
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.data import Data, batches_per_epoch, images_per_batch
 from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.memory import recompute_blocks
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
 from growkit.train.settings import FitSettings
@@ -43,7 +43,7 @@ class Start:
 class Bench:
     """Source, target, images and recipe that all arms share.
 
-    data       training images, and those held out from them as validation images
+    data       training images, and the held-out ones that are chosen by, as validation images
     test       the images scored once, as validation images
     recipe     how the full budget is spent from nothing
     operator   how operators are trained
@@ -57,6 +57,7 @@ class Bench:
     operator: FitSettings
     device: torch.device
     folder: Path
+    _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
         """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
@@ -76,14 +77,14 @@ class Bench:
         rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
         kept, figures = folder / "model.safetensors", folder / "start.json"
-        if figures.exists() and kept.exists():
+        if kept.exists():
             model = self.fresh(arm)
             model.load_state_dict(load_file(kept))
         else:
             state = untrained(self.source.architecture, seed=seed) if arm.fresh_source else self.source.state
             grown = grow(self.source.architecture, self.target, state, settings)
             model = grown.materialize()
-            if not figures.exists():
+            if operator_lr is not None or not figures.exists():
                 found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
                 if operator_lr is not None:
                     recipe = replace(self.operator, steps=self.operator_steps(arm), lr=operator_lr, seed=seed)
@@ -102,6 +103,12 @@ class Bench:
         after = Scores(**found["operator"]) if "operator" in found else None
         return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
 
+    @property
+    def full_steps(self) -> int:
+        """Updates of the full budget, from nothing."""
+        per_epoch = batches_per_epoch(self.data, self.recipe) / self.recipe.grad_accum_steps
+        return self.recipe.steps or max(1, round(self.recipe.epochs * per_epoch))
+
     def operator_steps(self, arm: Arm) -> int:
         """Updates of the arm's operator training; 0 for fixed rules and untrained operators."""
         if arm.grow is None or not self.learned(arm.grow):
@@ -116,7 +123,10 @@ class Bench:
         Raises:
             GrowkitError: it cannot grow this pair.
         """
-        return any(p.requires_grad for p in make_method(self.source.architecture, self.target, settings).parameters())
+        if settings not in self._known:
+            method = make_method(self.source.architecture, self.target, settings)
+            self._known[settings] = any(p.requires_grad for p in method.parameters())
+        return self._known[settings]
 
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
         """Scores on the held-out images, or on the test images."""
@@ -137,16 +147,19 @@ class Bench:
         if not steps or arm.grow is None:
             return 0
         grown = grow(self.source.architecture, self.target, self.source.state, arm.grow).to("meta")
-        return steps * step_flops(grown, self.target, self._images()) * self.operator.grad_accum_steps
-
-    def _images(self) -> int:
-        return images_per_batch(self.data, self.recipe)
+        return steps * self._priced(grown, self.target)
 
     def flops_per_step(self, arm: Arm) -> int:
         """FLOPs of one update of the arm's training proper."""
         trained = self.trained(arm)
-        model = build(trained.name, trained.arguments, device="meta")
-        return step_flops(model, trained, self._images()) * self.recipe.grad_accum_steps
+        return self._priced(build(trained.name, trained.arguments, device="meta"), trained)
+
+    def _priced(self, model: nn.Module, architecture: Architecture) -> int:
+        """FLOPs of an update as `fit` counts it."""
+        if self.recipe.grad_checkpointing:
+            recompute_blocks(model)
+        images = images_per_batch(self.data, self.recipe)
+        return step_flops(model, architecture, images) * self.recipe.grad_accum_steps
 
     def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
         """Updates of training proper that `flops` pays for, `spent` of which went into the operator.
@@ -185,9 +198,11 @@ class Bench:
         """
         steps = self.steps_within(arm, flops, start.flops)
         updates_per_epoch = batches_per_epoch(self.data, self.recipe) / self.recipe.grad_accum_steps
-        every = max(1, steps // evals) / updates_per_epoch
-        recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every)
-        began = time.perf_counter()
+        every = -(-steps // evals) / updates_per_epoch
+        warmup = self.recipe.warmup_epochs
+        if warmup is not None:  # the same share of every run, however short
+            warmup *= steps / self.full_steps
+        recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
         judged = start.model
 
         def evaluate(model: nn.Module) -> Scores:
@@ -214,7 +229,7 @@ class Bench:
             "final": asdict(fitted.history[-1][1]),
             "curve": [(at, scores.top1, scores.loss) for at, scores in curve],
             "training_losses": [round(loss, 5) for loss in fitted.losses[:: max(1, len(fitted.losses) // 200)]],
-            "seconds": time.perf_counter() - began,
+            "seconds": fitted.seconds,
             "operator_seconds": start.seconds,
             "images_per_second": fitted.images_per_second,
         }

@@ -22,14 +22,16 @@ from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_file, write_json
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import OPERATOR_DEFAULTS
-from growkit.source import Source, with_classes
-from growkit.train.data import batches_per_epoch, hold_out, open_data
+from growkit.source import TIMM, Source, with_classes
+from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
+from growkit.train.score import amp_dtype
 from growkit.train.settings import FitSettings
 
 BEGUN = "begun.json"
 SCHEMA = 1  # of every file a comparison writes
 FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
+FAILURES = (GrowkitError, RuntimeError, MemoryError)  # of a run; torch's own errors are RuntimeErrors
 Say = Callable[[str], None]
 Follow = Callable[[str, int, int], Watch]  # title of a run, runs finished, runs in all -> what watches it
 
@@ -64,9 +66,7 @@ class Comparison:
         self.budgets = numbers("--budgets", settings.budgets)
         self.lrs = numbers("--lrs", settings.lrs)
         self.operator_lrs = numbers("--operator-lrs", settings.operator_lrs)
-        scratch = self.arms[0]
-        updates = updates_of(bench)
-        self.full = bench.flops_per_step(scratch) * updates
+        self.full = bench.flops_per_step(self.arms[0]) * bench.full_steps
         self.seeds = range(bench.recipe.seed, bench.recipe.seed + settings.seeds)
         self.total = len(self.arms) * len(self.budgets) * (len(self.lrs) + len(self.seeds) - 1)
         self.finished = 0
@@ -94,16 +94,18 @@ class Comparison:
             for arm in self.arms:
                 for budget in self.budgets:
                     self._cell_of(arm, budget, seed)
+        for weights in (self.bench.folder / "starts").glob("*/model.safetensors"):
+            weights.unlink()  # every run from there is made
         return self.results()
 
     def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
         """The runs of one arm, budget and seed: the whole grid on the first seed, the best of it on the others."""
         grid = self.lrs
-        if seed != self.seeds[0]:
-            best = self.best(arm, budget)
-            if best is None:
-                return  # every rate failed; the reasons are on file
-            grid = (best["lr"],)
+        best = self.best(arm, budget)
+        if best is not None and (seed != self.seeds[0] or best["test"] is not None):
+            grid = (best["lr"],)  # what was chosen stays so: a rate that failed then is not tried again
+        elif seed != self.seeds[0]:
+            return  # every rate failed; the reasons are on file
         for lr in grid:
             self._run(Cell(arm, budget, seed, lr))
         chosen = self.best(arm, budget) if seed == self.seeds[0] else self._result(Cell(arm, budget, seed, grid[0]))
@@ -111,11 +113,15 @@ class Comparison:
             self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
 
     def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
-        """The first seed's run with the best final score on held-out images; None when all failed or none is there."""
+        """The first seed's run that the test images scored, else the best one so far; None when there is none."""
         made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
         finished = [found for found in made if found is not None and "failed" not in found]
         sign = 1 if self.settings.metric == "top1" else -1
-        return max(finished, key=lambda found: sign * found["final"][self.settings.metric], default=None)
+        return max(
+            finished,
+            key=lambda found: (found["test"] is not None, sign * found["final"][self.settings.metric]),
+            default=None,
+        )
 
     def results(self) -> list[dict[str, Any]]:
         """Every run on file that belongs to this comparison, failed ones too, in order."""
@@ -156,10 +162,9 @@ class Comparison:
                 folder=folder,
                 watch=self._watch(cell.name),
             )
-        except (GrowkitError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            write_json(folder / "result.json", {**facts, "failed": reason})
-            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
+        except FAILURES as error:
+            write_json(folder / "result.json", {**facts, "failed": _reason(error)})
+            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({_reason(error)})")
             return
         with whole_file(folder / "model.safetensors") as partial:
             save_file({name: t.contiguous() for name, t in start.model.cpu().state_dict().items()}, partial)
@@ -178,15 +183,17 @@ class Comparison:
             return None
         if arm.operator_lr is not None or len(self.operator_lrs) == 1:
             return arm.operator_lr or self.operator_lrs[0]
-        if arm.slug in self._rates:
-            return self._rates[arm.slug]
+        made = (self._result(Cell(arm, budget, self.seeds[0], lr)) for budget in self.budgets for lr in self.lrs)
+        used = [found["operator_lr"] for found in made if found is not None and "failed" not in found]
+        if used or arm.slug in self._rates:  # what was chosen stays so
+            return float(used[0]) if used else self._rates[arm.slug]
         tried: dict[float, float] = {}
         for lr in self.operator_lrs:
             try:
                 watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
                 start = self.bench.start(arm, self.seeds[0], lr, watch)
-            except GrowkitError as error:
-                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({error})")
+            except FAILURES as error:
+                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({_reason(error)})")
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
@@ -208,6 +215,10 @@ class Comparison:
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         path = self.runs / cell.slug / "result.json"
         return read_own(path) if path.exists() else None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,8 @@ def compare_methods(
     known = settings.source_flops if settings.source_flops is not None else flops_of(source)
     arms = arm_figures(
         runs,
-        arms=[(arm.name, arm.control) for arm in comparison.arms],
+        arms=comparison.arms,
+        seeds=comparison.seeds,
         budgets=comparison.budgets,
         metric=settings.metric,
         source_flops=known,
@@ -310,9 +322,15 @@ def bench_of(
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.notes[len(source.notes) :], *notes):
         say(note)
-    held = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
-    operator = replace(recipe, **{**OPERATOR_DEFAULTS, "steps": operator_steps, "model_ema": False})
-    return Bench(adapted, target, held, opened, recipe, operator, device, folder)
+    if source.labels is not None and len(source.labels) == len(labels) and list(source.labels) != list(labels):
+        say(f"the source calls its classes {_some(source.labels)}, the data {_some(labels)}: they are taken in order")
+    chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
+    own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
+    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
@@ -329,6 +347,11 @@ def identity_of(bench: Bench) -> dict[str, Any]:
         "data": {name: str(value) for name, value in bench.data.identity.items()},
         "recipe": recipe,
         "operator": operator,
+        "machine": {
+            "device": bench.device.type,
+            "precision": str(amp_dtype(bench.recipe.precision, bench.device)).removeprefix("torch."),
+            "torch": torch.__version__,
+        },
     }
 
 
@@ -337,7 +360,7 @@ def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str
 
     Raises:
         GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
-            in `free` excepted.
+            in `free` excepted, or something else.
     """
     path = folder / BEGUN
     if resume and path.exists():
@@ -346,6 +369,8 @@ def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str
             name, was, now = differing
             raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
     elif folder.exists():
+        if resume and any(folder.iterdir()):
+            raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
         shutil.rmtree(folder)
     write_json(path, own)
 
@@ -359,16 +384,12 @@ def flops_of(source: Source) -> float | None:
             return None
         total += spent["flops"] if spent else 0
         origin = history.get("source") or {}
+        if str(origin.get("name", "")).startswith(TIMM):
+            return None  # published weights
         if not origin.get("sha256"):
             return total  # it began as random weights
         history = origin.get("history")
     return None
-
-
-def updates_of(bench: Bench) -> int:
-    """Updates of the full budget, from nothing."""
-    per_epoch = batches_per_epoch(bench.data, bench.recipe) / bench.recipe.grad_accum_steps
-    return bench.recipe.steps or max(1, round(bench.recipe.epochs * per_epoch))
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """From the runs of a comparison to the figures of each arm."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from growkit.compare.arms import Arm
 from growkit.compare.savings import Estimate, Point, Saving, estimate, flops_to, saving
 
 Run = Mapping[str, Any]  # the result.json of a run
@@ -14,6 +15,7 @@ class BudgetFigures:
     """An arm's fully decayed runs at one share of the full budget; scores on the test images."""
 
     budget: float
+    seeds: int  # that were to run; estimates count those that did, and have no interval where some failed
     lr: float | None
     top1: Estimate | None
     loss: Estimate | None
@@ -46,7 +48,8 @@ class ArmFigures:
 def arm_figures(
     runs: Sequence[Run],
     *,
-    arms: Sequence[tuple[str, bool]],
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
     budgets: Sequence[float],
     metric: str,
     source_flops: float | None,
@@ -55,32 +58,35 @@ def arm_figures(
 
     Args:
         runs: every run of the comparison.
-        arms: name and whether it is a control; the first is training from nothing.
+        arms: every arm, the first of which is training from nothing.
+        seeds: every seed; one whose run failed counts as never having reached the target.
         budgets: shares of the full budget, the largest of which savings are measured along.
         metric: top1 or loss, on held-out images, whose final value from nothing is the target.
         source_flops: what training the source took; None where nobody knows.
     """
     chosen = [run for run in runs if run.get("test") is not None]
-    nothing, full = arms[0][0], max(budgets)
+    nothing, full = arms[0].name, max(budgets)
     targets = {run["seed"]: run for run in chosen if run["arm"] == nothing and run["budget"] == full}
 
-    def figures(name: str, control: bool) -> ArmFigures:
+    def figures(arm: Arm) -> ArmFigures:
+        name = arm.name
         own = [run for run in chosen if run["arm"] == name]
         whole = sorted((run for run in own if run["budget"] == full), key=lambda run: run["seed"])
-        paired = [run for run in whole if run["seed"] in targets]
-        costs = tuple(_cost(run, targets[run["seed"]], metric) for run in paired)
-        alone = [_cost(targets[run["seed"]], targets[run["seed"]], metric) for run in paired]
+        by_seed = {run["seed"]: run for run in whole}
+        paired = [seed for seed in seeds if seed in targets] if whole else []
+        costs = tuple(_cost(by_seed[s], targets[s], metric) if s in by_seed else None for s in paired)
+        alone = [_cost(targets[seed], targets[seed], metric) for seed in paired]
         scratch = [cost for cost in alone if cost is not None]  # its own end is always reached
-        spent = [run["flops"] for run in paired]
-        own_source = 0.0 if name == nothing else source_flops
+        spent = [by_seed.get(seed, targets[seed])["flops"] for seed in paired]
+        own_source = 0.0 if (arm.grow is None and not arm.control) or arm.fresh_source else source_flops
         return ArmFigures(
             name=name,
-            control=control,
+            control=arm.control,
             step0=_mean(whole, "step0", "top1"),
             after_operator=estimate([r["started_from"]["top1"] for r in whole if r["operator_flops"]]),
             operator_lr=next((run["operator_lr"] for run in whole), None),
             operator_flops=max((run["operator_flops"] for run in whole), default=0),
-            budgets=tuple(_budget(own, chosen, nothing, budget) for budget in budgets),
+            budgets=tuple(_budget(own, chosen, nothing, budget, len(seeds)) for budget in budgets),
             flops_to_target=costs,
             saving=saving(costs, spent, scratch),
             saving_including_source=None if own_source is None else saving(costs, spent, scratch, source=own_source),
@@ -89,19 +95,24 @@ def arm_figures(
             failures=tuple(_failure(run) for run in runs if run["arm"] == name and "failed" in run),
         )
 
-    return tuple(figures(name, control) for name, control in arms)
+    return tuple(figures(arm) for arm in arms)
 
 
-def _budget(own: Sequence[Run], chosen: Sequence[Run], nothing: str, budget: float) -> BudgetFigures:
+def _budget(own: Sequence[Run], chosen: Sequence[Run], nothing: str, budget: float, seeds: int) -> BudgetFigures:
     mine = [run for run in own if run["budget"] == budget]
     base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == nothing and r["budget"] == budget}
     ahead = [run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base]
+    top1, loss, ahead_by = (
+        found if found is None or len(mine) == seeds else replace(found, low=None, high=None)
+        for found in (_mean(mine, "test", "top1"), _mean(mine, "test", "loss"), estimate(ahead))
+    )
     return BudgetFigures(
         budget=budget,
+        seeds=seeds,
         lr=next((run["lr"] for run in mine), None),
-        top1=_mean(mine, "test", "top1"),
-        loss=_mean(mine, "test", "loss"),
-        ahead=estimate(ahead),
+        top1=top1,
+        loss=loss,
+        ahead=ahead_by,
         flops=next((run["flops"] for run in mine), None),
     )
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from growkit.compare.figures import ArmFigures
-from growkit.compare.savings import Estimate, Saving
+from growkit.compare.figures import ArmFigures, BudgetFigures
+from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.compare.settings import numbers
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
@@ -14,22 +14,31 @@ from growkit.report.plot import Bar, Bars, Plot, Series, save
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
 
 
-def main_table(arms: Sequence[ArmFigures]) -> Rows:
+def main_table(arms: Sequence[ArmFigures], metric: str = "top1") -> Rows:
     """What each arm gave: scores on the test images at each budget, and what it saved."""
     budgets = [found.budget for found in arms[0].budgets]
     columns = (
         "method",
         "step 0 (held-out)",
-        *(f"test top-1 at {budget:.0%}" for budget in budgets),
-        "ahead at 100%",
+        *(f"test {'top-1' if metric == 'top1' else metric} at {budget:.0%}" for budget in budgets),
+        "top-1 ahead at 100%",
         "saving",
         "saving, source counted",
     )
+
+    def score(found: BudgetFigures) -> str:
+        if metric == "top1":
+            text, scored = points(found.top1), found.top1
+        else:
+            text, scored = with_half(found.loss, "{:.4f}"), found.loss
+        some = scored is not None and scored.count < found.seeds
+        return f"{text} ({scored.count} of {found.seeds})" if some and scored is not None else text
+
     rows = [
         (
             arm.name,
             points(arm.step0),
-            *(points(found.top1) for found in arm.budgets),
+            *(score(found) for found in arm.budgets),
             points(arm.budgets[-1].ahead, signed=True) if index else "",
             share(arm.saving) if index else "",
             share(arm.saving_including_source) if index else "",
@@ -45,6 +54,7 @@ def cost_table(arms: Sequence[ArmFigures]) -> Rows:
         "method",
         "operator TFLOP",
         "operator lr",
+        "after operator (held-out)",
         "TFLOP to target",
         "TFLOP in all",
         "lr at each budget",
@@ -55,14 +65,31 @@ def cost_table(arms: Sequence[ArmFigures]) -> Rows:
             arm.name,
             cell(arm.operator_flops / 1e12) if arm.operator_flops else "–",
             f"{arm.operator_lr:g}" if arm.operator_lr else "–",
-            ", ".join("never" if cost is None else cell(cost / 1e12) for cost in arm.flops_to_target) or "–",
+            points(arm.after_operator),
+            _costs(arm.flops_to_target),
             cell(arm.budgets[-1].flops / 1e12) if arm.budgets[-1].flops else "–",
             ", ".join("–" if found.lr is None else f"{found.lr:g}" for found in arm.budgets),
-            cell(round(arm.seconds.mean)) if arm.seconds else "–",
+            with_half(arm.seconds, "{:.0f}"),
         )
         for arm in arms
     ]
     return columns, rows
+
+
+def _costs(flops: Sequence[float | None]) -> str:
+    """TFLOP to the target: the mean with its interval, or each seed's where some never got there."""
+    reached = [cost / 1e12 for cost in flops if cost is not None]
+    if len(reached) == len(flops):
+        return with_half(estimate(reached), "{:.3g}")
+    return ", ".join("never" if cost is None else cell(cost / 1e12) for cost in flops)
+
+
+def with_half(found: Estimate | None, form: str) -> str:
+    """A number with half its 95 % interval where there is one."""
+    if found is None:
+        return "–"
+    text = form.format(found.mean)
+    return text if found.high is None else f"{text} ± {form.format(found.high - found.mean)}"
 
 
 def points(found: Estimate | None, *, signed: bool = False) -> str:
@@ -77,11 +104,12 @@ def share(found: Saving | None) -> str:
     """A saving in per cent; an upper bound where some seed never reached the target."""
     if found is None:
         return "–"
+    saved = f"{round(100 * found.mean)}%"
     if found.bound:
-        return f"≤ {found.mean:.0%} ({found.reached} of {found.seeds} there)"
-    if found.high is None:
-        return f"{found.mean:.0%}"
-    return f"{found.mean:.0%} ± {100 * (found.high - found.mean):.0f}"
+        return f"≤ {saved} ({found.reached} of {found.seeds} there)"
+    if found.mean == 1:
+        return f"{saved}, there at step 0"
+    return saved if found.high is None else f"{saved} ± {100 * (found.high - found.mean):.0f}"
 
 
 def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
@@ -147,10 +175,11 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     reading = (
         "Every arm sees the same images in the same order with the same augmentation and schedule, and is trained for "
         "the same FLOPs, operator training included; its learning rate is the best of the same grid on held-out "
-        "images, found on the first seed. Test images are scored once, by the runs so chosen.\n"
+        "images, found on the first seed. Held-out and test images are two parts of the validation images, which "
+        "neither the source nor any arm was trained on; test images are scored once, by the runs so chosen.\n"
         "Saving is 1 - C / C(from nothing), with C the FLOPs to reach the held-out score that training from nothing "
-        "ends with, along the full budget; 'with source' adds the source's own training to C. ≤ marks an upper bound: "
-        "some seed never got there.\n"
+        "ends with, along the full budget; 'source counted' adds the source's own training to C. ≤ marks an upper "
+        "bound: some seed never got there, or failed.\n"
         "± is half a 95 % interval over paired seeds (Student's t)."
         + ("" if seeds > 1 else " One seed has none: a hint, not a result.")
         + (
@@ -159,12 +188,12 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         )
     )
     rates = sorted(numbers("--lrs", settings["lrs"]))
-    edge = [arm.name for arm in arms if len(rates) > 1 and arm.budgets[-1].lr in (rates[0], rates[-1])]
+    edge = [arm.name for arm in arms if len(rates) > 2 and arm.budgets[-1].lr in (rates[0], rates[-1])]
     if edge:
         reading += f"\nBest at the edge of the grid of rates, so that a wider one may serve better: {', '.join(edge)}."
     failures = [(arm.name, line) for arm in arms for line in arm.failures]
     sections = [
-        Section("What each method gave", reading, Table(*main_table(arms)), list(drawn.values())),
+        Section("What each method gave", reading, Table(*main_table(arms, metric)), list(drawn.values())),
         Section("What it cost", table=Table(*cost_table(arms))),
     ]
     if failures:
@@ -197,7 +226,7 @@ def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
     parts = [
         *report.summary,
         *report.sections[0].text.splitlines(),
-        _markdown_table(main_table(arms)),
+        _markdown_table(main_table(arms, content["settings"]["metric"])),
         _markdown_table(cost_table(arms)),
         *(f"Failed: {arm.name}, {line}" for arm in arms for line in arm.failures),
         f"{where}; {on}.",

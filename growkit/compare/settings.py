@@ -31,13 +31,13 @@ class CompareSettings:
     """Updates of operator training for learned methods; they come out of the budget."""
 
     operator_lrs: str = "1e-4,1e-3"
-    """Learning rates of operator training; each learned method gets the best of them, found in the same way."""
+    """Learning rates of operator training; each learned method gets that of the lowest held-out loss after it."""
 
-    hold_out: float = 0.1
-    """Share of the training images held out to choose by; the validation folder is scored once, at the end."""
+    hold_out: float = 0.5
+    """Share of the validation images to choose by; the others are the test images, scored once, at the end."""
 
     share: float = 1.0
-    """Share of the other training images to use."""
+    """Share of the training images to use."""
 
     metric: str = "top1"
     """What is chosen by and what savings are measured on: top1 or loss."""
@@ -91,10 +91,10 @@ class SweepSettings:
     """What a pilot tries. Every trial spends the same FLOPs, operator training included."""
 
     share: float = 0.1
-    """Share of the training images the pilot uses, beside those held out."""
+    """Share of the training images the pilot uses."""
 
-    hold_out: float = 0.1
-    """Share of the training images held out to score trials on."""
+    hold_out: float = 0.5
+    """Share of the validation images to score trials on; the others are not touched."""
 
     trials: int = 24
     """Trials at most; all combinations are tried where there are no more than that."""

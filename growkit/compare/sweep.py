@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
 from growkit.compare.bench import Bench
-from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own, updates_of
+from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
@@ -276,7 +276,7 @@ def _combinations(space: _Space) -> int:
 def _from_nothing(bench: Bench, settings: SweepSettings, watch: Any) -> dict[str, Any]:
     """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
     arm = Arm(SCRATCH)
-    flops = bench.flops_per_step(arm) * updates_of(bench)
+    flops = bench.flops_per_step(arm) * bench.full_steps
     rates = numbers("--lrs", settings.lrs)
     tried = []
     for lr in (*rates, 2 * rates[-1]):  # a fresh start bears a higher rate than a grown one

@@ -1,6 +1,7 @@
 """The growth methods, by the name that --method takes."""
 
 import difflib
+import math
 from dataclasses import replace
 
 from growkit.arch.spec import Architecture
@@ -53,8 +54,8 @@ def check(source: Architecture, target: Architecture, settings: GrowSettings) ->
     if settings.variant is not None and settings.variant not in method.VARIANTS:
         offered = f"choose {' or '.join(method.VARIANTS)}" if method.VARIANTS else "it has none"
         raise GrowkitError(f"--variant {settings.variant}: not a variant of {settings.method}; {offered}")
-    if settings.noise < 0:
-        raise GrowkitError(f"--noise {settings.noise}: expected 0 or more")
+    if not 0 <= settings.noise < math.inf:
+        raise GrowkitError(f"--noise {settings.noise}: expected a number of 0 or more")
     refuse_shrinking(source, target)
     reason = method.cannot(source, target, settings)
     if reason is not None:

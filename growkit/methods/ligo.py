@@ -8,7 +8,7 @@ The depth rows w are one set for each module (q, k, v, o, both norms, both MLP m
 The start is duplication and stacking (l mod L1). A tied matrix cannot copy on one side and divide on the other, so
 each side takes the root: duplicates over sqrt(copies), plain ones for q and k, which nobody reads by a tied matrix.
 This keeps the residual at whole multiples, but not the MLP, whose GELU is no homogeneous function: LiGO is not
-lossless.
+lossless. Noise on one matrix that both writes and reads does not cancel, so a tenth of --noise parts the copies.
 
 The released code differs from the paper: it learns the new rows alone, starts them at random and lets depth rows
 start as a noisy stack, with matrices for each target layer; and its warm-up of 10,000 steps hardly moves them in its
@@ -25,6 +25,7 @@ from growkit.methods.expand import SpaceMap, expand
 from growkit.settings import GrowSettings
 
 TIES = {"q": "attn", "k": "attn", "v": "attn", "in": "mlp"}  # what owns a hidden matrix, and its space
+TIED_NOISE = 0.1
 READERS = {"o": "v", "out": "in"}  # whose matrix a reader of a hidden space takes
 
 
@@ -40,7 +41,7 @@ class LiGO(GrowthMethod):
             old, new = source.spaces[space], target.spaces[space]
             copies = maps.duplicate(old.size, new.size, old.group)
             scale = copies.sum(0).sqrt() if shared else torch.ones(())
-            return (copies + settings.noise * maps.parting_noise(copies, generator)) / scale
+            return (copies + TIED_NOISE * settings.noise * maps.parting_noise(copies, generator)) / scale
 
         self.embed = nn.Parameter(start("embed", shared=True))
         self.hidden = nn.ParameterDict(

@@ -23,6 +23,7 @@ from growkit.settings import GrowSettings
 
 ATTENTION = ("q", "k", "v", "o")
 MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, "in", "out"))
+FIRST_PATH_NOISE = 0.1  # of --noise, for here nothing cancels it
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
 
 
@@ -201,7 +202,7 @@ def _slots(old_k: int, new_k: int, attention: str, *, reads: bool, noise: float,
 def _disturb(ring: RingOperator, noise: float, generator: torch.Generator) -> None:
     """Add noise to every entry of the cores, relative to what a row of such a core needs to keep the scale."""
     for core in ring.cores.values():
-        deviation = noise / (core.shape[0] * core.shape[1]) ** 0.5
+        deviation = FIRST_PATH_NOISE * noise / (core.shape[0] * core.shape[1]) ** 0.5
         core += deviation * torch.randn(core.shape, generator=generator, dtype=core.dtype)
 
 

@@ -31,7 +31,7 @@ LAYER_MAPS = {
 
 
 class StackBERT(Expansion):
-    """Layers copied as they are; widths stay. Keeps the function of nothing but equal depth."""
+    """Layers copied as they are; widths stay. A deeper target does not keep the function."""
 
     VARIANTS: ClassVar[tuple[str, ...]] = tuple(LAYER_MAPS)
 

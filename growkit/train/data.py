@@ -1,6 +1,5 @@
 """Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
 
-import copy
 import hashlib
 import random
 import signal
@@ -30,7 +29,6 @@ class Data:
     """Images to train on and to evaluate on.
 
     train, val   map-style datasets of (image tensor (C, H, W), label), or both resident
-    plain        the training images prepared as for evaluation, for `hold_out`; `train` itself when left out
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
     """
@@ -39,7 +37,6 @@ class Data:
     val: Dataset[Any]
     classes: list[str]
     identity: Mapping[str, Any] = field(default_factory=dict)
-    plain: Dataset[Any] | None = None
 
 
 def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) -> Data:
@@ -83,58 +80,57 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     )
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
-    plain = copy.copy(train)
-    train.transform = _Converted(mode, augment)
     if settings.cache == "none":
-        val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
-        return Data(train=train, val=val, plain=plain, classes=classes, identity=identity)
-    val.transform = plain.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
+        train.transform = _Converted(mode, augment)
+        val.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
+        return Data(train=train, val=val, classes=classes, identity=identity)
+    train.transform = val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
     size, mean, std = config["input_size"], config["mean"], config["std"]
-    loaders = (DataLoader(split, batch_size=256, **_loading(settings, False)) for split in (plain, val))
+    loaders = (DataLoader(split, batch_size=256, **_loading(settings, False)) for split in (train, val))
     kept, judged = (Resident(Decoded(loader, size, settings.cache), mean, std) for loader in loaders)
-    return Data(train=kept, val=judged, plain=kept, classes=classes, identity=identity)
+    return Data(train=kept, val=judged, classes=classes, identity=identity)
 
 
-def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> Data:
-    """Other data from the training images alone: `share` of each class held out as validation images.
+def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple[Data, Data]:
+    """Data to choose by, and data to test what was chosen: `share` of each class's validation images, and the others.
 
-    Of the rest a share `keep` of each class stays to train on; data.val is left out. Which images, depends on `seed`
-    alone: what is held out stays so with another `keep`.
+    Both train on the same share `keep` of each class's training images. None of those is chosen by: a source has seen
+    them before, and what is grown from it would look better there than it is. Which images, depends on `seed` alone.
 
     Raises:
-        GrowkitError: a share out of range, or a class with too few images; the message names it.
+        GrowkitError: a share out of range, or a class with too few validation images; the message names it.
     """
     if not 0 < share < 1:
-        raise GrowkitError(f"cannot hold out a share of {share} of the training images; give one between 0 and 1")
+        raise GrowkitError(f"cannot hold out a share of {share} of the validation images; give one between 0 and 1")
     if not 0 < keep <= 1:
         raise GrowkitError(f"cannot keep a share of {keep} of the training images; give one above 0 and at most 1")
-    plain = data.train if data.plain is None else data.plain
-    labels = torch.as_tensor(labels_of(plain))
-    held: list[int] = []
-    kept: list[int] = []
-    for label in labels.unique().tolist():
-        own = torch.nonzero(labels == label)[:, 0]
-        with seeded(seed, "hold out", label):
-            own = own[torch.randperm(len(own))]
+    chosen: list[int] = []
+    tested: list[int] = []
+    for label, own in _by_class(data.val, seed, "hold out"):
         out = max(1, round(share * len(own)))
         if out >= len(own):
             name = data.classes[label] if data.classes else label
             raise GrowkitError(
-                f"class {name}: too few training images ({len(own)}) to hold out a share of {share} and train on the"
-                " rest; add images or hold out less"
+                f"class {name}: too few validation images ({len(own)}) to choose by a share of {share} and test on"
+                " the rest; add images or choose by fewer"
             )
-        left = max(1, round(keep * (len(own) - out)))
-        held += own[:out].tolist()
-        kept += own[out : out + left].tolist()
-    split = f"share {share}, keep {keep}, seed {seed}"
-    before = f"{data.identity['hold_out']}, then " if "hold_out" in data.identity else ""
-    return Data(
-        train=_part(data.train, sorted(kept)),
-        val=_part(plain, sorted(held)),
-        plain=_part(plain, sorted(kept)),
-        classes=data.classes,
-        identity={**data.identity, "hold_out": before + split},
-    )
+        chosen += own[:out]
+        tested += own[out:]
+    kept = [place for _, own in _by_class(data.train, seed, "keep") for place in own[: max(1, round(keep * len(own)))]]
+    train = data.train if keep == 1 else _part(data.train, sorted(kept))
+    identity = {**data.identity, "hold_out": f"share {share}, keep {keep}, seed {seed}"}
+    by, on = (Data(train, _part(data.val, sorted(part)), data.classes, identity) for part in (chosen, tested))
+    return by, on
+
+
+def _by_class(dataset: Any, seed: int, purpose: str) -> Iterator[tuple[int, list[int]]]:
+    """Each label with the places of its images, in an order that depends on seed, purpose and label."""
+    labels = torch.as_tensor(labels_of(dataset))
+    for label in labels.unique().tolist():
+        own = torch.nonzero(labels == label)[:, 0]
+        with seeded(seed, purpose, label):
+            own = own[torch.randperm(len(own))]
+        yield label, own.tolist()
 
 
 def _part(dataset: Any, index: list[int]) -> Dataset[Any]:

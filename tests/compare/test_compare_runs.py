@@ -5,11 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from compare_samples import CPU, LARGE, RECIPE, options
 
 from growkit.compare import bench as bench_module
 from growkit.compare.bench import Bench
-from growkit.compare.compare import compare_methods
+from growkit.compare.compare import compare_methods, flops_of
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.train import loop
@@ -105,7 +106,7 @@ def test_report_has_all_that_makes_the_result(whole):
     for plot in ("curves", "final", "saving"):
         for kind in ("svg", "png"):
             assert (folder / "compare" / "plots" / f"{plot}.{kind}").stat().st_size > 1000
-    assert "Best at the edge of the grid of rates" in page  # there are but two
+    assert "Best at the edge of the grid of rates" not in page  # there are but two, and no middle
     content = json.loads((folder / "compare" / "results.json").read_text())
     assert content["arm_settings"]["mango"]["grow"]["noise"] == 1.0
     assert content["recipe"]["batch_size"] == 64
@@ -115,8 +116,16 @@ def test_report_has_all_that_makes_the_result(whole):
 
 def test_weights_of_runs_are_let_go(whole):
     folder, _ = whole
-    assert not list((folder / "compare" / "runs").glob("*/*.safetensors"))
-    assert not list((folder / "compare" / "runs").glob("*/state.pt"))
+    assert not list((folder / "compare").rglob("*.safetensors"))
+    assert not list((folder / "compare").rglob("state.pt"))
+
+
+def test_untrained_source_cost_nothing(whole):
+    _, compared = whole
+    by_name = {arm.name: arm for arm in compared.arms}
+    untrained, mango = by_name["mango, source untrained"], by_name["mango"]
+    assert untrained.saving_including_source == untrained.saving
+    assert mango.saving_including_source.mean < mango.saving.mean
 
 
 def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, source, digits, monkeypatch):
@@ -146,37 +155,82 @@ def test_test_images_are_scored_once_for_each_chosen_run_alone(source, digits, t
         return score(self, model, test=test)
 
     monkeypatch.setattr(Bench, "score", counting)
-    run_compare(tmp_path, source, digits, options(methods="lemon", lrs="1e-3,2e-3,4e-3"))
+    compared = run_compare(tmp_path, source, digits, options(methods="lemon", lrs="1e-5,2e-5,4e-3"))
     assert len(scored) == 2  # of six runs, two are chosen
+    assert {arm.budgets[-1].lr for arm in compared.arms} == {4e-3}
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert "Best at the edge of the grid of rates, so that a wider one may serve better: from nothing, lemon." in page
 
 
 def test_stopped_comparison_ends_bit_for_bit_where_an_unbroken_one_does(source, digits, tmp_path, monkeypatch):
     settings = options(methods="mango", evals=2)
     recipe = replace(RECIPE, save_seconds=0, log_every=1)
     run_compare(tmp_path / "unbroken", source, digits, settings, recipe)
-    fit, calls = bench_module.fit, []
+    fit, stopped, seconds = bench_module.fit, set(), {}
 
-    def stopping(*args, **kwargs):
-        watch = kwargs.get("on_step") or (lambda record: None)
+    def stopping(model, *args, folder, **kwargs):
+        watch = kwargs.pop("on_step") or (lambda record: None)
 
         def once(record):
             watch(record)
-            calls.append(record.step)
-            if len(calls) in (2, 5, 9):  # in nothing's training, the operator's and the method's, or near
+            if record.step == 2 and folder not in stopped:
+                stopped.add(folder)
                 raise KeyboardInterrupt
 
-        return fit(*args, **{**kwargs, "on_step": once})
+        fitted = fit(model, *args, folder=folder, on_step=once, **kwargs)
+        seconds[folder.name] = fitted.seconds
+        return fitted
 
     monkeypatch.setattr(bench_module, "fit", stopping)
     stops = 0
-    for _ in range(9):
+    while not (tmp_path / "stopped" / "compare" / "results.json").exists():
         try:
             run_compare(tmp_path / "stopped", source, digits, settings, recipe, resume=True)
-            break
         except KeyboardInterrupt:
             stops += 1
+    names = {folder.parent.name + "/" + folder.name.split("-")[0] for folder in stopped}
+    assert names == {"runs/from", "starts/mango", "runs/mango"}
     assert stops == 3
     assert runs_of(tmp_path / "stopped") == runs_of(tmp_path / "unbroken")
+    for path in (tmp_path / "stopped" / "compare" / "runs").glob("*/result.json"):
+        assert json.loads(path.read_text())["seconds"] == seconds[path.parent.name]  # of all parts
+
+
+def failing_train(monkeypatch, fails):
+    """Let every run of which `fails` says so fail; gives what lets them be."""
+    train = Bench.train
+
+    def failing(self, start, arm, **more):
+        if fails(arm.name, more):
+            raise RuntimeError("out of memory\nmore words")
+        return train(self, start, arm, **more)
+
+    monkeypatch.setattr(Bench, "train", failing)
+    return lambda: monkeypatch.setattr(Bench, "train", train)
+
+
+def test_rate_that_failed_is_not_chosen_after_all_when_it_works_again(source, digits, tmp_path, monkeypatch):
+    mend = failing_train(monkeypatch, lambda arm, run: arm == "lemon" and run["lr"] == 4e-3)
+    settings = options(methods="lemon", lrs="1e-5,4e-3", seeds=2)  # the one that fails is the better
+    first = run_compare(tmp_path, source, digits, settings)
+    mend()
+    again = run_compare(tmp_path, source, digits, settings, resume=True)
+    assert again.arms[1].budgets == first.arms[1].budgets
+    assert (again.arms[1].budgets[-1].lr, again.arms[1].budgets[-1].top1.count) == (1e-5, 2)
+    assert len(again.arms[1].flops_to_target) == 2
+
+
+def test_seed_that_failed_counts_as_one_that_never_got_there(source, digits, tmp_path, monkeypatch):
+    failing_train(monkeypatch, lambda arm, run: arm == "lemon" and run["seed"] == 1)
+    arm = run_compare(tmp_path, source, digits, options(methods="lemon", seeds=3)).arms[1]
+    assert len(arm.failures) == 1
+    assert arm.flops_to_target[1] is None
+    assert arm.saving.bound
+    assert (arm.saving.reached, arm.saving.seeds) == (sum(cost is not None for cost in arm.flops_to_target), 3)
+    full = arm.budgets[-1]
+    assert (full.top1.count, full.seeds, full.top1.low) == (2, 3, None)
+    text = (tmp_path / "compare" / "results.md").read_text()
+    assert "(2 of 3)" in next(line for line in text.splitlines() if line.startswith("| lemon"))
 
 
 def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digits, tmp_path, monkeypatch):
@@ -231,7 +285,8 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"methods": "bert2bert:variant=akki"}, {}, "--variant akki: not a variant of bert2bert; choose fpi or aki"),
         ({"methods": "lemon,stackbert"}, {}, "stackbert: embed grows .* methods that can: mango"),
         ({"operator_steps": 500}, {}, "mango: its operator takes .* TFLOP, all of a budget"),
-        ({"hold_out": 0.9999}, {}, "too few training images"),
+        ({"hold_out": 0.9999}, {}, "too few validation images"),
+        ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected a number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, settings, recipe, says):
@@ -248,7 +303,7 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, 
         run_compare(tmp_path, source, digits, settings)
     with pytest.raises(GrowkitError, match=r"begun with smoothing 0\.0, not 0\.1"):
         run_compare(tmp_path, source, digits, settings, replace(RECIPE, smoothing=0.1), resume=True)
-    with pytest.raises(GrowkitError, match=r"begun with hold_out share 0\.1.*, not share 0\.2"):
+    with pytest.raises(GrowkitError, match=r"begun with hold_out share 0\.5.*, not share 0\.2"):
         run_compare(tmp_path, source, digits, replace(settings, hold_out=0.2), resume=True)
     assert runs_of(tmp_path) == before
 
@@ -277,3 +332,89 @@ def test_moving_average_is_what_the_test_images_score_too(source, digits, tmp_pa
     recipe = replace(RECIPE, model_ema=True, model_ema_decay=0.9)
     compared = run_compare(tmp_path, source, digits, options(methods="lemon"), recipe)
     assert [asdict(found) for found in held_out] == [run["final"] for run in compared.content["runs"]]
+
+
+def test_operator_is_trained_again_where_another_budget_needs_what_was_let_go(source, digits, tmp_path, monkeypatch):
+    trained = []
+    fit = bench_module.fit
+
+    def noting(model, *args, **kwargs):
+        trained.append(type(model).__name__)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(bench_module, "fit", noting)
+    first = run_compare(tmp_path, source, digits, options(methods="mango"))
+    assert trained.count("GrownModel") == 1
+    more = run_compare(tmp_path, source, digits, options(methods="mango", budgets="0.5,1"), resume=True)
+    assert trained.count("GrownModel") == 2
+    starts = [run["started_from"] for run in more.content["runs"] if run["arm"] == "mango"]
+    assert starts == [first.content["runs"][1]["started_from"]] * 2
+
+
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum_steps": 2}])
+def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes):
+    settings = options(controls="source-longer", budgets="0.5,1")
+    compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, **changes))
+    full = compared.content["full_flops"]
+    for run in compared.content["runs"]:
+        assert run["flops"] == pytest.approx(run["budget"] * full, abs=0.51 * run["flops_per_step"])
+
+
+def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(source, digits, tmp_path, monkeypatch):
+    fit, seen = bench_module.fit, []
+
+    def noting(model, data, recipe, **more):
+        seen.append((type(model).__name__, recipe.warmup_epochs, recipe.steps))
+        return fit(model, data, recipe, **more)
+
+    monkeypatch.setattr(bench_module, "fit", noting)
+    recipe = replace(RECIPE, epochs=4, warmup_epochs=1)
+    compared = run_compare(tmp_path, source, digits, options(methods="mango", budgets="0.25,1"), recipe)
+    full = max(steps for _, _, steps in seen)
+    assert not any(arm.failures for arm in compared.arms)
+    assert {warmup for name, warmup, _ in seen if name == "GrownModel"} == {None}
+    assert all(warmup == pytest.approx(steps / full) for name, warmup, steps in seen if name != "GrownModel")
+
+
+def test_resume_leaves_a_folder_alone_that_it_did_not_make(source, digits, tmp_path):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "precious.txt").write_text("mine")
+    with pytest.raises(GrowkitError, match="nothing that could go on; --force replaces it"):
+        run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+    assert (tmp_path / "compare" / "precious.txt").read_text() == "mine"
+
+
+def test_runs_of_another_machine_are_not_mixed(source, digits, tmp_path):
+    settings = options(methods="lemon")
+    run_compare(tmp_path, source, digits, settings)
+    begun = tmp_path / "compare" / "begun.json"
+    content = json.loads(begun.read_text())
+    assert content["machine"] == {"device": "cpu", "precision": "float32", "torch": torch.__version__}
+    begun.write_text(json.dumps({**content, "machine": {**content["machine"], "device": "cuda"}}))
+    with pytest.raises(GrowkitError, match="begun with device cuda, not cpu"):
+        run_compare(tmp_path, source, digits, settings, resume=True)
+
+
+def test_other_class_names_are_told(source, digits, tmp_path):
+    lines = []
+    named = replace(source, labels=tuple("abcdefghij"))
+    run_compare(tmp_path, named, digits, options(methods="lemon", share=0.2), say=lines.append)
+    assert "the source calls its classes a, b, c, ..., the data 0, 1, 2, ...: they are taken in order" in lines
+
+
+@pytest.mark.parametrize(
+    ("origin", "known"),
+    [
+        ({"name": "deit_tiny", "sha256": "", "history": None}, 7.0),
+        ({"name": "timm:deit_tiny", "sha256": "", "history": None}, None),
+        ({"name": "deit_tiny.pth", "sha256": "ab", "history": None}, None),
+    ],
+)
+def test_cost_of_a_source_is_known_only_where_growkit_trained_it_from_nothing(source, origin, known):
+    trained = {"stage": "trained", "source": origin, "fit": {"flops": 5.0}}
+    grown = {
+        "stage": "grown",
+        "source": {"name": "trained", "sha256": "cd", "history": trained},
+        "operator": {"flops": 2.0},
+    }
+    assert flops_of(replace(source, history=grown)) == known

@@ -259,10 +259,9 @@ PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0)
 KINDS = pytest.mark.parametrize("settings", [PLAIN, replace(PLAIN, cache="device")], ids=["ordinary", "resident"])
 
 
-def shown(data: Data, settings: FitSettings) -> tuple[list[Tensor], list[Tensor]]:
-    """The training images and those for evaluation, without augmentation."""
-    plain = replace(data, val=data.plain)
-    return tuple([image for batch, _ in val_batches(d, settings) for image in batch] for d in (plain, data))
+def shown(data: Data, settings: FitSettings) -> list[Tensor]:
+    """The images for evaluation."""
+    return [image for batch, _ in val_batches(data, settings) for image in batch]
 
 
 def among(image: Tensor, others: list[Tensor]) -> bool:
@@ -270,44 +269,43 @@ def among(image: Tensor, others: list[Tensor]) -> bool:
 
 
 @KINDS
-def test_held_out_images_are_apart_of_each_class_and_not_the_test_images(opened: Open, settings: FitSettings) -> None:
+def test_what_is_chosen_by_and_what_is_tested_on_share_out_the_validation_images(
+    opened: Open, settings: FitSettings
+) -> None:
     data = opened(settings)
-    train, test = shown(data, settings)
-    held = hold_out(data, share=0.3, keep=0.5, seed=1)
-    assert (len(held.train), len(held.val), len(held.plain)) == (2 * 4, 2 * 4, 2 * 4)  # of 13: 4, and half of 9
-    assert [labels_of(part) for part in (held.plain, held.val)] == [[0] * 4 + [1] * 4] * 2
-    kept, out = shown(held, settings)
-    assert len({image.numpy().tobytes() for image in kept + out}) == 16
-    assert all(among(image, train) and not among(image, test) for image in kept + out)
-    order = [next(place for place, other in enumerate(train) if torch.equal(image, other)) for image in out]
-    assert order == sorted(order)
-    everything = hold_out(data, share=0.3, seed=1)
-    assert (len(everything.train), len(everything.val)) == (18, 8)
-    assert len({image.numpy().tobytes() for part in shown(everything, settings) for image in part}) == 26
-    assert everything.classes == data.classes
+    whole = shown(data, settings)
+    chosen, tested = hold_out(data, share=0.3, keep=0.5, seed=1)
+    assert [labels_of(part) for part in (chosen.val, tested.val)] == [[0] * 2 + [1] * 2, [0] * 4 + [1] * 4]
+    parts = shown(chosen, settings), shown(tested, settings)
+    assert len({image.numpy().tobytes() for part in parts for image in part}) == 12
+    for part in parts:
+        order = [next(place for place, other in enumerate(whole) if torch.equal(image, other)) for image in part]
+        assert order == sorted(order)
+    assert chosen.train is tested.train
+    assert labels_of(chosen.train) == [0] * 6 + [1] * 6  # half of 13
+    assert hold_out(data, share=0.3, seed=1)[0].train is data.train
+    assert chosen.classes == tested.classes == data.classes
 
 
 @KINDS
-def test_training_sees_no_held_out_image_and_evaluation_no_augmentation(opened: Open, settings: FitSettings) -> None:
-    held = hold_out(opened(settings), share=0.3, keep=0.5, seed=1)
+def test_no_image_is_both_trained_on_and_evaluated_and_evaluation_is_not_augmented(
+    opened: Open, settings: FitSettings
+) -> None:
+    chosen, tested = hold_out(opened(settings), share=0.5, keep=0.5, seed=1)
     still = replace(settings, scale_min=1.0, hflip=0.0)
-    unaugmented = hold_out(opened(still), share=0.3, keep=0.5, seed=1)
-    assert same(list(val_batches(held, settings)), list(val_batches(unaugmented, still)))
-    augmented = [image for batch, _ in train_batches(held, settings, 0, 2) for image in batch]
-    assert not any(among(image, shown(held, settings)[0]) for image in augmented)
-    if settings.cache != "none":  # the ordinary path crops the original, not what evaluation sees
-        seen = [image for batch, _ in train_batches(unaugmented, still, 0, 2) for image in batch]
-        assert all(among(image, shown(held, settings)[0]) for image in seen)
-        assert not any(among(image, shown(held, settings)[1]) for image in seen)
-    labels = torch.cat([labels for _, labels in train_batches(held, settings, 0, 2)])
-    assert sorted(labels.tolist()) == [0] * 4 + [1] * 4
+    for_still = hold_out(opened(still), share=0.5, keep=0.5, seed=1)
+    for part, unaugmented in zip((chosen, tested), for_still, strict=True):
+        assert same(list(val_batches(part, settings)), list(val_batches(unaugmented, still)))
+    trained = [image for batch, _ in train_batches(for_still[0], still, 0, 3) for image in batch]
+    assert len(trained) == 12
+    assert not any(among(image, shown(part, settings)) for image in trained for part in (chosen, tested))
 
 
 def test_split_depends_on_its_seed_alone_and_is_the_same_for_both_kinds(opened: Open) -> None:
     kept = replace(PLAIN, cache="device")
 
     def images(settings: FitSettings, seed: int, **given: float) -> list[Tensor]:
-        return shown(hold_out(opened(settings), share=0.3, seed=seed, **given), settings)[1]
+        return shown(hold_out(opened(settings), share=0.5, seed=seed, **given)[0], settings)
 
     first = images(PLAIN, 1)
     torch.manual_seed(99)
@@ -318,30 +316,22 @@ def test_split_depends_on_its_seed_alone_and_is_the_same_for_both_kinds(opened: 
     before = torch.get_rng_state()
     images(kept, 3)
     assert torch.equal(torch.get_rng_state(), before)
-    halves = (shown(hold_out(opened(settings), share=0.3, keep=0.5, seed=1), settings)[0] for settings in (PLAIN, kept))
-    assert torch.equal(*(torch.stack(half) for half in halves))
+    still = replace(PLAIN, scale_min=1.0, hflip=0.0, cache="device")
+    halves = [hold_out(opened(still), share=0.5, keep=0.5, seed=seed)[0] for seed in (1, 1, 2)]
+    trained = [
+        {image.numpy().tobytes() for batch, _ in train_batches(d, still, 0, 3) for image in batch} for d in halves
+    ]
+    assert trained[0] == trained[1] != trained[2]
 
 
 def test_split_is_part_of_the_identity(opened: Open) -> None:
     data = opened(PLAIN)
     given = {"share": 0.3, "keep": 0.5, "seed": 1}
-    identity = hold_out(data, **given).identity
-    assert identity == hold_out(data, **given).identity
+    identity = hold_out(data, **given)[0].identity
+    assert identity == hold_out(data, **given)[1].identity
     assert {**data.identity, **identity} == identity != data.identity
     for change in ({"share": 0.31}, {"keep": 0.6}, {"seed": 2}):
-        assert hold_out(data, **{**given, **change}).identity != identity
-    nested = [hold_out(hold_out(data, share=share, seed=1), share=0.3, seed=1).identity for share in (0.2, 0.4)]
-    assert nested[0] != nested[1]
-
-
-@KINDS
-def test_images_are_held_out_of_what_was_held_out_before(opened: Open, settings: FitSettings) -> None:
-    outer = hold_out(opened(settings), share=0.3, seed=1)
-    inner = hold_out(outer, share=0.3, seed=2)
-    kept, held = shown(inner, settings)
-    assert (len(kept), len(held)) == (2 * 6, 2 * 3)
-    assert len({image.numpy().tobytes() for image in kept + held}) == 18
-    assert all(among(image, shown(outer, settings)[0]) for image in kept + held)
+        assert hold_out(data, **{**given, **change})[0].identity != identity
 
 
 @pytest.mark.parametrize(
@@ -351,7 +341,10 @@ def test_images_are_held_out_of_what_was_held_out_before(opened: Open, settings:
         ({"share": 1.0}, "^cannot hold out a share of 1.0 "),
         ({"share": 0.5, "keep": 0.0}, "^cannot keep a share of 0.0 .*; give one above 0 and at most 1$"),
         ({"share": 0.5, "keep": 1.1}, "^cannot keep a share of 1.1 "),
-        ({"share": 0.99}, r"^class cat: too few training images \(13\) to hold out a share of 0.99 .*; add images or"),
+        (
+            {"share": 0.99},
+            r"^class cat: too few validation images \(6\) to choose by a share of 0.99 .*; add images or",
+        ),
     ],
 )
 def test_split_that_cannot_be_made_says_so(opened: Open, given: dict[str, float], message: str) -> None:
@@ -362,31 +355,31 @@ def test_split_that_cannot_be_made_says_so(opened: Open, given: dict[str, float]
 
 def test_smallest_share_keeps_an_image_of_each_class_and_one_image_cannot_be_split(tmp_path: Path) -> None:
     write_images(tmp_path, "train", ["cat", "dog"], 2)
-    write_images(tmp_path, "val", ["cat", "dog"], 1)
-    held = hold_out(open_data(str(tmp_path), CONFIG, PLAIN), share=0.01, keep=0.01, seed=0)
-    assert (labels_of(held.plain), labels_of(held.val)) == ([0, 1], [0, 1])
-    (tmp_path / "train" / "dog" / "0.png").unlink()
-    with pytest.raises(GrowkitError, match=r"^class dog: too few training images \(1\)"):
+    write_images(tmp_path, "val", ["cat", "dog"], 2)
+    chosen, tested = hold_out(open_data(str(tmp_path), CONFIG, PLAIN), share=0.01, keep=0.01, seed=0)
+    assert (labels_of(chosen.train), labels_of(chosen.val), labels_of(tested.val)) == ([0, 1], [0, 1], [0, 1])
+    (tmp_path / "val" / "dog" / "0.png").unlink()
+    with pytest.raises(GrowkitError, match=r"^class dog: too few validation images \(1\)"):
         hold_out(open_data(str(tmp_path), CONFIG, PLAIN), share=0.5, seed=0)
 
 
 @KINDS
 def test_timm_datasets_are_split_by_their_labels(tmp_path: Path, settings: FitSettings) -> None:
-    write_mnist(tmp_path, 60, 20)
+    write_mnist(tmp_path, 20, 60)
     settings = replace(settings, data_dir=str(tmp_path))
-    held = hold_out(open_data("torch/mnist", {**CONFIG, "input_size": (1, 28, 28)}, settings), share=0.5, seed=0)
-    for part in (held.plain, held.val):
-        assert sorted(labels_of(part)) == sorted(list(range(10)) * 3)
-    given = torch.cat([labels for _, labels in val_batches(held, settings)])
-    assert given.tolist() == labels_of(held.val)
+    parts = hold_out(open_data("torch/mnist", {**CONFIG, "input_size": (1, 28, 28)}, settings), share=0.5, seed=0)
+    for part in parts:
+        assert sorted(labels_of(part.val)) == sorted(list(range(10)) * 3)
+        given = torch.cat([labels for _, labels in val_batches(part, settings)])
+        assert given.tolist() == labels_of(part.val)
 
 
 def test_labels_are_read_off_the_images_where_no_list_is_kept() -> None:
     numbers = torch.arange(12)
-    data = Data(train=TensorDataset(numbers, numbers % 3), val=TensorDataset(numbers), classes=[])
-    held = hold_out(data, share=0.5, seed=0)
-    images = [torch.cat([batch for batch, _ in val_batches(d, PLAIN)]) for d in (replace(held, val=held.plain), held)]
-    assert sorted(torch.cat(images).tolist()) == numbers.tolist()
-    assert all((part % 3).bincount().tolist() == [2, 2, 2] for part in images)
+    images = TensorDataset(numbers, numbers % 3)
+    data = Data(train=images, val=images, classes=[])
+    parts = [torch.cat([batch for batch, _ in val_batches(d, PLAIN)]) for d in hold_out(data, share=0.5, seed=0)]
+    assert sorted(torch.cat(parts).tolist()) == numbers.tolist()
+    assert all((part % 3).bincount().tolist() == [2, 2, 2] for part in parts)
     with pytest.raises(GrowkitError, match=r"^class 0: too few"):
         hold_out(data, share=0.9, seed=0)

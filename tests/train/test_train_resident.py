@@ -1,9 +1,11 @@
 """Images in the device's memory: equal for evaluation, cropped and flipped repeatably for training."""
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,13 @@ def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
     """Equal bit for bit, and as many."""
     pairs = zip(first, second, strict=False)
     return len(first) == len(second) and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+def as_evaluated(data: Data) -> Any:
+    """The training images, prepared as those for evaluation are."""
+    plain: Any = copy.copy(data.train)
+    plain.transform = data.val.transform
+    return plain
 
 
 def batches(data: Data, settings: FitSettings, first: int = 0, last: int = 6) -> list[tuple[Tensor, Tensor]]:
@@ -66,9 +75,9 @@ def test_batches_without_augmentation_are_the_images_as_evaluation_sees_them(ima
         config = {**CONFIG, "input_size": size}
         data = open_data(str(images), config, WHOLE)
         ordinary = open_data(str(images), config, ORDINARY)
-        assert ordinary.plain is not None
-        places = [index for batch in _Places(26, WHOLE, 0, 6) for _, index in batch]
-        expected = torch.stack([ordinary.plain[place][0] for place in places])
+        plain = as_evaluated(ordinary)
+        places = [index for batch in _Places(data, WHOLE, 0, 6) for _, index in batch]
+        expected = torch.stack([plain[place][0] for place in places])
         assert torch.equal(torch.cat([batch for batch, _ in batches(data, WHOLE)]), expected)
 
 
@@ -92,14 +101,13 @@ def test_flip_of_a_crop_is_its_mirror_image(opened: Open) -> None:
 def test_order_of_images_is_that_of_the_ordinary_path(opened: Open) -> None:
     settings = replace(WHOLE, batch_size=5)
     kept, ordinary = opened(settings), opened(ORDINARY)
-    assert ordinary.plain is not None
-    plain = [ordinary.plain[place][0] for place in range(26)]
+    plain = [as_evaluated(ordinary)[place][0] for place in range(26)]
     found = [
         next(place for place, image in enumerate(plain) if torch.equal(image, shown))
         for batch, _ in batches(kept, settings, 3, 12)
         for shown in batch
     ]
-    expected = _Places(26, replace(ORDINARY, batch_size=5), 3, 12)
+    expected = _Places(ordinary, replace(ORDINARY, batch_size=5), 3, 12)
     assert found == [index for batch in expected for _, index in batch]
     labels = [list(map(Tensor.tolist, (y for _, y in batches(d, settings, 3, 12)))) for d in (kept, ordinary)]
     assert labels[0] == labels[1]
@@ -167,13 +175,13 @@ def test_crop_at_the_edge_repeats_the_edge_and_adds_no_black(monkeypatch: pytest
 def test_training_batches_are_finite_differ_by_seed_epoch_and_image_and_leave_the_images_alone(opened: Open) -> None:
     settings = replace(RESIDENT, batch_size=26, scale_min=0.08)
     data = opened(settings)
-    before = list(val_batches(hold_out(data, share=0.5, seed=0), settings))
+    before = list(val_batches(data, settings))
     (first, _), (second, _) = batches(data, settings, 0, 2)
     other, _ = batches(data, replace(settings, seed=1), 0, 1)[0]
     for batch in (second, other):
         assert batch.isfinite().all()
         assert all((image != first).flatten(1).any(1).all() for image in batch)
-    assert same(before, list(val_batches(hold_out(data, share=0.5, seed=0), settings)))
+    assert same(before, list(val_batches(data, settings)))
 
 
 def test_batches_from_the_middle_are_those_of_the_whole_run(opened: Open) -> None:
@@ -201,11 +209,11 @@ def test_images_are_decoded_once_for_all_runs_and_splits(opened: Open, decodings
     assert decodings == []
     for seed in (0, 1):
         fit(Net(), data, replace(short, seed=seed))
-        fit(Net(), held := hold_out(data, share=0.3, seed=seed), short)
-        list(val_batches(held, short))
+        chosen, tested = hold_out(data, share=0.3, keep=0.5, seed=seed)
+        fit(Net(), chosen, short)
     assert decodings == [26]
-    list(val_batches(data, short))
-    list(val_batches(data, short))
+    list(val_batches(chosen, short))
+    list(val_batches(tested, short))
     assert decodings == [26, 12]
 
 
