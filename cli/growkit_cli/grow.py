@@ -21,6 +21,7 @@ from growkit_cli.options import (
     Sets,
     with_settings,
 )
+from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, watching
 
 
@@ -32,6 +33,7 @@ from growkit_cli.progress import ended, watching
     skip=("seed", "epochs", "model_ema", "model_ema_decay"),
     **OPERATOR_DEFAULTS,
 )
+@on_processes
 def grow(
     source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
@@ -59,8 +61,9 @@ def grow(
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.train.distributed import leads
 
-    console = Console(as_json)
+    console = Console(as_json, quiet=not leads())
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
@@ -105,4 +108,4 @@ def grow(
             "scores": {name: asdict(found) for name, found in grown.scores.items()} if grown.scores else None,
         }
     )
-    ended(grown.operator)
+    ended(console, grown.operator)

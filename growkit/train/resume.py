@@ -72,6 +72,13 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
+def clear(folder: Path) -> None:
+    """Make `folder` ready for a new run: no state and no metrics in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (STATE, METRICS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON line to the folder's metrics."""
     with (folder / METRICS).open("a", encoding="utf-8") as stream:
