@@ -23,7 +23,7 @@ from growkit.settings import GrowSettings
 from growkit.source import TIMM, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, val_batches
-from growkit.train.distributed import by_leader, local_rank, restarted, size
+from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, evaluate, predictor, score_model
@@ -132,6 +132,11 @@ def grow_model(
     """
     if resume and data is None:
         raise GrowkitError("--resume goes on with operator training; give the --data it was trained on")
+    if data is not None and operator is not None and operator.shard:
+        raise GrowkitError(
+            "--shard: every process grows the whole target to run it, and the operator itself is small, so sharding"
+            " saves nothing here; leave it out"
+        )
     resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume)
     chosen = pick_device(device)
     opened = None
@@ -313,8 +318,19 @@ def _fit_into(
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 
+    def plain(trained: nn.Module) -> nn.Module:
+        """`trained`, put together in the leading process where it is sharded; all take part."""
+        if not sharded(trained):
+            return trained
+        state = whole(trained.state_dict())
+        together = source.model()
+        if leads():
+            together.load_state_dict(state)
+        return together
+
     def keep(best: nn.Module, scores: Scores) -> None:
-        by_leader(lambda: _replace(folder, best, source, {**history, "scores": asdict(scores)}))
+        kept = plain(best)
+        by_leader(lambda: _replace(folder, kept, source, {**history, "scores": asdict(scores)}))
 
     fitted = fit(
         model,
@@ -329,10 +345,12 @@ def _fit_into(
     )
     final = {**history, "fit": _fit_figures(fitted, settings)}
 
+    last = plain(model)
+
     def write() -> None:
-        _replace(folder / LAST, model, source, final)
+        _replace(folder / LAST, last, source, final)
         if fitted.best_scores is None:
-            _replace(folder, model, source, final)
+            _replace(folder, last, source, final)
         else:
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": final["fit"]})
         run.add(

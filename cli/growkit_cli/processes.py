@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
             with joined(pick_device(given["device"])):
                 return command(**given)
         except (GrowkitError, OSError) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left; they say why first
             if first_to_say(str(error)):
                 raise
             raise typer.Exit(2) from None

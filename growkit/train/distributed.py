@@ -13,8 +13,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from growkit.errors import GrowkitError
@@ -172,6 +175,8 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
     kept = sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
     if kept:
         raise GrowkitError(f"{kept[0]} is no parameter and would differ by process; train this model on one process")
+    if sharded(model):
+        return model
     # The buffers that are left are its source's weights in a grown model: the same everywhere, and never sent.
     settled = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, settled)
@@ -181,4 +186,47 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
 
 def gathering(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
     """Around a forward and backward pass: whether gradients are averaged now, or wait for the update's last batch."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not now else nullcontext()
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Spread the parameters of `model` over the processes, in place and block by block, so that none holds it whole.
+
+    Blocks are what lies in lists of its own, as timm's `blocks`.
+
+    Raises:
+        GrowkitError: torchrun did not start this process.
+    """
+    if not dist.is_initialized():
+        raise GrowkitError("--shard spreads a model over the processes that torchrun starts; start it with torchrun")
+    mesh = init_device_mesh(device.type, (size(),))
+    lists = (child for child in model.children() if isinstance(child, (nn.Sequential, nn.ModuleList)))
+    for part in (*(block for blocks in lists for block in blocks), model):
+        # the root, too, lets go after a forward pass: else model.parameters() are other tensors than the optimizer's
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether `shard` has spread `model`."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(state: Any) -> Any:
+    """`state` with its sharded tensors put together on the CPU of the leading process; the others get None for them."""
+    if isinstance(state, DTensor):
+        full = state.full_tensor()
+        return full.cpu() if leads() else None
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def laid_out(value: Any, like: Tensor) -> Any:
+    """`value`, sharded where it is a tensor of the shape of `like` and that is."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    mesh = like.device_mesh
+    # every process has read the whole value; nothing is sent
+    return distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)

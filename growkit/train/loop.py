@@ -27,7 +27,7 @@ from growkit.train.watch import StepRecord, board, stop_signals
 __all__ = ["FitResult", "StepRecord", "fit"]
 
 # settings that change how a run is watched or fed, never what it computes
-FREE_TO_CHANGE = ("workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
+FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,13 @@ def fit(
         if folder is None:
             return
 
+        trained = distributed.whole(training.state())
+
         def write() -> None:
             state = {
                 "identity": identity,
                 "step": len(losses),
-                "training": training.state(),
+                "training": trained,
                 "losses": torch.tensor(losses, dtype=torch.float64),
                 "history": [(step, asdict(scores)) for step, scores in history],
                 "seconds": seconds_before + time.perf_counter() - began,
@@ -261,8 +263,15 @@ class _Training:
         device: torch.device,
         plan: _Plan,
     ):
-        self.model = model.to(device).train()
         self.settings, self.device = settings, device
+        self.ema: Any = None
+        if settings.model_ema:
+            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
+        for part in (model,) if self.ema is None else (model, self.ema.module):
+            if settings.shard:
+                distributed.shard(part, device)
+            part.to(device)
+        self.model = model.train()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise GrowkitError("nothing to train: every parameter of the model is frozen")
@@ -280,9 +289,6 @@ class _Training:
         )
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.ema: Any = None
-        if settings.model_ema:
-            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
         self._try_one_batch(data)
         self.network = distributed.together(model, device)
@@ -353,7 +359,7 @@ class _Training:
     def load(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
         resuming.load_trainable(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        resuming.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             resuming.load_trainable(self.ema.module, state["ema"])

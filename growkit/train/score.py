@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.train.data import Data, val_batches
-from growkit.train.distributed import summed
+from growkit.train.distributed import sharded, summed
 from growkit.train.settings import FitSettings
 
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
@@ -129,7 +129,9 @@ def predictor(model: nn.Module, device: torch.device | str, precision: str = "au
     device = torch.device(device)
 
     def predict(images: Tensor) -> Tensor:
-        with mode_kept(model), torch.inference_mode(), autocast(precision, device):
+        # what a sharded model gathers here, it uses again in training
+        without_gradients = torch.no_grad() if sharded(model) else torch.inference_mode()
+        with mode_kept(model), without_gradients, autocast(precision, device):
             logits: Tensor = model.eval()(images.to(device, non_blocking=True))
             return logits
 

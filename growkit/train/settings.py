@@ -87,6 +87,9 @@ class FitSettings:
     resident: bool = False
     """Keep the decoded images in the device's memory, cropped and flipped there: for small images and many runs."""
 
+    shard: bool = False
+    """Spread weights, gradients and moments over the processes of torchrun (FSDP2), for what one GPU cannot hold."""
+
     workers: int = 2
     """Processes that read images; they change the speed, never the result."""
 
