@@ -23,8 +23,10 @@ from growkit.settings import GrowSettings
 from growkit.source import TIMM, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, val_batches
+from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.memory import with_batch_size
+from growkit.train.resume import STATE
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 
@@ -69,22 +71,42 @@ class Answering:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device auto|cpu|cuda[:N]`.
+    """The device of `--device auto|cpu|cuda[:N]`; under torchrun, cuda is the GPU with this process's number.
 
     Raises:
         GrowkitError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and local_rank() is not None:
+        if name != "cuda":
+            raise GrowkitError(f"--device {name}: torchrun gives each process a GPU of its own; give --device cuda")
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise GrowkitError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise GrowkitError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works"
-        )
+        remedy = "--device cpu works" if local_rank() is None else "start as many with --nproc-per-node"
+        raise GrowkitError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; {remedy}")
     return device
+
+
+def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool) -> bool:
+    """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+
+    Raises:
+        GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
+    """
+    anew = restarted()
+
+    def look() -> bool:
+        run.refuse_unusable()
+        if not (resume or anew):
+            refuse_existing(output, force)
+        return resume or (anew and state.exists())
+
+    return by_leader(look)
 
 
 def grow_model(
@@ -109,11 +131,14 @@ def grow_model(
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
     """
-    run.refuse_unusable()
     if resume and data is None:
         raise GrowkitError("--resume goes on with operator training; give the --data it was trained on")
-    if not resume:
-        refuse_existing(run.grown, force)
+    if data is not None and operator is not None and operator.shard:
+        raise GrowkitError(
+            "--shard: every process grows the whole target to run it, and the operator itself is small, so sharding"
+            " saves nothing here; leave it out"
+        )
+    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume)
     chosen = pick_device(device)
     opened = None
     if data is not None:
@@ -166,10 +191,6 @@ def grow_model(
         "operator": _fit_figures(fitted, operator),
     }
     operator_parameters = sum(p.numel() for p in grown.method.parameters())
-    with whole_folder(run.grown) as folder:
-        _write(folder, model, source, history)
-        if operator_parameters:
-            write_tensors(folder / OPERATOR, grown.method.state_dict())
     result = Grown(
         folder=run.grown,
         source=source,
@@ -180,24 +201,32 @@ def grow_model(
         operator=fitted,
         scores=scores,
     )
-    run.add(
-        "grow",
-        options={
-            "source": source.path,
-            "to": to,
-            "set": list(sets),
-            "data": data,
-            **asdict(settings),
-        },
-        figures={
-            "step0_gap": gap,
-            "parameters": result.parameters,
-            "operator_parameters": operator_parameters,
-            "operator": _told(history["operator"]),
-            "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
-        },
-        hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
-    )
+
+    def write() -> None:
+        with whole_folder(run.grown) as folder:
+            _write(folder, model, source, history)
+            if operator_parameters:
+                write_tensors(folder / OPERATOR, grown.method.state_dict())
+        run.add(
+            "grow",
+            options={
+                "source": source.path,
+                "to": to,
+                "set": list(sets),
+                "data": data,
+                **asdict(settings),
+            },
+            figures={
+                "step0_gap": gap,
+                "parameters": result.parameters,
+                "operator_parameters": operator_parameters,
+                "operator": _told(history["operator"]),
+                "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
+            },
+            hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
+        )
+
+    by_leader(write)
     return result
 
 
@@ -281,9 +310,7 @@ def _fit_into(
     say: Say,
     watch: Watch | None,
 ) -> Trained:
-    run.refuse_unusable()
-    if not resume:
-        refuse_existing(folder, force)
+    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume)
     chosen = pick_device(device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say)
@@ -294,8 +321,19 @@ def _fit_into(
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 
+    def plain(trained: nn.Module) -> nn.Module:
+        """`trained`, put together in the leading process where it is sharded; all take part."""
+        if not sharded(trained):
+            return trained
+        state = whole(trained.state_dict())
+        together = source.model()
+        if leads():
+            together.load_state_dict(state)
+        return together
+
     def keep(best: nn.Module, scores: Scores) -> None:
-        _replace(folder, best, source, {**history, "scores": asdict(scores)})
+        kept = plain(best)
+        by_leader(lambda: _replace(folder, kept, source, {**history, "scores": asdict(scores)}))
 
     fitted = fit(
         model,
@@ -309,17 +347,23 @@ def _fit_into(
         on_best=keep,
     )
     final = {**history, "fit": _fit_figures(fitted, settings)}
-    _replace(folder / LAST, model, source, final)
-    if fitted.best_scores is None:
-        _replace(folder, model, source, final)
-    else:
-        write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": final["fit"]})
-    run.add(
-        command,
-        options={"model": source.path, "data": data, **asdict(settings)},
-        figures={"start": asdict(start) if start else None, **(_told(final["fit"]) or {})},
-        hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
-    )
+
+    last = plain(model)
+
+    def write() -> None:
+        _replace(folder / LAST, last, source, final)
+        if fitted.best_scores is None:
+            _replace(folder, last, source, final)
+        else:
+            write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": final["fit"]})
+        run.add(
+            command,
+            options={"model": source.path, "data": data, **asdict(settings)},
+            figures={"start": asdict(start) if start else None, **(_told(final["fit"]) or {})},
+            hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
+        )
+
+    by_leader(write)
     return Trained(folder, fitted, start)
 
 
@@ -358,6 +402,7 @@ def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict
     return {
         "steps": fitted.steps,
         "interrupted": fitted.interrupted,
+        "processes": size(),
         "losses": [round(loss, 6) for loss in fitted.losses],
         "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
         "best": asdict(fitted.best_scores) if fitted.best_scores else None,

@@ -1,5 +1,6 @@
 """The benchmarks run and write figures; how fast anything is, is not asserted here."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from growkit.arch import build, find
 from growkit.demo import write_digits
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -65,6 +68,31 @@ def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert min(step[name] for name in ("time_ratio", "memory_ratio", "plain_peak_bytes")) > 0
     assert content["versions"]["torch"]
     assert content["hardware"]["cores"] >= 1
+
+
+def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass() -> None:
+    spec = importlib.util.spec_from_file_location("memory_table", FOLDER / "memory_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    calculated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(calculated)
+    small = find("vit_tiny", {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8})
+    model = build(small.name, small.arguments)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.nn.functional.cross_entropy(model(torch.rand(3, 3, 16, 16)), torch.zeros(3, dtype=torch.long))
+    real = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    real = {place: size for place, size in real.items() if place not in own}
+    assert calculated.saved_bytes(small, 3, "fp32") == sum(real.values()) > 0
+    # bf16 copies of the weights are kept, too, whatever the number of images; what an image adds is smaller
+    added = [calculated.saved_bytes(small, 4, p) - calculated.saved_bytes(small, 3, p) for p in ("bf16", "fp32")]
+    assert added[1] / 2 < added[0] < added[1]
 
 
 @pytest.mark.slow  # four starts of torch

@@ -19,7 +19,7 @@ from growkit_cli.progress import following
     FitSettings,
     name="recipe",
     panel="Training: what the full budget is, and how every arm spends its own",
-    skip=("lr", "eval_every", "tensorboard"),
+    skip=("lr", "eval_every", "tensorboard", "shard"),
 )
 def compare(
     source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],

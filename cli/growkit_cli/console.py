@@ -16,11 +16,14 @@ LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how w
 
 
 class Console:
-    """Prints for people on stdout; with `as_json` people's lines go to stderr and stdout gets one JSON object."""
+    """Prints for people on stdout; with `as_json` people's lines go to stderr and stdout gets one JSON object.
 
-    def __init__(self, as_json: bool = False):
-        self.as_json = as_json
-        self.rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
+    With `quiet` nothing is printed: of several processes one speaks.
+    """
+
+    def __init__(self, as_json: bool = False, *, quiet: bool = False):
+        self.as_json = as_json and not quiet
+        self.rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True, quiet=quiet)
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = LOG_WIDTH
 

@@ -6,10 +6,12 @@ from growkit.settings import FINETUNE_DEFAULTS
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
+from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, watching
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
+@on_processes
 def finetune(
     data: NeededData,
     settings: FitSettings,
@@ -27,8 +29,9 @@ def finetune(
     from growkit.pipeline import finetune_model
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.train.distributed import leads
 
-    console = Console(as_json)
+    console = Console(as_json, quiet=not leads())
     folder = RunFolder(run)
     path = str(model or folder.startable())
     console.say(f"fine-tuning {path}")
@@ -48,4 +51,4 @@ def finetune(
             watch=watch,
         )
     tell_trained(console, trained)
-    ended(trained.fitted)
+    ended(console, trained.fitted)

@@ -21,6 +21,7 @@ from growkit_cli.options import (
     Sets,
     with_settings,
 )
+from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, watching
 
 
@@ -33,6 +34,7 @@ from growkit_cli.progress import ended, watching
     auto={"batch_size": AUTO},
     **OPERATOR_DEFAULTS,
 )
+@on_processes
 def grow(
     source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
@@ -60,8 +62,9 @@ def grow(
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.train.distributed import leads
 
-    console = Console(as_json)
+    console = Console(as_json, quiet=not leads())
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
@@ -106,4 +109,4 @@ def grow(
             "scores": {name: asdict(found) for name, found in grown.scores.items()} if grown.scores else None,
         }
     )
-    ended(grown.operator)
+    ended(console, grown.operator)

@@ -37,14 +37,21 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+ON_PROCESSES = ("grow", "train", "finetune")  # commands that torchrun may start
+
+
 @app.callback()
 def growkit(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
     ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Grow small pretrained transformers into larger ones and take them into serving."""
+    command = context.invoked_subcommand
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ and command not in ON_PROCESSES:
+        raise GrowkitError(f"growkit {command} runs in one process; start it without torchrun")
     if debug:
         os.environ["GROWKIT_DEBUG"] = "1"
 

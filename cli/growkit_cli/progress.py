@@ -78,8 +78,9 @@ def tell_trained(console: Console, trained: "Trained") -> None:
     )
 
 
-def ended(fitted: "FitResult | None") -> None:
+def ended(console: Console, fitted: "FitResult | None") -> None:
     """Leave with status 130 when training was interrupted: everything learned is saved by then."""
     if fitted is not None and fitted.interrupted:
-        sys.stderr.write("interrupted; what was learned is saved, --resume goes on\n")
+        if not console.rich.quiet:
+            sys.stderr.write("interrupted; what was learned is saved, --resume goes on\n")
         raise typer.Exit(130)

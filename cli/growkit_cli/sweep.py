@@ -19,7 +19,7 @@ from growkit_cli.progress import following
     FitSettings,
     name="recipe",
     panel="Training: what a trial may spend, from nothing on its share of the data",
-    skip=("lr", "eval_every", "tensorboard"),
+    skip=("lr", "eval_every", "tensorboard", "shard"),
 )
 def sweep(
     source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],

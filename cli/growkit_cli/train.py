@@ -8,10 +8,12 @@ import typer
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
+from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, watching
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO})
+@on_processes
 def train(
     architecture: Annotated[str, typer.Argument(help="A timm name or a short one, as deit_tiny.")],
     data: NeededData,
@@ -29,8 +31,9 @@ def train(
     """
     from growkit.pipeline import train_model
     from growkit.record import RunFolder
+    from growkit.train.distributed import leads
 
-    console = Console(as_json)
+    console = Console(as_json, quiet=not leads())
     with watching(console, f"training {architecture}") as watch:
         trained = train_model(
             RunFolder(run),
@@ -45,4 +48,4 @@ def train(
             watch=watch,
         )
     tell_trained(console, trained)
-    ended(trained.fitted)
+    ended(console, trained.fitted)

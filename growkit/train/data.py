@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from growkit.errors import GrowkitError
+from growkit.train.distributed import part, rank, size
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import AUTO, FitSettings
 
@@ -319,21 +320,21 @@ class _Augmented(Dataset[Any]):
 
 
 class _Places(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew."""
+    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
 
     def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
         self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
-        self.size = images_per_batch(data, settings)
+        self.whole = images_per_batch(data, settings)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.size
         order, order_of = torch.empty(0), -1
         for number in range(self.first, self.last):
-            epoch, place = divmod(number, self.images // size)
+            epoch, place = divmod(number, self.images // self.whole)
             if epoch != order_of:
                 with seeded(self.settings.seed, "order", epoch):
                     order, order_of = torch.randperm(self.images), epoch
-            yield [(epoch, index) for index in order[place * size : (place + 1) * size].tolist()]
+            batch = order[place * self.whole : (place + 1) * self.whole]
+            yield [(epoch, index) for index in batch[part(self.whole)].tolist()]
 
 
 def images_per_batch(data: Data, settings: FitSettings) -> int:
@@ -357,8 +358,9 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
 
-    Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be used;
-    resident images are there already.
+    On several processes each gets its part of every batch, the same images with the same augmentation as a single
+    process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
+    used; resident images are there already.
     """
     device = torch.device(device)
     sampler = _Places(data, settings, first, last)
@@ -366,7 +368,8 @@ def train_batches(
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
             generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
-            yield data.train.normalised(crop_and_flip(images, settings, generator)), labels
+            cropped = crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole))
+            yield data.train.normalised(cropped), labels
         return
     loader = DataLoader(
         _Augmented(data.train, settings.seed), batch_sampler=sampler, **_loading(settings, device.type == "cuda")
@@ -377,12 +380,28 @@ def train_batches(
 def val_batches(
     data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,)."""
+    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
+
+    On several processes each gets its part of them, in as many batches as the others.
+    """
     device = torch.device(device)
+    shares = _shares(size_of(data.val), settings.batch_size)
     if isinstance(data.val, Resident):
-        yield from data.val.evaluation(settings.batch_size, device)
+        yield from data.val.evaluation(shares, device)
         return
-    yield from DataLoader(data.val, batch_size=settings.batch_size, **_loading(settings, device.type == "cuda"))
+    yield from DataLoader(data.val, batch_sampler=shares, **_loading(settings, device.type == "cuda"))
+
+
+def _shares(images: int, batch_size: int) -> list[list[int]]:
+    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
+    places = torch.arange(images)
+    if size() == 1:
+        return [batch.tolist() for batch in places.split(batch_size) if len(batch)]
+    if images < size():
+        raise GrowkitError(f"{images} images for evaluation do not give each of {size()} processes one; use fewer")
+    # nearly equal, none below batch_size but where there are fewer images in all
+    batches = places.tensor_split(max(1, images // batch_size))
+    return [batch.tensor_split(size())[rank()].tolist() for batch in batches]
 
 
 def size_of(dataset: Dataset[Any]) -> int:

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
+from growkit.train import distributed
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
 from growkit.train.flops import count_step
@@ -28,7 +29,7 @@ __all__ = ["FitResult", "StepRecord", "fit"]
 
 FUSED = ("adamw", "adam", "sgd", "momentum", "nesterov")  # timm's names for what torch updates in one kernel
 # settings that change how a run is watched or fed, never what it computes
-FREE_TO_CHANGE = ("workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
+FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def fit(
     nor on where a run was stopped and resumed. No global random state is changed. Ctrl-C or
     SIGTERM ends the run after the update at hand, with its state saved; a second one at once.
 
+    On several processes (`distributed.joined`) each takes its part of every batch, gradients are averaged, and the
+    result is that of one process to rounding; but dropout and mixing draw for each process, and mixing pairs the
+    images of its part. All see the same records, scores and result; only the leading one writes. A run may be
+    resumed on another number of them.
+
     Args:
         model: gives logits (N, classes) for images (N, C, H, W).
         data: images to train on.
@@ -101,14 +107,13 @@ def fit(
         if folder is None:
             raise GrowkitError("resuming needs the folder of the run to go on with")
         state = resuming.load_state(folder, identity)
-        resuming.cut_metrics(folder, state["step"])
+        distributed.by_leader(lambda: resuming.cut_metrics(folder, state["step"]))
         training.load(state["training"])
         start, seconds_before, losses = state["step"], state["seconds"], state["losses"].tolist()
         history = [(step, Scores(**scores)) for step, scores in state["history"]]
     elif folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / resuming.STATE).unlink(missing_ok=True)
-        (folder / resuming.METRICS).unlink(missing_ok=True)
+        distributed.by_leader(lambda: resuming.clear(folder))
+        distributed.begin()
 
     accumulate = settings.grad_accum_steps
     batches = train_batches(
@@ -120,21 +125,28 @@ def fit(
     )
 
     def save() -> None:
-        if folder is not None:
+        if folder is None:
+            return
+
+        trained = distributed.whole(training.state())
+
+        def write() -> None:
             state = {
                 "identity": identity,
                 "step": len(losses),
-                "training": training.state(),
+                "training": trained,
                 "losses": torch.tensor(losses, dtype=torch.float64),
                 "history": [(step, asdict(scores)) for step, scores in history],
                 "seconds": seconds_before + time.perf_counter() - began,
             }
             resuming.save_state(folder, state)
 
+        distributed.by_leader(write)
+
     pending: list[Tensor] = []  # losses still on the device; reading them waits for it
     window = training_seconds = 0.0  # seconds since the last record, and in all
     recorded = saved = start
-    with stop_signals() as stop, board(settings, folder, start) as show:
+    with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
         saved_at = mark = time.perf_counter()
         for step in range(start + 1, plan.total + 1):
             with telling_what_fits(model, data, settings, device):
@@ -143,10 +155,12 @@ def fit(
             judge = evaluate is not None and (last or plan.evaluates_at(step))
             report = judge or last or step % settings.log_every == 0
             due = judge or last or time.perf_counter() - saved_at >= settings.save_seconds
-            if not (report or due or stop.asked):
+            due, stopping = distributed.agreed(due, stop.asked)
+            if not (report or due or stopping):
                 continue
 
-            losses += _finite(torch.stack(pending).tolist(), len(losses), saved, folder)
+            means = distributed.summed(torch.stack(pending)) / distributed.size()
+            losses += _finite(means.tolist(), len(losses), saved, folder)
             pending.clear()
             window += time.perf_counter() - mark
             if report:
@@ -166,7 +180,7 @@ def fit(
                     scores=scores,
                 )
                 training_seconds, window, recorded = training_seconds + window, 0.0, step
-                if folder is not None:
+                if folder is not None and distributed.leads():
                     resuming.append_metrics(folder, asdict(record))
                 show(record)
                 if on_step is not None:
@@ -174,10 +188,11 @@ def fit(
                         on_step(record)
                     except KeyboardInterrupt:
                         stop.asked = True
-            if due or stop.asked:
+                (stopping,) = distributed.agreed(stop.asked)
+            if due or stopping:
                 save()
                 saved, saved_at = step, time.perf_counter()
-            if stop.asked:
+            if stopping:
                 break
             mark = time.perf_counter()
 
@@ -215,10 +230,12 @@ class _Plan:
 
 def _plan(data: Data, settings: FitSettings) -> _Plan:
     images = images_per_batch(data, settings)
-    if images % 2 and (settings.mixup or settings.cutmix):
+    distributed.refuse_odd(images)
+    each = images // distributed.size()
+    if each % 2 and (settings.mixup or settings.cutmix):
         raise GrowkitError(
-            f"--mixup and --cutmix pair the images of a batch, and {images} is odd;"
-            f" set --batch-size {max(2, images - 1)}"
+            f"--mixup and --cutmix pair the images of a batch, and {each} is odd;"
+            f" set --batch-size {max(2, each - 1) * distributed.size()}"
         )
     updates_per_epoch = batches_per_epoch(data, settings) / settings.grad_accum_steps
     total = settings.steps or max(1, round(settings.epochs * updates_per_epoch))
@@ -251,8 +268,17 @@ class _Training:
         device: torch.device,
         plan: _Plan,
     ):
-        self.model = model.to(device).train()
         self.settings, self.device = settings, device
+        self.ema: Any = None
+        if settings.model_ema:
+            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
+        if settings.grad_checkpointing:
+            recompute_blocks(model)
+        for part in (model,) if self.ema is None else (model, self.ema.module):
+            if settings.shard:
+                distributed.shard(part, device)
+            part.to(device)
+        self.model = model.train()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.trained:
             raise GrowkitError("nothing to train: every parameter of the model is frozen")
@@ -270,15 +296,11 @@ class _Training:
         )
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.ema: Any = None
-        if settings.model_ema:
-            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        if settings.grad_checkpointing:
-            recompute_blocks(model)
         self._try_one_batch(data)
+        self.network = distributed.together(model, device)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
-        self.forward = model if settings.compile is None else torch.compile(model, mode=settings.compile)
+        self.forward = self.network if settings.compile is None else torch.compile(self.network, mode=settings.compile)
 
     def _try_one_batch(self, data: Data) -> None:
         """Find how many outputs the model has and what an update costs; nothing is learned."""
@@ -299,7 +321,7 @@ class _Training:
                 images, targets = self.mix(images, targets)
         with autocast(self.settings.precision, self.device):
             cost = count_step(self.model, (images, targets), self.loss_of)
-        self.flops_per_step = cost.flops_per_step * self.settings.grad_accum_steps
+        self.flops_per_step = cost.flops_per_step * self.settings.grad_accum_steps * distributed.size()
 
     @property
     def lr(self) -> float:
@@ -311,17 +333,18 @@ class _Training:
         self.schedule.step_update(step - 1)
         accumulate = self.settings.grad_accum_steps
         loss = torch.zeros((), device=self.device)
-        with seeded(self.settings.seed, "update", step, device=self.device):
-            for _ in range(accumulate):
+        with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
+            for left in reversed(range(accumulate)):
                 images, targets = next(batches)
                 require_labels(targets, self.outputs)
                 images = images.to(self.device, non_blocking=True)
                 targets = targets.to(self.device, non_blocking=True)
                 if self.mix is not None:
                     images, targets = self.mix(images, targets)
-                with autocast(self.settings.precision, self.device):
-                    share = self.loss_of(self.forward(images), targets) / accumulate
-                self.scaler.scale(share).backward()
+                with distributed.gathering(self.network, now=not left):
+                    with autocast(self.settings.precision, self.device):
+                        share = self.loss_of(self.forward(images), targets) / accumulate
+                    self.scaler.scale(share).backward()
                 loss += share.detach()
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
@@ -345,7 +368,7 @@ class _Training:
     def load(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
         resuming.load_trainable(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        resuming.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             resuming.load_trainable(self.ema.module, state["ema"])

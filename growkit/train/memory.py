@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
+from growkit.train import distributed
 from growkit.train.data import Data, images_per_batch, size_of, train_batches
 from growkit.train.resident import free_bytes
 from growkit.train.score import autocast, mode_kept
@@ -87,10 +88,12 @@ def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device:
     """The settings, with a number where the batch size is to be found.
 
     Raises:
-        GrowkitError: not a single image fits.
+        GrowkitError: not a single image fits, or several processes would each find their own.
     """
     if settings.batch_size != AUTO:
         return settings
+    if distributed.size() > 1:
+        raise GrowkitError("--batch-size auto looks for it on one process; find it there and give the number")
     fits = largest_batch(model, data, settings, device)
     if not fits:
         raise GrowkitError(_nothing_fits(device))
@@ -116,6 +119,11 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     if device.type == "cuda":
         torch.cuda.empty_cache()
     wanted = images_per_batch(data, settings)
+    if distributed.size() > 1:  # the others train on, or are out of memory too: nothing can be tried here
+        raise GrowkitError(
+            f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
+            " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
+        )
     fits = min(largest_batch(model, data, settings, device), wanted - 1)
     if fits < 1:
         raise GrowkitError(_nothing_fits(device))

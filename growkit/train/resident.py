@@ -105,10 +105,10 @@ class Resident(Dataset[Any]):
         )
         return images.div(full).sub(mean).div(std)
 
-    def evaluation(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order, normalised."""
-        for places in torch.arange(len(self)).split(batch_size):
-            images, labels = self.batch(places, device)
+    def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at the places of each batch, normalised."""
+        for places in batches:
+            images, labels = self.batch(torch.tensor(places), device)
             yield self.normalised(images), labels
 
 
@@ -123,13 +123,25 @@ def refuse_other_augmentation(settings: FitSettings) -> None:
             raise GrowkitError(f"--cache crops and flips only; {remedy}")
 
 
-def crop_and_flip(images: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
-    """Each image (N, C, H, W) cropped, resized back and perhaps mirrored; all draws come from the CPU's generator."""
-    count, _, high, wide = images.shape
-    mirrored = torch.rand(count, generator=generator) < settings.hflip
+def crop_and_flip(
+    images: Tensor,
+    settings: FitSettings,
+    generator: torch.Generator,
+    *,
+    whole: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
+    """Each image (N, C, H, W) cropped, resized back and perhaps mirrored; all draws come from the CPU's generator.
+
+    Draws are made for a batch of `whole` images, of which `images` are `part`.
+    """
+    high, wide = images.shape[2:]
+    count = len(images) if whole is None else whole
+    mirrored = (torch.rand(count, generator=generator) < settings.hflip)[part]
     if settings.scale_min == 1:
         return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-    left, top, width, height = _crops(count, (high, wide), settings.scale_min, generator)
+    crops = _crops(count, (high, wide), settings.scale_min, generator)
+    left, top, width, height = (side[part] for side in crops)
     x, y = _centres(left, width, wide), _centres(top, height, high)
     x = torch.where(mirrored[:, None], x.flip(1), x)
     # not affine_grid: its matrix product may round to TF32

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.files import whole_file
+from growkit.train.distributed import laid_out
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
@@ -38,7 +39,17 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"the saved state is of another model ({differing[0]} differs);"
             " give the same model or start anew without --resume"
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({name: laid_out(value, own[name]) for name, value in state.items()}, strict=False)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put what `optimizer.state_dict()` gave back, sharded where its parameters are."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: laid_out(value, own[number]) for name, value in of_one.items()}
+        for number, of_one in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -70,6 +81,13 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
                 " give the same, or start anew without --resume"
             )
     return state
+
+
+def clear(folder: Path) -> None:
+    """Make `folder` ready for a new run: no state and no metrics in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (STATE, METRICS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:

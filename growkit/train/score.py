@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.train.data import Data, val_batches
+from growkit.train.distributed import sharded, summed
 from growkit.train.settings import FitSettings
 
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
@@ -61,6 +62,13 @@ class Tally:
         self.count += len(labels)
         return ranked[:, 0]
 
+    def gather(self) -> None:
+        """Add up what all processes counted, each its part of the images."""
+        counts = torch.tensor([self.count, self._top1, self._top5, self._loss], dtype=torch.float64)
+        count, top1, top5, self._loss = summed(counts).tolist()
+        self.count, self._top1, self._top5 = int(count), int(top1), int(top5)
+        summed(self._bins)
+
     def scores(self) -> Scores:
         """The means so far.
 
@@ -83,7 +91,8 @@ def evaluate(
     """Score `predict`, which maps images (N, C, H, W) to logits (N, classes), on labelled batches.
 
     With fewer than five classes top5 counts as many as there are. `progress` gets the number of
-    images done after each batch.
+    images done after each batch. On several processes each gives its part of the images, as `val_batches` does, and
+    gets the scores of all.
 
     Raises:
         GrowkitError: there are no images, a label has no logit, or the logits are not finite.
@@ -93,6 +102,7 @@ def evaluate(
         tally.add(predict(images), labels)
         if progress is not None:
             progress(tally.count)
+    tally.gather()
     return tally.scores()
 
 
@@ -119,7 +129,9 @@ def predictor(model: nn.Module, device: torch.device | str, precision: str = "au
     device = torch.device(device)
 
     def predict(images: Tensor) -> Tensor:
-        with mode_kept(model), torch.inference_mode(), autocast(precision, device):
+        # what a sharded model gathers here, it uses again in training
+        without_gradients = torch.no_grad() if sharded(model) else torch.inference_mode()
+        with mode_kept(model), without_gradients, autocast(precision, device):
             logits: Tensor = model.eval()(images.to(device, non_blocking=True))
             return logits
 

@@ -96,6 +96,9 @@ class FitSettings:
     cache: str = "none"
     """Keep images decoded, in ram or in the device's memory: none, ram or device; they are augmented on the device."""
 
+    shard: bool = False
+    """Spread weights, gradients and moments over the processes of torchrun (FSDP2), for what one GPU cannot hold."""
+
     workers: int = 2
     """Processes that read images; they change the speed, never the result."""
 

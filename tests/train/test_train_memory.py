@@ -103,3 +103,15 @@ def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
 def test_other_errors_of_torch_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         fit(Full(20, RuntimeError("shapes differ")), images(), SETTINGS)
+
+
+def test_on_several_processes_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.distributed, "size", lambda: 2)
+    monkeypatch.setattr(memory, "largest_batch", lambda *_: pytest.fail("tried"))
+    with pytest.raises(GrowkitError, match="--batch-size auto looks for it on one process"):
+        with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO), CPU)
+    with (
+        pytest.raises(GrowkitError, match="out of memory on cpu with 16 images of each batch; give a smaller"),
+        memory.telling_what_fits(vit(), images(), SETTINGS, CPU),
+    ):
+        raise torch.OutOfMemoryError("full")

@@ -1,0 +1,232 @@
+"""Training on several processes that torchrun started: who this one is, its part of a batch, what all agree on.
+
+Alone, nothing here communicates: a single process leads, its part of a batch is all of it, and sums are its own. On
+several, every process calls the functions below in the same order.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from growkit.errors import GrowkitError
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+BEGUN = "growkit has begun"  # a key of torchrun's store, which outlives the processes that it restarts
+
+
+def local_rank() -> int | None:
+    """Number of this process on its host; None where torchrun did not start it."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+
+
+def size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Train together with the other processes that torchrun started; does nothing without torchrun.
+
+    Raises:
+        GrowkitError: another process ended while this one needed it.
+    """
+    if local_rank() is None:
+        yield
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU never waits for the GPU
+    try:
+        store, number, count = next(rendezvous("env://"))
+        # torchrun keeps one store over its restarts; without a name of its own a group reads addresses of the dead
+        own = PrefixStore(f"growkit {_attempt()}", store)
+        dist.init_process_group(backend, store=own, rank=number, world_size=count)
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise GrowkitError(
+            "another process of this run ended or cannot be reached; its own output says why. The state that was"
+            " saved last is whole, --resume goes on from there"
+        ) from error
+    # Not after an error: this process is about to end, and NCCL would wait for the others.
+    dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {os.environ['WORLD_SIZE']}"
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # gloo's errors have no class of their own
+
+
+def _store() -> Store:
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
+    return store
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other process has said `line` yet, of an error that may strike one process or all."""
+    if local_rank() is None:
+        return True
+    try:
+        return _store().add(f"growkit {_attempt()} said {line}", 1) == 1
+    except RuntimeError:  # the store is gone with its host
+        return True
+
+
+def begin() -> None:
+    """Note that what lies in the run's folder is from now on this job's own; see `restarted`."""
+    if local_rank() is not None and leads():
+        _store().set(BEGUN, "")
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes anew after others had begun the same work."""
+    return local_rank() is not None and by_leader(lambda: _store().check([BEGUN]))
+
+
+def part(whole: int) -> slice:
+    """Which of the `whole` images of a batch are this process's; `refuse_odd` sees to it that they divide."""
+    each = whole // size()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def refuse_odd(images: int) -> None:
+    """Raise GrowkitError where a batch of `images` does not divide among the processes."""
+    if images % size():
+        raise GrowkitError(
+            f"--batch-size: {images} images do not divide among {size()} processes;"
+            f" set --batch-size {max(images // size(), 1) * size()}"
+        )
+
+
+def own_draws() -> tuple[int, ...]:
+    """What a seed takes in besides, so that processes draw apart; nothing in the leading one."""
+    return (rank(),) if rank() else ()
+
+
+def agreed(*wishes: bool) -> list[bool]:
+    """Of each wish, whether any process has it."""
+    if size() == 1:
+        return list(wishes)
+    found = torch.tensor(wishes, dtype=torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(wish) for wish in found.tolist()]
+
+
+def summed(values: Tensor) -> Tensor:
+    """`values`, added up in place over all processes."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def by_leader(act: Callable[[], T]) -> T:
+    """Let the leading process act while the others wait: every process gets what it gave, or raises what it raised."""
+    if size() == 1:
+        return act()
+    told: list[Any] = [None, None]
+    if leads():
+        try:
+            told[0] = act()
+        except (GrowkitError, OSError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0, device=CPU)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def together(model: nn.Module, device: torch.device) -> nn.Module:
+    """What to call in place of `model` so that its gradients are the mean over all processes; alone, `model` itself.
+
+    Raises:
+        GrowkitError: the model holds more than parameters, as running statistics, which would differ by process.
+    """
+    if size() == 1:
+        return model
+    kept = sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+    if kept:
+        raise GrowkitError(f"{kept[0]} is no parameter and would differ by process; train this model on one process")
+    if sharded(model):
+        return model
+    # The buffers that are left are its source's weights in a grown model: the same everywhere, and never sent.
+    settled = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, settled)
+    place = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=place, gradient_as_bucket_view=True)
+
+
+def gathering(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """Around a forward and backward pass: whether gradients are averaged now, or wait for the update's last batch."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not now else nullcontext()
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Spread the parameters of `model` over the processes, in place and block by block, so that none holds it whole.
+
+    Blocks are what lies in lists of its own, as timm's `blocks`.
+
+    Raises:
+        GrowkitError: torchrun did not start this process.
+    """
+    if not dist.is_initialized():
+        raise GrowkitError("--shard spreads a model over the processes that torchrun starts; start it with torchrun")
+    mesh = init_device_mesh(device.type, (size(),))
+    lists = (child for child in model.children() if isinstance(child, (nn.Sequential, nn.ModuleList)))
+    for part in (*(block for blocks in lists for block in blocks), model):
+        # the root, too, lets go after a forward pass: else model.parameters() are other tensors than the optimizer's
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether `shard` has spread `model`."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(state: Any) -> Any:
+    """`state` with its sharded tensors put together on the CPU of the leading process; the others get None for them."""
+    if isinstance(state, DTensor):
+        full = state.full_tensor()
+        return full.cpu() if leads() else None
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def laid_out(value: Any, like: Tensor) -> Any:
+    """`value`, sharded where it is a tensor of the shape of `like` and that is."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    mesh = like.device_mesh
+    # every process has read the whole value; nothing is sent
+    return distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,437 @@
+"""Two processes train as one does: the same gradients, weights and scores to rounding; what is stopped goes on.
+
+Everything is in float64, where adding up in another order moves a value of size 1 by some 1e-16. That is more than a
+matter of taste: the gradient of a key's bias is zero but for rounding, and Adam divides it by its own size. In float64
+that rounding stays below Adam's eps of 1e-8 and moves nothing; in float32 it would move the bias by --lr.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from train_samples import CONFIG
+
+from growkit.arch import build, find
+from growkit.checkpoint import WEIGHTS
+from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.pipeline import pick_device
+from growkit.settings import GrowSettings
+from growkit.train import data as reading
+from growkit.train import distributed
+from growkit.train.data import open_data, val_batches
+from growkit.train.distributed import joined
+from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.resident import crop_and_flip
+from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.settings import FitSettings
+
+ROUNDING = 1e-12  # of weights of size 1 after six updates; found on the CPU: at most 1.1e-13
+SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
+PLAIN = FitSettings(
+    steps=6, batch_size=8, lr=0.01, workers=0, log_every=1, eval_every=0.9, save_seconds=0.0, clip_grad=0.5
+)
+SHARDED = replace(PLAIN, grad_accum_steps=2, model_ema=True, shard=True)
+CASES = {  # settings, and whether a growth operator is what is trained
+    "plain": (replace(PLAIN, aa="rand-m9-mstd0.5", reprob=0.3), False),
+    "accumulated": (replace(PLAIN, grad_accum_steps=2, smoothing=0.1, model_ema=True, workers=1), False),
+    "resident": (replace(PLAIN, cache="device", color_jitter=0.0), False),
+    "grown": (PLAIN, True),
+    "sharded": (SHARDED, False),
+}
+
+
+def doubled(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook before forward: images in float64."""
+    return (inputs[0].double(),)
+
+
+def model_of(grown: bool) -> nn.Module:
+    source = find("vit_tiny", SIZES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(source.name, source.arguments).double()
+    target = find("vit_tiny", {**SIZES, "embed_dim": 24, "depth": 2, "num_heads": 3})
+    model = grow(source, target, network.state_dict(), GrowSettings(rank=2)) if grown else network
+    model.register_forward_pre_hook(doubled)
+    return model
+
+
+def whole_of(value: Any) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def first_gradients() -> Iterator[dict[str, Tensor]]:
+    """Collects what the first step of an optimizer finds, by the parameters' order."""
+    found: dict[str, Tensor] = {}
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not found:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            found.update({str(number): whole_of(p.grad).clone() for number, p in enumerate(parameters)})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def train(images: Path, settings: FitSettings, *, grown: bool = False, **more: Any) -> dict[str, Any]:
+    """What a run of fit gave; no class instances, so that it can be stored."""
+    model, data = model_of(grown), open_data(str(images), CONFIG, settings)
+
+    def judge(judged: nn.Module) -> Scores:
+        return evaluate(predictor(judged, "cpu"), val_batches(data, settings))
+
+    with first_gradients() as gradients:
+        result = fit(model, data, settings, evaluate=judge, **more)
+    return {
+        "gradients": gradients,
+        "weights": {name: whole_of(p.detach()) for name, p in model.named_parameters()},
+        "losses": torch.tensor(result.losses, dtype=torch.float64),
+        "history": history_of(result),
+        "flops": result.flops_per_step,
+        "images_per_step": result.images_per_step,
+        "interrupted": result.interrupted,
+    }
+
+
+def history_of(result: FitResult) -> list[list[float]]:
+    return [[step, s.top1, s.top5, s.loss, s.ece, s.count] for step, s in result.history]
+
+
+def stop_at(step: int, *, of_rank: int = 0) -> Callable[[StepRecord], None]:
+    """An on_step that asks for a stop in one process alone."""
+
+    def watch(record: StepRecord) -> None:
+        if record.step == step and distributed.rank() == of_rank:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def work(rank: str, port: str, *places: str) -> None:
+    """All that two processes do in these tests, in one start of them."""
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    images, folder = map(Path, places)
+    found: dict[str, Any] = {}
+    with joined(torch.device("cpu")):
+        for name, (settings, grown) in CASES.items():
+            found[name] = train(images, settings, grown=grown)
+        found["stopped"] = train(images, PLAIN, folder=folder / "stopped", on_step=stop_at(3, of_rank=1))
+        found["went on"] = train(images, PLAIN, folder=folder / "alone", resume=True)
+        train(images, SHARDED, folder=folder / "sharded", on_step=stop_at(3))
+        found["went on sharded"] = train(images, SHARDED, folder=folder / "unsharded", resume=True)
+        for name, settings in (("odd", replace(PLAIN, batch_size=9)), ("mixed", replace(PLAIN, batch_size=6, mixup=1))):
+            try:
+                train(images, settings)
+            except GrowkitError as error:
+                found[name] = str(error)
+        try:
+            distributed.together(nn.BatchNorm1d(3), torch.device("cpu"))
+        except GrowkitError as error:
+            found["statistics"] = str(error)
+        try:
+            distributed.by_leader(lambda: (folder / f"only-{rank}").mkdir(exist_ok=False))
+            distributed.by_leader(lambda: (folder / "only-0").mkdir(exist_ok=False))
+        except FileExistsError as error:
+            found["raised"] = str(error)
+        found["said"] = distributed.first_to_say("the same line")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+WORK = "import sys, test_train_distributed as t; t.work(*sys.argv[1:])"
+ROOT = Path(__file__).parents[2]
+
+
+def environment(*paths: Path, **more: str) -> dict[str, str]:
+    """This process's own, with growkit of this folder and one thread for each process."""
+    found = os.pathsep.join(map(str, (ROOT, ROOT / "cli", *paths)))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found, **more}
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path) -> dict[str, dict[str, Any]]:
+    """Each case on one process."""
+    return {name: train(images, replace(s, shard=False), grown=grown) for name, (s, grown) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def both(images: Path, folder: Path) -> list[dict[str, Any]]:
+    """What either of two processes found; a run that one process had begun is finished by them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    train(images, PLAIN, folder=folder / "alone", on_step=stop_at(3))
+    train(images, replace(SHARDED, shard=False), folder=folder / "unsharded", on_step=stop_at(3))
+    words = [str(word) for word in (port, images, folder)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(rank), *words], env=environment(Path(__file__).parent))
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def furthest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_find_the_gradients_and_weights_of_one(
+    case: str, alone: dict[str, dict[str, Any]], both: list[dict[str, Any]]
+) -> None:
+    one, (two, other) = alone[case], (found[case] for found in both)
+    assert furthest(one["gradients"], two["gradients"]) < ROUNDING
+    assert furthest(one["weights"], two["weights"]) < ROUNDING
+    assert furthest(two["weights"], other["weights"]) == 0
+    assert torch.allclose(one["losses"], two["losses"], rtol=0, atol=1e-6)  # a loss is read as float32
+    assert one["images_per_step"] == two["images_per_step"]
+
+
+def test_other_images_would_give_other_weights(alone: dict[str, dict[str, Any]], images: Path) -> None:
+    other = train(images, replace(CASES["plain"][0], seed=1))
+    assert furthest(alone["plain"]["gradients"], other["gradients"]) > 1e-3
+    assert furthest(alone["plain"]["weights"], other["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_processes_see_the_scores_of_all_images(
+    case: str, alone: dict[str, dict[str, Any]], both: list[dict[str, Any]]
+) -> None:
+    one, (two, other) = alone[case]["history"], (found[case]["history"] for found in both)
+    assert two == other
+    assert len(two) > 1
+    assert {row[-1] for row in two} == {12}
+    for expected, found in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_flops_are_added_up_and_an_operator_counts_once_for_each_process(
+    alone: dict[str, dict[str, Any]], both: list[dict[str, Any]]
+) -> None:
+    for case in ("plain", "accumulated", "resident"):
+        assert both[0][case]["flops"] == alone[case]["flops"]
+    assert alone["grown"]["flops"] < both[0]["grown"]["flops"] < 2 * alone["grown"]["flops"]
+
+
+def test_stop_that_one_process_was_asked_for_stops_both_and_one_goes_on(
+    alone: dict[str, dict[str, Any]], both: list[dict[str, Any]], images: Path, folder: Path
+) -> None:
+    assert [found["stopped"]["interrupted"] for found in both] == [True, True]
+    assert [len(found["stopped"]["losses"]) for found in both] == [3, 3]
+    unbroken = train(images, PLAIN)
+    resumed = train(images, PLAIN, folder=folder / "stopped", resume=True)
+    assert furthest(unbroken["weights"], resumed["weights"]) < ROUNDING
+    assert len((folder / "stopped" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_two_processes_go_on_with_what_one_began(both: list[dict[str, Any]], images: Path, folder: Path) -> None:
+    unbroken = train(images, PLAIN)
+    assert furthest(unbroken["weights"], both[0]["went on"]["weights"]) < ROUNDING
+    for expected, found in zip(unbroken["history"], both[0]["went on"]["history"], strict=True):
+        assert found == pytest.approx(expected, abs=ROUNDING)
+    assert len((folder / "alone" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_sharded_run_goes_on_unsharded_and_the_other_way_round(
+    alone: dict[str, dict[str, Any]], both: list[dict[str, Any]], images: Path, folder: Path
+) -> None:
+    whole = alone["sharded"]
+    assert furthest(whole["weights"], both[0]["went on sharded"]["weights"]) < ROUNDING
+    resumed = train(images, replace(SHARDED, shard=False), folder=folder / "sharded", resume=True)
+    assert furthest(whole["weights"], resumed["weights"]) < ROUNDING
+    for expected, found in zip(whole["history"], resumed["history"], strict=True):
+        assert found == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_sharding_without_torchrun_is_refused_with_the_remedy(images: Path) -> None:
+    with pytest.raises(GrowkitError, match=r"--shard spreads a model over .*; start it with torchrun"):
+        train(images, SHARDED)
+
+
+def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[str, Any]]) -> None:
+    expected = "--batch-size: 9 images do not divide among 2 processes; set --batch-size 8"
+    assert [found["odd"] for found in both] == [expected] * 2
+    assert "3 is odd; set --batch-size 4" in both[0]["mixed"]
+
+
+def test_running_statistics_which_would_differ_by_process_are_refused(both: list[dict[str, Any]]) -> None:
+    assert both[0]["statistics"].startswith("num_batches_tracked is no parameter and would differ by process")
+
+
+def test_leader_acts_for_all_and_its_error_is_everybodys(both: list[dict[str, Any]], folder: Path) -> None:
+    assert [path.name for path in folder.glob("only-*")] == ["only-0"]
+    assert both[0]["raised"] == both[1]["raised"]
+
+
+def test_of_one_error_one_process_tells(both: list[dict[str, Any]]) -> None:
+    assert sorted(found["said"] for found in both) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "size"), [(12, 8, 2), (33, 8, 8), (9, 8, 8), (8, 64, 8), (100, 16, 4)]
+)
+def test_evaluation_gives_every_image_to_one_process_in_equally_many_batches(
+    images: int, batch_size: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(reading, "size", lambda: size)
+        monkeypatch.setattr(reading, "rank", lambda rank=rank: rank)
+        shares.append(reading._shares(images, batch_size))
+    assert len({len(share) for share in shares}) == 1
+    assert min(len(batch) for share in shares for batch in share) > 0
+    assert max(len(batch) for share in shares for batch in share) <= max(-(-2 * batch_size // size), 1)
+    assert sorted(place for share in shares for batch in share for place in batch) == list(range(images))
+
+
+def test_fewer_images_for_evaluation_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "size", lambda: 4)
+    with pytest.raises(GrowkitError, match="3 images for evaluation do not give each of 4 processes one"):
+        reading._shares(3, 8)
+
+
+@pytest.mark.parametrize("scale_min", [0.2, 1.0])
+def test_crops_of_a_part_are_those_of_the_whole_batch(scale_min: float) -> None:
+    images = torch.rand(16, 3, 8, 8) * 255
+    settings = FitSettings(scale_min=scale_min)
+    whole = crop_and_flip(images, settings, torch.Generator().manual_seed(3))
+    part = slice(8, 16)
+    found = crop_and_flip(images[part], settings, torch.Generator().manual_seed(3), whole=16, part=part)
+    assert torch.equal(found, whole[part])
+    assert not torch.equal(found, crop_and_flip(images[part], settings, torch.Generator().manual_seed(3)))
+
+
+# On the command line. The driver is growkit, but its second process kills itself in update 4 of the first attempt.
+DRIVER = """
+import os, signal
+from growkit.train import loop
+from growkit_cli.main import main
+real = loop._Training.update
+def update(self, step, batches):
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if os.environ.get("KILL") and first and os.environ["RANK"] == "1" and step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, step, batches)
+loop._Training.update = update
+main()
+"""
+NETWORK = [word for key in SIZES if key != "num_classes" for word in ("--set", f"{key}={SIZES[key]}")]
+# SGD, for in float32 Adam would blow up the rounding of key biases, see above
+QUICK = ["--opt", "sgd", "--lr", "0.01", "--batch-size", "8", "--workers", "0", "--steps", "6", "--save-seconds", "0"]
+
+
+def torchrun(
+    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """growkit train on two processes."""
+    script = place / "driver.py"
+    script.write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "--", str(script), *training(images), *map(str, words)]
+    return subprocess.run(
+        command, cwd=place, env=environment(KILL="1" if kill else ""), capture_output=True, text=True, timeout=300
+    )
+
+
+def training(images: Path) -> list[str]:
+    return ["train", "vit_tiny", *NETWORK, "--data", str(images), "--device", "cpu", *QUICK]
+
+
+def growkit(*words: object) -> int:
+    from growkit_cli.main import app
+
+    try:
+        app([*map(str, words)], standalone_mode=False)
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def weights_in(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "trained" / "last" / WEIGHTS)
+
+
+def test_killed_worker_ends_the_job_with_a_clear_error_and_one_process_goes_on(tmp_path: Path, images: Path) -> None:
+    done = torchrun(tmp_path, images, "--run", tmp_path / "killed")
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: another process of this run ended")
+    assert "--resume goes on" in line
+    assert torch.load(tmp_path / "killed/trained/last/state.pt", weights_only=True)["step"] == 3
+    growkit(*training(images), "--run", tmp_path / "killed", "--resume")
+    growkit(*training(images), "--run", tmp_path / "whole")
+    assert furthest(weights_in(tmp_path / "killed"), weights_in(tmp_path / "whole")) < 1e-5
+    assert len((tmp_path / "killed/trained/last/metrics.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.slow  # torchrun starts its workers twice
+def test_restarted_workers_go_on_from_the_saved_state(tmp_path: Path, images: Path) -> None:
+    done = torchrun(tmp_path, images, "--run", tmp_path / "killed", restarts=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "already exists" not in done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed/trained/last/metrics.jsonl").open()]
+    assert steps == [3, 6]
+    growkit(*training(images), "--run", tmp_path / "whole")
+    assert furthest(weights_in(tmp_path / "killed"), weights_in(tmp_path / "whole")) < 1e-5
+    # a job that was refused at its first attempt is refused at its second
+    refused = torchrun(tmp_path, images, "--run", tmp_path / "killed", restarts=1)
+    assert refused.returncode != 0
+    assert refused.stderr.count("killed/trained already exists; --force replaces it") == 2
+
+
+@pytest.mark.slow  # two starts of torchrun
+def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: Path, images: Path) -> None:
+    done = torchrun(tmp_path, images, "--run", tmp_path / "shards", "--shard", kill=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    growkit(*training(images), "--run", tmp_path / "whole")
+    for stage in ("", "last"):
+        found, expected = (load_file(tmp_path / run / "trained" / stage / WEIGHTS) for run in ("shards", "whole"))
+        assert furthest(found, expected) < 1e-5
+    words = ("grow", tmp_path / "whole/trained", "--to", "vit_tiny", *NETWORK, "--data", images, "--shard")
+    with pytest.raises(GrowkitError, match="--shard: every process grows the whole target"):
+        growkit(*words, "--run", tmp_path / "grown")
+
+
+@pytest.mark.parametrize("command", ["compare", "export", "sweep"])
+def test_other_commands_refuse_several_processes(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(GrowkitError, match=f"growkit {command} runs in one process; start it without torchrun"):
+        growkit(command, "a", "--to", "b", "--data", "c")
+
+
+def test_device_under_torchrun_is_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert {str(pick_device(name)) for name in ("auto", "cuda")} == {"cuda:1"}
+    with pytest.raises(GrowkitError, match="--device cuda:0: torchrun gives each process a GPU of its own"):
+        pick_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(GrowkitError, match="torch sees 1 CUDA devices here; start as many with --nproc-per-node"):
+        pick_device("cuda")
