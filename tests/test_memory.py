@@ -1,0 +1,71 @@
+"""Counted peak memory: against the profiler's allocations; of an operator's step beside a plain one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from growkit.arch import build, find, find_target
+from growkit.grow import grow
+from growkit.settings import GrowSettings
+from growkit.train.memory import Alive, step_peak
+
+TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8, "num_classes": 10}
+BIG = ["embed_dim=128", "depth=4", "num_heads=4"]
+BATCH = (16, 3, 64, 64)
+
+
+def network(rank):
+    """The target itself at rank 0, else a ring around the source."""
+    source = find("vit_tiny_patch16_224", TINY)
+    target, _ = find_target(source, "vit_tiny_patch16_224", BIG)
+    if not rank:
+        return build(target.name, target.arguments)
+    return grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=rank))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_counted_peak_is_the_peak_of_real_allocations(rank):
+    model = network(rank).train()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        images, labels = torch.randn(BATCH), torch.zeros(BATCH[0], dtype=torch.long)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        for _ in range(2):
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    before = sum(t.numel() * 4 for t in [*model.parameters(), *model.buffers()])
+    now = peak = before
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert step_peak(model, BATCH, "fp32") == pytest.approx(peak, rel=0.03)
+
+
+def test_storage_counts_until_its_last_view_is_gone():
+    with Alive() as alive:
+        whole = torch.empty(1000, device="meta")
+        view = whole[:10]
+        assert alive.now == 4000
+        del whole
+        assert alive.now == 4000
+        del view
+        assert alive.now == 0
+    assert alive.peak == alive.largest == 4000
+
+
+@pytest.fixture(scope="module")
+def small_to_base():
+    source = find("deit_small_patch16_224")
+    target, _ = find_target(source, "deit_base_patch16_224")
+    plain = step_peak(build(target.name, target.arguments, device="meta").train(), (256, 3, 224, 224), "bf16")
+    return source, target, build(source.name, {}).state_dict(), plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "most"), [(1, 1.25), (4, 1.25), (10, 1.5)])
+def test_operator_step_peaks_little_above_a_plain_step(small_to_base, rank, most):
+    source, target, state, plain = small_to_base
+    operator = grow(source, target, state, GrowSettings(rank=rank)).train()
+    assert step_peak(operator, (256, 3, 224, 224), "bf16") <= most * plain
