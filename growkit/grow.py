@@ -85,7 +85,8 @@ class GrownModel(nn.Module):
     def materialize(self) -> VisionTransformer:
         """A plain target network in eval mode with the grown weights, all trainable, on the method's device."""
         model = build(self.target.name, self.target.arguments, device="meta")
-        weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.weights().items()}
+        grown = self.weights()
+        weights = {name: grown.pop(name).clone(memory_format=torch.contiguous_format) for name in list(grown)}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True).eval()
 

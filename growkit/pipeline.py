@@ -25,8 +25,8 @@ from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, StepRecord, fit
-from growkit.train.memory import with_batch_size
 from growkit.train.resume import STATE
+from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 

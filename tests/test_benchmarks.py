@@ -66,6 +66,10 @@ def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     (arithmetic,), (step,) = content["arithmetic"], content["steps"]
     assert arithmetic["flops"] >= arithmetic["best_flops"] > 0
     assert min(step[name] for name in ("time_ratio", "memory_ratio", "plain_peak_bytes")) > 0
+    assert content["counted_memory"][0]["ratio"] > 0
+    contests = {entry["name"]: entry for entry in content["contests"]}
+    assert {"growkit", "one torch.einsum", "LiGO's operator"} <= set(contests)
+    assert all(entry["both_ratio"] > 0 and entry["peak_ratio"] > 0 for entry in contests.values())
     assert content["versions"]["torch"]
     assert content["hardware"]["cores"] >= 1
 
@@ -93,6 +97,17 @@ def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass() -> N
     # bf16 copies of the weights are kept, too, whatever the number of images; what an image adds is smaller
     added = [calculated.saved_bytes(small, 4, p) - calculated.saved_bytes(small, 3, p) for p in ("bf16", "fp32")]
     assert added[1] / 2 < added[0] < added[1]
+
+
+@pytest.mark.slow
+def test_operator_benchmark_counts_without_timing(tmp_path: Path) -> None:
+    out = tmp_path / "operator.json"
+    sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
+    assert "counted" in run("operator_cost.py", *sizes, "--ranks", 2, "--count-only", "--device", "cpu", "--out", out)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert content["steps"] == []
+    assert content["contests"][0]["peak_bytes"] > 0
 
 
 @pytest.mark.slow  # four starts of torch

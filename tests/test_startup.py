@@ -1,5 +1,7 @@
 """`growkit --help` answers without loading what only work needs."""
 
+import os
+import pty
 import subprocess
 import sys
 
@@ -53,3 +55,19 @@ def test_version_is_printed_without_heavy_imports() -> None:
 def test_heavy_import_is_found() -> None:
     program = "import sys, numpy; sys.stderr.write(' '.join(sys.modules))"
     assert run(program=program) == ("", {"numpy"})
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_terminal_gets_a_line_before_anything_heavy_is_loaded(terminal: bool) -> None:
+    # The first import of torch fails here: what was said until then is all there is.
+    program = RUN.replace("import sys", "import sys; sys.modules['torch'] = None")
+    ours, theirs = pty.openpty()
+    try:
+        command = [sys.executable, "-c", program, "evaluate", "none.pth", "--data", "none"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs if terminal else subprocess.DEVNULL)
+        os.write(theirs, b"\n")
+        said = os.read(ours, 65536).decode().splitlines()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert said[0] == (f"growkit {__version__}: evaluate" if terminal else "")

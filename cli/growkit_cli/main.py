@@ -2,6 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import typer
 
@@ -56,6 +59,18 @@ def growkit(
         os.environ["GROWKIT_DEBUG"] = "1"
 
 
+def prompt(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with a line on the terminal before anything else: torch takes seconds to load."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if sys.stderr.isatty() and sys.modules.get("torch") is None:  # a pipe gets what it asked for alone
+            sys.stderr.write(f"growkit {__version__}: {command.__name__}\n")
+        return command(*args, **kwargs)
+
+    return run
+
+
 for command in (
     grow.grow,
     plan.plan,
@@ -68,7 +83,7 @@ for command in (
     verify.verify,
     demo.demo,
 ):
-    app.command(no_args_is_help=False)(command)
+    app.command(no_args_is_help=False)(prompt(command))
 
 
 def main() -> None:

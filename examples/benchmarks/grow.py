@@ -1,6 +1,7 @@
 """How long `growkit grow` takes and how much memory, on a checkpoint as DeiT publishes it.
 
     python examples/benchmarks/grow.py --out grow.json
+    python examples/benchmarks/grow.py --small vit_base_patch16_224 --big vit_large_patch16_224
 
 Every parameter is random: biases, norms, tokens and head too. What imports torch runs in processes
 of its own, so that the peak that the system reports for growkit's is not this one's.
@@ -22,7 +23,8 @@ from typing import Any
 
 from growkit.record import hardware, versions
 
-PROMISED = {"seconds": 30.0, "peak_bytes": 3 * 2**30, "logits_gap": 1e-5}
+BASE = {"seconds": 15.0, "peak_bytes": 2.5 * 2**30, "logits_gap": 1e-5}  # deit_small -> deit_base
+LARGE = BASE | {"seconds": 90.0, "peak_bytes": 6.0 * 2**30}  # vit_base -> vit_large
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
+    bounds = LARGE if "large" in options.big else BASE
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "source.pth"
@@ -44,12 +47,13 @@ def main() -> None:
         runs = [measure(checkpoint, Path(folder) / f"run{n}", options) for n in range(options.runs)]
         loaded_gap = apart(gap_of_timm, checkpoint, options.small, options.small_set, runs[0]["folder"])
     seconds, peak = max(r["seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
-    promised = f"promised {PROMISED['seconds']:.0f} s and {PROMISED['peak_bytes'] / 2**30:.0f} GiB"
+    cpu = max(r["cpu_seconds"] for r in runs)
+    promised = f"promised {bounds['seconds']:.0f} s and {bounds['peak_bytes'] / 2**30:.1f} GiB on two idle cores"
     print(f"{options.small} -> {options.big}, rank {options.rank}, worst of {len(runs)} runs; load before {load:.1f}")
-    print(f"grow: {seconds:.1f} s, peak {peak / 2**30:.2f} GiB ({promised})")
+    print(f"grow: {seconds:.1f} s ({cpu:.1f} of the CPU), peak {peak / 2**30:.2f} GiB ({promised})")
     print(f"step-0 gap, as grow says: {runs[0]['step0_gap']:.1e}")
-    verdict = "within" if loaded_gap <= PROMISED["logits_gap"] else "NOT within"
-    print(f"timm alone loads it: logits {loaded_gap:.1e} from the source's, {verdict} {PROMISED['logits_gap']}")
+    verdict = "within" if loaded_gap <= bounds["logits_gap"] else "NOT within"
+    print(f"timm alone loads it: logits {loaded_gap:.1e} from the source's, {verdict} {bounds['logits_gap']}")
     if options.out:
         content = {
             "command": shlex.join(sys.argv),
@@ -58,7 +62,7 @@ def main() -> None:
             "rank": options.rank,
             "seed": options.seed,
             "load_before": load,
-            "promised": PROMISED,
+            "promised": bounds,
             "runs": [{key: value for key, value in run.items() if key != "folder"} for run in runs],
             "timm_logits_gap": loaded_gap,
             "versions": versions(),
@@ -89,6 +93,7 @@ def measure(checkpoint: Path, run: Path, options: argparse.Namespace) -> dict[st
         result = json.loads(said.read())
     return {
         "seconds": seconds,
+        "user_seconds": usage.ru_utime,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "step0_gap": result["step0_gap"],

@@ -1,9 +1,13 @@
-"""What training Mango's operator costs beside a plain training step of the target.
+"""What Mango's operator costs: beside a plain training step of the target, and beside other ways to apply it.
 
     python examples/benchmarks/operator_cost.py --ranks 1,2,4,8 --out operator_cost.json
+    python examples/benchmarks/operator_cost.py --small deit_small --big deit_base --batch-size 256 --count-only
 
-Prints the arithmetic of the contraction, counted, and then time and peak memory, measured: steps of
-both kinds alternate in random order in one process. --small and --big take a timm name and, after
+Counted: the arithmetic of the contraction and peak memory, which need no device (growkit.train.memory). Measured:
+the ring forward and backward beside one torch.einsum over the five tensors, tensorly's factorised product and LiGO's
+operator, then steps of operator and plain target; contestants take turns in random order in one process. tensorly
+knows no ring, so a ring with one open bond stands against it; it is compared where it is installed:
+pip install tensorly tensorly-torch. --small and --big take a timm name and, after
 commas, arguments of its constructor: deit_tiny,embed_dim=64,depth=6,num_heads=1. (A script named
 operator.py would hide the standard library's module from its neighbours.)
 """
@@ -19,23 +23,38 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import opt_einsum
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growkit.arch import build, find, find_target, parse_sets
-from growkit.arch.spec import Architecture
-from growkit.core.ring import cheapest_path, contraction_plan
+from growkit.arch.spec import LAYERS, Architecture
+from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
 from growkit.grow import GrownModel, grow
-from growkit.methods.mango import Mango, pack
+from growkit.methods.mango import Mango, mlp_blocks, pack
 from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
 from growkit.settings import GrowSettings
+from growkit.train.memory import Alive, step_peak
 from growkit.train.score import autocast
 
-PROMISED = {"rank": 4, "batch_size": 256, "time_ratio": 1.15, "memory_ratio": 1.25, "flops_ratio": 1.05}
+try:
+    import tensorly
+    from tltorch.functional.factorized_linear import linear_blocktt
+except ImportError:
+    tensorly = None
+
+PROMISED = {
+    "rank": 4,
+    "batch_size": 256,
+    "time_ratio": 1.15,
+    "memory_ratio": 1.25,
+    "memory_ratio_rank_10": 1.5,
+    "flops_ratio": 1.05,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "small": "deit_small",
@@ -65,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="pairs of steps per rank")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count-only", action="store_true", help="arithmetic and counted memory; nothing is timed")
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     parser.add_argument("--peak-of-rank", type=int, help=argparse.SUPPRESS)  # 0 is the plain step
     options = parser.parse_args()
@@ -87,6 +107,37 @@ def main() -> None:
         shown = (found["flops"], found["best_flops"], found["layer_by_layer_flops"])
         ratio = f"{found['ratio']:.3f}"
         print(row(found["rank"], *(f"{f / 1e9:.2f}" for f in shown), ratio, PROMISED["flops_ratio"]))
+    if not tensorly:
+        print("tensorly is left out: pip install tensorly tensorly-torch")
+    counted = count_steps(source, target, ranks, options)
+    contests = [found for rank in ranks for found in contest(source, target, rank, device, options)]
+    steps = [] if options.count_only else compare_steps(source, target, ranks, device, options)
+    if options.out:
+        content = {
+            "command": shlex.join(sys.argv),
+            "small": options.small,
+            "big": options.big,
+            "batch_size": options.batch_size,
+            "precision": options.precision,
+            "device": str(device),
+            "rounds": options.rounds,
+            "seed": options.seed,
+            "promised": PROMISED,
+            "arithmetic": arithmetic,
+            "counted_memory": counted,
+            "contests": contests,
+            "steps": steps,
+            "versions": versions()
+            | {"opt_einsum": opt_einsum.__version__, "tensorly": tensorly and tensorly.__version__},
+            "hardware": hardware(),
+        }
+        options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_steps(
+    source: Architecture, target: Architecture, ranks: list[int], device: torch.device, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Time and memory of operator steps beside plain ones, measured and printed."""
     # Memory first: on a GPU while nothing else lies there, on a CPU while this process is small.
     peaks = {rank: peak(source, target, rank, device, options) for rank in (0, *ranks)}
     steps = []
@@ -117,23 +168,129 @@ def main() -> None:
         )
     if device.type == "cpu":
         print("time and memory are promised on a GPU only; memory here is that of a whole process, torch included")
-    if options.out:
-        content = {
-            "command": shlex.join(sys.argv),
-            "small": options.small,
-            "big": options.big,
-            "batch_size": options.batch_size,
-            "precision": options.precision,
-            "device": str(device),
-            "rounds": options.rounds,
-            "seed": options.seed,
-            "promised": PROMISED,
-            "arithmetic": arithmetic,
-            "steps": steps,
-            "versions": versions() | {"opt_einsum": opt_einsum.__version__},
-            "hardware": hardware(),
-        }
-        options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return steps
+
+
+def count_steps(
+    source: Architecture, target: Architecture, ranks: list[int], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Peak bytes of an operator's step and of a plain one, counted and printed."""
+    image = build(target.name, target.arguments, device="meta")
+    batch = (options.batch_size, image.patch_embed.proj.in_channels, *image.patch_embed.img_size)
+    plain = step_peak(image.train(), batch, options.precision)
+    found = []
+    row = "{:>4} {:>12} {:>12} {:>6} {:>8}".format
+    print(row("rank", "operator MB", "plain MB", "ratio", "promised"), "(counted, a whole step)")
+    for rank in ranks:
+        peak = step_peak(grown_model(source, target, rank).train(), batch, options.precision)
+        found.append({"rank": rank, "operator_peak_bytes": peak, "plain_peak_bytes": plain, "ratio": peak / plain})
+        promised = PROMISED["memory_ratio"] if rank <= PROMISED["rank"] else PROMISED["memory_ratio_rank_10"]
+        print(row(rank, f"{peak / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{peak / plain:.2f}", promised))
+    return found
+
+
+def contestants(
+    source: Architecture, target: Architecture, rank: int, device: torch.device, seed: int
+) -> dict[str, tuple[str | None, nn.Module, Callable[[], list[Tensor]]]]:
+    """By name: what it stands against, what holds its parameters, and its product with the source's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    state = build(source.name, source.arguments).state_dict()
+    weights = {slot: tensor.to(device) for slot, tensor in source.split(state).items()}
+    x = pack(weights)
+    old, new = mango_sizes(source), mango_sizes(target)
+
+    def random_ring(ranks: tuple[int, ...]) -> tuple[RingOperator, list[Tensor]]:
+        ring = RingOperator(old, new, ranks)
+        with torch.no_grad():
+            for core in ring.cores.values():
+                core.normal_(0, (core.shape[0] * core.shape[1]) ** -0.5, generator=generator)
+        ring = ring.to(device)
+        return ring, [ring.cores[axis] for axis in ring.order]
+
+    ring, cores = random_ring((rank,) * 4)
+    ligo = grow(source, target, state, GrowSettings(method="ligo")).method.to(device)
+    found: dict[str, tuple[str | None, nn.Module, Callable[[], list[Tensor]]]] = {
+        "growkit": (None, ring, lambda: [ring(x)]),
+        "one torch.einsum": ("growkit", ring, lambda: [torch.einsum(ring.equation, x, *cores)]),
+        "LiGO's operator": ("growkit", ligo, lambda: list(ligo(weights).values())),
+    }
+    if tensorly:
+        train, links = random_ring((1, rank, rank, rank))
+        shape = tuple(new[axis] for axis in AXES)
+
+        def blocktt() -> list[Tensor]:
+            factors = [core.transpose(1, 2) for core in links]
+            matrix = SimpleNamespace(factors=factors, tensorized_shape=(shape, tuple(x.shape)))
+            return [linear_blocktt(x.reshape(1, -1), matrix).reshape(shape)]
+
+        found["growkit, open"] = (None, train, lambda: [train(x)])
+        found["tensorly"] = ("growkit, open", train, blocktt)
+    return found
+
+
+def mango_sizes(architecture: Architecture) -> dict[str, int]:
+    """Sizes of the ring's axes."""
+    width = architecture.spaces["embed"].size
+    return {"B": 4 + 2 * mlp_blocks(architecture), "O": width, "L": architecture.spaces[LAYERS].size, "I": width}
+
+
+def contest(
+    source: Architecture, target: Architecture, rank: int, device: torch.device, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Each contestant's peak memory, counted, and seconds forward and with backward, as ratios to growkit's."""
+
+    def backward(made: list[Tensor]) -> None:
+        learning = [tensor for tensor in made if tensor.requires_grad]  # the head's bias does not grow
+        torch.autograd.backward(learning, [torch.ones_like(tensor) for tensor in learning])
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, (rival, _, apply) in contestants(source, target, rank, torch.device("meta"), options.seed).items():
+        with Alive() as alive:
+            backward(apply())
+        found[name] = {"rank": rank, "name": name, "against": rival, "peak_bytes": alive.peak}
+    if not options.count_only:
+        ready = contestants(source, target, rank, device, options.seed)
+        for name, (rival, _, apply) in ready.items():
+            if rival and not name.startswith("LiGO"):  # LiGO's is another function
+                with torch.no_grad():
+                    (here,), (there,) = apply(), ready[rival][2]()
+                gap = float((here - there).norm() / there.norm())
+                assert gap < 1e-5, f"{name} is {gap:.1e} away from growkit"
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
+        order = random.Random(options.seed)
+        for _ in range(1 + options.rounds):  # the first warms up
+            for name in order.sample(list(ready), len(ready)):
+                _, module, apply = ready[name]
+                module.zero_grad()
+                start = now(device)
+                made = apply()
+                between = now(device)
+                backward(made)
+                seconds[name].append((between - start, now(device) - start))
+                del made
+        for name, taken in seconds.items():
+            found[name]["seconds"] = [list(pair) for pair in taken[1:]]
+    row = "{:>4} {:>18} {:>10} {:>7} {:>12} {:>7} {:>12} {:>7}".format
+    print(row("rank", "product by", "forward ms", "ratio", "+backward ms", "ratio", "peak MB", "ratio"))
+    for name, entry in found.items():
+        base = found[entry["against"] or name]
+        shown = []
+        for n, kind in enumerate(("forward", "both") if "seconds" in entry else ()):
+            pairs = zip(entry["seconds"], base["seconds"], strict=True)
+            entry[f"{kind}_ratio"] = statistics.median(here[n] / there[n] for here, there in pairs)
+            median = statistics.median(pair[n] for pair in entry["seconds"])
+            shown += [f"{1e3 * median:.1f}", f"{entry[f'{kind}_ratio']:.2f}"]
+        entry["peak_ratio"] = entry["peak_bytes"] / base["peak_bytes"]
+        shown = shown or ["-"] * 4
+        print(row(rank, name, *shown, f"{entry['peak_bytes'] / 1e6:.0f}", f"{entry['peak_ratio']:.2f}"))
+    return list(found.values())
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def asked(text: str) -> tuple[str, list[str]]:

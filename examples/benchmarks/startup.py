@@ -1,10 +1,14 @@
-"""How long `growkit --help` takes, beside a bare `python -c pass` started in turn with it.
+"""How long `growkit --help` and a command's first line on a terminal take, beside a bare `python -c pass`.
+
+All are started in turn.
 
 python examples/benchmarks/startup.py --runs 20 --out startup.json
 """
 
 import argparse
 import json
+import os
+import pty
 import random
 import statistics
 import subprocess
@@ -14,7 +18,9 @@ from pathlib import Path
 
 from growkit.record import hardware, versions
 
+FIRST_LINE = "growkit plan, first line"
 COMMANDS = {
+    FIRST_LINE: [sys.executable, "-m", "growkit_cli", "plan", "none.pth", "--to", "deit_base"],
     "growkit --help": [sys.executable, "-m", "growkit_cli", "--help"],
     "python -c pass": [sys.executable, "-c", "pass"],
 }
@@ -27,9 +33,26 @@ def measure(runs: int, seed: int) -> dict[str, list[float]]:
     for _ in range(runs + 1):
         for name in order.sample(list(COMMANDS), len(COMMANDS)):
             start = time.perf_counter()
-            subprocess.run(COMMANDS[name], check=True, stdout=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - start)
+            if name == FIRST_LINE:
+                seconds[name].append(until_first_byte(COMMANDS[name]))
+            else:
+                subprocess.run(COMMANDS[name], check=True, stdout=subprocess.DEVNULL)
+                seconds[name].append(time.perf_counter() - start)
     return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def until_first_byte(command: list[str]) -> float:
+    """Seconds until a command writes to its terminal."""
+    ours, theirs = pty.openpty()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.read(ours, 1)
+    seconds = time.perf_counter() - start
+    process.kill()
+    process.wait()
+    os.close(ours)
+    os.close(theirs)
+    return seconds
 
 
 def main() -> None:

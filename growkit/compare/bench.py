@@ -20,8 +20,8 @@ from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.data import Data, batches_per_epoch, images_per_batch
 from growkit.train.loop import FitResult, StepRecord, fit
-from growkit.train.memory import recompute_blocks
 from growkit.train.resume import STATE
+from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, score_model
 from growkit.train.settings import FitSettings
 

@@ -40,6 +40,8 @@ def unpack(stacked: Tensor) -> Weights:
     slots = stacked.permute(0, 2, 1, 3)
     k = (len(slots) - 4) // 2
     weights = dict(zip(MATRICES[:4], slots[:4].unbind(0), strict=True))
+    # A copy, as the others will be when they are joined: a view would keep the whole stack alive.
+    weights["o.weight"] = weights["o.weight"].contiguous()
     weights["in.weight"] = torch.cat(slots[4 : 4 + k].unbind(0), dim=1)
     weights["out.weight"] = torch.cat(slots[4 + k :].unbind(0), dim=2)
     return weights

@@ -20,7 +20,7 @@ from growkit.train import distributed
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
 from growkit.train.flops import count_step
-from growkit.train.memory import recompute_blocks, telling_what_fits
+from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, predictor, require_labels
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, board, stop_signals

@@ -1,139 +1,65 @@
-"""What a training step keeps in memory, how many images therefore fit, and an error that says so when they do not."""
+"""Peak memory of a training step, counted from the births and deaths of storages: no GPU, nothing computed."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from growkit.errors import GrowkitError
-from growkit.train import distributed
-from growkit.train.data import Data, images_per_batch, size_of, train_batches
-from growkit.train.resident import free_bytes
-from growkit.train.score import autocast, mode_kept
-from growkit.train.settings import AUTO, FitSettings
-
-ROOM = 0.8  # of the free memory that a step may take: the backward pass needs some for the moment
-STEP = 8  # a batch found by trial is a multiple of this
-CPU_IS_FULL = ("not enough memory", "can't allocate memory")  # torch has no error of its own for it
+from growkit.train.score import autocast
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Have a network compute each of its blocks again in the backward pass.
+class Alive(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation makes while this is entered, until it is freed.
 
-    Raises:
-        GrowkitError: it has no blocks.
+    What a kernel allocates and frees inside, and an allocator's rounding, are not seen.
     """
-    enable: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
-    if enable is None:
-        raise GrowkitError("--grad-checkpointing: this model has no blocks to compute again; leave it out")
-    enable(True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0  # bytes; `largest` of one storage
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return made
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
 
 
-def kept_bytes(model: nn.Module, images: Tensor, precision: str) -> int:
-    """Bytes that a forward pass over images (N, C, H, W) keeps for the backward pass, beside the parameters."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+def step_peak(model: nn.Module, images: Sequence[int], precision: str) -> int:
+    """Peak bytes of two AdamW updates on a batch (N, C, H, W) of `images`; the second has the moments.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with mode_kept(model), torch.random.fork_rng(devices=[]), hooks, autocast(precision, images.device):
-        loss = model.train()(images).float().square().mean()  # alive until all is counted, so that no place is reused
-    total = sum(size for place, size in kept.items() if place not in own)
-    del loss
-    return total
-
-
-def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> int:
-    """How many images of `data` fit a training step of `model` on `device`; 0 where not even one does.
-
-    What a step keeps grows evenly with the images: two small batches tell by how much. Gradients and two moments of the
-    trained parameters come on top. On a GPU a step of the size found is tried, and a smaller one until it runs.
+    Weights, gradients, moments, activations and the batch are in. `model` is given up: it comes back without weights.
     """
-    model.to(device)
-    if settings.grad_checkpointing:
-        recompute_blocks(model)
-    few = replace(settings, batch_size=4, workers=0)
-    images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
-    half = max(1, len(images) // 2)
-    whole, part = (kept_bytes(model, batch, settings.precision) for batch in (images, images[:half]))
-    each = max(1, (whole - part) // max(1, len(images) - half))
-    states = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    fits = int((ROOM * free_bytes(device) - states - (whole - each * len(images))) / each)
-    fits = min(fits, size_of(data.train))
-    fits = fits // STEP * STEP if fits > STEP else max(0, fits)
-    while device.type == "cuda" and fits and not _runs(model, images, fits, settings):
-        fits //= 2
-    return fits
-
-
-def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings) -> bool:
-    try:
-        with mode_kept(model), autocast(settings.precision, images.device):
-            model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    return True
-
-
-def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> FitSettings:
-    """The settings, with a number where the batch size is to be found.
-
-    Raises:
-        GrowkitError: not a single image fits, or several processes would each find their own.
-    """
-    if settings.batch_size != AUTO:
-        return settings
-    if distributed.size() > 1:
-        raise GrowkitError("--batch-size auto looks for it on one process; find it there and give the number")
-    fits = largest_batch(model, data, settings, device)
-    if not fits:
-        raise GrowkitError(_nothing_fits(device))
-    return replace(settings, batch_size=fits)
-
-
-@contextmanager
-def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Iterator[None]:
-    """Turn torch's running out of memory into a line that says what would fit.
-
-    Raises:
-        GrowkitError: instead of torch's error.
-    """
-    try:
-        yield
-        return
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        full = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in CPU_IS_FULL)
-        if not full:
-            raise
-    # The error is let go by now, and with it the tensors that its traceback held.
-    model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    wanted = images_per_batch(data, settings)
-    if distributed.size() > 1:  # the others train on, or are out of memory too: nothing can be tried here
-        raise GrowkitError(
-            f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
-            " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
-        )
-    fits = min(largest_batch(model, data, settings, device), wanted - 1)
-    if fits < 1:
-        raise GrowkitError(_nothing_fits(device))
-    fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
-    raise GrowkitError(
-        f"out of memory on {device} with {wanted} images a batch; --batch-size {fits} --grad-accum-steps "
-        f"{settings.grad_accum_steps * wanted // fits} fits and makes the same update"
-        + ("" if settings.grad_checkpointing else ", --grad-checkpointing makes room for more")
-    )
-
-
-def _nothing_fits(device: torch.device) -> str:
-    return f"not even one image fits the memory of {device}; try --grad-checkpointing or --precision bf16, or free some"
+    device = torch.device("cpu")  # autograd runs on no other fake device without that device being there
+    with FakeTensorMode(), Alive() as alive:
+        for module in model.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if parameter else fake)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        batch = torch.empty(*images, device=device)
+        labels = torch.empty(len(batch), dtype=torch.long, device=device)
+        for _ in range(2):
+            with autocast(precision, device):
+                loss = nn.functional.cross_entropy(model(batch), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del loss
+    return alive.peak

@@ -1,0 +1,134 @@
+"""How many images fit a device's memory, and an error that says so when they do not."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growkit.errors import GrowkitError
+from growkit.train import distributed
+from growkit.train.data import Data, images_per_batch, size_of, train_batches
+from growkit.train.memory import step_peak
+from growkit.train.resident import free_bytes
+from growkit.train.score import autocast, mode_kept
+from growkit.train.settings import AUTO, FitSettings
+
+ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
+STEP = 8  # a batch found by trial is a multiple of this
+CPU_IS_FULL = ("not enough memory", "can't allocate memory")  # torch has no error of its own for it
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Have a network compute each of its blocks again in the backward pass.
+
+    Raises:
+        GrowkitError: it has no blocks.
+    """
+    enable: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+    if enable is None:
+        raise GrowkitError("--grad-checkpointing: this model has no blocks to compute again; leave it out")
+    enable(True)
+
+
+def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> int:
+    """How many images of `data` fit a training step of `model` on `device`; 0 where not even one does.
+
+    Two small batches, whose peaks are counted without computing anything, tell what an image takes. The size that
+    follows is counted too, on a GPU tried besides, and made smaller until it fits.
+    """
+    model.to(device)
+    if settings.grad_checkpointing:
+        recompute_blocks(model)
+    few = replace(settings, batch_size=4, workers=0)
+    images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
+    own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    room = ROOM * free_bytes(device) + own  # the weights are there already
+
+    def counted(size: int) -> int:
+        return step_peak(_weightless(model), (size, *images.shape[1:]), settings.precision)
+
+    small, large = counted(8), counted(16)
+    each = max(1, (large - small) // 8)
+    fits = max(0, min(int((room - small) / each) + 8, size_of(data.train)))
+    fits = fits // STEP * STEP if fits > STEP else fits
+    while fits and not (counted(fits) <= room and (device.type != "cuda" or _runs(model, images, fits, settings))):
+        fits //= 2
+    return fits
+
+
+def _weightless(model: nn.Module) -> nn.Module:
+    """A copy in training mode whose tensors have no storage."""
+    tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    tensors |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, tensors).train()
+
+
+def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings) -> bool:
+    try:
+        with mode_kept(model), autocast(settings.precision, images.device):
+            model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return True
+
+
+def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> FitSettings:
+    """The settings, with a number where the batch size is to be found.
+
+    Raises:
+        GrowkitError: not a single image fits, or several processes would each find their own.
+    """
+    if settings.batch_size != AUTO:
+        return settings
+    if distributed.size() > 1:
+        raise GrowkitError("--batch-size auto looks for it on one process; find it there and give the number")
+    fits = largest_batch(model, data, settings, device)
+    if not fits:
+        raise GrowkitError(_nothing_fits(device))
+    return replace(settings, batch_size=fits)
+
+
+@contextmanager
+def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Iterator[None]:
+    """Turn torch's running out of memory into a line that says what would fit.
+
+    Raises:
+        GrowkitError: instead of torch's error.
+    """
+    try:
+        yield
+        return
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        full = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in CPU_IS_FULL)
+        if not full:
+            raise
+    # The error is let go by now, and with it the tensors that its traceback held.
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    wanted = images_per_batch(data, settings)
+    if distributed.size() > 1:  # the others train on, or are out of memory too: nothing can be tried here
+        raise GrowkitError(
+            f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
+            " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
+        )
+    fits = min(largest_batch(model, data, settings, device), wanted - 1)
+    if fits < 1:
+        raise GrowkitError(_nothing_fits(device))
+    fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
+    raise GrowkitError(
+        f"out of memory on {device} with {wanted} images a batch; --batch-size {fits} --grad-accum-steps "
+        f"{settings.grad_accum_steps * wanted // fits} fits and makes the same update"
+        + ("" if settings.grad_checkpointing else ", --grad-checkpointing makes room for more")
+    )
+
+
+def _nothing_fits(device: torch.device) -> str:
+    return f"not even one image fits the memory of {device}; try --grad-checkpointing or --precision bf16, or free some"

@@ -1,0 +1,120 @@
+"""What the ring costs: arithmetic counted forward and backward, plans found once, nothing big held."""
+
+from itertools import permutations
+from math import prod
+
+import opt_einsum
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from growkit.core import ring as ring_module
+from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
+from growkit.train.memory import Alive
+
+ORDERS = ["B" + "".join(rest) for rest in permutations("OLI")]
+SMALL_TO_BASE = {"B": 12, "O": 384, "L": 12, "I": 384}, {"B": 12, "O": 768, "L": 12, "I": 768}
+UNEVEN = [(1, 4, 2, 7), (8, 1, 3, 2), (10, 1, 1, 10)]
+sizes = st.fixed_dictionaries({axis: st.integers(2, 6) for axis in AXES})
+
+
+def on_meta(old, new, ranks, order):
+    with torch.device("meta"):
+        return RingOperator(old, new, ranks, order), torch.empty([old[axis] for axis in AXES])
+
+
+def counted(ring, x):
+    """FLOPs of a forward pass and of the backward pass after it: matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as forward:
+        y = ring(x)
+    with FlopCounterMode(display=False) as backward:
+        y.backward(torch.empty_like(y))
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def optimum(ring, x):
+    """FLOPs of opt_einsum's best order: forward, its gradients, and its intermediates once more.
+
+    Each product has a gradient of its own cost for each operand that leads to a core; the source's weights get none.
+    The last product makes no intermediate.
+    """
+    shapes = [tuple(x.shape), *(tuple(ring.cores[axis].shape) for axis in ring.order)]
+    path, info = opt_einsum.contract_path(ring.equation, *shapes, shapes=True, optimize="optimal")
+    operands = [(set(term), place > 0) for place, term in enumerate(ring.equation.split("->")[0].split(","))]
+    forward, gradients = [], 0
+    for step in path:
+        (one, learns_one), (two, learns_two) = (operands.pop(place) for place in sorted(step, reverse=True))
+        kept = (one | two) & set("BOLI").union(*(term for term, _ in operands))
+        operands.append((kept, learns_one or learns_two))
+        summed = kept != one | two
+        forward.append((1 + summed) * prod(info.size_dict[letter] for letter in one | two))
+        gradients += (learns_one + learns_two) * forward[-1]
+    assert sum(forward) == info.opt_cost
+    return sum(forward), gradients, sum(forward[:-1])
+
+
+def in_slices(ring, x):
+    shapes = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
+    plan = contraction_plan(ring.equation, tuple(x.shape), shapes, ring.order)
+    return plan.width < ring.cores[plan.axis].shape[2]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), *UNEVEN], ids=str)
+def test_deit_small_to_base_counts_the_best_order_and_its_gradients(order, ranks):
+    ring, x = on_meta(*SMALL_TO_BASE, ranks, order)
+    best, gradients, again = optimum(ring, x)
+    forward, backward = counted(ring, x)
+    assert in_slices(ring, x)
+    assert forward <= 1.05 * best
+    assert forward + backward <= 1.05 * (best + gradients + again)
+
+
+@given(sizes, sizes, st.lists(st.integers(1, 4), min_size=4, max_size=4), st.permutations(AXES))
+@settings(max_examples=60, deadline=None)
+def test_any_ring_counts_the_best_order_and_its_gradients(old, new, ranks, order):
+    ring, x = on_meta(old, new, ranks, "".join(order))
+    best, gradients, _ = optimum(ring, x)
+    forward, backward = counted(ring, x)
+    assert not in_slices(ring, x)
+    assert forward <= 1.05 * best
+    assert forward + backward <= 1.05 * (best + gradients)
+
+
+def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
+    ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
+    best, *_ = optimum(ring, x)
+    dearer = ((0, 1), (0, 2), (0, 1), (0, 1))  # B and L first
+    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: (dearer, best, ring_module.SLICE_ELEMENTS))
+    contraction_plan.cache_clear()
+    try:
+        assert counted(ring, x)[0] > 1.5 * best
+    finally:
+        contraction_plan.cache_clear()
+
+
+def test_a_plan_is_found_once_for_each_shape(monkeypatch):
+    ring, x = on_meta(*SMALL_TO_BASE, (2, 3, 1, 2), "BOLI")
+    ring(x)
+    searches = contraction_plan.cache_info().misses, cheapest_path.cache_info().misses
+    monkeypatch.setattr(opt_einsum.paths, "optimal", None)  # whoever searches fails
+    ring(x).sum().backward()
+    assert (contraction_plan.cache_info().misses, cheapest_path.cache_info().misses) == searches
+
+
+@pytest.mark.parametrize("rank", [4, 10])
+def test_nothing_of_rank_squared_times_the_model_is_held(rank):
+    ring, x = on_meta(*SMALL_TO_BASE, (rank,) * 4, "BOLI")
+    with Alive() as alive:
+        y = ring(x)
+        forward = alive.peak
+        y.backward(torch.empty_like(y))
+    model = y.untyped_storage().nbytes()
+    cores = sum(core.untyped_storage().nbytes() for core in ring.cores.values())
+    assert alive.largest == model  # of all that is ever made: the result itself
+    # forward: the slices and the result they are joined to; backward: gradients too, and copies in a product's order
+    slice_bytes = 4 * ring_module.SLICE_ELEMENTS
+    assert forward <= 2 * model + 3 * slice_bytes
+    assert alive.peak <= 2 * model + 4 * cores + 6 * slice_bytes

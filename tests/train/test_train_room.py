@@ -1,0 +1,126 @@
+"""How many images fit: against counted peaks, and told when memory runs out."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from growkit.arch import build, find
+from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.settings import GrowSettings
+from growkit.train import room
+from growkit.train.data import Data
+from growkit.train.loop import fit
+from growkit.train.memory import step_peak
+from growkit.train.room import largest_batch, with_batch_size
+from growkit.train.settings import AUTO, FitSettings
+
+CPU = torch.device("cpu")
+SETTINGS = FitSettings(steps=1, batch_size=32, workers=0, warmup_epochs=0.0)
+
+
+def images(count: int = 64) -> Data:
+    held = TensorDataset(torch.rand(count, 3, 8, 8), torch.arange(count) % 4)
+    return Data(train=held, val=held, classes=list("abcd"))
+
+
+def vit() -> nn.Module:
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_classes": 4}
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
+
+
+class Full(nn.Module):
+    """A network whose device holds `room` images."""
+
+    def __init__(self, room: int, error: Exception) -> None:
+        super().__init__()
+        self.room, self.error, self.net = room, error, vit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.room:
+            raise self.error
+        return self.net(x)
+
+
+def peak(model: nn.Module, count: int) -> int:
+    """Bytes of a step beside the weights, which are there already."""
+    own = 4 * sum(p.numel() for p in model.parameters())
+    return step_peak(copy.deepcopy(model).train(), (count, 3, 8, 8), "fp32") - own
+
+
+def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = vit(), images()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for free, found in ((peak(model, 40), 40), (peak(model, 47), 40), (peak(model, 1) - 1, 0)):
+        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: (free + 0.5) / room.ROOM)
+        assert largest_batch(model, data, SETTINGS, CPU) == found
+    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(model, 3) + 0.5) / room.ROOM)
+    assert 1 <= largest_batch(model, data, SETTINGS, CPU) <= 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_blocks_computed_again_leave_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: peak(vit(), 24) / room.ROOM)
+    again = replace(SETTINGS, grad_checkpointing=True)
+    assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
+    assert largest_batch(vit(), images(512), again, CPU) > 40
+
+
+def test_grown_models_are_counted_with_their_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3})
+    target = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 6})
+    grown = grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=2))
+    monkeypatch.setattr(room, "free_bytes", lambda device: 6 * 2**20)
+    assert 8 <= largest_batch(grown, images(512), SETTINGS, CPU) < 512
+    assert all(p.device == CPU for p in grown.parameters())
+
+
+def test_size_is_found_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images()
+    assert with_batch_size(vit(), data, SETTINGS, CPU) is SETTINGS
+    assert with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU).batch_size == 64
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1)
+    with pytest.raises(GrowkitError, match="not even one image fits"):
+        with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU)
+
+
+def test_loop_refuses_a_size_still_to_be_found() -> None:
+    with pytest.raises(GrowkitError, match="--batch-size auto: only grow, finetune and train find it"):
+        fit(vit(), images(), replace(SETTINGS, batch_size=AUTO))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] not enough memory: you tried")]
+)
+def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = Full(20, error), images()
+    free = (peak(model.net, 20) + 0.5) / room.ROOM
+    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    says = "out of memory on cpu with 32 images a batch; --batch-size 16 --grad-accum-steps 2 fits and makes the same"
+    with pytest.raises(GrowkitError, match=says):
+        fit(model, data, SETTINGS)
+    assert fit(model, data, replace(SETTINGS, batch_size=16, grad_accum_steps=2)).steps == 1
+
+
+def test_other_errors_of_torch_are_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(Full(20, RuntimeError("shapes differ")), images(), SETTINGS)
+
+
+def test_on_several_processes_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.distributed, "size", lambda: 2)
+    monkeypatch.setattr(room, "largest_batch", lambda *_: pytest.fail("tried"))
+    with pytest.raises(GrowkitError, match="--batch-size auto looks for it on one process"):
+        with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO), CPU)
+    with (
+        pytest.raises(GrowkitError, match="out of memory on cpu with 16 images of each batch; give a smaller"),
+        room.telling_what_fits(vit(), images(), SETTINGS, CPU),
+    ):
+        raise torch.OutOfMemoryError("full")
