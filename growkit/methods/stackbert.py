@@ -33,6 +33,7 @@ LAYER_MAPS = {
 class StackBERT(Expansion):
     """Layers copied as they are; widths stay. Keeps the function of nothing but equal depth."""
 
+    NOISE: ClassVar[bool] = False
     VARIANTS: ClassVar[tuple[str, ...]] = tuple(LAYER_MAPS)
 
     @classmethod

@@ -2,16 +2,22 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
+import torch
 from compare_samples import CPU, LARGE, RECIPE
+from pairs import PAIRS, randomised
 
 from growkit.compare import bench as bench_module
 from growkit.compare.bench import Bench
 from growkit.compare.settings import SweepSettings
 from growkit.compare.sweep import sweep_settings
 from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.methods import METHODS
 from growkit.record import RunFolder
+from growkit.settings import GrowSettings
 
 QUICK = {
     "trials": 6,
@@ -155,3 +161,15 @@ def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_pa
     with pytest.raises(GrowkitError, match=says):
         run_sweep(tmp_path, source, digits, **given)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(name, variant) for name, method in METHODS.items() for variant in method.VARIANTS or (None,)]
+)
+def test_methods_say_whether_noise_means_something_to_them(name, variant):
+    settings = GrowSettings(method=name, variant=variant)
+    pair = PAIRS["twice as deep" if name in ("stackbert", "llama-pro") else "thrice as wide"]
+    state = randomised(pair[0]).state_dict()
+    quiet, loud = (grow(*pair, state, replace(settings, noise=noise)).weights() for noise in (0.0, 1.0))
+    differ = any(not torch.equal(quiet[key], loud[key]) for key in quiet)
+    assert differ == METHODS[name].NOISE
