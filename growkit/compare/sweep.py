@@ -1,8 +1,8 @@
 """growkit sweep: a pilot on a share of the data. Optuna tries settings, losers stop early, one is recommended."""
 
+import random
 import shlex
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,24 +10,24 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
-from growkit.compare.bench import Bench
+from growkit.compare.bench import Bench, Watch
 from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own, updates_of
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, write_json
-from growkit.grow import make_method
+from growkit.methods import find
 from growkit.methods.base import growing
+from growkit.methods.mango import bond_ranks
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import GrowSettings
 from growkit.source import Source
@@ -35,8 +35,9 @@ from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
 NOTHING = "from-nothing.json"
-STUDY = "study.log"  # Optuna's journal; trials survive a killed process
+STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
+REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 
 
@@ -47,10 +48,11 @@ class Tried:
     number: int
     options: dict[str, Any]
     state: str
+    reason: str | None  # of a failure
     score: float | None
     step0: float | None
     operator_flops: float
-    flops: float
+    flops: float  # spent in all, up to where it ended or was stopped
     flops_to_scratch: float | None  # to what training from nothing ends the pilot with; None where never
 
 
@@ -90,125 +92,253 @@ def sweep_settings(
     expensive operator pays with fewer updates of fine-tuning.
 
     Raises:
-        GrowkitError: a method that cannot grow this pair, unusable data, every trial failed, or a sweep that is there
-            already (without `resume` or `force`) or is another one.
+        GrowkitError: a method that cannot grow this pair, an operator that costs more than a trial may spend, unusable
+            data, every trial failed, or a sweep that is there already (without `resume` or `force`) or is another one.
         KeyboardInterrupt: stopped; `resume` goes on.
     """
     run.refuse_unusable()
     if not resume:
         refuse_existing(run.sweep, force)
     bench = bench_of(source, to, data, recipe, sets=sets, device=device, folder=run.sweep, split=settings, say=say)
-    space = _Space(bench, settings)
-    space.check()
-    begin(run.sweep, {**identity_of(bench), "settings": asdict(settings)}, resume=resume, free=("trials",))
+    pilot = Pilot(bench, settings, say=say, follow=follow)
+    pilot.prepare(resume=resume)
+    nothing = pilot.from_nothing()
+    tried = [_tried(trial) for trial in pilot.run(nothing)]
+    return _conclude(run.sweep, tried, bench, settings, recipe, nothing, source, to, data, sets, command)
 
-    path = run.sweep / NOTHING
-    if not path.exists():
-        watch = follow("from nothing", 0, settings.trials)
-        write_json(path, {"schema": SCHEMA, "growkit": __version__, **_from_nothing(bench, settings, watch)})
-    nothing = read_own(path)
-    budget = nothing["flops"]
-    say(f"from nothing: held-out {settings.metric} {_score(nothing, settings):.4f} after {budget / 1e12:.3g} TFLOP")
-    study = _study(run.sweep, space, settings, seed=recipe.seed)
 
-    def objective(trial: Trial) -> float:
-        arm, operator_lr, options = space.draw(trial)
-        trial.set_user_attr("options", options)
-        for earlier in study.get_trials(states=(TrialState.COMPLETE,)):
-            if earlier.user_attrs["options"] == options:  # Optuna may ask for the same again
-                trial.set_user_attr("repeated", True)
-                return float(earlier.values[0])
-        watch = follow(f"trial {trial.number}", min(trial.number, settings.trials - 1), settings.trials)
+class Pilot:
+    """A folder of trials. What has ended is not run again, and what was broken off begins anew."""
+
+    def __init__(self, bench: Bench, settings: SweepSettings, *, say: Say, follow: Follow):
+        self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
+        self.space = Space(bench, settings)
+        self.total = min(settings.trials, len(self.space.combinations))
+        self.budget = bench.flops_per_step(Arm(SCRATCH)) * updates_of(bench)
+
+    def prepare(self, *, resume: bool) -> None:
+        """Refuse what cannot work before anything runs, and note what this sweep is.
+
+        Raises:
+            GrowkitError: an operator leaves nothing of the budget, or the folder holds another sweep.
+        """
+        dearest: dict[GrowSettings, Arm] = {}
+        for answers in self.space.combinations:
+            arm, _ = self.space.combine(answers)
+            assert arm.grow is not None
+            priced = replace(arm.grow, noise=0.0)  # which costs nothing
+            dearest[priced] = max(arm, dearest.get(priced, arm), key=lambda one: one.operator_steps or 0)
+        for arm in dearest.values():
+            self.bench.steps_within(arm, self.budget, self.bench.operator_flops(arm))
+        own = {**identity_of(self.bench), "settings": asdict(self.settings)}
+        begin(self.bench.folder, own, resume=resume, free=("trials",))
+
+    def from_nothing(self) -> dict[str, Any]:
+        """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
+        path = self.bench.folder / NOTHING
+        if not path.exists():
+            watch = self.follow("from nothing", 0, self.total)
+            found = _from_nothing(self.bench, self.settings, watch)
+            write_json(path, {"schema": SCHEMA, "growkit": __version__, **found})
+        nothing = read_own(path)
+        score, spent = _score(nothing, self.settings), nothing["flops"] / 1e12
+        self.say(f"from nothing: held-out {self.settings.metric} {score:.4f} after {spent:.3g} TFLOP")
+        return nothing
+
+    def run(self, nothing: dict[str, Any]) -> list[FrozenTrial]:
+        """Make every trial that is missing; all of them.
+
+        Raises:
+            KeyboardInterrupt: stopped; the trials that ended are kept.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kept = self._study(
+            seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
+        )
+        while len(ended := kept.trials) < self.total:
+            study, trial, answers = self._next(ended)
+            arm, options = self.space.combine(answers)
+            trial.set_user_attr("options", options)
+            watch = self.follow(f"trial {len(ended)}", len(ended), self.total)
+            try:
+                score = self._score_of(trial, arm, options["lr"], nothing, watch)
+            except optuna.TrialPruned:
+                frozen = study.tell(trial, state=TrialState.PRUNED)
+            except (GrowkitError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
+                trial.set_user_attr("reason", (str(error).strip() or type(error).__name__).splitlines()[0])
+                frozen = study.tell(trial, state=TrialState.FAIL)
+            else:
+                frozen = study.tell(trial, score)
+            kept.add_trial(frozen)
+            self._tell(kept.trials[-1])
+        return ended
+
+    def _study(self, *, seed: int, **where: Any) -> optuna.Study:
+        return optuna.create_study(
+            sampler=TPESampler(seed=seed, n_startup_trials=self.settings.trials // 2),
+            pruner=SuccessiveHalvingPruner(min_resource=max(1, self.settings.evals // 4), reduction_factor=HALVE),
+            direction="maximize" if self.settings.metric == "top1" else "minimize",
+            load_if_exists=True,
+            **where,
+        )
+
+    def _next(self, ended: Sequence[FrozenTrial]) -> tuple[optuna.Study, Trial, dict[str, str]]:
+        """A trial of what was not tried yet, in a study in memory, and its answers.
+
+        It is Optuna's choice, or any where Optuna goes on repeating itself. What it is depends on the trials that
+        ended alone, so that a sweep that was stopped goes on as it would have gone.
+        """
+        seed = self.bench.recipe.seed + len(ended)
+        study = self._study(seed=seed)
+        study.add_trials(ended)
+        tried = [trial.user_attrs["options"] for trial in ended]
+
+        def new(answers: dict[str, str]) -> bool:
+            return self.space.combine(answers)[1] not in tried
+
+        for _ in range(REPEATS):
+            trial = study.ask()
+            answers = self.space.draw(trial)
+            if new(answers):
+                return study, trial, answers
+            study.tell(trial, state=TrialState.FAIL)
+        study.enqueue_trial(random.Random(seed).choice([left for left in self.space.combinations if new(left)]))
+        trial = study.ask()
+        return study, trial, self.space.draw(trial)
+
+    def _score_of(self, trial: Trial, arm: Arm, lr: float, nothing: dict[str, Any], watch: Watch) -> float:
+        """Train a trial; its final score.
+
+        Raises:
+            optuna.TrialPruned: others were better at the same place.
+        """
+        settings, seed = self.settings, self.bench.recipe.seed
+        start = self.bench.start(arm, seed, arm.operator_lr, watch)
+        trial.set_user_attr("operator_flops", start.flops)
+        trial.set_user_attr("step0", getattr(start.step0, settings.metric))
+        trial.set_user_attr("flops", start.flops)
+        place = 0
 
         def judge(record: StepRecord) -> None:
+            nonlocal place
             watch(record)
             if record.scores is None:
                 return
-            place = record.step * settings.evals // record.total
-            trial.report(getattr(record.scores, settings.metric), place)
-            trial.set_user_attr("score", getattr(record.scores, settings.metric))
-            if place < settings.evals and trial.should_prune():
+            place += 1
+            score = getattr(record.scores, settings.metric)
+            trial.report(score, place)
+            trial.set_user_attr("score", score)
+            trial.set_user_attr("flops", start.flops + record.step * nothing["flops_per_step"])
+            if record.step < record.total and trial.should_prune():
                 raise optuna.TrialPruned
 
-        start = bench.start(arm, recipe.seed, operator_lr, watch)
-        trial.set_user_attr("operator_flops", start.flops)
-        trial.set_user_attr("step0", getattr(start.step0, settings.metric))
-        result = bench.train(
-            start, arm, flops=budget, seed=recipe.seed, lr=options["lr"], evals=settings.evals, watch=judge
-        )
+        result = self.bench.train(start, arm, flops=self.budget, seed=seed, lr=lr, evals=settings.evals, watch=judge)
         target = _score(nothing, settings)
         trial.set_user_attr("cost", flops_to(_curve(result, settings), target, higher=settings.metric == "top1"))
-        trial.set_user_attr("flops", result["flops"])
         return _score(result, settings)
 
-    def tell(study: optuna.Study, trial: FrozenTrial) -> None:
-        if trial.user_attrs.get("repeated"):
-            return
+    def _tell(self, trial: FrozenTrial) -> None:
         tried = _tried(trial)
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
-        say(f"[{trial.number + 1}/{settings.trials}] {_words(tried.options)}: {tried.state}, {settings.metric} {shown}")
-
-    left = settings.trials - len(_ended(study))
-    if left > 0:
-        try:
-            study.optimize(objective, n_trials=left, callbacks=[tell], catch=(GrowkitError, RuntimeError, MemoryError))
-        except KeyboardInterrupt:
-            _again(study, study.trials[-1])
-            raise
-    return _conclude(run.sweep, study, bench, settings, recipe, nothing, source, to, data, sets, command)
+        why = f" ({tried.reason})" if tried.reason else ""
+        self.say(
+            f"[{trial.number + 1}/{self.total}] {_words(tried.options)}: {tried.state}{why}, "
+            f"{self.settings.metric} {shown}"
+        )
 
 
-class _Space:
+class Space:
     """The choices of a trial; what cannot matter for this pair or at this rank is not asked."""
 
     def __init__(self, bench: Bench, settings: SweepSettings):
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = "blocks" in grown and len(grown) > 1
+        self.learned: dict[str, bool] = {}
+        # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
+        self.combinations = list({repr(self.combine(one)[1]): one for one in self._all({})}.values())
 
-    def check(self) -> None:
-        """Raise GrowkitError where a choice is none for this pair, before anything runs."""
-        settings, pair = self.settings, (self.bench.source.architecture, self.bench.target)
-        for text in settings.methods.split(","):
-            drawn = parse_arm(text).grow
-            assert drawn is not None
-            for stages in settings.stage_choices.split(","):
-                make_method(*pair, replace(drawn, stages=stages))
-            if drawn.method == "mango":
-                for rank in settings.rank_choices.split(","):
-                    for order in settings.ring_orders.split(","):
-                        make_method(*pair, replace(drawn, **_ranks(rank), ring_order=order))
+    def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+        """What is to be chosen and from what; each answer must be in `answers` before the next question.
 
-    def draw(self, trial: Trial) -> tuple[Arm, float | None, dict[str, Any]]:
-        """The arm of a trial, its operator's rate (None for none), and every option by name."""
+        Raises:
+            GrowkitError: a method that cannot grow this pair, or an option that it does not have.
+        """
         settings = self.settings
+        yield "method", _listed(settings.methods)
+        method, fixed = answers["method"], _fixed(answers["method"])
+        grow = self._grow(answers)
+        if method not in self.learned:
+            self.learned[method] = self.bench.learned(grow)
+        if grow.method == "mango":
+            if not fixed & {"rank", "ranks"}:
+                yield "rank", _listed(settings.rank_choices)
+            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers))) > 1:
+                yield "ring_order", _listed(settings.ring_orders)
+        if self.staged and "stages" not in fixed:
+            yield "stages", _listed(settings.stage_choices)
+        if find(grow.method).NOISE and "noise" not in fixed:
+            yield "noise", _listed(settings.noises)
+        if self.learned[method]:
+            yield "operator_steps", _listed(settings.operator_steps)
+            if int(answers["operator_steps"]):
+                yield "operator_lr", _listed(settings.operator_lrs)
+        yield "lr", _listed(settings.lrs)
 
-        def choose(name: str, choices: str) -> str:
-            listed = choices.split(",")
-            return str(trial.suggest_categorical(name, listed)) if len(listed) > 1 else listed[0]
+    def _all(self, answers: dict[str, str]) -> Iterator[dict[str, str]]:
+        for name, choices in self.questions(answers):
+            if name not in answers:
+                for choice in choices:
+                    yield from self._all({**answers, name: choice})
+                return
+        yield answers
 
-        drawn = parse_arm(choose("method", settings.methods)).grow
-        assert drawn is not None
-        options: dict[str, Any] = {"method": drawn.method}
-        if drawn.variant:
-            options["variant"] = drawn.variant
-        if drawn.method == "mango":
-            rank = choose("rank", settings.rank_choices)
-            options |= _ranks(rank)
-            if rank != "1":
-                options["ring_order"] = choose("ring_order", settings.ring_orders)
-        if self.staged:
-            options["stages"] = choose("stages", settings.stage_choices)
-        options["noise"] = float(choose("noise", settings.noises))
-        grow = GrowSettings(**{**asdict(drawn), **options})
-        steps = 0
-        if self.bench.learned(grow):
-            steps = int(choose("operator_steps", settings.operator_steps))
-        name = ":".join(f"{key}={value}" for key, value in options.items())
-        arm = Arm(name.replace(",", "x") + f":steps={steps}", grow, operator_steps=steps)
-        operator_lr = float(choose("operator_lr", settings.operator_lrs)) if steps else None
-        options |= {"steps": steps, "operator_lr": operator_lr, "lr": float(choose("lr", settings.lrs))}
-        return arm, operator_lr, options
+    def draw(self, trial: Trial) -> dict[str, str]:
+        """Optuna's answers; where there is one choice, Optuna is not asked."""
+        answers: dict[str, str] = {}
+        for name, choices in self.questions(answers):
+            answers[name] = trial.suggest_categorical(name, choices) if len(choices) > 1 else choices[0]
+        return answers
+
+    def combine(self, answers: dict[str, str]) -> tuple[Arm, dict[str, Any]]:
+        """The arm that answers make, and by name every option that was chosen or is not the default."""
+        grow = self._grow(answers)
+        steps = int(answers.get("operator_steps", 0))
+        rate = float(answers["operator_lr"]) if steps else None
+        plain, chosen = asdict(GrowSettings()), {*_fixed(answers["method"]), *answers}
+        if "rank" in answers and grow.ranks is not None:
+            chosen.remove("rank")
+        options = {name: value for name, value in asdict(grow).items() if name in chosen or value != plain[name]}
+        name = ":".join((grow.method, *(f"{key}={_text(options[key])}" for key in options if key != "method")))
+        arm = Arm(f"{name}:steps={steps}", grow, operator_steps=steps, operator_lr=rate)
+        return arm, {**options, "steps": steps, "operator_lr": rate, "lr": float(answers["lr"])}
+
+    def _grow(self, answers: dict[str, str]) -> GrowSettings:
+        grow = parse_arm(answers["method"]).grow
+        assert grow is not None
+        given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
+        if "rank" in answers:
+            given |= _ranks(answers["rank"])
+        if "noise" in answers:
+            given["noise"] = float(answers["noise"])
+        return replace(grow, **given)
+
+
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _fixed(method: str) -> set[str]:
+    """Names of the options that a method's text settles.
+
+    Raises:
+        GrowkitError: one of them is not of growing.
+    """
+    fixed = {part.partition("=")[0].replace("-", "_") for part in method.split(":")[1:]}
+    for name, instead in (("steps", "--operator-steps"), ("lr", "--operator-lrs")):
+        if name in fixed:
+            raise GrowkitError(f"--methods {method}: a sweep takes {name} from {instead}, for every method alike")
+    return fixed
 
 
 def _ranks(text: str) -> dict[str, Any]:
@@ -220,60 +350,12 @@ def _ranks(text: str) -> dict[str, Any]:
     return {"rank": int(text)}
 
 
-def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -> optuna.Study:
-    """The study in the folder, new or as it was left; every combination where there are few, else Optuna's TPE."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler: BaseSampler = TPESampler(seed=seed, n_startup_trials=settings.trials // 2)
-    if _combinations(space) <= settings.trials:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # of its interface, since 2023
-            sampler = BruteForceSampler(seed=seed)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / STUDY))),
-        sampler=sampler,
-        pruner=SuccessiveHalvingPruner(min_resource=max(1, settings.evals // 4), reduction_factor=HALVE),
-        study_name="sweep",
-        direction="maximize" if settings.metric == "top1" else "minimize",
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the process was killed
-        study.tell(trial.number, state=TrialState.FAIL)
-        _again(study, trial)
-    return study
+def _text(value: Any) -> str:
+    """A value as --methods takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(",", "x")
 
 
-def _again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Try a trial's choices again, for it was broken off by no fault of theirs."""
-    study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
-
-
-def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that came to an end of their own, repetitions among them."""
-    broken = {trial.user_attrs.get("again") for trial in study.trials}
-    return [trial for trial in study.trials if trial.state in STATES and trial.number not in broken]
-
-
-def _combinations(space: _Space) -> int:
-    """How many different trials there are."""
-    settings = space.settings
-
-    def count(choices: str) -> int:
-        return len(choices.split(","))
-
-    stages = count(settings.stage_choices) if space.staged else 1
-    rest = stages * count(settings.noises) * count(settings.lrs)
-    operator = sum(count(settings.operator_lrs) if int(s) else 1 for s in settings.operator_steps.split(","))
-    total = 0
-    for text in settings.methods.split(","):
-        drawn = parse_arm(text).grow
-        assert drawn is not None
-        learned = operator if space.bench.learned(drawn) else 1
-        ranks = settings.rank_choices.split(",") if drawn.method == "mango" else ["1"]
-        total += rest * learned * sum(1 if rank == "1" else count(settings.ring_orders) for rank in ranks)
-    return total
-
-
-def _from_nothing(bench: Bench, settings: SweepSettings, watch: Any) -> dict[str, Any]:
+def _from_nothing(bench: Bench, settings: SweepSettings, watch: Watch) -> dict[str, Any]:
     """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
     arm = Arm(SCRATCH)
     flops = bench.flops_per_step(arm) * updates_of(bench)
@@ -300,9 +382,10 @@ def _tried(trial: FrozenTrial) -> Tried:
     known = trial.user_attrs
     return Tried(
         number=trial.number,
-        options=known.get("options", dict(trial.params)),
-        state=STATES.get(trial.state, "unfinished"),
-        score=trial.value if trial.value is not None else known.get("score"),
+        options=known["options"],
+        state=STATES[trial.state],
+        reason=known.get("reason"),
+        score=known.get("score"),
         step0=known.get("step0"),
         operator_flops=known.get("operator_flops", 0),
         flops=known.get("flops", 0),
@@ -316,7 +399,7 @@ def _words(options: dict[str, Any]) -> str:
 
 def _conclude(
     folder: Path,
-    study: optuna.Study,
+    tried: Sequence[Tried],
     bench: Bench,
     settings: SweepSettings,
     recipe: FitSettings,
@@ -328,10 +411,10 @@ def _conclude(
     command: str,
 ) -> Swept:
     sign = 1 if settings.metric == "top1" else -1
-    tried = [_tried(trial) for trial in _ended(study) if not trial.user_attrs.get("repeated")]
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
-        raise GrowkitError(f"no trial finished; {folder / STUDY} has the reasons, and other choices may do better")
+        reason = next((one.reason for one in tried if one.reason), "every score was not a number")
+        raise GrowkitError(f"no trial finished, the first for this reason: {reason}")
     # Equal within the error of the score, the one with the cheaper operator is the better buy.
     top = max(sign * one.score for one in finished if one.score is not None)
     count = nothing["final"]["count"]

@@ -2,17 +2,25 @@
 
 import json
 import shlex
+import warnings
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from compare_samples import CPU, LARGE, RECIPE
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.trial import TrialState
 from pairs import PAIRS, randomised
 
 from growkit.compare import bench as bench_module
+from growkit.compare import sweep as sweep_module
+from growkit.compare.arms import parse_arm
 from growkit.compare.bench import Bench
+from growkit.compare.compare import bench_of
+from growkit.compare.page import trials_table
 from growkit.compare.settings import SweepSettings
-from growkit.compare.sweep import sweep_settings
+from growkit.compare.sweep import Space, sweep_settings
 from growkit.errors import GrowkitError
 from growkit.grow import grow
 from growkit.methods import METHODS
@@ -111,41 +119,155 @@ def test_report_and_json_hold_the_recommendation(swept):
 def test_ended_sweep_runs_nothing_again_and_may_ask_for_more(swept, source, digits, monkeypatch):
     folder, found = swept
     monkeypatch.setattr(Bench, "train", lambda *a, **k: pytest.fail("trained again"))
-    again = run_sweep(folder, source, digits, resume=True)
+    again = run_sweep(folder, source, digits, resume=True, trials=7)
     assert again.best == found.best
     assert again.tried == found.tried
 
 
-def test_stopped_sweep_goes_on_with_the_trial_it_was_at(source, digits, tmp_path, monkeypatch):
+def outcomes(found):
+    return {json.dumps(one.options): (one.state, one.score, one.flops, one.flops_to_scratch) for one in found.tried}
+
+
+@pytest.fixture(scope="module")
+def drawn(source, digits, tmp_path_factory):
+    """Of twelve combinations, five are tried: Optuna chooses."""
+    return run_sweep(tmp_path_factory.mktemp("drawn"), source, digits, **DRAWN)
+
+
+DRAWN = {"trials": 5, "noises": "1,0.1,0.01"}
+
+
+def test_trials_are_distinct_and_as_many_as_asked_for(drawn):
+    assert len(outcomes(drawn)) == len(drawn.tried) == 5
+    assert sorted(one.number for one in drawn.tried) == list(range(5))
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 5, 7])  # two of them are from nothing, and some train an operator
+def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_path, monkeypatch, stopped_at):
     fit, calls = bench_module.fit, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == stopped_at:
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(bench_module, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(tmp_path, source, digits)
+        run_sweep(tmp_path, source, digits, **DRAWN)
     monkeypatch.setattr(bench_module, "fit", fit)
-    found = run_sweep(tmp_path, source, digits, resume=True)
-    tried = [(one.options["rank"], one.options["steps"]) for one in found.tried]
-    assert sorted(tried) == [(1, 0), (1, 3), (2, 0), (2, 3)]
+    found = run_sweep(tmp_path, source, digits, resume=True, **DRAWN)
+    assert outcomes(found) == outcomes(drawn)
+    assert len(found.tried) == len(drawn.tried)
 
 
-def test_failing_trial_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
-    start = Bench.start
+def test_combinations_that_optuna_never_asks_for_are_tried_too(source, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "REPEATS", 0)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0")
+    assert sorted(one.options["rank"] for one in found.tried) == [1, 2]
+
+
+def test_same_choice_written_twice_is_one_trial(source, digits, tmp_path):
+    found = run_sweep(tmp_path, source, digits, methods="lemon,lemon:noise=0.1", lrs="2e-3,0.002")
+    assert [one.options for one in found.tried] == [
+        {"method": "lemon", "stages": "both", "noise": 0.1, "steps": 0, "operator_lr": None, "lr": 0.002}
+    ]
+
+
+class Asking:
+    """A space of a pair that grows in width and depth, without any training."""
+
+    def __init__(self, source, digits, folder, **given):
+        settings = SweepSettings(**{**QUICK, **given})
+        bench = bench_of(
+            source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
+        )
+        space = Space(bench, settings)
+        self.made = [space.combine(answers) for answers in space.combinations]
+        self.options = [options for _, options in self.made]
+
+
+def test_options_of_a_method_reach_name_options_and_settings(source, digits, tmp_path):
+    texts = "mango:noise=0.5,mango:vectors=false,mango:variant=noisy:rank=4,mango:ranks=2x1x2x1:ring-order=BIOL"
+    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1", operator_steps="0")
+    common = {"method": "mango", "stages": "both", "steps": 0, "operator_lr": None, "lr": 2e-3}
+    assert found.options == [
+        {**common, "rank": 1, "noise": 0.5},
+        {**common, "rank": 1, "noise": 0.1, "vectors": False},
+        {**common, "rank": 4, "noise": 0.1, "variant": "noisy", "ring_order": "BOLI"},
+        {**common, "ranks": "2,1,2,1", "noise": 0.1, "ring_order": "BIOL"},
+    ]
+    for arm, _ in found.made:
+        assert parse_arm(arm.name).grow == arm.grow  # so that the name, and the folder of its start, hold everything
+    assert len({arm.slug for arm, _ in found.made}) == len(found.made)
+
+
+def test_what_a_method_settles_or_ignores_is_not_asked(source, digits, tmp_path):
+    choices = {"rank_choices": "1,2", "ring_orders": "BOLI,BIOL", "noises": "1,0.1", "operator_steps": "0,3"}
+    found = Asking(source, digits, tmp_path, methods="random-pad,lemon,mango,mango:rank=2:noise=1", **choices)
+    counts = Counter((one["method"], one.get("rank"), one.get("noise")) for one in found.options)
+    assert counts == {
+        ("random-pad", None, None): 1,
+        ("lemon", None, 1.0): 1,
+        ("lemon", None, 0.1): 1,
+        ("mango", 1, 1.0): 2,  # with the operator trained, and not
+        ("mango", 1, 0.1): 2,
+        ("mango", 2, 1.0): 4,  # in both ring orders; what the last text gives is among them
+        ("mango", 2, 0.1): 4,
+    }
+
+
+def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
+    start, lines = Bench.start, []
 
     def failing(self, arm, *args, **kwargs):
         if "rank=2" in arm.name:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory\nand a long story")
         return start(self, arm, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "start", failing)
-    found = run_sweep(tmp_path, source, digits)
-    assert {one.state for one in found.tried if one.options["rank"] == 2} == {"failed"}
+    found = run_sweep(tmp_path, source, digits, operator_steps="0", say=lines.append)
+    failed = next(one for one in found.tried if one.options["rank"] == 2)
+    assert (failed.state, failed.reason) == ("failed", "out of memory")
     assert found.best.options["rank"] == 1
+    assert any(line.startswith(f"[{failed.number + 1}/2]") and "failed (out of memory)" in line for line in lines)
+    assert trials_table(found.tried)[1][-1][-1] == "failed: out of memory"
+    written = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert [one["reason"] for one in written["trials"]] == [None, "out of memory"]
+
+
+def test_sweep_without_a_finished_trial_says_why(source, digits, tmp_path, monkeypatch):
+    train = Bench.train
+
+    def failing(self, start, arm, **given):
+        if arm.grow is not None:
+            raise RuntimeError(f"no memory for {arm.grow.method}")
+        return train(self, start, arm, **given)
+
+    monkeypatch.setattr(Bench, "train", failing)
+    with pytest.raises(GrowkitError, match=r"no trial finished.*no memory for mango"):
+        run_sweep(tmp_path, source, digits, operator_steps="0")
+
+
+def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_path, monkeypatch):
+    def prune(self, study, trial):
+        return trial.last_step == 1 and bool(study.get_trials(states=(TrialState.COMPLETE,)))
+
+    monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
+    found = run_sweep(tmp_path, source, digits, operator_steps="3")
+    nothing = found.content["from_nothing"]
+    finished, stopped = found.tried
+    assert (finished.number, finished.state, stopped.number, stopped.state) == (0, "finished", 1, "stopped early")
+    assert stopped.operator_flops < stopped.flops < 0.8 * nothing["flops"]
+    assert (stopped.flops - stopped.operator_flops) % nothing["flops_per_step"] == 0
+    assert stopped.score is not None
+    assert stopped.flops_to_scratch is None
+
+
+def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run_sweep(tmp_path, source, digits, operator_steps="0", evals=15)  # which is no divisor of the updates
 
 
 @pytest.mark.parametrize(
@@ -155,6 +277,9 @@ def test_failing_trial_does_not_lose_the_others(source, digits, tmp_path, monkey
         ({"methods": "stackbert"}, "methods that can"),
         ({"stage_choices": "both,sideways"}, "--stages sideways"),
         ({"rank_choices": "0"}, "--rank 0"),
+        ({"methods": "mango:steps=1"}, "--methods mango:steps=1: .* steps from --operator-steps"),
+        ({"methods": "mango,mango:lr=1e-4"}, "--methods mango:lr=1e-4: .* lr from --operator-lrs"),
+        ({"operator_steps": "0,3,2000"}, "its operator takes .* all of a budget of .* fewer --operator-steps"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, given, says):
