@@ -2,7 +2,7 @@
 
 import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from growkit.methods import find
 from growkit.methods.base import growing
 from growkit.methods.mango import bond_ranks
 from growkit.record import RunFolder, hardware, versions
-from growkit.settings import GrowSettings
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
@@ -79,6 +79,8 @@ def sweep_settings(
     recipe: FitSettings,
     *,
     sets: Sequence[str] = (),
+    from_: str | None = None,
+    from_sets: Sequence[str] = (),
     device: torch.device,
     force: bool = False,
     resume: bool = False,
@@ -89,7 +91,8 @@ def sweep_settings(
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
     Every trial spends what training the target from nothing on that share costs for the recipe's epochs; so an
-    expensive operator pays with fewer updates of fine-tuning.
+    expensive operator pays with fewer updates of fine-tuning. `from_` and `from_sets` are those that `source` was
+    loaded with; the recommended commands repeat them.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, an operator that costs more than a trial may spend, unusable
@@ -104,7 +107,12 @@ def sweep_settings(
     pilot.prepare(resume=resume)
     nothing = pilot.from_nothing()
     tried = [_tried(trial) for trial in pilot.run(nothing)]
-    return _conclude(run.sweep, tried, bench, settings, recipe, nothing, source, to, data, sets, command)
+    what = [source.path, "--to", to]
+    what += ["--from", from_] if from_ else []
+    for option, items in (("--from-set", from_sets), ("--set", sets)):
+        for item in items:
+            what += [option, item]
+    return _conclude(pilot, tried, nothing, what, data, command)
 
 
 class Pilot:
@@ -398,18 +406,9 @@ def _words(options: dict[str, Any]) -> str:
 
 
 def _conclude(
-    folder: Path,
-    tried: Sequence[Tried],
-    bench: Bench,
-    settings: SweepSettings,
-    recipe: FitSettings,
-    nothing: dict[str, Any],
-    source: Source,
-    to: str,
-    data: str,
-    sets: Sequence[str],
-    command: str,
+    pilot: Pilot, tried: Sequence[Tried], nothing: dict[str, Any], what: Sequence[str], data: str, command: str
 ) -> Swept:
+    bench, settings, folder = pilot.bench, pilot.settings, pilot.bench.folder
     sign = 1 if settings.metric == "top1" else -1
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
@@ -427,7 +426,7 @@ def _conclude(
     target = _score(nothing, settings)
     saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / nothing["flops"]
     reasons = tuple(_reasons(best, finished, equal, error, settings, target, saving, count))
-    commands = _commands(best, source, to, data, sets, recipe)
+    commands = _commands(best, bench, settings, pilot.budget, what, data)
     content = {
         **identity_of(bench),
         "command": command,
@@ -495,30 +494,34 @@ def _reasons(
 
 
 def _commands(
-    best: Tried, source: Source, to: str, data: str, sets: Sequence[str], recipe: FitSettings
-) -> tuple[str, ...]:
-    """The `grow` and `finetune` commands of the full run."""
-    options = best.options
-    given = ["growkit", "grow", source.path, "--to", to]
-    for item in sets:
-        given += ["--set", item]
-    for name in ("method", "variant", "rank", "ranks", "ring_order", "stages", "noise"):
-        if options.get(name) is not None:
-            given += ["--" + name.replace("_", "-"), str(options[name])]
-    shared = _differing(recipe)
-    if options["steps"]:
-        given += ["--data", data, "--steps", str(options["steps"]), "--lr", f"{options['operator_lr']:g}"]
-        given += [part for part in shared if part]
-    tune = ["growkit", "finetune", "--data", data, "--lr", f"{options['lr']:g}", "--epochs", f"{recipe.epochs:g}"]
-    return shlex.join(given), shlex.join([*tune, *shared])
+    best: Tried, bench: Bench, settings: SweepSettings, budget: float, what: Sequence[str], data: str
+) -> tuple[str, str]:
+    """The `grow` and `finetune` commands that do on all images what the trial did; `what` names source and target."""
+    options, recipe = dict(best.options), bench.recipe
+    steps, operator_lr, lr = (options.pop(name) for name in ("steps", "operator_lr", "lr"))
+    grow = {**options, "seed": recipe.seed}
+    if steps:
+        absent = ("epochs", "seed", "model_ema", "model_ema_decay")
+        trained = {"data": data, "steps": steps, "lr": operator_lr}
+        grow |= trained | _differing(bench.operator, FitSettings(**OPERATOR_DEFAULTS), but=(*trained, *absent))
+    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, of more
+    length = {"epochs": f"{recipe.epochs * left:g}"}
+    if recipe.steps is not None:
+        length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
+    tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
+    tune |= _differing(recipe, FitSettings(), but=("epochs", "steps", "lr", "seed"))
+    return shlex.join(["growkit", "grow", *what, *_given(grow)]), shlex.join(["growkit", "finetune", *_given(tune)])
 
 
-def _differing(recipe: FitSettings) -> list[str]:
-    """Options of the recipe that are not the defaults and that growing and fine-tuning share."""
-    plain, words = asdict(FitSettings()), []
-    for name, value in asdict(recipe).items():
-        if value == plain[name] or name in ("epochs", "steps", "lr", "eval_every", "model_ema", "model_ema_decay"):
-            continue
+def _differing(settings: FitSettings, plain: FitSettings, *, but: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default of the command that takes them."""
+    return {n: value for n, value in asdict(settings).items() if value != getattr(plain, n) and n not in but}
+
+
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line takes them."""
+    words = []
+    for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
