@@ -34,10 +34,11 @@ from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
-NOTHING = "from-nothing.json"
+NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
 REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
+FAILURES = (GrowkitError, RuntimeError, MemoryError)  # torch's own errors are RuntimeErrors
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 
 
@@ -122,6 +123,7 @@ class Pilot:
         self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
         self.space = Space(bench, settings)
         self.total = min(settings.trials, len(self.space.combinations))
+        self.sign = 1 if settings.metric == "top1" else -1
         self.budget = bench.flops_per_step(Arm(SCRATCH)) * updates_of(bench)
 
     def prepare(self, *, resume: bool) -> None:
@@ -142,16 +144,49 @@ class Pilot:
         begin(self.bench.folder, own, resume=resume, free=("trials",))
 
     def from_nothing(self) -> dict[str, Any]:
-        """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
-        path = self.bench.folder / NOTHING
-        if not path.exists():
-            watch = self.follow("from nothing", 0, self.total)
-            found = _from_nothing(self.bench, self.settings, watch)
-            write_json(path, {"schema": SCHEMA, "growkit": __version__, **found})
-        nothing = read_own(path)
-        score, spent = _score(nothing, self.settings), nothing["flops"] / 1e12
-        self.say(f"from nothing: held-out {self.settings.metric} {score:.4f} after {spent:.3g} TFLOP")
-        return nothing
+        """The target from nothing on the same share, at the best of its rates; what is there is not run again.
+
+        Raises:
+            GrowkitError: it failed at every rate.
+            KeyboardInterrupt: stopped; the run at hand goes on the next time.
+        """
+        rates = numbers("--lrs", self.settings.lrs)
+        # Growing is judged by this, so a grid that was made for grown models must not hold it back.
+        made = [self._at_rate(lr) for lr in (*rates, 2 * rates[-1])]
+        finished = [found for found in made if "failed" not in found]
+        if not finished:
+            raise GrowkitError(f"from nothing: failed at every rate, the first for this reason: {made[0]['failed']}")
+        best = max(finished, key=lambda found: self.sign * self.score(found))
+        self.say(
+            f"from nothing: held-out {self.settings.metric} {self.score(best):.4f} after "
+            f"{best['flops'] / 1e12:.3g} TFLOP, at lr {best['lr']:g}, the best of {len(made)}"
+        )
+        return best
+
+    def _at_rate(self, lr: float) -> dict[str, Any]:
+        """The result of training from nothing at a rate, or why it failed."""
+        folder = self.bench.folder / NOTHING / f"lr{lr:g}"
+        path = folder / "result.json"
+        if path.exists() and "failed" not in (kept := read_own(path)):
+            return kept
+        arm, seed = Arm(SCRATCH), self.bench.recipe.seed
+        try:
+            found = self.bench.train(
+                self.bench.start(arm, seed, None),
+                arm,
+                flops=self.budget,
+                seed=seed,
+                lr=lr,
+                evals=self.settings.evals,
+                folder=folder,
+                watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
+            )
+        except FAILURES as error:
+            found = {"failed": _reason(error)}
+            self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
+        result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
+        write_json(path, result)
+        return result
 
     def run(self, nothing: dict[str, Any]) -> list[FrozenTrial]:
         """Make every trial that is missing; all of them.
@@ -172,8 +207,8 @@ class Pilot:
                 score = self._score_of(trial, arm, options["lr"], nothing, watch)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
-            except (GrowkitError, RuntimeError, MemoryError) as error:  # torch's own errors are RuntimeErrors
-                trial.set_user_attr("reason", (str(error).strip() or type(error).__name__).splitlines()[0])
+            except FAILURES as error:
+                trial.set_user_attr("reason", _reason(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)
             else:
                 frozen = study.tell(trial, score)
@@ -185,7 +220,7 @@ class Pilot:
         return optuna.create_study(
             sampler=TPESampler(seed=seed, n_startup_trials=self.settings.trials // 2),
             pruner=SuccessiveHalvingPruner(min_resource=max(1, self.settings.evals // 4), reduction_factor=HALVE),
-            direction="maximize" if self.settings.metric == "top1" else "minimize",
+            direction="maximize" if self.sign > 0 else "minimize",
             load_if_exists=True,
             **where,
         )
@@ -241,9 +276,18 @@ class Pilot:
                 raise optuna.TrialPruned
 
         result = self.bench.train(start, arm, flops=self.budget, seed=seed, lr=lr, evals=settings.evals, watch=judge)
-        target = _score(nothing, settings)
-        trial.set_user_attr("cost", flops_to(_curve(result, settings), target, higher=settings.metric == "top1"))
-        return _score(result, settings)
+        trial.set_user_attr("cost", self.flops_to(result, self.score(nothing)))
+        return self.score(result)
+
+    def score(self, result: dict[str, Any]) -> float:
+        """The final score of a run."""
+        return float(result["final"][self.settings.metric])
+
+    def flops_to(self, result: dict[str, Any], target: float) -> float | None:
+        """FLOPs after which a run first had that score; None where it never had."""
+        higher = self.settings.metric == "top1"
+        curve = [(flops, top1 if higher else loss) for flops, top1, loss in result["curve"]]
+        return flops_to(curve, target, higher=higher)
 
     def _tell(self, trial: FrozenTrial) -> None:
         tried = _tried(trial)
@@ -363,29 +407,6 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(",", "x")
 
 
-def _from_nothing(bench: Bench, settings: SweepSettings, watch: Watch) -> dict[str, Any]:
-    """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
-    arm = Arm(SCRATCH)
-    flops = bench.flops_per_step(arm) * updates_of(bench)
-    rates = numbers("--lrs", settings.lrs)
-    tried = []
-    for lr in (*rates, 2 * rates[-1]):  # a fresh start bears a higher rate than a grown one
-        start = bench.start(arm, bench.recipe.seed, None)
-        tried.append(
-            bench.train(start, arm, flops=flops, seed=bench.recipe.seed, lr=lr, evals=settings.evals, watch=watch)
-        )
-    sign = 1 if settings.metric == "top1" else -1
-    return max(tried, key=lambda result: sign * _score(result, settings))
-
-
-def _score(result: dict[str, Any], settings: SweepSettings) -> float:
-    return float(result["final"][settings.metric])
-
-
-def _curve(result: dict[str, Any], settings: SweepSettings) -> list[tuple[float, float]]:
-    return [(flops, top1 if settings.metric == "top1" else loss) for flops, top1, loss in result["curve"]]
-
-
 def _tried(trial: FrozenTrial) -> Tried:
     known = trial.user_attrs
     return Tried(
@@ -393,12 +414,16 @@ def _tried(trial: FrozenTrial) -> Tried:
         options=known["options"],
         state=STATES[trial.state],
         reason=known.get("reason"),
-        score=known.get("score"),
+        score=known.get("score") if trial.value is None else trial.value,
         step0=known.get("step0"),
         operator_flops=known.get("operator_flops", 0),
         flops=known.get("flops", 0),
         flops_to_scratch=known.get("cost"),
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _words(options: dict[str, Any]) -> str:
@@ -408,8 +433,7 @@ def _words(options: dict[str, Any]) -> str:
 def _conclude(
     pilot: Pilot, tried: Sequence[Tried], nothing: dict[str, Any], what: Sequence[str], data: str, command: str
 ) -> Swept:
-    bench, settings, folder = pilot.bench, pilot.settings, pilot.bench.folder
-    sign = 1 if settings.metric == "top1" else -1
+    bench, settings, folder, sign = pilot.bench, pilot.settings, pilot.bench.folder, pilot.sign
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
         reason = next((one.reason for one in tried if one.reason), "every score was not a number")
@@ -423,9 +447,11 @@ def _conclude(
     order = sorted(
         tried, key=lambda one: (one.state != "finished", -sign * one.score if one.score is not None else 1e9)
     )
-    target = _score(nothing, settings)
-    saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / nothing["flops"]
-    reasons = tuple(_reasons(best, finished, equal, error, settings, target, saving, count))
+    target = pilot.score(nothing)
+    alone = pilot.flops_to(nothing, target)
+    assert alone is not None  # its own end is always reached
+    saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
+    reasons = tuple(_reasons(best, tried, finished, equal, error, settings, target, saving, count))
     commands = _commands(best, bench, settings, pilot.budget, what, data)
     content = {
         **identity_of(bench),
@@ -448,6 +474,7 @@ def _conclude(
 
 def _reasons(
     best: Tried,
+    tried: Sequence[Tried],
     finished: Sequence[Tried],
     equal: Sequence[Tried],
     error: float,
@@ -461,6 +488,10 @@ def _reasons(
     lines = [
         f"{name} {best.score:.4f} on {count} held-out images, against {target:.4f} from nothing for the same FLOPs",
     ]
+    if len(tried) > 1:
+        lines.append(
+            f"it was chosen among {len(tried)} trials on the images it is reported on; expect less of it on others"
+        )
     if len(equal) > 1:
         lines.append(
             f"{len(equal)} trials lie within one standard error ({error:.4f}); of these its operator is the cheapest"
@@ -469,9 +500,9 @@ def _reasons(
     for option in best.options:
         by_value: dict[str, float] = {}
         for one in finished:
-            value, score = str(one.options.get(option)), one.score
-            if score is not None:
-                by_value[value] = better(by_value.get(value, score), score)
+            value, score = one.options.get(option), one.score
+            if score is not None and value is not None:
+                by_value[str(value)] = better(by_value.get(str(value), score), score)
         if len(by_value) > 1:
             told = ", ".join(f"{value} {score:.4f}" for value, score in sorted(by_value.items()))
             lines.append(f"best {name} by {option}: {told}")
@@ -485,10 +516,12 @@ def _reasons(
             "it starts where training from nothing ends the pilot, so the pilot's saving is total by construction; "
             "longer pilots (--epochs, --share) tell more"
         )
+    elif saving <= 0:
+        lines.append("on the pilot it reached that score no sooner: do not expect a saving")
     else:
         lines.append(
-            f"on the pilot it reached that score with {saving:.0%} less compute; expect about that of the full run, if "
-            "more data changes both alike: one seed on a share is a hint"
+            f"on the pilot it reached that score with {saving:.0%} less compute; expect no more than that of the full "
+            "run, and that if more data changes both alike: one seed on a share is a hint"
         )
     return lines
 

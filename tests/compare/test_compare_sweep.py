@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from growkit.compare import bench as bench_module
 from growkit.compare import sweep as sweep_module
 from growkit.compare.arms import parse_arm
-from growkit.compare.bench import Bench
+from growkit.compare.bench import Bench, Start
 from growkit.compare.compare import bench_of
 from growkit.compare.page import trials_table
 from growkit.compare.settings import SweepSettings
@@ -30,6 +30,7 @@ from growkit.methods import METHODS
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings
 from growkit.source import load_source
+from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 from growkit_cli.main import app
 
@@ -47,7 +48,11 @@ QUICK = {
 }
 
 
-def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False, say=lambda line: None, **given):
+def unwatched(title, finished, total):
+    return lambda record: None
+
+
+def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False, say=print, follow=unwatched, **given):
     return sweep_settings(
         RunFolder(folder),
         source,
@@ -62,6 +67,7 @@ def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False,
         resume=resume,
         command="growkit sweep ...",
         say=say,
+        follow=follow,
     )
 
 
@@ -278,6 +284,79 @@ def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_pat
     found = run_sweep(tmp_path, source, digits, resume=True, **DRAWN)
     assert outcomes(found) == outcomes(drawn)
     assert len(found.tried) == len(drawn.tried)
+
+
+def test_training_from_nothing_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
+    def stopping(title, finished, total):
+        def watch(record):
+            if title == "from nothing, lr 0.004" and record.step >= 10:
+                raise KeyboardInterrupt
+
+        return watch
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(tmp_path, source, digits, follow=stopping)
+    fit, calls = bench_module.fit, []
+
+    def noting(*args, folder, resume, **given):
+        calls.append((folder and folder.name, resume))
+        return fit(*args, folder=folder, resume=resume, **given)
+
+    monkeypatch.setattr(bench_module, "fit", noting)
+    found = run_sweep(tmp_path, source, digits, resume=True)
+    assert calls[0] == ("lr0.004", True)
+    assert ("lr0.002", False) not in calls
+    for name in ("lr", "final", "curve", "training_losses", "flops"):
+        assert found.content["from_nothing"][name] == swept[1].content["from_nothing"][name]
+
+
+def test_rate_that_fails_from_nothing_is_left_out(source, digits, tmp_path, monkeypatch):
+    train, failing, lines = Bench.train, [4e-3], []
+
+    def training(self, start, arm, *, lr, **given):
+        if arm.grow is None and lr in failing:
+            raise GrowkitError(f"the loss is nan at {lr:g}")
+        return train(self, start, arm, lr=lr, **given)
+
+    monkeypatch.setattr(Bench, "train", training)
+    found = run_sweep(tmp_path / "one", source, digits, operator_steps="0", say=lines.append)
+    assert found.content["from_nothing"]["lr"] == 2e-3
+    assert "from nothing, lr 0.004: failed (the loss is nan at 0.004)" in lines
+    failing.append(2e-3)
+    with pytest.raises(GrowkitError, match=r"from nothing: failed at every rate.*nan at 0\.002"):
+        run_sweep(tmp_path / "all", source, digits)
+
+
+@pytest.mark.parametrize(
+    ("reached", "saving", "says"),
+    [
+        (40, 0.2, "with 20% less compute"),
+        (0, 1.0, "starts where training from nothing ends"),
+        (60, -0.2, "no sooner: do not expect a saving"),
+        (None, None, "it never reached what training from nothing ends with"),
+    ],
+)
+def test_saving_is_over_what_training_from_nothing_took_to_its_own_score(
+    source, digits, tmp_path, monkeypatch, reached, saving, says
+):
+    alone = [(25, 0.3, 1.0), (50, 0.6, 1.0), (75, 0.5, 1.0), (100, 0.6, 1.0)]  # there halfway, and again at the end
+    grown = [(100, 0.5, 1.0)] if reached is None else [(reached, 0.6, 1.0)]
+
+    def train(self, start, arm, **given):
+        curve = alone if arm.grow is None else grown
+        final = {"top1": curve[-1][1], "loss": 1.0, "count": 100}
+        return {"final": final, "curve": curve, "flops": 100, "flops_per_step": 1}
+
+    def start(self, arm, *args):
+        scores = Scores(top1=0.1, top5=0.5, loss=1.0, ece=0.1, count=100)
+        return Start(torch.nn.Identity(), scores, None, 0, 0.0)
+
+    monkeypatch.setattr(Bench, "train", train)
+    monkeypatch.setattr(Bench, "start", start)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0")
+    assert found.saving == (saving if saving is None else pytest.approx(saving))
+    assert any(says in reason for reason in found.reasons)
+    assert any("chosen among 2 trials on the images it is reported on" in reason for reason in found.reasons)
 
 
 def test_combinations_that_optuna_never_asks_for_are_tried_too(source, digits, tmp_path, monkeypatch):
