@@ -319,13 +319,13 @@ class Space:
         settings = self.settings
         yield "method", _listed(settings.methods)
         method, fixed = answers["method"], _fixed(answers["method"])
-        grow = self._grow(answers)
+        grow, _ = self._grow(answers)
         if method not in self.learned:
             self.learned[method] = self.bench.learned(grow)
         if grow.method == "mango":
             if not fixed & {"rank", "ranks"}:
                 yield "rank", _listed(settings.rank_choices)
-            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers))) > 1:
+            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers)[0])) > 1:
                 yield "ring_order", _listed(settings.ring_orders)
         if self.staged and "stages" not in fixed:
             yield "stages", _listed(settings.stage_choices)
@@ -353,19 +353,18 @@ class Space:
         return answers
 
     def combine(self, answers: dict[str, str]) -> tuple[Arm, dict[str, Any]]:
-        """The arm that answers make, and by name every option that was chosen or is not the default."""
-        grow = self._grow(answers)
+        """The arm that answers make, and its options by name: those that were chosen and those of the method's text."""
+        grow, given = self._grow(answers)
         steps = int(answers.get("operator_steps", 0))
         rate = float(answers["operator_lr"]) if steps else None
-        plain, chosen = asdict(GrowSettings()), {*_fixed(answers["method"]), *answers}
-        if "rank" in answers and grow.ranks is not None:
-            chosen.remove("rank")
-        options = {name: value for name, value in asdict(grow).items() if name in chosen or value != plain[name]}
+        chosen = {"method", *_fixed(answers["method"]), *given}
+        options = {name: value for name, value in asdict(grow).items() if name in chosen}
         name = ":".join((grow.method, *(f"{key}={_text(options[key])}" for key in options if key != "method")))
         arm = Arm(f"{name}:steps={steps}", grow, operator_steps=steps, operator_lr=rate)
         return arm, {**options, "steps": steps, "operator_lr": rate, "lr": float(answers["lr"])}
 
-    def _grow(self, answers: dict[str, str]) -> GrowSettings:
+    def _grow(self, answers: dict[str, str]) -> tuple[GrowSettings, dict[str, Any]]:
+        """Settings of growing by the answers so far, and those of them that were chosen."""
         grow = parse_arm(answers["method"]).grow
         assert grow is not None
         given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
@@ -373,7 +372,7 @@ class Space:
             given |= _ranks(answers["rank"])
         if "noise" in answers:
             given["noise"] = float(answers["noise"])
-        return replace(grow, **given)
+        return replace(grow, **given), given
 
 
 def _listed(text: str) -> list[str]:

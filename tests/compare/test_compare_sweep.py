@@ -387,11 +387,13 @@ class Asking:
 
 def test_options_of_a_method_reach_name_options_and_settings(source, digits, tmp_path):
     texts = "mango:noise=0.5,mango:vectors=false,mango:variant=noisy:rank=4,mango:ranks=2x1x2x1:ring-order=BIOL"
-    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1", operator_steps="0")
+    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1,1x1x2x1", operator_steps="0")
     common = {"method": "mango", "stages": "both", "steps": 0, "operator_lr": None, "lr": 2e-3}
     assert found.options == [
         {**common, "rank": 1, "noise": 0.5},
+        {**common, "ranks": "1,1,2,1", "noise": 0.5, "ring_order": "BOLI"},
         {**common, "rank": 1, "noise": 0.1, "vectors": False},
+        {**common, "ranks": "1,1,2,1", "noise": 0.1, "ring_order": "BOLI", "vectors": False},
         {**common, "rank": 4, "noise": 0.1, "variant": "noisy", "ring_order": "BOLI"},
         {**common, "ranks": "2,1,2,1", "noise": 0.1, "ring_order": "BIOL"},
     ]
