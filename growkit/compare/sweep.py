@@ -29,7 +29,7 @@ from growkit.methods import find
 from growkit.methods.base import growing
 from growkit.methods.mango import bond_ranks
 from growkit.record import RunFolder, hardware, versions
-from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
+from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
@@ -541,7 +541,7 @@ def _commands(
     if recipe.steps is not None:
         length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
     tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
-    tune |= _differing(recipe, FitSettings(), but=("epochs", "steps", "lr", "seed"))
+    tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", "lr", "seed"))
     return shlex.join(["growkit", "grow", *what, *_given(grow)]), shlex.join(["growkit", "finetune", *_given(tune)])
 
 
