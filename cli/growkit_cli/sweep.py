@@ -62,6 +62,8 @@ def sweep(
                 settings,
                 recipe,
                 sets=sets or (),
+                from_=from_,
+                from_sets=from_sets or (),
                 device=pick_device(device),
                 force=force,
                 resume=resume,

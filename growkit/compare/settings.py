@@ -97,10 +97,10 @@ class SweepSettings:
     """Share of the validation images to score trials on; the others are not touched."""
 
     trials: int = 24
-    """Trials at most; all combinations are tried where there are no more than that."""
+    """Different trials at most; all combinations are tried where there are no more than that."""
 
     methods: str = "mango"
-    """Methods to try, as for compare: mango,bert2bert:variant=aki."""
+    """Methods to try, as in mango,bert2bert:variant=aki; an option that a method names is not tried with others."""
 
     rank_choices: str = "1,2,4"
     """Ranks of Mango's ring to try; of each bond alone with x, as in 1,4,4x4x1x4."""
@@ -111,17 +111,17 @@ class SweepSettings:
     stage_choices: str = "both,width-first,depth-first"
     """Stages to try where width and depth both grow."""
 
-    noises: str = "0.1,0.01"
-    """Noise scales to try."""
+    noises: str = "1,0.1"
+    """Noise scales to try, for methods that have noise."""
 
-    operator_steps: str = "0,100"
+    operator_steps: str = "0,20,100"
     """Updates of operator training to try; 0 leaves the operator where it starts."""
 
     operator_lrs: str = "1e-4,1e-3"
     """Learning rates of operator training to try."""
 
-    lrs: str = "3e-4,1e-3"
-    """Learning rates of fine-tuning to try."""
+    lrs: str = "3e-4,1e-3,3e-3"
+    """Learning rates of fine-tuning to try; training from nothing also gets twice the highest."""
 
     metric: str = "top1"
     """What trials are judged by: top1 or loss on held-out images."""

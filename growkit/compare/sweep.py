@@ -1,8 +1,8 @@
 """growkit sweep: a pilot on a share of the data. Optuna tries settings, losers stop early, one is recommended."""
 
+import random
 import shlex
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,33 +10,35 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
-from growkit.compare.bench import Bench
+from growkit.compare.bench import Bench, Watch
 from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, write_json
-from growkit.grow import make_method
+from growkit.methods import find
 from growkit.methods.base import growing
+from growkit.methods.mango import bond_ranks
 from growkit.record import RunFolder, hardware, versions
-from growkit.settings import GrowSettings
+from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
-NOTHING = "from-nothing.json"
-STUDY = "study.log"  # Optuna's journal; trials survive a killed process
+NOTHING = "from-nothing"  # a folder for each rate
+STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
+REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
+FAILURES = (GrowkitError, RuntimeError, MemoryError)  # torch's own errors are RuntimeErrors
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 
 
@@ -47,10 +49,11 @@ class Tried:
     number: int
     options: dict[str, Any]
     state: str
+    reason: str | None  # of a failure
     score: float | None
     step0: float | None
     operator_flops: float
-    flops: float
+    flops: float  # spent in all, up to where it ended or was stopped
     flops_to_scratch: float | None  # to what training from nothing ends the pilot with; None where never
 
 
@@ -77,6 +80,8 @@ def sweep_settings(
     recipe: FitSettings,
     *,
     sets: Sequence[str] = (),
+    from_: str | None = None,
+    from_sets: Sequence[str] = (),
     device: torch.device,
     force: bool = False,
     resume: bool = False,
@@ -87,128 +92,304 @@ def sweep_settings(
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
     Every trial spends what training the target from nothing on that share costs for the recipe's epochs; so an
-    expensive operator pays with fewer updates of fine-tuning.
+    expensive operator pays with fewer updates of fine-tuning. `from_` and `from_sets` are those that `source` was
+    loaded with; the recommended commands repeat them.
 
     Raises:
-        GrowkitError: a method that cannot grow this pair, unusable data, every trial failed, or a sweep that is there
-            already (without `resume` or `force`) or is another one.
+        GrowkitError: a method that cannot grow this pair, an operator that costs more than a trial may spend, unusable
+            data, every trial failed, or a sweep that is there already (without `resume` or `force`) or is another one.
         KeyboardInterrupt: stopped; `resume` goes on.
     """
     run.refuse_unusable()
     if not resume:
         refuse_existing(run.sweep, force)
     bench = bench_of(source, to, data, recipe, sets=sets, device=device, folder=run.sweep, split=settings, say=say)
-    space = _Space(bench, settings)
-    space.check()
-    begin(run.sweep, {**identity_of(bench), "settings": asdict(settings)}, resume=resume, free=("trials",))
+    pilot = Pilot(bench, settings, say=say, follow=follow)
+    pilot.prepare(resume=resume)
+    nothing = pilot.from_nothing()
+    tried = [_tried(trial) for trial in pilot.run(nothing)]
+    what = [source.path, "--to", to]
+    what += ["--from", from_] if from_ else []
+    for option, items in (("--from-set", from_sets), ("--set", sets)):
+        for item in items:
+            what += [option, item]
+    return _conclude(pilot, tried, nothing, what, data, command)
 
-    path = run.sweep / NOTHING
-    if not path.exists():
-        watch = follow("from nothing", 0, settings.trials)
-        write_json(path, {"schema": SCHEMA, "growkit": __version__, **_from_nothing(bench, settings, watch)})
-    nothing = read_own(path)
-    budget = nothing["flops"]
-    say(f"from nothing: held-out {settings.metric} {_score(nothing, settings):.4f} after {budget / 1e12:.3g} TFLOP")
-    study = _study(run.sweep, space, settings, seed=recipe.seed)
 
-    def objective(trial: Trial) -> float:
-        arm, operator_lr, options = space.draw(trial)
-        trial.set_user_attr("options", options)
-        for earlier in study.get_trials(states=(TrialState.COMPLETE,)):
-            if earlier.user_attrs["options"] == options:  # Optuna may ask for the same again
-                trial.set_user_attr("repeated", True)
-                return float(earlier.values[0])
-        watch = follow(f"trial {trial.number}", min(trial.number, settings.trials - 1), settings.trials)
+class Pilot:
+    """A folder of trials. What has ended is not run again, and what was broken off begins anew."""
+
+    def __init__(self, bench: Bench, settings: SweepSettings, *, say: Say, follow: Follow):
+        self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
+        self.space = Space(bench, settings)
+        self.total = min(settings.trials, len(self.space.combinations))
+        self.sign = 1 if settings.metric == "top1" else -1
+        self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full_steps
+
+    def prepare(self, *, resume: bool) -> None:
+        """Refuse what cannot work before anything runs, and note what this sweep is.
+
+        Raises:
+            GrowkitError: an operator leaves nothing of the budget, or the folder holds another sweep.
+        """
+        dearest: dict[GrowSettings, Arm] = {}
+        for answers in self.space.combinations:
+            arm, _ = self.space.combine(answers)
+            assert arm.grow is not None
+            priced = replace(arm.grow, noise=0.0)  # which costs nothing
+            dearest[priced] = max(arm, dearest.get(priced, arm), key=lambda one: one.operator_steps or 0)
+        for arm in dearest.values():
+            self.bench.steps_within(arm, self.budget, self.bench.operator_flops(arm))
+        own = {**identity_of(self.bench), "settings": asdict(self.settings)}
+        begin(self.bench.folder, own, resume=resume, free=("trials",))
+
+    def from_nothing(self) -> dict[str, Any]:
+        """The target from nothing on the same share, at the best of its rates; what is there is not run again.
+
+        Raises:
+            GrowkitError: it failed at every rate.
+            KeyboardInterrupt: stopped; the run at hand goes on the next time.
+        """
+        rates = numbers("--lrs", self.settings.lrs)
+        # Growing is judged by this, so a grid that was made for grown models must not hold it back.
+        made = [self._at_rate(lr) for lr in (*rates, 2 * rates[-1])]
+        finished = [found for found in made if "failed" not in found]
+        if not finished:
+            raise GrowkitError(f"from nothing: failed at every rate, the first for this reason: {made[0]['failed']}")
+        best = max(finished, key=lambda found: self.sign * self.score(found))
+        self.say(
+            f"from nothing: held-out {self.settings.metric} {self.score(best):.4f} after "
+            f"{best['flops'] / 1e12:.3g} TFLOP, at lr {best['lr']:g}, the best of {len(made)}"
+        )
+        return best
+
+    def _at_rate(self, lr: float) -> dict[str, Any]:
+        """The result of training from nothing at a rate, or why it failed."""
+        folder = self.bench.folder / NOTHING / f"lr{lr:g}"
+        path = folder / "result.json"
+        if path.exists() and "failed" not in (kept := read_own(path)):
+            return kept
+        arm, seed = Arm(SCRATCH), self.bench.recipe.seed
+        try:
+            found = self.bench.train(
+                self.bench.start(arm, seed, None),
+                arm,
+                flops=self.budget,
+                seed=seed,
+                lr=lr,
+                evals=self.settings.evals,
+                folder=folder,
+                watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
+            )
+        except FAILURES as error:
+            found = {"failed": _reason(error)}
+            self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
+        result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
+        write_json(path, result)
+        return result
+
+    def run(self, nothing: dict[str, Any]) -> list[FrozenTrial]:
+        """Make every trial that is missing; all of them.
+
+        Raises:
+            KeyboardInterrupt: stopped; the trials that ended are kept.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        kept = self._study(
+            seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
+        )
+        while len(ended := kept.trials) < self.total:
+            study, trial, answers = self._next(ended)
+            arm, options = self.space.combine(answers)
+            trial.set_user_attr("options", options)
+            watch = self.follow(f"trial {len(ended)}", len(ended), self.total)
+            try:
+                score = self._score_of(trial, arm, options["lr"], nothing, watch)
+            except optuna.TrialPruned:
+                frozen = study.tell(trial, state=TrialState.PRUNED)
+            except FAILURES as error:
+                trial.set_user_attr("reason", _reason(error))
+                frozen = study.tell(trial, state=TrialState.FAIL)
+            else:
+                frozen = study.tell(trial, score)
+            kept.add_trial(frozen)
+            self._tell(kept.trials[-1])
+        return ended
+
+    def _study(self, *, seed: int, **where: Any) -> optuna.Study:
+        return optuna.create_study(
+            sampler=TPESampler(seed=seed, n_startup_trials=self.settings.trials // 2),
+            pruner=SuccessiveHalvingPruner(min_resource=max(1, self.settings.evals // 4), reduction_factor=HALVE),
+            direction="maximize" if self.sign > 0 else "minimize",
+            load_if_exists=True,
+            **where,
+        )
+
+    def _next(self, ended: Sequence[FrozenTrial]) -> tuple[optuna.Study, Trial, dict[str, str]]:
+        """A trial of what was not tried yet, in a study in memory, and its answers.
+
+        It is Optuna's choice, or any where Optuna goes on repeating itself. What it is depends on the trials that
+        ended alone, so that a sweep that was stopped goes on as it would have gone.
+        """
+        seed = self.bench.recipe.seed + len(ended)
+        study = self._study(seed=seed)
+        study.add_trials(ended)
+        tried = [trial.user_attrs["options"] for trial in ended]
+
+        def new(answers: dict[str, str]) -> bool:
+            return self.space.combine(answers)[1] not in tried
+
+        for _ in range(REPEATS):
+            trial = study.ask()
+            answers = self.space.draw(trial)
+            if new(answers):
+                return study, trial, answers
+            study.tell(trial, state=TrialState.FAIL)
+        study.enqueue_trial(random.Random(seed).choice([left for left in self.space.combinations if new(left)]))
+        trial = study.ask()
+        return study, trial, self.space.draw(trial)
+
+    def _score_of(self, trial: Trial, arm: Arm, lr: float, nothing: dict[str, Any], watch: Watch) -> float:
+        """Train a trial; its final score.
+
+        Raises:
+            optuna.TrialPruned: others were better at the same place.
+        """
+        settings, seed = self.settings, self.bench.recipe.seed
+        start = self.bench.start(arm, seed, arm.operator_lr, watch)
+        trial.set_user_attr("operator_flops", start.flops)
+        trial.set_user_attr("step0", getattr(start.step0, settings.metric))
+        trial.set_user_attr("flops", start.flops)
+        place = 0
 
         def judge(record: StepRecord) -> None:
+            nonlocal place
             watch(record)
             if record.scores is None:
                 return
-            place = record.step * settings.evals // record.total
-            trial.report(getattr(record.scores, settings.metric), place)
-            trial.set_user_attr("score", getattr(record.scores, settings.metric))
-            if place < settings.evals and trial.should_prune():
+            place += 1
+            score = getattr(record.scores, settings.metric)
+            trial.report(score, place)
+            trial.set_user_attr("score", score)
+            trial.set_user_attr("flops", start.flops + record.step * nothing["flops_per_step"])
+            if record.step < record.total and trial.should_prune():
                 raise optuna.TrialPruned
 
-        start = bench.start(arm, recipe.seed, operator_lr, watch)
-        trial.set_user_attr("operator_flops", start.flops)
-        trial.set_user_attr("step0", getattr(start.step0, settings.metric))
-        result = bench.train(
-            start, arm, flops=budget, seed=recipe.seed, lr=options["lr"], evals=settings.evals, watch=judge
-        )
-        target = _score(nothing, settings)
-        trial.set_user_attr("cost", flops_to(_curve(result, settings), target, higher=settings.metric == "top1"))
-        trial.set_user_attr("flops", result["flops"])
-        return _score(result, settings)
+        result = self.bench.train(start, arm, flops=self.budget, seed=seed, lr=lr, evals=settings.evals, watch=judge)
+        trial.set_user_attr("cost", self.flops_to(result, self.score(nothing)))
+        return self.score(result)
 
-    def tell(study: optuna.Study, trial: FrozenTrial) -> None:
-        if trial.user_attrs.get("repeated"):
-            return
+    def score(self, result: dict[str, Any]) -> float:
+        """The final score of a run."""
+        return float(result["final"][self.settings.metric])
+
+    def flops_to(self, result: dict[str, Any], target: float) -> float | None:
+        """FLOPs after which a run first had that score; None where it never had."""
+        higher = self.settings.metric == "top1"
+        curve = [(flops, top1 if higher else loss) for flops, top1, loss in result["curve"]]
+        return flops_to(curve, target, higher=higher)
+
+    def _tell(self, trial: FrozenTrial) -> None:
         tried = _tried(trial)
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
-        say(f"[{trial.number + 1}/{settings.trials}] {_words(tried.options)}: {tried.state}, {settings.metric} {shown}")
-
-    left = settings.trials - len(_ended(study))
-    if left > 0:
-        try:
-            study.optimize(objective, n_trials=left, callbacks=[tell], catch=(GrowkitError, RuntimeError, MemoryError))
-        except KeyboardInterrupt:
-            _again(study, study.trials[-1])
-            raise
-    return _conclude(run.sweep, study, bench, settings, recipe, nothing, source, to, data, sets, command)
+        why = f" ({tried.reason})" if tried.reason else ""
+        self.say(
+            f"[{trial.number + 1}/{self.total}] {_words(tried.options)}: {tried.state}{why}, "
+            f"{self.settings.metric} {shown}"
+        )
 
 
-class _Space:
+class Space:
     """The choices of a trial; what cannot matter for this pair or at this rank is not asked."""
 
     def __init__(self, bench: Bench, settings: SweepSettings):
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = "blocks" in grown and len(grown) > 1
+        self.learned: dict[str, bool] = {}
+        # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
+        self.combinations = list({repr(self.combine(one)[1]): one for one in self._all({})}.values())
 
-    def check(self) -> None:
-        """Raise GrowkitError where a choice is none for this pair, before anything runs."""
-        settings, pair = self.settings, (self.bench.source.architecture, self.bench.target)
-        for text in settings.methods.split(","):
-            drawn = parse_arm(text).grow
-            assert drawn is not None
-            for stages in settings.stage_choices.split(","):
-                make_method(*pair, replace(drawn, stages=stages))
-            if drawn.method == "mango":
-                for rank in settings.rank_choices.split(","):
-                    for order in settings.ring_orders.split(","):
-                        make_method(*pair, replace(drawn, **_ranks(rank), ring_order=order))
+    def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+        """What is to be chosen and from what; each answer must be in `answers` before the next question.
 
-    def draw(self, trial: Trial) -> tuple[Arm, float | None, dict[str, Any]]:
-        """The arm of a trial, its operator's rate (None for none), and every option by name."""
+        Raises:
+            GrowkitError: a method that cannot grow this pair, or an option that it does not have.
+        """
         settings = self.settings
+        yield "method", _listed(settings.methods)
+        method, fixed = answers["method"], _fixed(answers["method"])
+        grow, _ = self._grow(answers)
+        if method not in self.learned:
+            self.learned[method] = self.bench.learned(grow)
+        if grow.method == "mango":
+            if not fixed & {"rank", "ranks"}:
+                yield "rank", _listed(settings.rank_choices)
+            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers)[0])) > 1:
+                yield "ring_order", _listed(settings.ring_orders)
+        if self.staged and "stages" not in fixed:
+            yield "stages", _listed(settings.stage_choices)
+        if find(grow.method).NOISE and "noise" not in fixed:
+            yield "noise", _listed(settings.noises)
+        if self.learned[method]:
+            yield "operator_steps", _listed(settings.operator_steps)
+            if int(answers["operator_steps"]):
+                yield "operator_lr", _listed(settings.operator_lrs)
+        yield "lr", _listed(settings.lrs)
 
-        def choose(name: str, choices: str) -> str:
-            listed = choices.split(",")
-            return str(trial.suggest_categorical(name, listed)) if len(listed) > 1 else listed[0]
+    def _all(self, answers: dict[str, str]) -> Iterator[dict[str, str]]:
+        for name, choices in self.questions(answers):
+            if name not in answers:
+                for choice in choices:
+                    yield from self._all({**answers, name: choice})
+                return
+        yield answers
 
-        drawn = parse_arm(choose("method", settings.methods)).grow
-        assert drawn is not None
-        options: dict[str, Any] = {"method": drawn.method}
-        if drawn.variant:
-            options["variant"] = drawn.variant
-        if drawn.method == "mango":
-            rank = choose("rank", settings.rank_choices)
-            options |= _ranks(rank)
-            if rank != "1":
-                options["ring_order"] = choose("ring_order", settings.ring_orders)
-        if self.staged:
-            options["stages"] = choose("stages", settings.stage_choices)
-        options["noise"] = float(choose("noise", settings.noises))
-        grow = GrowSettings(**{**asdict(drawn), **options})
-        steps = 0
-        if self.bench.learned(grow):
-            steps = int(choose("operator_steps", settings.operator_steps))
-        name = ":".join(f"{key}={value}" for key, value in options.items())
-        arm = Arm(name.replace(",", "x") + f":steps={steps}", grow, operator_steps=steps)
-        operator_lr = float(choose("operator_lr", settings.operator_lrs)) if steps else None
-        options |= {"steps": steps, "operator_lr": operator_lr, "lr": float(choose("lr", settings.lrs))}
-        return arm, operator_lr, options
+    def draw(self, trial: Trial) -> dict[str, str]:
+        """Optuna's answers; where there is one choice, Optuna is not asked."""
+        answers: dict[str, str] = {}
+        for name, choices in self.questions(answers):
+            answers[name] = trial.suggest_categorical(name, choices) if len(choices) > 1 else choices[0]
+        return answers
+
+    def combine(self, answers: dict[str, str]) -> tuple[Arm, dict[str, Any]]:
+        """The arm that answers make, and its options by name: those that were chosen and those of the method's text."""
+        grow, given = self._grow(answers)
+        steps = int(answers.get("operator_steps", 0))
+        rate = float(answers["operator_lr"]) if steps else None
+        chosen = {"method", *_fixed(answers["method"]), *given}
+        options = {name: value for name, value in asdict(grow).items() if name in chosen}
+        name = ":".join((grow.method, *(f"{key}={_text(options[key])}" for key in options if key != "method")))
+        arm = Arm(f"{name}:steps={steps}", grow, operator_steps=steps, operator_lr=rate)
+        return arm, {**options, "steps": steps, "operator_lr": rate, "lr": float(answers["lr"])}
+
+    def _grow(self, answers: dict[str, str]) -> tuple[GrowSettings, dict[str, Any]]:
+        """Settings of growing by the answers so far, and those of them that were chosen."""
+        grow = parse_arm(answers["method"]).grow
+        assert grow is not None
+        given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
+        if "rank" in answers:
+            given |= _ranks(answers["rank"])
+        if "noise" in answers:
+            given["noise"] = float(answers["noise"])
+        return replace(grow, **given), given
+
+
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _fixed(method: str) -> set[str]:
+    """Names of the options that a method's text settles.
+
+    Raises:
+        GrowkitError: one of them is not of growing.
+    """
+    fixed = {part.partition("=")[0].replace("-", "_") for part in method.split(":")[1:]}
+    for name, instead in (("steps", "--operator-steps"), ("lr", "--operator-lrs")):
+        if name in fixed:
+            raise GrowkitError(f"--methods {method}: a sweep takes {name} from {instead}, for every method alike")
+    return fixed
 
 
 def _ranks(text: str) -> dict[str, Any]:
@@ -220,89 +401,19 @@ def _ranks(text: str) -> dict[str, Any]:
     return {"rank": int(text)}
 
 
-def _study(folder: Path, space: _Space, settings: SweepSettings, *, seed: int) -> optuna.Study:
-    """The study in the folder, new or as it was left; every combination where there are few, else Optuna's TPE."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler: BaseSampler = TPESampler(seed=seed, n_startup_trials=settings.trials // 2)
-    if _combinations(space) <= settings.trials:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # of its interface, since 2023
-            sampler = BruteForceSampler(seed=seed)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / STUDY))),
-        sampler=sampler,
-        pruner=SuccessiveHalvingPruner(min_resource=max(1, settings.evals // 4), reduction_factor=HALVE),
-        study_name="sweep",
-        direction="maximize" if settings.metric == "top1" else "minimize",
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the process was killed
-        study.tell(trial.number, state=TrialState.FAIL)
-        _again(study, trial)
-    return study
-
-
-def _again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Try a trial's choices again, for it was broken off by no fault of theirs."""
-    study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
-
-
-def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that came to an end of their own, repetitions among them."""
-    broken = {trial.user_attrs.get("again") for trial in study.trials}
-    return [trial for trial in study.trials if trial.state in STATES and trial.number not in broken]
-
-
-def _combinations(space: _Space) -> int:
-    """How many different trials there are."""
-    settings = space.settings
-
-    def count(choices: str) -> int:
-        return len(choices.split(","))
-
-    stages = count(settings.stage_choices) if space.staged else 1
-    rest = stages * count(settings.noises) * count(settings.lrs)
-    operator = sum(count(settings.operator_lrs) if int(s) else 1 for s in settings.operator_steps.split(","))
-    total = 0
-    for text in settings.methods.split(","):
-        drawn = parse_arm(text).grow
-        assert drawn is not None
-        learned = operator if space.bench.learned(drawn) else 1
-        ranks = settings.rank_choices.split(",") if drawn.method == "mango" else ["1"]
-        total += rest * learned * sum(1 if rank == "1" else count(settings.ring_orders) for rank in ranks)
-    return total
-
-
-def _from_nothing(bench: Bench, settings: SweepSettings, watch: Any) -> dict[str, Any]:
-    """The target from nothing on the same share, at the best rate of the grid it is given, which reaches higher."""
-    arm = Arm(SCRATCH)
-    flops = bench.flops_per_step(arm) * bench.full_steps
-    rates = numbers("--lrs", settings.lrs)
-    tried = []
-    for lr in (*rates, 2 * rates[-1]):  # a fresh start bears a higher rate than a grown one
-        start = bench.start(arm, bench.recipe.seed, None)
-        tried.append(
-            bench.train(start, arm, flops=flops, seed=bench.recipe.seed, lr=lr, evals=settings.evals, watch=watch)
-        )
-    sign = 1 if settings.metric == "top1" else -1
-    return max(tried, key=lambda result: sign * _score(result, settings))
-
-
-def _score(result: dict[str, Any], settings: SweepSettings) -> float:
-    return float(result["final"][settings.metric])
-
-
-def _curve(result: dict[str, Any], settings: SweepSettings) -> list[tuple[float, float]]:
-    return [(flops, top1 if settings.metric == "top1" else loss) for flops, top1, loss in result["curve"]]
+def _text(value: Any) -> str:
+    """A value as --methods takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(",", "x")
 
 
 def _tried(trial: FrozenTrial) -> Tried:
     known = trial.user_attrs
     return Tried(
         number=trial.number,
-        options=known.get("options", dict(trial.params)),
-        state=STATES.get(trial.state, "unfinished"),
-        score=trial.value if trial.value is not None else known.get("score"),
+        options=known["options"],
+        state=STATES[trial.state],
+        reason=known.get("reason"),
+        score=known.get("score") if trial.value is None else trial.value,
         step0=known.get("step0"),
         operator_flops=known.get("operator_flops", 0),
         flops=known.get("flops", 0),
@@ -310,28 +421,22 @@ def _tried(trial: FrozenTrial) -> Tried:
     )
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _words(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
 def _conclude(
-    folder: Path,
-    study: optuna.Study,
-    bench: Bench,
-    settings: SweepSettings,
-    recipe: FitSettings,
-    nothing: dict[str, Any],
-    source: Source,
-    to: str,
-    data: str,
-    sets: Sequence[str],
-    command: str,
+    pilot: Pilot, tried: Sequence[Tried], nothing: dict[str, Any], what: Sequence[str], data: str, command: str
 ) -> Swept:
-    sign = 1 if settings.metric == "top1" else -1
-    tried = [_tried(trial) for trial in _ended(study) if not trial.user_attrs.get("repeated")]
+    bench, settings, folder, sign = pilot.bench, pilot.settings, pilot.bench.folder, pilot.sign
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
-        raise GrowkitError(f"no trial finished; {folder / STUDY} has the reasons, and other choices may do better")
+        reason = next((one.reason for one in tried if one.reason), "every score was not a number")
+        raise GrowkitError(f"no trial finished, the first for this reason: {reason}")
     # Equal within the error of the score, the one with the cheaper operator is the better buy.
     top = max(sign * one.score for one in finished if one.score is not None)
     count = nothing["final"]["count"]
@@ -341,10 +446,12 @@ def _conclude(
     order = sorted(
         tried, key=lambda one: (one.state != "finished", -sign * one.score if one.score is not None else 1e9)
     )
-    target = _score(nothing, settings)
-    saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / nothing["flops"]
-    reasons = tuple(_reasons(best, finished, equal, error, settings, target, saving, count))
-    commands = _commands(best, source, to, data, sets, recipe)
+    target = pilot.score(nothing)
+    alone = pilot.flops_to(nothing, target)
+    assert alone is not None  # its own end is always reached
+    saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
+    reasons = tuple(_reasons(best, tried, finished, equal, error, settings, target, saving, count))
+    commands = _commands(best, bench, settings, pilot.budget, what, data)
     content = {
         **identity_of(bench),
         "command": command,
@@ -366,6 +473,7 @@ def _conclude(
 
 def _reasons(
     best: Tried,
+    tried: Sequence[Tried],
     finished: Sequence[Tried],
     equal: Sequence[Tried],
     error: float,
@@ -379,6 +487,10 @@ def _reasons(
     lines = [
         f"{name} {best.score:.4f} on {count} held-out images, against {target:.4f} from nothing for the same FLOPs",
     ]
+    if len(tried) > 1:
+        lines.append(
+            f"it was chosen among {len(tried)} trials on the images it is reported on; expect less of it on others"
+        )
     if len(equal) > 1:
         lines.append(
             f"{len(equal)} trials lie within one standard error ({error:.4f}); of these its operator is the cheapest"
@@ -387,9 +499,9 @@ def _reasons(
     for option in best.options:
         by_value: dict[str, float] = {}
         for one in finished:
-            value, score = str(one.options.get(option)), one.score
-            if score is not None:
-                by_value[value] = better(by_value.get(value, score), score)
+            value, score = one.options.get(option), one.score
+            if score is not None and value is not None:
+                by_value[str(value)] = better(by_value.get(str(value), score), score)
         if len(by_value) > 1:
             told = ", ".join(f"{value} {score:.4f}" for value, score in sorted(by_value.items()))
             lines.append(f"best {name} by {option}: {told}")
@@ -403,39 +515,45 @@ def _reasons(
             "it starts where training from nothing ends the pilot, so the pilot's saving is total by construction; "
             "longer pilots (--epochs, --share) tell more"
         )
+    elif saving <= 0:
+        lines.append("on the pilot it reached that score no sooner: do not expect a saving")
     else:
         lines.append(
-            f"on the pilot it reached that score with {saving:.0%} less compute; expect about that of the full run, if "
-            "more data changes both alike: one seed on a share is a hint"
+            f"on the pilot it reached that score with {saving:.0%} less compute; expect no more than that of the full "
+            "run, and that if more data changes both alike: one seed on a share is a hint"
         )
     return lines
 
 
 def _commands(
-    best: Tried, source: Source, to: str, data: str, sets: Sequence[str], recipe: FitSettings
-) -> tuple[str, ...]:
-    """The `grow` and `finetune` commands of the full run."""
-    options = best.options
-    given = ["growkit", "grow", source.path, "--to", to]
-    for item in sets:
-        given += ["--set", item]
-    for name in ("method", "variant", "rank", "ranks", "ring_order", "stages", "noise"):
-        if options.get(name) is not None:
-            given += ["--" + name.replace("_", "-"), str(options[name])]
-    shared = _differing(recipe)
-    if options["steps"]:
-        given += ["--data", data, "--steps", str(options["steps"]), "--lr", f"{options['operator_lr']:g}"]
-        given += [part for part in shared if part]
-    tune = ["growkit", "finetune", "--data", data, "--lr", f"{options['lr']:g}", "--epochs", f"{recipe.epochs:g}"]
-    return shlex.join(given), shlex.join([*tune, *shared])
+    best: Tried, bench: Bench, settings: SweepSettings, budget: float, what: Sequence[str], data: str
+) -> tuple[str, str]:
+    """The `grow` and `finetune` commands that do on all images what the trial did; `what` names source and target."""
+    options, recipe = dict(best.options), bench.recipe
+    steps, operator_lr, lr = (options.pop(name) for name in ("steps", "operator_lr", "lr"))
+    grow = {**options, "seed": recipe.seed}
+    if steps:
+        absent = ("epochs", "seed", "model_ema", "model_ema_decay")
+        trained = {"data": data, "steps": steps, "lr": operator_lr}
+        grow |= trained | _differing(bench.operator, FitSettings(**OPERATOR_DEFAULTS), but=(*trained, *absent))
+    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, of more
+    length = {"epochs": f"{recipe.epochs * left:g}"}
+    if recipe.steps is not None:
+        length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
+    tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
+    tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", "lr", "seed"))
+    return shlex.join(["growkit", "grow", *what, *_given(grow)]), shlex.join(["growkit", "finetune", *_given(tune)])
 
 
-def _differing(recipe: FitSettings) -> list[str]:
-    """Options of the recipe that are not the defaults and that growing and fine-tuning share."""
-    plain, words = asdict(FitSettings()), []
-    for name, value in asdict(recipe).items():
-        if value == plain[name] or name in ("epochs", "steps", "lr", "eval_every", "model_ema", "model_ema_decay"):
-            continue
+def _differing(settings: FitSettings, plain: FitSettings, *, but: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default of the command that takes them."""
+    return {n: value for n, value in asdict(settings).items() if value != getattr(plain, n) and n not in but}
+
+
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line takes them."""
+    words = []
+    for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

@@ -20,6 +20,7 @@ class GrowthMethod(nn.Module, ABC):
     """
 
     VARIANTS: ClassVar[tuple[str, ...]] = ()  # what --variant takes; the first is the default
+    NOISE: ClassVar[bool] = True  # whether --noise changes what it gives; tests hold it to that
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
         super().__init__()

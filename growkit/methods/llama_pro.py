@@ -7,6 +7,8 @@ trains the new blocks alone, to keep what a language model knows while it learns
 everything, as for every other method.
 """
 
+from typing import ClassVar
+
 import torch
 
 from growkit.arch.spec import LAYERS, Architecture
@@ -18,6 +20,8 @@ from growkit.settings import GrowSettings
 
 class LlamaPro(Expansion):
     """Identity blocks between copied layers; widths stay. Keeps the function at every depth."""
+
+    NOISE: ClassVar[bool] = False
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:

@@ -5,6 +5,8 @@ deviation 0.02, cut at two, for matrices and embeddings, zeros for biases, ones 
 shows what is gained by having the source's numbers anywhere at all.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.init import trunc_normal_
@@ -17,6 +19,8 @@ DEVIATION = 0.02
 
 class RandomPad(GrowthMethod):
     """The source's weights in the first places, fresh ones in the rest. Keeps the function of nothing."""
+
+    NOISE: ClassVar[bool] = False
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""

@@ -2,16 +2,37 @@
 
 import json
 import shlex
+import sys
+import warnings
+from collections import Counter
+from dataclasses import asdict, fields, replace
 
 import pytest
-from compare_samples import CPU, LARGE, RECIPE
+import torch
+from compare_samples import CPU, LARGE, RECIPE, SMALL
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.trial import TrialState
+from pairs import PAIRS, randomised
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
-from growkit.compare.bench import Bench
+from growkit.compare import sweep as sweep_module
+from growkit.compare.arms import parse_arm
+from growkit.compare.bench import Bench, Start
+from growkit.compare.compare import bench_of
+from growkit.compare.page import trials_table
 from growkit.compare.settings import SweepSettings
-from growkit.compare.sweep import sweep_settings
+from growkit.compare.sweep import Space, Tried, _commands, sweep_settings
 from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.methods import METHODS
 from growkit.record import RunFolder
+from growkit.settings import GrowSettings
+from growkit.source import load_source
+from growkit.train.score import Scores
+from growkit.train.settings import FitSettings
+from growkit_cli.main import app
 
 QUICK = {
     "trials": 6,
@@ -27,7 +48,11 @@ QUICK = {
 }
 
 
-def run_sweep(folder, source, digits, *, sets=LARGE, force=False, resume=False, say=lambda line: None, **given):
+def unwatched(title, finished, total):
+    return lambda record: None
+
+
+def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False, say=print, follow=unwatched, **given):
     return sweep_settings(
         RunFolder(folder),
         source,
@@ -35,12 +60,14 @@ def run_sweep(folder, source, digits, *, sets=LARGE, force=False, resume=False, 
         digits,
         SweepSettings(**{**QUICK, **given}),
         RECIPE,
-        sets=sets,
+        sets=LARGE,
+        from_=from_,
+        from_sets=from_sets,
         device=CPU,
-        force=force,
         resume=resume,
         command="growkit sweep ...",
         say=say,
+        follow=follow,
     )
 
 
@@ -79,18 +106,130 @@ def test_recommended_is_the_cheapest_of_those_as_good_as_the_best(swept):
     assert found.best.operator_flops == min(one.operator_flops for one in equal)
 
 
-def test_commands_are_growkits_own_and_say_what_was_recommended(swept, source):
-    from typer.main import get_command
+def parsed(command):
+    """What growkit's own command line makes of a command: its name, settings by class, and other arguments."""
+    words = shlex.split(command)
+    context = get_command(app).commands[words[1]].make_context(words[1], words[2:])
+    given = dict(context.params)
+    fitting = {f.name: given[f.name] for f in fields(FitSettings) if f.name in given}
+    growing = {f.name: given[f.name] for f in fields(GrowSettings) if f.name in given}
+    return words[:2], FitSettings(**fitting), GrowSettings(**growing), given
 
-    from growkit_cli.main import app
 
-    _, found = swept
-    grow, finetune = (shlex.split(command) for command in found.commands)
-    assert grow[:3] == ["growkit", "grow", source.path]
-    assert grow[grow.index("--rank") + 1] == str(found.best.options["rank"])
-    for words in (grow, finetune):
-        command = get_command(app).commands[words[1]]
-        command.make_context(words[1], words[2:])  # raises on an option that is not there
+# Every setting of a recipe that a trial can have, none as it is left out.
+UNLIKE = {
+    "batch_size": 32,
+    "grad_accum_steps": 2,
+    "opt": "lamb",
+    "weight_decay": 0.1,
+    "clip_grad": 0.5,
+    "sched": "constant",
+    "warmup_epochs": 0.25,
+    "min_lr": 1e-7,
+    "smoothing": 0.1,
+    "mixup": 0.2,
+    "cutmix": 0.3,
+    "hflip": 0.25,
+    "scale_min": 0.9,
+    "reprob": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.99,
+    "precision": "fp32",
+    "grad_checkpointing": True,
+    "seed": 3,
+    "workers": 1,
+    "data_dir": "else where",
+    "dataset_download": True,
+    "val_split": "test",
+    "log_every": 7,
+    "save_seconds": 61.5,
+    "color_jitter": 0.2,
+    "aa": "rand-m9-mstd0.5",
+}
+BEST = Tried(
+    number=0,
+    options={
+        "method": "mango",
+        "variant": "noisy",
+        "ranks": "2,1,2,1",
+        "ring_order": "BIOL",
+        "vectors": False,
+        "stages": "width-first",
+        "noise": 0.125,
+        "steps": 7,
+        "operator_lr": 3e-4,
+        "lr": 2.5e-3,
+    },
+    state="finished",
+    reason=None,
+    score=0.5,
+    step0=0.4,
+    operator_flops=25.0,
+    flops=100.0,
+    flops_to_scratch=None,
+)
+
+
+def commands_of(best, recipe, source, digits, folder, *, budget, share):
+    settings = SweepSettings(**{**QUICK, "share": share})
+    bench = bench_of(
+        source, "deit_tiny", digits, recipe, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
+    )
+    what = ["a b.pth", "--to", "deit_tiny"]
+    return bench, [parsed(line) for line in _commands(best, bench, settings, budget, what, "my images")]
+
+
+def test_commands_do_what_was_measured(source, digits, tmp_path):
+    recipe = FitSettings(epochs=4, **UNLIKE)
+    bench, (grow, tune) = commands_of(BEST, recipe, source, digits, tmp_path, budget=100, share=0.4)
+    assert (grow[0], tune[0]) == (["growkit", "grow"], ["growkit", "finetune"])
+    assert (grow[3]["source"], grow[3]["data"], tune[3]["data"]) == ("a b.pth", "my images", "my images")
+    settings = {name: value for name, value in BEST.options.items() if name not in ("steps", "operator_lr", "lr")}
+    assert grow[2] == GrowSettings(**settings, seed=3)
+    # `growkit grow` has no epochs, and takes the seed of its draws for the data too
+    assert grow[1] == replace(bench.operator, steps=7, lr=3e-4, epochs=10.0, model_ema_decay=0.9998, seed=grow[2].seed)
+    # On all images the budget is 250, of which the operator takes 25.
+    assert tune[1] == replace(recipe, epochs=3.6, lr=2.5e-3)
+
+
+def test_commands_keep_a_recipe_in_steps_and_train_no_operator_that_was_not(source, digits, tmp_path):
+    recipe = replace(RECIPE, steps=30, seed=3, cache="ram", compile="default")
+    best = replace(BEST, options={**BEST.options, "steps": 0})
+    _, (grow, tune) = commands_of(best, recipe, source, digits, tmp_path, budget=100, share=0.5)
+    assert (grow[3]["data"], grow[2].seed) == (None, 3)
+    assert tune[1] == replace(
+        recipe, epochs=10.0, steps=52, lr=2.5e-3
+    )  # 60 of a budget of 200, of which the operator takes 25
+
+
+def test_every_setting_of_the_recipe_is_tried_in_a_command():
+    left = {f.name for f in fields(FitSettings)} - set(UNLIKE)
+    # cached images are not jittered, so these two are tried with another recipe; a sweep has not the last four
+    assert left == {"epochs", "steps", "cache", "compile", "lr", "eval_every", "tensorboard", "shard"}
+    plain = asdict(FitSettings())
+    assert all(value != plain[name] for name, value in UNLIKE.items())
+
+
+def test_recommended_commands_name_source_and_target_as_given(source, digits, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save(source.state, bare)
+    loaded = load_source(str(bare), "deit_tiny", SMALL)
+    choices = {"operator_steps": "3", "rank_choices": "2"}
+    found = run_sweep(tmp_path, loaded, digits, from_="deit_tiny", from_sets=SMALL, **choices)
+    grow, _ = (parsed(command) for command in found.commands)
+    assert grow[3]["from_"] == "deit_tiny"
+    assert (tuple(grow[3]["from_sets"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
+    assert (grow[3]["source"], grow[3]["to"], grow[2].rank, grow[1].steps) == (str(bare), "deit_tiny", 2, 3)
+
+
+def test_command_line_tells_the_sweep_how_the_source_was_loaded(source, tmp_path, monkeypatch):
+    bare = tmp_path / "bare.pth"
+    torch.save(source.state, bare)
+    asked = {}
+    monkeypatch.setattr(sweep_module, "sweep_settings", lambda *a, **given: asked.update(given) or sys.exit(0))
+    loading = ["--from", "deit_tiny", *(word for item in SMALL for word in ("--from-set", item))]
+    CliRunner().invoke(app, ["sweep", str(bare), "--to", "deit_tiny", "--data", "images", *loading])
+    assert (asked["from_"], tuple(asked["from_sets"])) == ("deit_tiny", SMALL)
 
 
 def test_report_and_json_hold_the_recommendation(swept):
@@ -105,41 +244,230 @@ def test_report_and_json_hold_the_recommendation(swept):
 def test_ended_sweep_runs_nothing_again_and_may_ask_for_more(swept, source, digits, monkeypatch):
     folder, found = swept
     monkeypatch.setattr(Bench, "train", lambda *a, **k: pytest.fail("trained again"))
-    again = run_sweep(folder, source, digits, resume=True)
+    again = run_sweep(folder, source, digits, resume=True, trials=7)
     assert again.best == found.best
     assert again.tried == found.tried
 
 
-def test_stopped_sweep_goes_on_with_the_trial_it_was_at(source, digits, tmp_path, monkeypatch):
+def outcomes(found):
+    return {json.dumps(one.options): (one.state, one.score, one.flops, one.flops_to_scratch) for one in found.tried}
+
+
+@pytest.fixture(scope="module")
+def drawn(source, digits, tmp_path_factory):
+    """Of twelve combinations, five are tried: Optuna chooses."""
+    return run_sweep(tmp_path_factory.mktemp("drawn"), source, digits, **DRAWN)
+
+
+DRAWN = {"trials": 5, "noises": "1,0.1,0.01"}
+
+
+def test_trials_are_distinct_and_as_many_as_asked_for(drawn):
+    assert len(outcomes(drawn)) == len(drawn.tried) == 5
+    assert sorted(one.number for one in drawn.tried) == list(range(5))
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 5, 7])  # two of them are from nothing, and some train an operator
+def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_path, monkeypatch, stopped_at):
     fit, calls = bench_module.fit, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == stopped_at:
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(bench_module, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(tmp_path, source, digits)
+        run_sweep(tmp_path, source, digits, **DRAWN)
     monkeypatch.setattr(bench_module, "fit", fit)
+    found = run_sweep(tmp_path, source, digits, resume=True, **DRAWN)
+    assert outcomes(found) == outcomes(drawn)
+    assert len(found.tried) == len(drawn.tried)
+
+
+def test_training_from_nothing_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
+    def stopping(title, finished, total):
+        def watch(record):
+            if title == "from nothing, lr 0.004" and record.step >= 10:
+                raise KeyboardInterrupt
+
+        return watch
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(tmp_path, source, digits, follow=stopping)
+    fit, calls = bench_module.fit, []
+
+    def noting(*args, folder, resume, **given):
+        calls.append((folder and folder.name, resume))
+        return fit(*args, folder=folder, resume=resume, **given)
+
+    monkeypatch.setattr(bench_module, "fit", noting)
     found = run_sweep(tmp_path, source, digits, resume=True)
-    tried = [(one.options["rank"], one.options["steps"]) for one in found.tried]
-    assert sorted(tried) == [(1, 0), (1, 3), (2, 0), (2, 3)]
+    assert calls[0] == ("lr0.004", True)
+    assert ("lr0.002", False) not in calls
+    for name in ("lr", "final", "curve", "training_losses", "flops"):
+        assert found.content["from_nothing"][name] == swept[1].content["from_nothing"][name]
 
 
-def test_failing_trial_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
-    start = Bench.start
+def test_rate_that_fails_from_nothing_is_left_out(source, digits, tmp_path, monkeypatch):
+    train, failing, lines = Bench.train, [4e-3], []
+
+    def training(self, start, arm, *, lr, **given):
+        if arm.grow is None and lr in failing:
+            raise GrowkitError(f"the loss is nan at {lr:g}")
+        return train(self, start, arm, lr=lr, **given)
+
+    monkeypatch.setattr(Bench, "train", training)
+    found = run_sweep(tmp_path / "one", source, digits, operator_steps="0", say=lines.append)
+    assert found.content["from_nothing"]["lr"] == 2e-3
+    assert "from nothing, lr 0.004: failed (the loss is nan at 0.004)" in lines
+    failing.append(2e-3)
+    with pytest.raises(GrowkitError, match=r"from nothing: failed at every rate.*nan at 0\.002"):
+        run_sweep(tmp_path / "all", source, digits)
+
+
+@pytest.mark.parametrize(
+    ("reached", "saving", "says"),
+    [
+        (40, 0.2, "with 20% less compute"),
+        (0, 1.0, "starts where training from nothing ends"),
+        (60, -0.2, "no sooner: do not expect a saving"),
+        (None, None, "it never reached what training from nothing ends with"),
+    ],
+)
+def test_saving_is_over_what_training_from_nothing_took_to_its_own_score(
+    source, digits, tmp_path, monkeypatch, reached, saving, says
+):
+    alone = [(25, 0.3, 1.0), (50, 0.6, 1.0), (75, 0.5, 1.0), (100, 0.6, 1.0)]  # there halfway, and again at the end
+    grown = [(100, 0.5, 1.0)] if reached is None else [(reached, 0.6, 1.0)]
+
+    def train(self, start, arm, **given):
+        curve = alone if arm.grow is None else grown
+        final = {"top1": curve[-1][1], "loss": 1.0, "count": 100}
+        return {"final": final, "curve": curve, "flops": 100, "flops_per_step": 1}
+
+    def start(self, arm, *args):
+        scores = Scores(top1=0.1, top5=0.5, loss=1.0, ece=0.1, count=100)
+        return Start(torch.nn.Identity(), scores, None, 0, 0.0)
+
+    monkeypatch.setattr(Bench, "train", train)
+    monkeypatch.setattr(Bench, "start", start)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0")
+    assert found.saving == (saving if saving is None else pytest.approx(saving))
+    assert any(says in reason for reason in found.reasons)
+    assert any("chosen among 2 trials on the images it is reported on" in reason for reason in found.reasons)
+
+
+def test_combinations_that_optuna_never_asks_for_are_tried_too(source, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "REPEATS", 0)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0")
+    assert sorted(one.options["rank"] for one in found.tried) == [1, 2]
+
+
+def test_same_choice_written_twice_is_one_trial(source, digits, tmp_path):
+    found = run_sweep(tmp_path, source, digits, methods="lemon,lemon:noise=0.1", lrs="2e-3,0.002")
+    assert [one.options for one in found.tried] == [
+        {"method": "lemon", "stages": "both", "noise": 0.1, "steps": 0, "operator_lr": None, "lr": 0.002}
+    ]
+
+
+class Asking:
+    """A space of a pair that grows in width and depth, without any training."""
+
+    def __init__(self, source, digits, folder, **given):
+        settings = SweepSettings(**{**QUICK, **given})
+        bench = bench_of(
+            source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
+        )
+        space = Space(bench, settings)
+        self.made = [space.combine(answers) for answers in space.combinations]
+        self.options = [options for _, options in self.made]
+
+
+def test_options_of_a_method_reach_name_options_and_settings(source, digits, tmp_path):
+    texts = "mango:noise=0.5,mango:vectors=false,mango:variant=noisy:rank=4,mango:ranks=2x1x2x1:ring-order=BIOL"
+    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1,1x1x2x1", operator_steps="0")
+    common = {"method": "mango", "stages": "both", "steps": 0, "operator_lr": None, "lr": 2e-3}
+    assert found.options == [
+        {**common, "rank": 1, "noise": 0.5},
+        {**common, "ranks": "1,1,2,1", "noise": 0.5, "ring_order": "BOLI"},
+        {**common, "rank": 1, "noise": 0.1, "vectors": False},
+        {**common, "ranks": "1,1,2,1", "noise": 0.1, "ring_order": "BOLI", "vectors": False},
+        {**common, "rank": 4, "noise": 0.1, "variant": "noisy", "ring_order": "BOLI"},
+        {**common, "ranks": "2,1,2,1", "noise": 0.1, "ring_order": "BIOL"},
+    ]
+    for arm, _ in found.made:
+        assert parse_arm(arm.name).grow == arm.grow  # so that the name, and the folder of its start, hold everything
+    assert len({arm.slug for arm, _ in found.made}) == len(found.made)
+
+
+def test_what_a_method_settles_or_ignores_is_not_asked(source, digits, tmp_path):
+    choices = {"rank_choices": "1,2", "ring_orders": "BOLI,BIOL", "noises": "1,0.1", "operator_steps": "0,3"}
+    found = Asking(source, digits, tmp_path, methods="random-pad,lemon,mango,mango:rank=2:noise=1", **choices)
+    counts = Counter((one["method"], one.get("rank"), one.get("noise")) for one in found.options)
+    assert counts == {
+        ("random-pad", None, None): 1,
+        ("lemon", None, 1.0): 1,
+        ("lemon", None, 0.1): 1,
+        ("mango", 1, 1.0): 2,  # with the operator trained, and not
+        ("mango", 1, 0.1): 2,
+        ("mango", 2, 1.0): 4,  # in both ring orders; what the last text gives is among them
+        ("mango", 2, 0.1): 4,
+    }
+
+
+def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
+    start, lines = Bench.start, []
 
     def failing(self, arm, *args, **kwargs):
         if "rank=2" in arm.name:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory\nand a long story")
         return start(self, arm, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "start", failing)
-    found = run_sweep(tmp_path, source, digits)
-    assert {one.state for one in found.tried if one.options["rank"] == 2} == {"failed"}
+    found = run_sweep(tmp_path, source, digits, operator_steps="0", say=lines.append)
+    failed = next(one for one in found.tried if one.options["rank"] == 2)
+    assert (failed.state, failed.reason) == ("failed", "out of memory")
     assert found.best.options["rank"] == 1
+    assert any(line.startswith(f"[{failed.number + 1}/2]") and "failed (out of memory)" in line for line in lines)
+    assert trials_table(found.tried)[1][-1][-1] == "failed: out of memory"
+    written = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert [one["reason"] for one in written["trials"]] == [None, "out of memory"]
+
+
+def test_sweep_without_a_finished_trial_says_why(source, digits, tmp_path, monkeypatch):
+    train = Bench.train
+
+    def failing(self, start, arm, **given):
+        if arm.grow is not None:
+            raise RuntimeError(f"no memory for {arm.grow.method}")
+        return train(self, start, arm, **given)
+
+    monkeypatch.setattr(Bench, "train", failing)
+    with pytest.raises(GrowkitError, match=r"no trial finished.*no memory for mango"):
+        run_sweep(tmp_path, source, digits, operator_steps="0")
+
+
+def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_path, monkeypatch):
+    def prune(self, study, trial):
+        return trial.last_step == 1 and bool(study.get_trials(states=(TrialState.COMPLETE,)))
+
+    monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
+    found = run_sweep(tmp_path, source, digits, operator_steps="3")
+    nothing = found.content["from_nothing"]
+    finished, stopped = found.tried
+    assert (finished.number, finished.state, stopped.number, stopped.state) == (0, "finished", 1, "stopped early")
+    assert stopped.operator_flops < stopped.flops < 0.8 * nothing["flops"]
+    assert (stopped.flops - stopped.operator_flops) % nothing["flops_per_step"] == 0
+    assert stopped.score is not None
+    assert stopped.flops_to_scratch is None
+
+
+def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run_sweep(tmp_path, source, digits, operator_steps="0", evals=15)  # which is no divisor of the updates
 
 
 @pytest.mark.parametrize(
@@ -149,9 +477,24 @@ def test_failing_trial_does_not_lose_the_others(source, digits, tmp_path, monkey
         ({"methods": "stackbert"}, "methods that can"),
         ({"stage_choices": "both,sideways"}, "--stages sideways"),
         ({"rank_choices": "0"}, "--rank 0"),
+        ({"methods": "mango:steps=1"}, "--methods mango:steps=1: .* steps from --operator-steps"),
+        ({"methods": "mango,mango:lr=1e-4"}, "--methods mango:lr=1e-4: .* lr from --operator-lrs"),
+        ({"operator_steps": "0,3,2000"}, "its operator takes .* all of a budget of .* fewer --operator-steps"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, given, says):
     with pytest.raises(GrowkitError, match=says):
         run_sweep(tmp_path, source, digits, **given)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(name, variant) for name, method in METHODS.items() for variant in method.VARIANTS or (None,)]
+)
+def test_methods_say_whether_noise_means_something_to_them(name, variant):
+    settings = GrowSettings(method=name, variant=variant)
+    pair = PAIRS["twice as deep" if name in ("stackbert", "llama-pro") else "thrice as wide"]
+    state = randomised(pair[0]).state_dict()
+    quiet, loud = (grow(*pair, state, replace(settings, noise=noise)).weights() for noise in (0.0, 1.0))
+    differ = any(not torch.equal(quiet[key], loud[key]) for key in quiet)
+    assert differ == METHODS[name].NOISE
