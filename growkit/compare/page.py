@@ -257,6 +257,7 @@ def _size(architecture: Mapping[str, Any]) -> str:
 
 def trials_table(tried: Sequence[Any]) -> Rows:
     """Trials of a sweep, one row each."""
+    never = {"finished": "never", "stopped early": "–", "failed": "–"}  # who was stopped might have got there
     columns = ("trial", "options", "score", "step 0", "operator TFLOP", "TFLOP spent", "TFLOP to scratch", "state")
     rows = [
         (
@@ -266,7 +267,7 @@ def trials_table(tried: Sequence[Any]) -> Rows:
             cell(one.step0),
             cell(one.operator_flops / 1e12),
             cell(one.flops / 1e12),
-            "never" if one.flops_to_scratch is None else cell(one.flops_to_scratch / 1e12),
+            cell(one.flops_to_scratch / 1e12) if one.flops_to_scratch is not None else never[one.state],
             f"{one.state}: {one.reason}" if one.reason else one.state,
         )
         for one in tried

@@ -461,7 +461,7 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     assert stopped.operator_flops < stopped.flops < 0.8 * nothing["flops"]
     assert (stopped.flops - stopped.operator_flops) % nothing["flops_per_step"] == 0
     assert stopped.score is not None
-    assert stopped.flops_to_scratch is None
+    assert trials_table(found.tried)[1][-1][-2:] == ("–", "stopped early")
 
 
 def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
