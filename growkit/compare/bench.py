@@ -103,6 +103,11 @@ class Bench:
         after = Scores(**found["operator"]) if "operator" in found else None
         return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
 
+    def let_starts_go(self) -> None:
+        """Remove the weights of starts, once every run from there is made; another one makes them again."""
+        for weights in (self.folder / "starts").glob("*/model.safetensors"):
+            weights.unlink()
+
     @property
     def full_steps(self) -> int:
         """Updates of the full budget, from nothing."""
@@ -227,7 +232,7 @@ class Bench:
             "step0": asdict(start.step0) if start.step0 else None,
             "started_from": asdict(first) if first else None,
             "final": asdict(fitted.history[-1][1]),
-            "curve": [(at, scores.top1, scores.loss) for at, scores in curve],
+            "curve": [[at, scores.top1, scores.loss] for at, scores in curve],
             "training_losses": [round(loss, 5) for loss in fitted.losses[:: max(1, len(fitted.losses) // 200)]],
             "seconds": fitted.seconds,
             "operator_seconds": start.seconds,

@@ -29,7 +29,7 @@ from growkit.train.score import amp_dtype
 from growkit.train.settings import FitSettings
 
 BEGUN = "begun.json"
-SCHEMA = 1  # of every file a comparison writes
+SCHEMA = 2  # of every file a comparison writes
 FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
 FAILURES = (GrowkitError, RuntimeError, MemoryError)  # of a run; torch's own errors are RuntimeErrors
 Say = Callable[[str], None]
@@ -94,8 +94,7 @@ class Comparison:
             for arm in self.arms:
                 for budget in self.budgets:
                     self._cell_of(arm, budget, seed)
-        for weights in (self.bench.folder / "starts").glob("*/model.safetensors"):
-            weights.unlink()  # every run from there is made
+        self.bench.let_starts_go()
         return self.results()
 
     def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
@@ -163,8 +162,8 @@ class Comparison:
                 watch=self._watch(cell.name),
             )
         except FAILURES as error:
-            write_json(folder / "result.json", {**facts, "failed": _reason(error)})
-            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({_reason(error)})")
+            write_json(folder / "result.json", {**facts, "failed": reason_of(error)})
+            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason_of(error)})")
             return
         with whole_file(folder / "model.safetensors") as partial:
             save_file({name: t.contiguous() for name, t in start.model.cpu().state_dict().items()}, partial)
@@ -193,7 +192,7 @@ class Comparison:
                 watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
                 start = self.bench.start(arm, self.seeds[0], lr, watch)
             except FAILURES as error:
-                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({_reason(error)})")
+                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason_of(error)})")
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
@@ -217,7 +216,8 @@ class Comparison:
         return read_own(path) if path.exists() else None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
 from growkit.compare.bench import Bench, Watch
-from growkit.compare.compare import SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own
+from growkit.compare.compare import FAILURES, SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own, reason_of
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
@@ -38,7 +38,6 @@ NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
 REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
-FAILURES = (GrowkitError, RuntimeError, MemoryError)  # torch's own errors are RuntimeErrors
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 
 
@@ -182,7 +181,7 @@ class Pilot:
                 watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
             )
         except FAILURES as error:
-            found = {"failed": _reason(error)}
+            found = {"failed": reason_of(error)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
         result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
         write_json(path, result)
@@ -208,7 +207,7 @@ class Pilot:
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
             except FAILURES as error:
-                trial.set_user_attr("reason", _reason(error))
+                trial.set_user_attr("reason", reason_of(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)
             else:
                 frozen = study.tell(trial, score)
@@ -421,10 +420,6 @@ def _tried(trial: FrozenTrial) -> Tried:
     )
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _words(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
@@ -468,6 +463,7 @@ def _conclude(
     }
     write_json(folder / "results.json", content)
     write_sweep_page(folder, content, order)
+    bench.let_starts_go()
     return Swept(folder, tuple(order), best, target, saving, reasons, commands, content)
 
 

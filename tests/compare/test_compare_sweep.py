@@ -232,6 +232,11 @@ def test_command_line_tells_the_sweep_how_the_source_was_loaded(source, tmp_path
     assert (asked["from_"], tuple(asked["from_sets"])) == ("deit_tiny", SMALL)
 
 
+def test_weights_of_trials_are_let_go(swept):
+    folder, _ = swept
+    assert not list((folder / "sweep").rglob("*.safetensors"))
+
+
 def test_report_and_json_hold_the_recommendation(swept):
     folder, found = swept
     content = json.loads((folder / "sweep" / "results.json").read_text())
