@@ -11,7 +11,7 @@ from growkit.arch.spec import Architecture
 from growkit.core.ring import contraction_plan
 from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
-from growkit.methods import METHODS
+from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking
 from growkit.methods.mango import Mango, mlp_blocks
 from growkit.settings import GrowSettings
@@ -79,7 +79,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     methods = tuple(_method_cost(name, source, target, batch_size) for name in METHODS)
     small = source.model()
     ranks: list[RankCost] = []
-    for rank in RANKS if methods[0].cannot is None else ():
+    for rank in RANKS if "mango" in able(source.architecture, target) else ():
         grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
         assert isinstance(grown.method, Mango)
         # The start is the same whatever the rank, but for one path at rank 1 and two above.
