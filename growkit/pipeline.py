@@ -1,11 +1,11 @@
 """The job of each command as one function: source in, files and figures of a run folder out."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
 from growkit.source import TIMM, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
-from growkit.train.data import Data, open_data, val_batches
+from growkit.train.data import Data, open_data, size_of, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resume import STATE
@@ -33,6 +33,8 @@ from growkit.train.settings import FitSettings
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
 Watch = Callable[[StepRecord], None]
 Say = Callable[[str], None]
+Done = Callable[[int, int], None]  # images done, images in all
+T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -375,10 +377,23 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
     return sized
 
 
-def evaluate_model(source: Source, data: str, settings: FitSettings, *, device: str = "auto") -> Scores:
+def evaluate_model(
+    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = lambda done, total: None
+) -> Scores:
     """Scores of a model on the validation images of `data`."""
-    opened = open_data(data, source.preprocessing, settings)
-    return score_model(source.model(), opened, settings, pick_device(device))
+    opened, chosen = open_data(data, source.preprocessing, settings), pick_device(device)
+    predict = predictor(source.model().to(chosen), chosen, settings.precision)
+    batches = val_batches(opened, settings, device=chosen)
+    return evaluate(predict, _followed(batches, size_of(opened.val), progress))
+
+
+def _followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
+    """The batches, labels last in each; `progress` is told how many of `total` images are done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[-1])
+        progress(done, total)
 
 
 def _origin(source: Source) -> dict[str, Any]:
@@ -434,7 +449,9 @@ def _replace(folder: Path, model: nn.Module, source: Source, history: dict[str, 
     replace_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
 
 
-def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str) -> Scores:
+def evaluate_onnx(
+    path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = lambda done, total: None
+) -> Scores:
     """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
 
     Raises:
@@ -442,7 +459,7 @@ def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str
     """
     answering = _answering_onnx(path, provider)
     opened = open_data(data, answering.preprocessing, settings)
-    return evaluate(answering.predict, val_batches(opened, settings))
+    return evaluate(answering.predict, _followed(val_batches(opened, settings), size_of(opened.val), progress))
 
 
 def _answering_onnx(path: Path, provider: str) -> Answering:
@@ -483,6 +500,7 @@ def evaluate_against(
     from_sets: Sequence[str] = (),
     device: str = "auto",
     say: Say = lambda line: None,
+    progress: Done = lambda done, total: None,
 ) -> tuple[Agreement, bool]:
     """How a model's answers on the validation images of `data` differ from those of the source it came from.
 
@@ -532,6 +550,7 @@ def evaluate_against(
         say("the two prepare images differently; each gets them its own way")
         others = open_data(data, old.preprocessing, settings)
         batches = in_step(val_batches(others, settings), val_batches(opened, settings))
+    batches = _followed(batches, size_of(opened.val), progress)
     found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)
     if recorded:
         read = ("batch_size", "precision", "data_dir", "val_split")

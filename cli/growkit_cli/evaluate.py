@@ -52,17 +52,19 @@ def evaluate(
     path = model or folder.furthest()
     if against is not None:
         console.say(f"evaluating {path} against {against}")
-        found, recorded = evaluate_against(
-            folder,
-            str(path),
-            against,
-            data,
-            settings,
-            from_=from_,
-            from_sets=from_sets or (),
-            device=device,
-            say=console.say,
-        )
+        with console.progress("evaluating") as bar:
+            found, recorded = evaluate_against(
+                folder,
+                str(path),
+                against,
+                data,
+                settings,
+                from_=from_,
+                from_sets=from_sets or (),
+                device=device,
+                say=console.say,
+                progress=lambda done, total: bar(total).update(done, "images"),
+            )
         content = asdict(found)
         for section in agreement_sections(content):
             if section.table is not None:
@@ -75,14 +77,19 @@ def evaluate(
         console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
         return
     console.say(f"evaluating {path}")
-    if path.suffix == ".onnx":
-        provider = device if device in ("auto", "cpu") else "cuda"
-        scores = evaluate_onnx(path, data, settings, provider=provider)
-    else:
-        loaded = load_source(str(path), from_, from_sets or ())
-        for note in loaded.notes:
-            console.say(note)
-        scores = evaluate_model(loaded, data, settings, device=device)
+    with console.progress("evaluating") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar(total).update(done, "images")
+
+        if path.suffix == ".onnx":
+            provider = device if device in ("auto", "cpu") else "cuda"
+            scores = evaluate_onnx(path, data, settings, provider=provider, progress=progress)
+        else:
+            loaded = load_source(str(path), from_, from_sets or ())
+            for note in loaded.notes:
+                console.say(note)
+            scores = evaluate_model(loaded, data, settings, device=device, progress=progress)
     console.table(
         f"{scores.count} validation images",
         ("score", "value"),

@@ -27,59 +27,61 @@ class Scores:
 
 
 class Tally:
-    """Scores in the making: give each batch of logits to `add`, then ask for `scores`. `name` is whose errors tell."""
+    """Scores in the making: give each batch of logits to `add`, then ask for `scores`. `name` is whose errors tell.
+
+    Sums stay where the logits are until `gather` or `scores`, so that a GPU is not waited for batch by batch.
+    """
 
     def __init__(self, name: str = "the model"):
         self.name, self.count = name, 0
-        self._top1, self._top5, self._loss = 0, 0, 0.0
+        self._sums = torch.zeros(4, dtype=torch.float64)  # right answers, right in five, loss, outputs not finite
         self._bins = torch.zeros(2, ECE_BINS, dtype=torch.float64)  # sums of confidence and of right answers
 
     def add(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Count logits (N, classes) of images with labels (N,); gives the predicted classes (N,).
 
         Raises:
-            GrowkitError: a label has no logit, or the logits are not finite.
+            GrowkitError: a label has no logit.
         """
-        logits = logits.detach().double()
-        labels = labels.to(logits.device)
-        if not bool(torch.isfinite(logits).all()):
-            raise GrowkitError(
-                f"{self.name}'s outputs are not finite (images {self.count} to {self.count + len(labels) - 1});"
-                " try --precision fp32, or train with a lower --lr"
-            )
         require_labels(labels, logits.shape[1])
+        logits = logits.detach().double()
+        self._sums, self._bins = self._sums.to(logits.device), self._bins.to(logits.device)
+        labels = labels.to(logits.device, non_blocking=True)
+        finite = torch.isfinite(logits).all(-1)
         logprobs = logits.log_softmax(-1)
-        self._loss -= logprobs.gather(1, labels[:, None]).sum().item()
+        loss = -logprobs.gather(1, labels[:, None]).sum()
         ranked = logprobs.topk(min(5, logits.shape[1])).indices
         right = ranked == labels[:, None]
-        self._top1 += int(right[:, 0].sum())
-        self._top5 += int(right.sum())
-        confidence = logprobs.amax(-1).exp().cpu()
+        self._sums += torch.stack([right[:, 0].sum(), right.sum(), loss, (~finite).sum()])
+        confidence = logprobs.amax(-1).exp()
         # bins are open below and closed above, as in the paper; a confidence is never 0
-        place = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
-        self._bins[0].index_add_(0, place, confidence)
-        self._bins[1].index_add_(0, place, right[:, 0].double().cpu())
+        place = (confidence.nan_to_num() * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+        self._bins.index_add_(1, place, torch.stack([confidence, right[:, 0].double()]))
         self.count += len(labels)
         return ranked[:, 0]
 
     def gather(self) -> None:
         """Add up what all processes counted, each its part of the images."""
-        counts = torch.tensor([self.count, self._top1, self._top5, self._loss], dtype=torch.float64)
-        count, top1, top5, self._loss = summed(counts).tolist()
-        self.count, self._top1, self._top5 = int(count), int(top1), int(top5)
-        summed(self._bins)
+        self._sums, self._bins = summed(self._sums.cpu()), summed(self._bins.cpu())
+        self.count = int(summed(torch.tensor(self.count, dtype=torch.float64)))
 
     def scores(self) -> Scores:
         """The means so far.
 
         Raises:
-            GrowkitError: there were no images.
+            GrowkitError: there were no images, or some outputs were not finite.
         """
         count = self.count
         if count == 0:
             raise GrowkitError("there are no images to evaluate on")
+        top1, top5, loss, broken = self._sums.tolist()
+        if broken:
+            raise GrowkitError(
+                f"{self.name}'s outputs are not finite for {int(broken)} of {count} images;"
+                " try --precision fp32, or train with a lower --lr"
+            )
         ece = float((self._bins[0] - self._bins[1]).abs().sum()) / count
-        return Scores(top1=self._top1 / count, top5=self._top5 / count, loss=self._loss / count, ece=ece, count=count)
+        return Scores(top1=top1 / count, top5=top5 / count, loss=loss / count, ece=ece, count=count)
 
 
 def evaluate(
