@@ -24,7 +24,7 @@ from growkit.source import TIMM, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, size_of, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
-from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, evaluate, predictor, score_model
@@ -163,6 +163,7 @@ def grow_model(
     fitted, scores = None, None
     if opened is not None and operator is not None:
         operator = _sized(grown, opened, operator, chosen, say)
+        refuse_unusable(opened, operator)
         scores = {
             "source": score_model(small, opened, operator, chosen),
             "step0": score_model(model, opened, operator, chosen),
@@ -316,6 +317,7 @@ def _fit_into(
     chosen = pick_device(device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say)
+    refuse_unusable(opened, settings)
     start = None
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen)

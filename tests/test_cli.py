@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from growkit import __version__
 from growkit.errors import GrowkitError
 from growkit_cli import main as program
+from growkit_cli.console import Console
 
 ROOT = Path(__file__).parents[1]
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
@@ -129,6 +130,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--data with one split": ((*GROW, "--data", "half"), "half"),
     "--batch-size 0": ((*GROW, *DATA, "--batch-size", "0"), "--batch-size 0"),
     "--batch-size auto of compare": (("compare", "small", *TO, *DATA, "--batch-size", "-1"), "give a number here"),
+    "--aa unknown": (("finetune", "small", *DATA, "--aa", "nonsense"), "--aa nonsense: no policy that timm knows"),
+    "--opt unknown to compare": (("compare", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
+    "--opt unknown to sweep": (("sweep", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
     "--compile unknown": (("finetune", "small", *DATA, "--compile", "fast"), "--compile fast: must be one of default"),
     "--cache unknown": (("finetune", "small", *DATA, "--cache", "disk"), "--cache disk: must be one of none"),
     "--steps 0": ((*GROW, *DATA, "--steps", "0"), "--steps 0"),
@@ -295,6 +299,20 @@ def test_batch_size_auto_is_found_said_and_recorded(
     assert f"--batch-size {images // 8 * 8} is the largest that fits cpu; --lr 0.0001 is not scaled" in out
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
     assert step["options"]["batch_size"] == images // 8 * 8
+
+
+def test_table_too_wide_for_the_terminal_is_printed_row_by_row_and_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, rows = ("method", *(f"a long column {n}" for n in range(9))), [("mango", *(["0.123456"] * 9))]
+    monkeypatch.setenv("COLUMNS", "60")
+    Console().table("title", columns, rows)
+    narrow = capsys.readouterr().out
+    assert narrow.startswith("title\nmango\n  a long column 0: 0.123456\n")
+    assert narrow.count("0.123456") == 9
+    monkeypatch.setenv("COLUMNS", "200")
+    Console().table("title", columns, rows)
+    assert "┃ a long column 0 ┃" in capsys.readouterr().out
 
 
 def sha256(path: Path) -> str:

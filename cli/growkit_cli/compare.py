@@ -80,3 +80,5 @@ def compare(
             console.say(f"failed: {arm.name}, {line}")
     console.say(f"wrote {compared.folder}: report.html, results.json, plots/")
     console.result(compared.content)
+    if any(arm.budgets[-1].top1 is None for arm in compared.arms):
+        raise typer.Exit(1)  # an arm of which nothing came out

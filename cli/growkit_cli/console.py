@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -38,7 +39,19 @@ class Console:
             table.add_column(escape(column), justify="right" if index else "left", no_wrap=index == 0)
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
-        self.rich.print(table, soft_wrap=False)
+        if Measurement.get(self.rich, self.rich.options.update(max_width=10**4), table).minimum > self.rich.width:
+            self._blocks(title, columns, rows)  # a cut number is worse than a long page
+        else:
+            self.rich.print(table, soft_wrap=False)
+
+    def _blocks(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table too wide for the terminal row by row."""
+        self.say(title)
+        for row in rows:
+            self.say(str(row[0]))
+            for column, cell in zip(columns[1:], row[1:], strict=True):
+                if str(cell):
+                    self.say(f"  {column}: {cell}")
 
     def result(self, content: dict[str, Any]) -> None:
         """With --json, print `content` as the one JSON object on stdout."""

@@ -105,9 +105,7 @@ def with_settings(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(f.name, f.default),
-                annotation=Annotated[
-                    f.type, typer.Option(help=docs[f.name], rich_help_panel=panel, **_auto(auto, f.name))
-                ],
+                annotation=Annotated[f.type, typer.Option(rich_help_panel=panel, **_told(f.name, docs, auto))],
             )
             for f in fields
         ]
@@ -120,20 +118,22 @@ def with_settings(
     return decorate
 
 
-def _auto(words: dict[str, int] | None, name: str) -> dict[str, Any]:
-    """What makes an option of whole numbers take the word auto."""
-    if not words or name not in words:
-        return {}
+def _told(name: str, docs: dict[str, str], auto: dict[str, int] | None) -> dict[str, Any]:
+    """The help of an option, and what makes one of whole numbers take the word auto."""
+    if not auto or name not in auto:
+        return {"help": docs[name]}
+    meant = auto[name]
 
     def number_or_auto(text: object) -> int:
         if text == "auto":
-            return words[name]
+            return meant
         try:
             number = int(str(text))
         except ValueError:
-            number = words[name]
-        if number == words[name]:
+            number = meant
+        if number == meant:
             raise typer.BadParameter(f"{text!r} is neither a whole number above 0 nor auto")
         return number
 
-    return {"parser": number_or_auto, "metavar": "INTEGER|auto"}
+    told = f"{docs[name]} auto takes the largest that fits in memory, and leaves the learning rate to you."
+    return {"parser": number_or_auto, "metavar": "INTEGER|auto", "help": told}

@@ -19,7 +19,7 @@ from growkit.plan import step_flops
 from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.data import Data, batches_per_epoch, images_per_batch
-from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, score_model
@@ -58,6 +58,11 @@ class Bench:
     device: torch.device
     folder: Path
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
+
+    def refuse_unusable(self) -> None:
+        """Raise GrowkitError where no run could use the recipe, or no operator its own."""
+        for settings in (self.recipe, self.operator):
+            refuse_unusable(self.data, settings)
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
         """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
@@ -176,7 +181,8 @@ class Bench:
         if steps < 1:
             raise GrowkitError(
                 f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, all of a budget of {flops / 1e12:.3g}; "
-                f"train for more --epochs, or give it fewer --operator-steps"
+                f"train for more --epochs, or give it fewer --operator-steps (at most "
+                f"{max(0, int((flops / spent) * self.operator_steps(arm)) - 1)} here)"
             )
         return steps
 

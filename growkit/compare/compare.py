@@ -79,6 +79,7 @@ class Comparison:
             GrowkitError: an arm's operator leaves nothing of the smallest budget, or the folder holds a comparison
                 with other settings or of another version.
         """
+        self.bench.refuse_unusable()
         for arm in self.arms:
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
@@ -132,6 +133,13 @@ class Comparison:
             for lr in self.lrs
         ]
         return [found for cell in cells if (found := self._result(cell)) is not None]
+
+    def left_out(self) -> list[str]:
+        """Methods and seeds on file that this comparison was not asked for."""
+        made = [read_own(path) for path in sorted(self.runs.glob("*/result.json"))]
+        arms = {found["arm"] for found in made} - {arm.name for arm in self.arms}
+        seeds = {found["seed"] for found in made} - set(self.seeds)
+        return [*sorted(arms), *(f"seed {seed}" for seed in sorted(seeds))]
 
     def _run(self, cell: Cell) -> None:
         found = self._result(cell)
@@ -274,6 +282,8 @@ def compare_methods(
     comparison = Comparison(bench, settings, say=say, follow=follow)
     comparison.prepare(resume=resume)
     runs = comparison.run()
+    for left in comparison.left_out():
+        say(f"not in these figures, though run here: {left}; name it again to have it in")
     known = settings.source_flops if settings.source_flops is not None else flops_of(source)
     arms = arm_figures(
         runs,

@@ -131,6 +131,7 @@ class Pilot:
         Raises:
             GrowkitError: an operator leaves nothing of the budget, or the folder holds another sweep.
         """
+        self.bench.refuse_unusable()
         dearest: dict[GrowSettings, Arm] = {}
         for answers in self.space.combinations:
             arm, _ = self.space.combine(answers)
@@ -446,7 +447,8 @@ def _conclude(
     assert alone is not None  # its own end is always reached
     saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
     reasons = tuple(_reasons(best, tried, finished, equal, error, settings, target, saving, count))
-    commands = _commands(best, bench, settings, pilot.budget, what, data)
+    where = [] if folder.parent == Path("run") else ["--run", str(folder.parent)]
+    commands = _commands(best, bench, settings, pilot.budget, what, data, where)
     content = {
         **identity_of(bench),
         "command": command,
@@ -522,9 +524,18 @@ def _reasons(
 
 
 def _commands(
-    best: Tried, bench: Bench, settings: SweepSettings, budget: float, what: Sequence[str], data: str
+    best: Tried,
+    bench: Bench,
+    settings: SweepSettings,
+    budget: float,
+    what: Sequence[str],
+    data: str,
+    where: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """The `grow` and `finetune` commands that do on all images what the trial did; `what` names source and target."""
+    """The `grow` and `finetune` commands that do on all images what the trial did.
+
+    `what` names source and target, `where` the run folder.
+    """
     options, recipe = dict(best.options), bench.recipe
     steps, operator_lr, lr = (options.pop(name) for name in ("steps", "operator_lr", "lr"))
     grow = {**options, "seed": recipe.seed}
@@ -538,7 +549,8 @@ def _commands(
         length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
     tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
     tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", "lr", "seed"))
-    return shlex.join(["growkit", "grow", *what, *_given(grow)]), shlex.join(["growkit", "finetune", *_given(tune)])
+    words = ["growkit", "grow", *what, *_given(grow), *where], ["growkit", "finetune", *_given(tune), *where]
+    return shlex.join(words[0]), shlex.join(words[1])
 
 
 def _differing(settings: FitSettings, plain: FitSettings, *, but: Sequence[str]) -> dict[str, Any]:

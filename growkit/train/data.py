@@ -69,16 +69,21 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         files = {"files": _digest(train.reader.samples, train.reader.root)}
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
-    augment = create_transform(
-        **preprocessing,
-        is_training=True,
-        scale=(settings.scale_min, 1.0),
-        hflip=settings.hflip,
-        color_jitter=settings.color_jitter or None,
-        auto_augment=settings.aa,
-        re_prob=settings.reprob,
-        re_mode="pixel",
-    )
+    try:
+        augment = create_transform(
+            **preprocessing,
+            is_training=True,
+            scale=(settings.scale_min, 1.0),
+            hflip=settings.hflip,
+            color_jitter=settings.color_jitter or None,
+            auto_augment=settings.aa,
+            re_prob=settings.reprob,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # timm's ways to refuse a policy
+        raise GrowkitError(
+            f"--aa {settings.aa}: no policy that timm knows ({error}); give rand-m9-mstd0.5, augmix-m3, original or v0"
+        ) from None
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
     if settings.cache == "none":

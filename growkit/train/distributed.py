@@ -83,7 +83,9 @@ def _attempt() -> str:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # gloo's errors have no class of their own
+    # Neither has an error of its own: gloo, nor a loader whose workers torchrun's signal reached first.
+    told = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in told.lower() or "DataLoader worker" in told
 
 
 def _store() -> Store:

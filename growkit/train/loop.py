@@ -214,6 +214,16 @@ def fit(
     )
 
 
+def refuse_unusable(data: Data, settings: FitSettings) -> None:
+    """What `fit` would refuse of these settings, before anything else is done.
+
+    Raises:
+        GrowkitError: no such optimizer, lengths that do not fit together, or a batch that does not divide.
+    """
+    _plan(data, settings)
+    _optimizer(nn.Linear(1, 1), settings)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Lengths of a run, in updates."""

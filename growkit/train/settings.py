@@ -25,7 +25,7 @@ class FitSettings:
     """Updates to train for; replaces --epochs when given."""
 
     batch_size: int = 64
-    """Images per batch; auto takes the largest that fits in memory, and leaves the learning rate to you."""
+    """Images per batch."""
 
     grad_accum_steps: int = 1
     """Batches whose gradients make one update."""
@@ -46,7 +46,7 @@ class FitSettings:
     """Learning rate after the warm-up: cosine or constant."""
 
     warmup_epochs: float | None = None
-    """Epochs in which the learning rate rises to --lr; a twentieth of the run when left out."""
+    """Epochs in which the learning rate rises to its highest; a twentieth of the run when left out."""
 
     min_lr: float = 0.0
     """Learning rate that the cosine falls to."""
@@ -94,7 +94,8 @@ class FitSettings:
     """Seed of every random choice."""
 
     cache: str = "none"
-    """Keep images decoded, in ram or in the device's memory: none, ram or device; they are augmented on the device."""
+    """Keep images decoded: none, ram or device (its memory). They are cropped and flipped on the device, and no more:
+    needs --color-jitter 0."""
 
     shard: bool = False
     """Spread weights, gradients and moments over the processes of torchrun (FSDP2), for what one GPU cannot hold."""

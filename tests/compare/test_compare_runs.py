@@ -1,12 +1,14 @@
 """A whole comparison in seconds: what is paired, what is kept, what is refused, what is scored once."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from compare_samples import CPU, LARGE, RECIPE, options
+from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
 from growkit.compare.bench import Bench
@@ -14,6 +16,7 @@ from growkit.compare.compare import compare_methods, flops_of
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.train import loop
+from growkit_cli.main import app
 
 
 def run_compare(folder, source, digits, settings, recipe=RECIPE, **more):
@@ -284,7 +287,7 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"methods": "mangoo"}, {}, "unknown method 'mangoo'; nearest: mango"),
         ({"methods": "bert2bert:variant=akki"}, {}, "--variant akki: not a variant of bert2bert; choose fpi or aki"),
         ({"methods": "lemon,stackbert"}, {}, "stackbert: embed grows .* methods that can: mango"),
-        ({"operator_steps": 500}, {}, "mango: its operator takes .* TFLOP, all of a budget"),
+        ({"operator_steps": 500}, {}, "mango: its operator takes .* all of a budget .*at most"),
         ({"hold_out": 0.9999}, {}, "too few validation images"),
         ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected a number"),
     ],
@@ -374,6 +377,35 @@ def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(sourc
     assert not any(arm.failures for arm in compared.arms)
     assert {warmup for name, warmup, _ in seen if name == "GrownModel"} == {None}
     assert all(warmup == pytest.approx(steps / full) for name, warmup, steps in seen if name != "GrownModel")
+
+
+def test_what_is_left_out_of_the_figures_is_told(source, digits, tmp_path):
+    run_compare(tmp_path, source, digits, options(methods="lemon,net2net", seeds=2))
+    lines = []
+    less = run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
+    assert [arm.name for arm in less.arms] == ["from nothing", "lemon"]
+    told = [line for line in lines if line.startswith("not in these figures")]
+    assert [line.split(": ")[1].split(";")[0] for line in told] == ["net2net", "seed 1"]
+
+
+def test_most_operator_steps_that_are_offered_are_taken(source, digits, tmp_path):
+    with pytest.raises(GrowkitError, match="at most") as refused:
+        run_compare(tmp_path, source, digits, options(methods="mango", operator_steps=500))
+    most = int(re.search(r"at most (\d+) here", str(refused.value)).group(1))
+    compared = run_compare(tmp_path, source, digits, options(methods="mango", operator_steps=most))
+    assert not compared.arms[1].failures
+
+
+def test_arm_of_which_nothing_came_out_fails_the_command(source, digits, tmp_path, monkeypatch):
+    failing_train(monkeypatch, lambda arm, run: arm == "lemon")
+    small = [w for item in LARGE for w in ("--set", item)]
+    short = ["--epochs", "1", "--batch-size", "64", "--scale-min", "0.8", "--color-jitter", "0", "--workers", "0"]
+    words = ["--methods", "lemon", "--controls", "none", "--seeds", "1", "--lrs", "2e-3", "--budgets", "1"]
+    command = ["compare", source.path, "--to", "deit_tiny", *small, "--data", digits, *words, *short]
+    found = CliRunner().invoke(app, [*command, "--run", str(tmp_path / "run")])
+    assert found.exit_code == 1
+    assert "failed: lemon" in found.output
+    assert (tmp_path / "run" / "compare" / "results.json").exists()
 
 
 def test_resume_leaves_a_folder_alone_that_it_did_not_make(source, digits, tmp_path):
