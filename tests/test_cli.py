@@ -163,8 +163,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "compare of no method": (("compare", "small", *TO, *DATA, "--methods", "mangoo"), "nearest: mango"),
     "compare of a method that cannot": (("compare", "small", *TO, *DATA, "--methods", "llama-pro"), "methods that can"),
     "compare of a budget that the operator eats": (
+        ("compare", "small", *TO, *DATA, "--epochs", "9", "--batch-size", "8", "--budgets", "1", "--methods", "ligo"),
+        "ligo: its operator takes",
+    ),
+    "compare of a budget below one update": (
         ("compare", "small", *TO, *DATA, "--epochs", "1", "--batch-size", "8", "--methods", "ligo"),
-        "its operator takes",
+        "from nothing: a budget of",
     ),
     "compare without a target": (("compare", "small", "--to", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "sweep of no trials": (("sweep", "small", *TO, *DATA, "--trials", "0"), "--trials 0"),

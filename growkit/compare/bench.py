@@ -178,6 +178,11 @@ class Bench:
             GrowkitError: not a single one.
         """
         steps = round((flops - spent) / self.flops_per_step(arm))
+        if steps < 1 and not spent:
+            raise GrowkitError(
+                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP pays for not one update; train for more --epochs, or "
+                "leave out the smallest of --budgets"
+            )
         if steps < 1:
             raise GrowkitError(
                 f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, all of a budget of {flops / 1e12:.3g}; "
