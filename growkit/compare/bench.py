@@ -180,8 +180,8 @@ class Bench:
         steps = round((flops - spent) / self.flops_per_step(arm))
         if steps < 1 and not spent:
             raise GrowkitError(
-                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP pays for not one update; train for more --epochs, or "
-                "leave out the smallest of --budgets"
+                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP pays for not one update; train for more "
+                "--epochs, or leave out the smallest of --budgets"
             )
         if steps < 1:
             raise GrowkitError(
