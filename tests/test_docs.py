@@ -1,5 +1,6 @@
 """What the documents tell people to type exists, and what they link to is there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Any
 import pytest
 import typer
 
+from growkit.compare.arms import Arm
+from growkit.compare.figures import arm_figures
+from growkit.compare.page import cost_table, main_table
+from growkit.compare.settings import numbers
+from growkit.settings import GrowSettings
 from growkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -120,8 +126,24 @@ def result_table(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
 
 
-def test_readmes_result_table_is_that_of_the_result_file() -> None:
-    found = (ROOT / "examples/results/compare-cifar10-width_2-cpu-cores_2026-11-24.md").read_text(encoding="utf-8")
-    rows = result_table((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(rows) > 10
-    assert not [row for row in rows if row not in found.splitlines()]
+def test_tables_of_readme_and_result_file_follow_from_the_runs_on_file() -> None:
+    path = ROOT / "examples/results/compare-cifar10_2-cpu-cores_2026-11-24"
+    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    settings = content["settings"]
+    first = content["recipe"]["seed"]
+    figures = arm_figures(
+        content["runs"],
+        arms=[
+            Arm(**{**arm, "grow": arm["grow"] and GrowSettings(**arm["grow"])})
+            for arm in content["arm_settings"].values()
+        ],
+        seeds=range(first, first + settings["seeds"]),
+        budgets=numbers("--budgets", settings["budgets"]),
+        metric=settings["metric"],
+        source_flops=content["source_flops"],
+    )
+    main, cost = ([f"| {' | '.join(row)} |" for row in table(figures)[1]] for table in (main_table, cost_table))
+    assert len(main) > 8
+    assert result_table((ROOT / "README.md").read_text(encoding="utf-8")) == main
+    lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert not [row for row in (*main, *cost) if row not in lines]
