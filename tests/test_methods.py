@@ -157,6 +157,22 @@ def test_duplicated_units_part_under_adam(settings, pair):
         assert distance.min() > 1e-4
 
 
+@pytest.mark.parametrize(("method", "variant"), [("ligo", None), ("mango", "noisy")])
+@pytest.mark.parametrize("pair", ["twice as wide", "wider and deeper"])
+def test_noise_that_nothing_cancels_does_not_drown_the_start(method, variant, pair):
+    """At ten times as much, the outputs differ by as much as those of strangers (0.85 to 1.4)."""
+    source, target = PAIRS[pair]
+    state = randomised(source).state_dict()
+    images = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = GrowSettings(method=method, variant=variant, noise=0.0)
+    with torch.no_grad():
+        without, by_default = (
+            grow(source, target, state, replace(plain, noise=noise)).materialize()(images)
+            for noise in (0.0, GrowSettings.noise)
+        )
+    assert 0 < (by_default - without).norm() / without.norm() < 0.6
+
+
 def test_without_noise_duplicated_units_stay_together():
     """The twin of the test above: what the noise is for."""
     source, target = PAIRS["twice as wide"]

@@ -219,6 +219,7 @@ def test_rate_that_failed_is_not_chosen_after_all_when_it_works_again(source, di
     mend()
     again = run_compare(tmp_path, source, digits, settings, resume=True)
     assert again.arms[1].budgets == first.arms[1].budgets
+    assert again.arms[1].failures == first.arms[1].failures != ()  # nor is it run again
     assert (again.arms[1].budgets[-1].lr, again.arms[1].budgets[-1].top1.count) == (1e-5, 2)
     assert len(again.arms[1].flops_to_target) == 2
 
