@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from growkit.deploy.checks import plain
+from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import Export, export_onnx
+from growkit.deploy.form import Form
 from growkit.deploy.parity import Parity, check_parity
-from growkit.deploy.reference import preprocessing, write_reference
+from growkit.deploy.reference import at_image_size, preprocessing
+from growkit.deploy.runtime import open_session
 from growkit.deploy.settings import ExportSettings
 from growkit.files import write_json
 
@@ -46,15 +48,21 @@ def write_export(
     Raises:
         GrowkitError: as export_onnx.
     """
-    prepared, provenance = preprocessing(model), dict(provenance or {})
-    export = export_onnx(
-        model,
-        torch.zeros(2, *prepared.input_size),
-        folder / MODEL,
-        labels=labels,
-        provenance=provenance,
+    form = Form(
+        target=settings.target,
+        precision=settings.precision,
+        exporter=settings.exporter,
+        batch=settings.batch,
+        image_size=settings.image_size,
+        pixels=settings.pixels,
+        output=settings.output,
     )
-    write_reference(model, folder, seed=settings.seed)
+    model, provenance = at_image_size(model, form.image_size), dict(provenance or {})
+    export = export_onnx(
+        model, folder / MODEL, form, external=settings.external_data, labels=labels, provenance=provenance
+    )
+    run = open_session(folder / MODEL).outputs
+    write_reference(model, folder, seed=settings.seed, form=form, run=run)
     parity = check_parity(
         model,
         folder / MODEL,
@@ -68,7 +76,7 @@ def write_export(
         "schema": 1,
         "file": MODEL,
         **{name: value for name, value in asdict(export).items() if name != "path"},
-        "preprocessing": asdict(prepared),
+        "preprocessing": asdict(preprocessing(model)),
         "labels": list(labels) if labels is not None else None,
         "provenance": provenance,
         "settings": asdict(settings),
