@@ -16,7 +16,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.inputs import as_model_takes
 from growkit.deploy.numbers import relative, rms
 from growkit.deploy.pixels import INPUT, resized
-from growkit.deploy.reference import logits_of, noise_images, noise_pixels, preprocessing, truth_of
+from growkit.deploy.reference import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
 from growkit.deploy.whole import answer
 from growkit.errors import GrowkitError
 
@@ -40,12 +40,7 @@ def write_reference(
     truth, prepared = truth_of(model), preprocessing(model)
     folders = []
     for index, batch in enumerate((form.batch, form.batch) if form.batch else BATCHES):
-        if form.pixels:
-            size = (prepared.input_size[0], *resized(prepared))
-            unit = noise_pixels(size, batch, seed + index)
-            fed = np.ascontiguousarray(np.rint(255 * unit).astype(np.uint8).transpose(0, 2, 3, 1))
-        else:
-            fed = noise_images(prepared, batch, seed + index)
+        fed = made_inputs(prepared, form, batch, seed + index)
         outputs = run(fed) if run is not None and form.precision != "fp32" else model_answers(truth, form, fed)
         target = folder / f"test_data_set_{index}"
         target.mkdir(parents=True)
@@ -55,6 +50,14 @@ def write_reference(
             _write(target / f"output_{place}.pb", name, stored)
         folders.append(target)
     return tuple(folders)
+
+
+def made_inputs(prepared: Preprocessing, form: Form, batch: int, seed: int) -> np.ndarray:
+    """Seeded images as a file of this form takes them."""
+    if not form.pixels:
+        return noise_images(prepared, batch, seed)
+    unit = noise_pixels((prepared.input_size[0], *resized(prepared)), batch, seed)
+    return np.ascontiguousarray(np.rint(255 * unit).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:

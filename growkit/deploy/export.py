@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from torch import nn
 
@@ -42,6 +43,7 @@ def export_onnx(
     form: Form | None = None,
     *,
     external: bool = False,
+    calibration: np.ndarray | None = None,
     labels: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Export:
@@ -50,6 +52,7 @@ def export_onnx(
     model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is
     form        see form.Form; image_size is the caller's to apply (see reference.at_image_size)
     external    put the weights into a second file beside it, as anything over 2 GB must
+    calibration  normalised images (N, C, H, W), what int8-static takes its ranges from
     labels      class names, stored in the file's metadata
     provenance  where the weights come from, JSON-able and free of paths, stored in the metadata
 

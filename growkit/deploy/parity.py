@@ -5,7 +5,7 @@ Every mismatch is collected; the verdict comes last.
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def check_parity(
     reference: Path | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     pictures: Mapping[str, Image.Image] | None = None,
+    max_accuracy_drop: float | None = None,
 ) -> Parity:
     """Hold the finished ONNX `file` against the float32 `model` that it was exported from.
 
@@ -89,6 +90,7 @@ def check_parity(
     reference       folder with test_data_set_*, written by the export
     data            labelled batches, images (B, C, H, W) and classes (B,), for accuracy
     pictures        of the user, compared beside the made images
+    max_accuracy_drop  points of top-1 that the file may lose on `data`; the precision's own limit when None
 
     Raises:
         GrowkitError: the file is missing or its weights lie elsewhere, the provider does not run, the reference
@@ -111,6 +113,8 @@ def check_parity(
 
     form = form_of({p.key: p.value for p in proto.metadata_props})
     limits = LIMITS[form.precision]
+    if max_accuracy_drop is not None:
+        limits = replace(limits, accuracy_drop=max_accuracy_drop)
     plain = copy.deepcopy(at_image_size(model, form.image_size)).cpu().eval()
     prepared, truth = preprocessing(plain), truth_of(plain)
     _, height, width = prepared.input_size

@@ -23,6 +23,12 @@ class ExportSettings:
     """Put the weights into a second file beside it, as anything over 2 GB must."""
     exporter: str = "dynamo"
     """dynamo, or torchscript where dynamo fails."""
+    for_: str | None = None
+    """cpu, cuda or tensorrt: try other graphs there, keep one that is measurably faster; portable when left out."""
+    latency_seconds: float = 12.0
+    """Longest time of one comparison of --for."""
+    max_accuracy_drop: float | None = None
+    """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     max_batch: int = 8
     """Largest batch size the finished file is checked at, beside 1, 2 and 5."""
     seed: int = 0

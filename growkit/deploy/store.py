@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
 
+from growkit.deploy.form import Form, form_of
 from growkit.errors import GrowkitError
 from growkit.files import whole_file
 
@@ -57,6 +58,19 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
             line = _line(error)
             raise GrowkitError(f"{path}: its weights beside it are unreadable ({line}); export again") from None
     return proto
+
+
+def form_in(path: Path) -> Form:
+    """The form that a file says it has; the plain one of a file that cannot be read, which its checks will tell.
+
+    Raises:
+        GrowkitError: what it says is not what growkit writes.
+    """
+    try:
+        proto = onnx.load_model(str(path), load_external_data=False)
+    except Exception:  # protobuf has its own kinds
+        return Form()
+    return form_of({entry.key: entry.value for entry in proto.metadata_props})
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
