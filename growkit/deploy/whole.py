@@ -17,8 +17,8 @@ from growkit.deploy.reference import Preprocessing
 from growkit.deploy.runtime import Session
 
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside
-LEVELS = 2  # of 255: how far one pixel may be off
-SHARE = 0.10  # of the pixels may be off at all: 5 % of noise shrunk sixfold, under 1 % of a photograph
+LEVELS = 4  # of 255: how far one pixel may be off
+SHARE = 0.15  # of the pixels may be off at all; see pixels.py
 ROUNDING = 0.5  # of a level: a smaller difference is none
 
 
