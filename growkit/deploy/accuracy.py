@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from growkit.deploy.checks import Check, check
-from growkit.deploy.limits import Limits
+from growkit.deploy.limits import Limits, accuracy_drop_interval, accuracy_verdict
 from growkit.deploy.numbers import predictions, relative, rms
 from growkit.deploy.reference import logits_of
 from growkit.errors import GrowkitError
@@ -57,11 +57,26 @@ def accuracy_checks(
         f"top-1 {figures['top1']:.4f} against PyTorch's {figures['torch_top1']:.4f} on "
         f"{len(truth)} samples; {won} won, {lost} lost, McNemar p = {figures['mcnemar_p']:.3g}"
     )
+    drop, low, high = accuracy_drop_interval(right, plain_right)
+    figures |= {"drop": drop, "drop_low": low, "drop_high": high}
+    judged = []
+    if limits.accuracy_drop is not None:
+        judged.append(
+            Check(
+                "accuracy",
+                "points of top-1 lost",
+                accuracy_verdict(limits, drop, low, high, len(truth)),
+                drop,
+                limits.accuracy_drop,
+                f"{summary}; {drop:+.2f} points lost [{low:.2f}, {high:.2f}], allowed {limits.accuracy_drop:g}",
+            )
+        )
     limited = [
         ("relative RMS difference", off, limits.relative_rms),
         ("largest difference / std", largest, limits.largest),
     ]
     return [
+        *judged,
         *(dataclasses.replace(c, line=f"{summary}; {c.line}") for c in made),
         *(check("accuracy", n, v <= limit, v, limit) for n, v, limit in limited if limit is not None),
     ], figures

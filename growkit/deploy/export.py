@@ -16,9 +16,11 @@ from torch import nn
 from growkit import __version__
 from growkit.deploy.capture import captured
 from growkit.deploy.form import KEY, Form
+from growkit.deploy.inputs import extremes
 from growkit.deploy.outputs import with_output
 from growkit.deploy.pixels import with_pixels
-from growkit.deploy.reference import preprocessing
+from growkit.deploy.precision import brain, half, int8_dynamic, int8_static
+from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
 from growkit.deploy.store import sha256_of_files, write_graph
 from growkit.errors import GrowkitError
 
@@ -66,7 +68,7 @@ def export_onnx(
     if others:
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
     prepared = preprocessing(model)
-    proto = captured(model, prepared.input_size, form)
+    proto = in_precision(captured(model, prepared.input_size, form), prepared, form, calibration)
     if form.pixels:
         proto = with_pixels(proto, prepared, form.batch)
     proto = with_output(proto, form)
@@ -91,6 +93,31 @@ def export_onnx(
         nodes=nodes,
         form=form,
     )
+
+
+def in_precision(
+    core: onnx.ModelProto, prepared: Preprocessing, form: Form, calibration: np.ndarray | None
+) -> onnx.ModelProto:
+    """`core` in the precision of `form`; inputs and outputs stay float32.
+
+    Raises:
+        GrowkitError: int8-static without calibration images, or with images of another shape.
+    """
+    if form.precision == "fp32":
+        return core
+    for part in (*core.graph.node, *core.graph.initializer):
+        part.ClearField("metadata_props")
+    if form.precision == "int8":
+        return int8_dynamic(core)
+    if form.precision == "int8-static":
+        if calibration is None:
+            raise GrowkitError("--precision int8-static takes its ranges from images: give --data")
+        return int8_static(core, calibration)
+    if form.precision == "bf16":
+        return brain(core)[0]
+    made = np.concatenate([noise_images(prepared, 8, 0), *extremes(prepared, 0).values()])
+    images = made if calibration is None else np.concatenate([made, calibration])
+    return half(core, images=images)[0]
 
 
 def finished(proto: onnx.ModelProto, form: Form, props: Mapping[str, str]) -> onnx.ModelProto:

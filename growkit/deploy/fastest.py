@@ -48,8 +48,8 @@ def candidates(form: Form, place: str) -> tuple[Form, ...]:
     if form.exporter != "dynamo" or form.precision not in ("fp32", "fp16"):
         return ()
     kinds = ["standard"] if form.opset >= 23 else []
-    # TensorRT knows no operators of ONNX Runtime's own, and the CPU has its Attention in float32 alone
-    if place == "cuda" or (place == "cpu" and form.precision == "fp32"):
+    # TensorRT knows no operators of ONNX Runtime's own; only float32 is made of them here
+    if place != "tensorrt" and form.precision == "fp32":
         kinds.append("contrib")
     return tuple(replace(form, attention=kind) for kind in kinds)
 

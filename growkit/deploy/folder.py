@@ -17,8 +17,8 @@ from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
 from growkit.deploy.form import Form
 from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.parts import whole_session
 from growkit.deploy.reference import at_image_size, preprocessing
-from growkit.deploy.runtime import open_session
 from growkit.deploy.settings import ExportSettings
 from growkit.files import write_json
 
@@ -89,7 +89,7 @@ def write_export(
         provenance=provenance,
     )
     say("holding the file against PyTorch")
-    run = open_session(folder / MODEL).outputs
+    run = whole_session(folder / MODEL, form).outputs
     write_reference(model, folder, seed=settings.seed, form=form, run=run)
     parity = check_parity(
         model,

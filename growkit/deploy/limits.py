@@ -1,29 +1,130 @@
-"""How far a file of each precision may be from its model; None where a rule says nothing there."""
+"""How far a file of each precision may be from the model, and how sure its accuracy must be.
 
+The numbers behind them: examples/results/precision_2-cpu-cores_2026-11-24.md, made by
+examples/benchmarks/precision.py.
+"""
+
+import math
 from dataclasses import dataclass
+
+import numpy as np
+
+from growkit.deploy.checks import Verdict
+
+Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of one precision; errors are against the model in float64, in standard deviations of its logits."""
+    """What the gate holds a file of one precision against; None: not judged."""
 
     relative_rms: float
+    """Largest RMS error of the logits / their standard deviation: a ceiling, whatever the model."""
+    noise_ratio: float
+    """Largest error / that of PyTorch in the same precision (growkit.deploy.yardstick), both against float64."""
+    cosine: float
+    """Smallest median, over images, of the cosine between the file's logits and the model's."""
+    cosine_min: float
+    """Smallest cosine of a single image."""
     largest: float | None
-    noise_ratio: float | None
+    """Largest difference of one logit / standard deviation of the logits."""
     invariance: float | None
-    cosine: float | None
-    cosine_min: float | None
-    accuracy_drop: float
+    """Largest relative RMS change of an image's logits when it comes in another batch."""
+    accuracy_drop: float | None
+    """Largest loss of top-1 accuracy, in points, where there is labelled data; one sample is always allowed."""
+    whole_interval: bool = False
+    """Whether the 95 % interval of the loss must lie below accuracy_drop too; if it does not, more data is needed."""
 
 
 LIMITS = {
     "fp32": Limits(
-        relative_rms=1e-5,  # 13 x float32 noise of DeiT-S, a third of the smallest defect tried
-        largest=1e-4,
+        relative_rms=1e-5,
         noise_ratio=3.0,
+        cosine=0.999999,
+        cosine_min=0.999999,
+        largest=1e-4,
         invariance=1e-6,
-        cosine=None,
-        cosine_min=None,
-        accuracy_drop=0.0,
+        accuracy_drop=None,
+    ),
+    "fp16": Limits(
+        relative_rms=5e-3,
+        noise_ratio=2.0,
+        cosine=0.9999,
+        cosine_min=0.9995,
+        largest=None,
+        invariance=1e-3,
+        accuracy_drop=0.1,
+    ),
+    "bf16": Limits(
+        relative_rms=3e-2,
+        noise_ratio=2.0,
+        cosine=0.999,
+        cosine_min=0.995,
+        largest=None,
+        invariance=1e-2,
+        accuracy_drop=0.5,
+    ),
+    # 5.6e-2: 25 dB of signal to noise
+    "int8": Limits(
+        relative_rms=5.6e-2,
+        noise_ratio=1.5,
+        cosine=0.999,
+        cosine_min=0.995,
+        largest=None,
+        invariance=5.6e-2,
+        accuracy_drop=1.0,
+        whole_interval=True,
+    ),
+    "int8-static": Limits(
+        relative_rms=5.6e-2,
+        noise_ratio=2.0,
+        cosine=0.999,
+        cosine_min=0.995,
+        largest=None,
+        invariance=1e-2,
+        accuracy_drop=1.0,
+        whole_interval=True,
     ),
 }
+"""By precision; 'int8' scales activations as they come, 'int8-static' by calibration data."""
+
+
+def accuracy_verdict(limits: Limits, drop: float, low: float, high: float, samples: int) -> Verdict:
+    """Judge what `accuracy_drop_interval` gave on so many samples."""
+    allowed = limits.accuracy_drop
+    if allowed is None:
+        return "pass"
+    if limits.whole_interval:
+        return "pass" if high <= allowed else "fail" if low > allowed or drop > allowed else "inconclusive"
+    return "pass" if drop <= max(allowed, 100 / samples) * (1 + 1e-9) else "fail"
+
+
+def accuracy_drop_interval(right: np.ndarray, plain_right: np.ndarray) -> tuple[float, float, float]:
+    """How many points of accuracy a file loses on the model: (drop, low, high), low to high at 95 %.
+
+    right, plain_right  (N,) bool: whether the file and the model have each sample right
+
+    The interval is Tango's (1998), of the score test for paired proportions: with no sample changed it is not empty but
+    as wide as N allows, which a bootstrap's and Wald's are not.
+    """
+    n = len(right)
+    lost, won = int((plain_right & ~right).sum()), int((right & ~plain_right).sum())
+
+    def score(drop: float) -> float:
+        """Standard errors between what was seen and a true `drop`; falls as `drop` grows."""
+        b = (2 * n - lost + won) * drop - lost - won
+        c = -won * drop * (1 - drop)
+        # share of samples won, as likely as can be under `drop`
+        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * share + drop * (1 - drop))
+        distance = lost - won - n * drop
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+
+    def crossing(level: float, low: float, high: float) -> float:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > level else (low, middle)
+        return (low + high) / 2
+
+    seen = (lost - won) / n
+    return 100 * seen, 100 * crossing(Z95, -1.0, seen), 100 * crossing(-Z95, seen, 1.0)

@@ -18,7 +18,7 @@ class Truth:
 
     images    (N, C, H, W) float32
     expected  logits in float64 (N, classes)
-    plain     logits in PyTorch's float32 (N, classes)
+    plain     logits of PyTorch in the file's own precision (N, classes)
     extremes  by name: an image (1, C, H, W) and its logits in float64
     batches   batch sizes to try, smallest first; all images go through in the smallest
     """
@@ -60,10 +60,9 @@ def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[
         off = rms(np.concatenate([(g - e).ravel() for g, e, _ in pairs]))
         own = rms(np.concatenate([(p - e).ravel() for _, e, p in pairs]))
         ratio = off / own if own > 0 else (1.0 if off == 0 else math.inf)
-        if limits.noise_ratio is not None:
-            checks.append(
-                check("numbers", "error / PyTorch's own", ratio <= limits.noise_ratio, ratio, limits.noise_ratio)
-            )
+        checks.append(check("numbers", "error / PyTorch's own", ratio <= limits.noise_ratio, ratio, limits.noise_ratio))
+        angles = float(np.median(np.concatenate([cosines(g, e) for g, e, _ in pairs])))
+        checks.append(check("numbers", "median cosine", angles >= limits.cosine, angles, limits.cosine))
         if limits.invariance is not None and 1 in got:
             checks += [_invariant(got[1], got[b], b, truth.spread, limits.invariance) for b in got if b > 1]
         made, overall["predictions"] = predictions(
@@ -120,10 +119,9 @@ def compared(
         # `not >` would let NaN pass
         *(check(group, f"{name}: {w}", v <= limit, v, limit) for w, v, limit in limited if limit is not None),
     ]
-    if limits.cosine_min is not None:
-        figures["cosine_min"] = float(cosines(got, wanted).min())
-        passed = figures["cosine_min"] >= limits.cosine_min
-        checks.append(check(group, f"{name}: smallest cosine", passed, figures["cosine_min"], limits.cosine_min))
+    figures["cosine_min"] = float(cosines(got, wanted).min())
+    passed = figures["cosine_min"] >= limits.cosine_min
+    checks.append(check(group, f"{name}: smallest cosine", passed, figures["cosine_min"], limits.cosine_min))
     return checks, figures
 
 

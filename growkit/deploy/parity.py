@@ -22,7 +22,7 @@ from growkit.deploy.form import Form, form_of
 from growkit.deploy.inputs import MODES, as_model_takes, extremes, made_pictures
 from growkit.deploy.limits import LIMITS, Limits
 from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
-from growkit.deploy.parts import core_session, front_session
+from growkit.deploy.parts import core_session, front_session, whole_session
 from growkit.deploy.reference import (
     Preprocessing,
     at_image_size,
@@ -31,11 +31,12 @@ from growkit.deploy.reference import (
     preprocessing,
     truth_of,
 )
-from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.runtime import Session
 from growkit.deploy.store import files_of, read_graph
 from growkit.deploy.structure import structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
+from growkit.deploy.yardstick import in_precision
 from growkit.errors import GrowkitError, ParityError
 
 IMAGES = 8  # at 224 x 224; small images come cheaper and steady the noise ratio
@@ -104,14 +105,14 @@ def check_parity(
         files = files_of(file)
         proto = read_graph(file)
         onnx.checker.check_model(str(file), full_check=True)
-        session = open_session(file, provider=provider)
+        form = form_of({p.key: p.value for p in proto.metadata_props})
+        session = whole_session(file, form, provider=provider)
     except GrowkitError:
         raise
     except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
         broken = check("structure", "valid ONNX", False, "refused", "accepted", _first_line(error))
         return Parity((broken,), {}, "none", Form())
 
-    form = form_of({p.key: p.value for p in proto.metadata_props})
     limits = LIMITS[form.precision]
     if max_accuracy_drop is not None:
         limits = replace(limits, accuracy_drop=max_accuracy_drop)
@@ -123,7 +124,7 @@ def check_parity(
     known = Truth(
         images,
         logits_of(truth, images),
-        logits_of(plain, images),
+        logits_of(in_precision(plain, "int8" if form.precision == "int8-static" else form.precision), images),
         {name: (image, logits_of(truth, image)) for name, image in extremes(prepared, seed).items()},
         (form.batch,) if form.batch else tuple(sorted({1, 2, 3, 5, max_batch})),
     )

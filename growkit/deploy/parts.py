@@ -1,39 +1,56 @@
 """Parts of a file as sessions of their own: the network between pixels and probabilities, and what lies in front."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from growkit.deploy.form import Form
+from growkit.deploy.precision import emulated
 from growkit.deploy.reference import Preprocessing
 from growkit.deploy.runtime import Session, open_session
 from growkit.deploy.store import read_graph
+from growkit.errors import GrowkitError
 
 
-def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int, **options: object) -> Session:
+def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
+    """The file itself.
+
+    ONNX Runtime's CPU provider has no bfloat16: there its arithmetic is emulated, as precision.emulated says.
+    """
+    if form.precision == "bf16" and provider in ("cpu", "auto"):
+        if provider == "auto":
+            with contextlib.suppress(GrowkitError):
+                return open_session(file, provider="cuda", **options)
+        return _session(file, read_graph(file), form, provider="cpu", **options)
+    return open_session(file, provider=provider, **options)
+
+
+def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int, **options: Any) -> Session:
     """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
 
     Raises:
         ValueError: the graph has no such values in it.
     """
     if not form.pixels and form.output == "logits":
-        return open_session(file, **options)  # type: ignore[arg-type]
+        return whole_session(file, form, **options)
     count = form.batch or "batch"
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
     made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
-    return _session(file, given, made, **options)
+    return _session(file, between(_graph(file, form), given, made), form, **options)
 
 
-def front_session(file: Path, form: Form, prepared: Preprocessing, **options: object) -> Session:
+def front_session(file: Path, form: Form, prepared: Preprocessing, **options: Any) -> Session:
     """Pixels -> normalised images 'input'.
 
     Raises:
         ValueError: the graph has no such values in it.
     """
-    proto = read_graph(file, weights=False)
+    proto = _graph(file, form)
     made = helper.make_tensor_value_info("input", TensorProto.FLOAT, [form.batch or "batch", *prepared.input_size])
-    return _session(file, proto.graph.input[0], made, **options)
+    return _session(file, between(proto, proto.graph.input[0], made), form, **options)
 
 
 def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
@@ -74,6 +91,12 @@ def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.Value
     return part
 
 
-def _session(file: Path, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto, **options: object) -> Session:
-    part = between(read_graph(file, weights=False), given, made)
-    return open_session(part.SerializeToString(), folder=file.parent, **options)  # type: ignore[arg-type]
+def _graph(file: Path, form: Form) -> onnx.ModelProto:
+    # what is emulated is rewritten, weights and all; else ONNX Runtime reads them from beside the file
+    return read_graph(file, weights=form.precision == "bf16")
+
+
+def _session(file: Path, part: onnx.ModelProto, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
+    if form.precision == "bf16" and provider == "cpu":
+        part, options = emulated(part), {**options, "optimise": False}
+    return open_session(part.SerializeToString(), folder=file.parent, provider=provider, **options)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,9 +14,15 @@ from growkit.deploy.checks import Check, check
 from growkit.deploy.form import Form
 from growkit.deploy.pixels import CUBIC
 from growkit.deploy.reference import preprocessing
+from growkit.deploy.stored import explain, stored_in
 
 
 def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
+    """Whether every stored tensor is the model's, and every tensor of the model there, exactly in any precision."""
+    return _whole(proto, model, form) if form.precision == "fp32" else _lowered(proto, model, form)
+
+
+def _whole(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
     """Bit for bit, both ways: nothing of the model missing, nothing in the file unexplained.
 
     This is what sees a single weight off by 1 %, which drowns in float32 noise.
@@ -37,9 +44,8 @@ def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[
                 stored.append((node.output[0], numpy_helper.to_array(attribute.t)))
     stored = [(name, a) for name, a in stored if a.dtype.kind not in "iub"]
 
-    known = _known_constants(model)
+    known = _known_constants(model, form)
     if form.pixels:
-        known |= {np.float32(255), np.float32(CUBIC)}
         prepared = preprocessing(model)
         for name, values in (("mean", prepared.mean), ("std", prepared.std)):
             by_bits.setdefault(_bits(np.asarray(values, dtype=np.float32)), f"preprocessing {name}")
@@ -66,20 +72,60 @@ def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[
     # the exporter leaves a bias out that is all zeros
     missing = [n for n in missing if state[n].ndim != 1 or state[n].any()]
 
-    for node in proto.graph.node:
-        constants += [
-            f"{node.op_type} {node.name}: {a.name} = {a.f:.9g}"
-            for a in node.attribute
-            if a.type == onnx.AttributeProto.FLOAT and np.float32(a.f) not in known
-        ]
+    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, known)], len(state), len(stored))
 
+
+def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
+    """Rounding has one right answer: float16 and bfloat16 bit for bit, int8 by its channel's scale."""
+    tensors = dict(model.state_dict()) | dict(model.named_buffers())
+    state = {name: t.numpy() for name, t in tensors.items() if t.is_floating_point()}
+    wanted = {name for name in model.state_dict() if name in state}
+    if form.pixels:
+        prepared = preprocessing(model)
+        for name, values in (("mean", prepared.mean), ("std", prepared.std)):
+            state[f"preprocessing {name}"] = np.asarray(values, dtype=np.float32)
+    known = _known_constants(model, form)
+    found: set[str] = set()
+    unexplained, constants = [], []
+    stored = stored_in(proto)
+    for one in stored:
+        if (own := explain(one, state) or explain(replace(one, array=_once(one.array)), state)) is not None:
+            found.add(own)
+        elif one.array.size == 1 and one.scale is None:
+            value = float(one.array.reshape(()))
+            if value not in {float(constant.astype(one.array.dtype)) for constant in known}:
+                constants.append(f"{one.name} = {value:.9g}")
+        else:
+            unexplained.append(f"{one.name} {one.array.dtype} {list(one.array.shape)}")
+    same = {_bits(state[name]) for name in found}
+    missing = [n for n in wanted if n not in found and _bits(state[n]) not in same]
+    missing = sorted(n for n in missing if state[n].ndim != 1 or state[n].any())
+    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, known)], len(wanted), len(stored))
+
+
+def _once(array: np.ndarray) -> np.ndarray:
+    """One of equal rows: with one batch size the class token is stored as often as there are images."""
+    repeated = array.ndim > 1 and len(array) > 1 and array[:1].tobytes() * len(array) == array.tobytes()
+    return array[:1] if repeated else array
+
+
+def _odd_attributes(proto: onnx.ModelProto, known: set[np.float32]) -> list[str]:
+    return [
+        f"{node.op_type} {node.name}: {a.name} = {a.f:.9g}"
+        for node in proto.graph.node
+        for a in node.attribute
+        if a.type == onnx.AttributeProto.FLOAT and np.float32(a.f) not in known
+    ]
+
+
+def _told(missing: list[str], unexplained: list[str], constants: list[str], own: int, stored: int) -> list[Check]:
     def none_of(name: str, culprits: list[str], told: str) -> Check:
         line = f"{name}: {told}" if not culprits else f"{name}: {_listed(culprits)}"
         return check("weights", name, not culprits, len(culprits), 0, line)
 
     return [
-        none_of("missing from the file", missing, f"none of {len(state)} tensors, bit for bit"),
-        none_of("not the model's", unexplained, f"none of {len(stored)} stored tensors"),
+        none_of("missing from the file", missing, f"none of {own} tensors, bit for bit"),
+        none_of("not the model's", unexplained, f"none of {stored} stored tensors"),
         none_of("unknown constants", constants, "none; every scale and epsilon is the model's"),
     ]
 
@@ -117,7 +163,7 @@ def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | 
     return None
 
 
-def _known_constants(model: nn.Module) -> set[np.float32]:
+def _known_constants(model: nn.Module, form: Form) -> set[np.float32]:
     """Numbers a file may hold beside weights: those of the operators' formulas, and every float
     that a module carries (scale, eps), with its square root: fused attention scales q and k by it.
     """
@@ -125,4 +171,5 @@ def _known_constants(model: nn.Module) -> set[np.float32]:
     formulas |= {math.sqrt(2 / math.pi), 0.044715, 1.702}  # tanh and quick GELU
     carried = {v for m in model.modules() for v in vars(m).values() if type(v) is float}
     carried |= {math.sqrt(v) for v in carried if v > 0}
-    return {np.float32(v) for v in formulas | carried}
+    pixels = {255.0, CUBIC} if form.pixels else set()
+    return {np.float32(v) for v in formulas | carried | pixels}

@@ -42,7 +42,7 @@ def test_verdict_follows_the_whole_interval(found: list[Comparison], noise: floa
         (Form(target="ort-1.23"), "cpu", ["standard", "contrib"]),
         (Form(target="ort-1.23"), "tensorrt", ["standard"]),
         (Form(), "tensorrt", []),
-        (Form(precision="fp16"), "cuda", ["contrib"]),
+        (Form(precision="fp16", target="ort-1.23"), "cuda", ["standard"]),
         (Form(precision="fp16"), "cpu", []),
         (Form(precision="int8"), "cpu", []),
         (Form(exporter="torchscript"), "cpu", []),
