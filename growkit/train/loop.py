@@ -27,7 +27,8 @@ from growkit.train.watch import StepRecord, board, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
-FUSED = ("adamw", "adam", "sgd", "momentum", "nesterov")  # timm's names for what torch updates in one kernel
+SGD = ("sgd", "momentum", "nesterov")
+FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
@@ -389,7 +390,8 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     groups = [group for group in groups if group["params"]]
-    fused = {"fused": True} if settings.opt in FUSED else {}
+    # torch's DTensor knows no fused SGD
+    fused = {"fused": True} if settings.opt in FUSED and not (settings.shard and settings.opt in SGD) else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:
