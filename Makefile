@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo "make demo    the whole way on scikit-learn's digits, into growkit-demo/"
 	@echo "make test    the tests"
-	@echo "make check   linter, formatter, types, contents of the wheel, benchmarks in small, growth on digits"
+	@echo "make check   linter, formatter, types, contents of the wheel, benchmarks in small, growth on digits, torchrun and compiler"
 
 demo: .venv/demo.stamp
 	$(BIN)/growkit demo --force
@@ -23,7 +23,7 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m slow tests/test_package.py tests/test_benchmarks.py tests/compare
+	$(BIN)/pytest -m slow tests/test_package.py tests/test_benchmarks.py tests/compare tests/train
 
 # One stamp per extra, so that an environment is touched again only when pyproject.toml changes.
 .venv/%.stamp: pyproject.toml

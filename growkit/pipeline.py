@@ -1,11 +1,11 @@
 """The job of each command as one function: source in, files and figures of a run folder out."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,12 @@ from growkit.train.distributed import by_leader, leads, local_rank, restarted, s
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
-from growkit.train.score import Scores, evaluate, predictor, score_model
+from growkit.train.score import Done, Scores, Scoring, evaluate, followed, predictor, refuse_tf32, score_model, silent
 from growkit.train.settings import FitSettings
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
 Watch = Callable[[StepRecord], None]
 Say = Callable[[str], None]
-Done = Callable[[int, int], None]  # images done, images in all
-T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,11 @@ def grow_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
+    scoring: Scoring = silent,
 ) -> Grown:
     """Grow `source` into `to`, train the operator where there is data, and write run/grown.
 
-    `say` gets lines for the user, `watch` the progress of operator training.
+    `say` gets lines for the user, `watch` the progress of operator training, `scoring` that of scoring.
 
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
@@ -183,8 +182,8 @@ def grow_model(
         operator = _sized(grown, opened, operator, chosen, say)
         refuse_unusable(opened, operator)
         scores = {
-            "source": score_model(small, opened, operator, chosen),
-            "step0": score_model(model, opened, operator, chosen),
+            name: score_model(scored, opened, operator, chosen, progress=scoring(told))
+            for name, scored, told in (("source", small, "source"), ("step0", model, "grown model"))
         }
         for name, found in scores.items():
             say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
@@ -199,7 +198,9 @@ def grow_model(
                 resume=resume,
                 on_step=watch,
             )
-            scores["operator"] = score_model(grown.materialize(), opened, operator, chosen)
+            scores["operator"] = score_model(
+                grown.materialize(), opened, operator, chosen, progress=scoring("grown model")
+            )
         else:
             say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
         model = grown.materialize()
@@ -272,12 +273,15 @@ def train_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
+    scoring: Scoring = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
     draft = fresh(name, sets, ["?"], seed=settings.seed)
     opened = open_data(data, draft.preprocessing, settings)
     source = fresh(name, sets, _labels(opened, draft), seed=settings.seed)
-    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch)
+    return _fit_into(
+        run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch, scoring
+    )
 
 
 def finetune_model(
@@ -291,6 +295,7 @@ def finetune_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
+    scoring: Scoring = silent,
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
     opened = open_data(data, source.preprocessing, settings)
@@ -310,6 +315,7 @@ def finetune_model(
         resume,
         say,
         watch,
+        scoring,
     )
 
 
@@ -330,6 +336,7 @@ def _fit_into(
     resume: bool,
     say: Say,
     watch: Watch | None,
+    scoring: Scoring,
 ) -> Trained:
     resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume)
     chosen = pick_device(device)
@@ -338,7 +345,7 @@ def _fit_into(
     refuse_unusable(opened, settings)
     start = None
     if command == "finetune" and not resume:
-        start = score_model(model, opened, settings, chosen)
+        start = score_model(model, opened, settings, chosen, progress=scoring("start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
@@ -362,7 +369,7 @@ def _fit_into(
         opened,
         settings,
         device=chosen,
-        evaluate=lambda judged: score_model(judged, opened, settings, chosen),
+        evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=scoring("validation images")),
         folder=folder / LAST,
         resume=resume,
         on_step=watch,
@@ -390,7 +397,12 @@ def _fit_into(
 
 
 def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say) -> FitSettings:
-    """The settings with the batch size that was asked for, or found."""
+    """The settings with the batch size that was asked for, or found.
+
+    Raises:
+        GrowkitError: not a single image fits, or the device cannot do what the settings ask of it.
+    """
+    refuse_tf32(settings, device)
     sized = with_batch_size(model, opened, settings, device)
     if sized is not settings:
         say(f"--batch-size {sized.batch_size} is the largest that fits {device}; --lr {settings.lr:g} is not scaled")
@@ -404,16 +416,7 @@ def evaluate_model(
     opened, chosen = open_data(data, source.preprocessing, settings), pick_device(device)
     predict = predictor(source.model().to(chosen), chosen, settings.precision)
     batches = val_batches(opened, settings, device=chosen)
-    return evaluate(predict, _followed(batches, size_of(opened.val), progress))
-
-
-def _followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
-    """The batches, labels last in each; `progress` is told how many of `total` images are done."""
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch[-1])
-        progress(done, total)
+    return evaluate(predict, followed(batches, size_of(opened.val), progress))
 
 
 def _origin(source: Source) -> dict[str, Any]:
@@ -479,7 +482,7 @@ def evaluate_onnx(
     """
     answering = _answering_onnx(path, provider)
     opened = open_data(data, answering.preprocessing, settings)
-    return evaluate(answering.predict, _followed(val_batches(opened, settings), size_of(opened.val), progress))
+    return evaluate(answering.predict, followed(val_batches(opened, settings), size_of(opened.val), progress))
 
 
 def _answering_onnx(path: Path, provider: str) -> Answering:
@@ -570,7 +573,7 @@ def evaluate_against(
         say("the two prepare images differently; each gets them its own way")
         others = open_data(data, old.preprocessing, settings)
         batches = in_step(val_batches(others, settings), val_batches(opened, settings))
-    batches = _followed(batches, size_of(opened.val), progress)
+    batches = followed(batches, size_of(opened.val), progress)
     found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)
     if recorded:
         read = ("batch_size", "precision", "data_dir", "val_split")

@@ -5,6 +5,7 @@ import platform
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from growkit.errors import GrowkitError
@@ -68,6 +69,13 @@ class RunFolder:
         """Raise GrowkitError where the run cannot be written to its end, before the work starts."""
         if self.path.exists() and not self.path.is_dir():
             raise GrowkitError(f"{self.path} is a file; --run names a folder")
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        try:
+            with TemporaryDirectory(dir=there, prefix=".growkit"):
+                pass
+        except OSError as error:
+            reason = (error.strerror or "no folder can be made there").lower()
+            raise GrowkitError(f"--run {self.path}: cannot be written ({reason}); name another folder") from None
         self.steps()
 
     def steps(self) -> list[dict[str, Any]]:

@@ -73,3 +73,15 @@ def test_fine_tuning_starts_from_the_grown_model_and_never_from_its_own(tmp_path
         (stage / "model.safetensors").touch()
         if stage != run.finetuned:
             assert run.startable() == stage
+
+
+@pytest.mark.parametrize("place", ["a file/run", "a file/deeper/run"])
+def test_run_that_cannot_be_made_is_refused_by_its_option(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(GrowkitError, match=rf"--run .*{place}: cannot be written \(not a directory\)"):
+        RunFolder(tmp_path / place).refuse_unusable()
+
+
+def test_looking_whether_a_run_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new" / "run").refuse_unusable()
+    assert list(tmp_path.iterdir()) == []

@@ -87,7 +87,7 @@ def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
     best, *_ = optimum(ring, x)
     dearer = ((0, 1), (0, 2), (0, 1), (0, 1))  # B and L first
-    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: (dearer, best, ring_module.SLICE_ELEMENTS))
+    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: (dearer, best, ring_module.FEWEST_ELEMENTS))
     contraction_plan.cache_clear()
     try:
         assert counted(ring, x)[0] > 1.5 * best
@@ -114,7 +114,7 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     model = y.untyped_storage().nbytes()
     cores = sum(core.untyped_storage().nbytes() for core in ring.cores.values())
     assert alive.largest == model  # of all that is ever made: the result itself
-    # forward: the slices and the result they are joined to; backward: gradients too, and copies in a product's order
-    slice_bytes = 4 * ring_module.SLICE_ELEMENTS
-    assert forward <= 2 * model + 3 * slice_bytes
-    assert alive.peak <= 2 * model + 4 * cores + 6 * slice_bytes
+    # forward: the slices, the result they are joined to and a core in a product's order; backward: gradients too
+    slice_bytes = ring_module.SLICE_SHARE * model
+    assert forward <= 2 * model + cores + 3 * slice_bytes
+    assert alive.peak <= 2 * model + 4 * cores + 8 * slice_bytes

@@ -4,12 +4,15 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from growkit import __version__
+from growkit_cli.console import Console
 from growkit_cli.main import app
+from growkit_cli.progress import telling
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxruntime", "numpy", "sklearn"}
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -58,16 +61,38 @@ def test_heavy_import_is_found() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-def test_terminal_gets_a_line_before_anything_heavy_is_loaded(terminal: bool) -> None:
+def test_terminal_and_pipe_get_a_line_before_anything_heavy_is_loaded(terminal: bool) -> None:
     # The first import of torch fails here: what was said until then is all there is.
     program = RUN.replace("import sys", "import sys; sys.modules['torch'] = None")
-    ours, theirs = pty.openpty()
+    ours, theirs = pty.openpty() if terminal else os.pipe()  # reading end, writing end
     try:
         command = [sys.executable, "-c", program, "evaluate", "none.pth", "--data", "none"]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs if terminal else subprocess.DEVNULL)
-        os.write(theirs, b"\n")
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs)
         said = os.read(ours, 65536).decode().splitlines()
     finally:
         os.close(ours)
         os.close(theirs)
-    assert said[0] == (f"growkit {__version__}: evaluate" if terminal else "")
+    assert (said[0], done.stdout) == (f"growkit {__version__}: evaluate", b"")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_of_several_processes_says_the_first_line(rank: str, lines: int) -> None:
+    program = RUN.replace("import sys", "import sys; sys.modules['torch'] = None")
+    command = [sys.executable, "-c", program, "evaluate", "none.pth", "--data", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RANK": rank})
+    assert done.stderr.splitlines().count(f"growkit {__version__}: evaluate") == lines
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.1, 0), (2.0, 4)])
+def test_scoring_shows_a_bar_with_its_rate_once_it_takes_long(
+    seconds: float, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(seconds * n for n in range(9))
+    monkeypatch.setattr("growkit_cli.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with telling(Console()) as scoring:
+        progress = scoring("source")
+        for done in (10, 20, 30, 40):
+            progress(done, 40)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    assert said[:1] == (["scoring the source 10/40 5 images/s"] if lines else [])

@@ -11,7 +11,7 @@ from growkit.compare.settings import CompareSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, From, FromSets, NeededData, Resume, Run, Sets, with_settings
-from growkit_cli.progress import following
+from growkit_cli.progress import following, telling
 
 
 @with_settings(CompareSettings)
@@ -54,7 +54,7 @@ def compare(
     for note in loaded.notes:
         console.say(note)
     try:
-        with following(console, "comparing") as follow:
+        with following(console, "comparing") as follow, telling(console) as scoring:
             compared = compare_methods(
                 RunFolder(run),
                 loaded,
@@ -69,6 +69,7 @@ def compare(
                 command=shlex.join(["growkit", *sys.argv[1:]]),
                 say=console.say,
                 follow=follow,
+                scoring=scoring,
             )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished runs are kept, --resume goes on\n")

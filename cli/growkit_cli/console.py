@@ -88,7 +88,8 @@ class Console:
         try:
             yield bar
         finally:
-            live.stop()
+            if self.rich.is_terminal:  # elsewhere it would print an empty line
+                live.stop()
 
 
 class Bar:

@@ -7,7 +7,7 @@ from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, tell_trained, watching
+from growkit_cli.progress import ended, tell_trained, telling, watching
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
@@ -38,7 +38,7 @@ def finetune(
     loaded = load_source(path)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "fine-tuning") as watch:
+    with watching(console, "fine-tuning") as watch, telling(console) as scoring:
         trained = finetune_model(
             folder,
             loaded,
@@ -49,6 +49,7 @@ def finetune(
             resume=resume,
             say=console.say,
             watch=watch,
+            scoring=scoring,
         )
     tell_trained(console, trained)
     ended(console, trained.fitted)

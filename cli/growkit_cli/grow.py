@@ -22,7 +22,7 @@ from growkit_cli.options import (
     with_settings,
 )
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, watching
+from growkit_cli.progress import ended, telling, watching
 
 
 @with_settings(GrowSettings)
@@ -68,7 +68,7 @@ def grow(
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "training the operator") as watch:
+    with watching(console, "training the operator") as watch, telling(console) as scoring:
         grown = grow_model(
             RunFolder(run),
             loaded,
@@ -82,6 +82,7 @@ def grow(
             resume=resume,
             say=console.say,
             watch=watch,
+            scoring=scoring,
         )
     if grown.operator and grown.scores:
         before, after = grown.scores["step0"], grown.scores["operator"]

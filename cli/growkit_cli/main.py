@@ -60,12 +60,13 @@ def growkit(
 
 
 def prompt(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with a line on the terminal before anything else: torch takes seconds to load."""
+    """The command with a line on stderr before anything else: torch takes seconds to load."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if sys.stderr.isatty() and sys.modules.get("torch") is None:  # a pipe gets what it asked for alone
+        if sys.modules.get("torch") is None and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             sys.stderr.write(f"growkit {__version__}: {command.__name__}\n")
+            sys.stderr.flush()
         return command(*args, **kwargs)
 
     return run

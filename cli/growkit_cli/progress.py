@@ -1,17 +1,20 @@
 """Training progress as a person reads it: rate, loss, score, time left."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
-from growkit_cli.console import Console
+from growkit_cli.console import Bar, Console
 
 if TYPE_CHECKING:
     from growkit.pipeline import Trained
     from growkit.train.loop import FitResult, StepRecord
+
+QUICK = 1.0  # seconds of scoring that need no bar
 
 
 @contextmanager
@@ -29,6 +32,32 @@ def watching(console: Console, title: str) -> Iterator[Callable[["StepRecord"], 
             bar.update(record.step, note)
 
         yield watch
+
+
+@contextmanager
+def telling(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Yield `scoring(what)`, which makes what is told how many images of how many are scored.
+
+    It shows a bar once that has taken QUICK seconds.
+    """
+    with ExitStack() as shown:
+
+        def scoring(what: str) -> Callable[[int, int], None]:
+            began = time.monotonic()
+            bars: list[Callable[[int], Bar]] = []
+
+            def progress(done: int, total: int) -> None:
+                seconds = time.monotonic() - began
+                if not bars and seconds > QUICK and done < total:
+                    bars.append(shown.enter_context(console.progress(f"scoring the {what}")))
+                if bars:
+                    bars[0](total).update(done, f"{done / seconds:.0f} images/s")
+                if bars and done >= total:
+                    shown.close()
+
+            return progress
+
+        yield scoring
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from growkit.compare.settings import SweepSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, From, FromSets, NeededData, Resume, Run, Sets, with_settings
-from growkit_cli.progress import following
+from growkit_cli.progress import following, telling
 
 
 @with_settings(SweepSettings)
@@ -53,7 +53,7 @@ def sweep(
     for note in loaded.notes:
         console.say(note)
     try:
-        with following(console, "sweeping") as follow:
+        with following(console, "sweeping") as follow, telling(console) as scoring:
             swept = sweep_settings(
                 RunFolder(run),
                 loaded,
@@ -70,6 +70,7 @@ def sweep(
                 command=shlex.join(["growkit", *sys.argv[1:]]),
                 say=console.say,
                 follow=follow,
+                scoring=scoring,
             )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished trials are kept, --resume goes on\n")

@@ -9,7 +9,7 @@ from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, tell_trained, watching
+from growkit_cli.progress import ended, tell_trained, telling, watching
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO})
@@ -34,7 +34,7 @@ def train(
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
-    with watching(console, f"training {architecture}") as watch:
+    with watching(console, f"training {architecture}") as watch, telling(console) as scoring:
         trained = train_model(
             RunFolder(run),
             architecture,
@@ -46,6 +46,7 @@ def train(
             resume=resume,
             say=console.say,
             watch=watch,
+            scoring=scoring,
         )
     tell_trained(console, trained)
     ended(console, trained.fitted)

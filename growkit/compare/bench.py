@@ -22,7 +22,7 @@ from growkit.train.data import Data, batches_per_epoch, images_per_batch
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
-from growkit.train.score import Scores, score_model
+from growkit.train.score import Scores, Scoring, refuse_tf32, score_model, silent
 from growkit.train.settings import FitSettings
 
 Watch = Callable[[StepRecord], None]
@@ -47,6 +47,7 @@ class Bench:
     test       the images scored once, as validation images
     recipe     how the full budget is spent from nothing
     operator   how operators are trained
+    scoring    what is told of scoring as it goes
     """
 
     source: Source
@@ -57,11 +58,13 @@ class Bench:
     operator: FitSettings
     device: torch.device
     folder: Path
+    scoring: Scoring = silent
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
 
     def refuse_unusable(self) -> None:
         """Raise GrowkitError where no run could use the recipe, or no operator its own."""
         for settings in (self.recipe, self.operator):
+            refuse_tf32(settings, self.device)
             refuse_unusable(self.data, settings)
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
@@ -140,7 +143,8 @@ class Bench:
 
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
         """Scores on the held-out images, or on the test images."""
-        return score_model(model, self.test if test else self.data, self.recipe, self.device)
+        progress = self.scoring("test images" if test else "held-out images")
+        return score_model(model, self.test if test else self.data, self.recipe, self.device, progress=progress)
 
     def fresh(self, arm: Arm) -> nn.Module:
         """The network that the arm trains, with weights yet to be loaded."""

@@ -25,7 +25,7 @@ from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import TIMM, Source, with_classes
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import amp_dtype
+from growkit.train.score import Scoring, amp_dtype, silent
 from growkit.train.settings import FitSettings
 
 BEGUN = "begun.json"
@@ -253,11 +253,12 @@ def compare_methods(
     command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: lambda record: None,
+    scoring: Scoring = silent,
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.
 
     `recipe` says what the full budget is: the target trained from nothing for its epochs or steps. `say` gets lines for
-    the user, `follow` makes what watches a run of a given title.
+    the user, `follow` makes what watches a run of a given title, `scoring` what is told how far scoring is.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a
@@ -278,6 +279,7 @@ def compare_methods(
         folder=run.compare,
         split=settings,
         say=say,
+        scoring=scoring,
     )
     comparison = Comparison(bench, settings, say=say, follow=follow)
     comparison.prepare(resume=resume)
@@ -324,6 +326,7 @@ def bench_of(
     device: torch.device,
     folder: Path,
     say: Say,
+    scoring: Scoring = silent,
 ) -> Bench:
     """What all arms share: the source with a head for the data, the target, and the images split by `split`."""
     opened = open_data(data, source.preprocessing, recipe)
@@ -336,7 +339,7 @@ def bench_of(
         say(f"the source calls its classes {_some(source.labels)}, the data {_some(labels)}: they are taken in order")
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
-    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder)
+    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, scoring)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from growkit.record import RunFolder, hardware, versions
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
+from growkit.train.score import Scoring, silent
 from growkit.train.settings import FitSettings
 
 NOTHING = "from-nothing"  # a folder for each rate
@@ -45,7 +46,7 @@ STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", T
 class Tried:
     """One trial: options as `growkit grow` and `finetune` call them; the score on held-out images where it ended."""
 
-    number: int
+    number: int  # from 1
     options: dict[str, Any]
     state: str
     reason: str | None  # of a failure
@@ -87,6 +88,7 @@ def sweep_settings(
     command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: lambda record: None,
+    scoring: Scoring = silent,
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
@@ -102,7 +104,18 @@ def sweep_settings(
     run.refuse_unusable()
     if not resume:
         refuse_existing(run.sweep, force)
-    bench = bench_of(source, to, data, recipe, sets=sets, device=device, folder=run.sweep, split=settings, say=say)
+    bench = bench_of(
+        source,
+        to,
+        data,
+        recipe,
+        sets=sets,
+        device=device,
+        folder=run.sweep,
+        split=settings,
+        say=say,
+        scoring=scoring,
+    )
     pilot = Pilot(bench, settings, say=say, follow=follow)
     pilot.prepare(resume=resume)
     nothing = pilot.from_nothing()
@@ -202,7 +215,7 @@ class Pilot:
             study, trial, answers = self._next(ended)
             arm, options = self.space.combine(answers)
             trial.set_user_attr("options", options)
-            watch = self.follow(f"trial {len(ended)}", len(ended), self.total)
+            watch = self.follow(f"trial {len(ended) + 1}", len(ended), self.total)
             try:
                 score = self._score_of(trial, arm, options["lr"], nothing, watch)
             except optuna.TrialPruned:
@@ -294,8 +307,7 @@ class Pilot:
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
         why = f" ({tried.reason})" if tried.reason else ""
         self.say(
-            f"[{trial.number + 1}/{self.total}] {_words(tried.options)}: {tried.state}{why}, "
-            f"{self.settings.metric} {shown}"
+            f"[{tried.number}/{self.total}] {_words(tried.options)}: {tried.state}{why}, {self.settings.metric} {shown}"
         )
 
 
@@ -409,7 +421,7 @@ def _text(value: Any) -> str:
 def _tried(trial: FrozenTrial) -> Tried:
     known = trial.user_attrs
     return Tried(
-        number=trial.number,
+        number=trial.number + 1,  # as the counter shows it
         options=known["options"],
         state=STATES[trial.state],
         reason=known.get("reason"),

@@ -9,6 +9,7 @@ B is the matrix inside a layer, O its output axis, L the layer, I its input axis
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import prod
 from typing import Self
 
 import opt_einsum
@@ -20,9 +21,12 @@ from growkit.errors import GrowkitError
 
 AXES = "BOLI"
 BONDS = "pqrs"
-# Elements of the largest intermediate of one slice: 128 MB in float32. Smaller slices cost no extra
-# arithmetic but make the matrix products thin.
-SLICE_ELEMENTS = 2**25
+# Elements of the largest intermediate of one slice: a share of the result's, so that slices weigh little beside what is
+# grown, but at least 1 MB in float32, for smaller slices make the matrix products thin, and never above 128 MB.
+SLICE_SHARE = 1 / 8
+FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
+MANY_SLICES = 256  # more are not made for the share's sake: each takes some dozens of kernels
+SPARE = 1.05  # arithmetic that a plan may take beside the cheapest for smaller slices
 
 
 class RingOperator(nn.Module):
@@ -96,7 +100,8 @@ class RingOperator(nn.Module):
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
             axis, width, slices = self._slices(x, cores)
-            return torch.cat(list(slices), dim=axis)
+            pieces = list(slices)
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
         grown = x.new_zeros([self.cores[axis].shape[2] for axis in AXES])
         for ring in _independent_rings(_without_dead_bonds(cores)):
             axis, width, slices = self._slices(x, ring)
@@ -136,7 +141,17 @@ class RingOperator(nn.Module):
     def _contract(self, x: Tensor, *cores: Tensor) -> Tensor:
         shapes = tuple(tuple(core.shape) for core in cores)
         path, _, _ = cheapest_path(self.equation, tuple(x.shape), shapes)
-        return opt_einsum.contract(self.equation, x, *cores, optimize=list(path), backend="torch")
+        equation, operands = self._without_single_bonds(x, *cores)
+        return opt_einsum.contract(equation, *operands, optimize=list(path), backend="torch")
+
+    def _without_single_bonds(self, x: Tensor, *cores: Tensor) -> tuple[str, list[Tensor]]:
+        """The equation and its operands without bonds of one index: torch sums over them by copying what is big."""
+        single = {BONDS[n] for n, core in enumerate(cores) if len(core) == 1}
+        operands = [
+            core.squeeze(tuple(place for n, place in ((n, 0), ((n + 1) % 4, 3)) if BONDS[n] in single))
+            for n, core in enumerate(cores)
+        ]
+        return self.equation.translate({ord(bond): None for bond in single}), [x, *operands]
 
 
 def _without_dead_bonds(cores: list[Tensor]) -> list[Tensor]:
@@ -174,6 +189,7 @@ class ContractionPlan:
 
     axis: str
     width: int
+    slices: int
     flops: int  # of one forward application, 2 per multiply-add
     largest_elements: int  # of the largest intermediate
 
@@ -182,28 +198,41 @@ class ContractionPlan:
 def contraction_plan(
     equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str
 ) -> ContractionPlan:
-    """The cheapest way to apply a ring with intermediates of at most SLICE_ELEMENTS.
+    """How to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
 
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
-    DeiT-S -> DeiT-B at rank 4). So the axis is chosen by arithmetic, then by the fewest slices.
+    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first. Of the plans within SPARE of the cheapest, those with
+    intermediates of at most SLICE_SHARE of the result are taken, or those with the smallest.
     """
-    candidates = []
-    for position, axis in enumerate(order):
-        size = cores[position][2]
-        width = size
-        while True:
-            sliced = list(cores)
-            shape = cores[position]
-            sliced[position] = (shape[0], shape[1], width, shape[3])
-            _, flops, largest = cheapest_path(equation, x, tuple(sliced))
-            if largest <= SLICE_ELEMENTS or width == 1:
-                break
-            width = -(-width // 2)
-        count = -(-size // width)
-        over = largest > SLICE_ELEMENTS
-        candidates.append((over, flops * count, count, ContractionPlan(axis, width, flops * count, largest)))
-    return min(candidates, key=lambda candidate: candidate[:3])[3]
+    plans = [plan for position in range(len(order)) for plan in _plans_along(position, equation, x, cores, order)]
+    most = max(SLICE_SHARE * prod(core[2] for core in cores), FEWEST_ELEMENTS)
+    able = _at_most(MOST_ELEMENTS, plans)
+    cheapest = min(plan.flops for plan in able)
+    able = _at_most(most, [plan for plan in able if plan.flops <= SPARE * cheapest])
+    return min(able, key=lambda plan: (plan.flops, plan.slices))
+
+
+def _at_most(elements: float, plans: list[ContractionPlan]) -> list[ContractionPlan]:
+    """The plans with intermediates of at most `elements`; where there are none, those with the smallest."""
+    elements = max(elements, min(plan.largest_elements for plan in plans))
+    return [plan for plan in plans if plan.largest_elements <= elements]
+
+
+def _plans_along(
+    position: int, equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str
+) -> Iterator[ContractionPlan]:
+    """In one piece along the axis order[position], in two slices, in four and so on."""
+    shape, sliced = cores[position], list(cores)
+    width = shape[2]
+    while True:
+        sliced[position] = (shape[0], shape[1], width, shape[3])
+        _, flops, largest = cheapest_path(equation, x, tuple(sliced))
+        slices = -(-shape[2] // width)
+        yield ContractionPlan(order[position], width, slices, flops * slices, largest)
+        if width == 1 or (slices >= MANY_SLICES and largest <= MOST_ELEMENTS):
+            return
+        width = -(-width // 2)
 
 
 @lru_cache(maxsize=1024)

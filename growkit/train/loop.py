@@ -21,13 +21,14 @@ from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
 from growkit.train.flops import count_step
 from growkit.train.room import recompute_blocks, telling_what_fits
-from growkit.train.score import Scores, amp_dtype, autocast, predictor, require_labels
+from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, board, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
-FUSED = ("adamw", "adam", "sgd", "momentum", "nesterov")  # timm's names for what torch updates in one kernel
+SGD = ("sgd", "momentum", "nesterov")
+FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
@@ -90,13 +91,14 @@ def fit(
 
     Raises:
         GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
-            finite, no state to resume from, or a state of another run.
+            finite, --tf32 on a device without it, no state to resume from, or a state of another run.
     """
     began = time.perf_counter()
     plan = _plan(data, settings)
     if settings.model_ema and evaluate is None:
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
     device = torch.device(device)
+    refuse_tf32(settings, device)
     with telling_what_fits(model, data, settings, device):
         training = _Training(model, data, settings, device, plan)
     losses: list[float] = []
@@ -149,7 +151,7 @@ def fit(
     with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
         saved_at = mark = time.perf_counter()
         for step in range(start + 1, plan.total + 1):
-            with telling_what_fits(model, data, settings, device):
+            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
                 pending.append(training.update(step, batches))
             last = step == plan.total
             judge = evaluate is not None and (last or plan.evaluates_at(step))
@@ -389,7 +391,8 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     groups = [group for group in groups if group["params"]]
-    fused = {"fused": True} if settings.opt in FUSED else {}
+    # torch's DTensor knows no fused SGD
+    fused = {"fused": True} if settings.opt in FUSED and not (settings.shard and settings.opt in SGD) else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:

@@ -3,16 +3,25 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.data import Data, val_batches
-from growkit.train.distributed import sharded, summed
+from growkit.train.data import Data, size_of, val_batches
+from growkit.train.distributed import sharded, size, summed
 from growkit.train.settings import FitSettings
 
+Done = Callable[[int, int], None]  # images done, images in all
+Scoring = Callable[[str], Done]  # what is scored -> what is told of it
+T = TypeVar("T", bound=tuple[Tensor, ...])
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
+
+
+def silent(what: str) -> Done:
+    """A Scoring that tells nobody."""
+    return lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,27 @@ def evaluate(
     return tally.scores()
 
 
-def score_model(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Scores:
+def score_model(
+    model: nn.Module,
+    data: Data,
+    settings: FitSettings,
+    device: torch.device,
+    *,
+    progress: Done = lambda done, total: None,
+) -> Scores:
     """Scores of a torch model on the validation images of `data`; the model is moved to the device."""
     predict = predictor(model.to(device), device, settings.precision)
-    return evaluate(predict, val_batches(data, settings, device=device))
+    batches = val_batches(data, settings, device=device)
+    return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
+
+
+def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
+    """The batches, labels last in each; `progress` is told how many of `total` images are done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[-1])
+        progress(min(done, total), total)
 
 
 def require_labels(labels: Tensor, outputs: int) -> None:
@@ -165,3 +191,23 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     dtype = amp_dtype(precision, device)
     enabled = dtype is not torch.float32
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
+
+
+@contextmanager
+def multiplying(tf32: bool) -> Iterator[None]:
+    """CUDA multiplies float32 matrices in TF32 or in full float32; afterwards in what torch was set to before."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def refuse_tf32(settings: FitSettings, device: torch.device) -> None:
+    """Raise GrowkitError where --tf32 is asked of a device that cannot multiply so."""
+    if settings.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise GrowkitError(f"--tf32: {device} does not multiply in TF32, GPUs from Ampere on do; leave it out here")

@@ -84,6 +84,9 @@ class FitSettings:
     precision: str = "auto"
     """auto, fp32, bf16 or fp16; auto is bf16 on GPUs that have it and fp32 elsewhere."""
 
+    tf32: bool = False
+    """Let CUDA multiply float32 matrices in TF32 while training: faster, with 10 bits of each factor's mantissa."""
+
     compile: str | None = None
     """Compile the network with torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune."""
 

@@ -269,7 +269,7 @@ DRAWN = {"trials": 5, "noises": "1,0.1,0.01"}
 
 def test_trials_are_distinct_and_as_many_as_asked_for(drawn):
     assert len(outcomes(drawn)) == len(drawn.tried) == 5
-    assert sorted(one.number for one in drawn.tried) == list(range(5))
+    assert sorted(one.number for one in drawn.tried) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 5, 7])  # two of them are from nothing, and some train an operator
@@ -435,7 +435,7 @@ def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp
     failed = next(one for one in found.tried if one.options["rank"] == 2)
     assert (failed.state, failed.reason) == ("failed", "out of memory")
     assert found.best.options["rank"] == 1
-    assert any(line.startswith(f"[{failed.number + 1}/2]") and "failed (out of memory)" in line for line in lines)
+    assert any(line.startswith(f"[{failed.number}/2]") and "failed (out of memory)" in line for line in lines)
     assert trials_table(found.tried)[1][-1][-1] == "failed: out of memory"
     written = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert [one["reason"] for one in written["trials"]] == [None, "out of memory"]
@@ -462,7 +462,7 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     found = run_sweep(tmp_path, source, digits, operator_steps="3")
     nothing = found.content["from_nothing"]
     finished, stopped = found.tried
-    assert (finished.number, finished.state, stopped.number, stopped.state) == (0, "finished", 1, "stopped early")
+    assert (finished.number, finished.state, stopped.number, stopped.state) == (1, "finished", 2, "stopped early")
     assert stopped.operator_flops < stopped.flops < 0.8 * nothing["flops"]
     assert (stopped.flops - stopped.operator_flops) % nothing["flops_per_step"] == 0
     assert stopped.score is not None

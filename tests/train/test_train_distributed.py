@@ -51,6 +51,7 @@ CASES = {  # settings, and whether a growth operator is what is trained
     "resident": (replace(PLAIN, cache="device", color_jitter=0.0), False),
     "grown": (PLAIN, True),
     "sharded": (SHARDED, False),
+    "sharded, with a loss scaler": (replace(SHARDED, precision="fp16"), False),  # float64 stays as it is
 }
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from growkit.arch import build, find, find_target
+from growkit.core.ring import contraction_plan
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train.memory import Alive, step_peak
@@ -69,3 +70,26 @@ def test_operator_step_peaks_little_above_a_plain_step(small_to_base, rank, most
     source, target, state, plain = small_to_base
     operator = grow(source, target, state, GrowSettings(rank=rank)).train()
     assert step_peak(operator, (256, 3, 224, 224), "bf16") <= most * plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "rank", "most"), [(2, 1, 1.25), (2, 4, 1.25), (12, 4, 1.25), (12, 10, 1.5)])
+def test_operator_of_a_small_model_peaks_little_above_a_plain_step_at_any_batch(
+    depth: int, rank: int, most: float
+) -> None:
+    source = find("deit_tiny_patch16_224", {"depth": depth})
+    target, _ = find_target(source, "deit_small_patch16_224", [f"depth={depth}"])
+    batch = (1, 3, 224, 224)  # where activations weigh least
+    plain = step_peak(build(target.name, target.arguments, device="meta").train(), batch, "bf16")
+    operator = grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=rank))
+    assert step_peak(operator.train(), batch, "bf16") <= most * plain
+
+
+def test_slices_of_an_absolute_size_would_outweigh_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("growkit.core.ring.FEWEST_ELEMENTS", 2**25)
+    contraction_plan.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            test_operator_of_a_small_model_peaks_little_above_a_plain_step_at_any_batch(2, 4, 1.25)
+    finally:
+        contraction_plan.cache_clear()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.score import Scores, evaluate, followed, multiplying, predictor, refuse_tf32
+from growkit.train.settings import FitSettings
 
 
 def by_hand(logits: np.ndarray, labels: np.ndarray) -> Scores:
@@ -102,3 +103,37 @@ def test_predictor_runs_in_the_precision_asked_for() -> None:
     model, x = nn.Linear(3, 2), torch.ones(4, 3)
     assert predictor(model, "cpu", "bf16")(x).dtype is torch.bfloat16
     assert predictor(model, "cpu", "auto")(x).dtype is torch.float32
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_products_are_in_tf32_by_choice_alone_and_torch_is_left_as_it_was(chosen: bool, before: str) -> None:
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    found = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = before
+        was = [place.fp32_precision for place in places]
+        with multiplying(chosen):
+            assert [place.fp32_precision for place in places] == ["tf32" if chosen else "ieee"] * 2
+        assert [place.fp32_precision for place in places] == was
+    finally:
+        for place, precision in zip(places, found, strict=True):
+            place.fp32_precision = precision
+
+
+def test_tf32_is_refused_where_nothing_multiplies_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_tf32(FitSettings(), torch.device("cpu"))
+    for device, capability in (("cpu", (8, 0)), ("cuda", (7, 5))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        with pytest.raises(GrowkitError, match=f"--tf32: {device} does not multiply in TF32"):
+            refuse_tf32(FitSettings(tf32=True), torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    refuse_tf32(FitSettings(tf32=True), torch.device("cuda"))
+
+
+def test_scoring_tells_how_far_it_is_after_each_batch() -> None:
+    told: list[tuple[int, int]] = []
+    batches = [(torch.zeros(n, 3), torch.zeros(n)) for n in (4, 4, 2)]
+    assert list(followed(batches, 10, lambda *done: told.append(done))) == batches
+    assert told == [(4, 10), (8, 10), (10, 10)]
