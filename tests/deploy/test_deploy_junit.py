@@ -1,9 +1,13 @@
 """JUnit XML parses, counts, and lets no markup through."""
 
+import functools
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
 
 from growkit.deploy.checks import Check, check, plain
-from growkit.deploy.junit import junit_xml
+from growkit.deploy.junit import junit_xml as xml_of
+
+junit_xml = functools.partial(xml_of, started=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), seconds=1.25)
 
 CHECKS = [
     check("numbers", "batch 1: error", True, 1e-7, 1e-5),
@@ -21,6 +25,17 @@ def test_counts_and_outcomes() -> None:
     assert suite[0].get("classname") == "growkit verify.numbers"
 
 
+def test_attributes_that_the_schemas_of_ant_and_jenkins_ask_for() -> None:
+    suite = ET.fromstring(junit_xml(CHECKS, suite="growkit verify"))[0]
+    assert {k: suite.get(k) for k in ("timestamp", "hostname", "time")} == {
+        "timestamp": "2026-01-02T03:04:05",
+        "hostname": "localhost",
+        "time": "1.250",
+    }
+    assert all({"classname", "name", "time"} <= set(case.attrib) for case in suite)
+    assert all({"message", "type"} <= set(outcome.attrib) for case in suite for outcome in case)
+
+
 def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
     text = junit_xml(CHECKS, suite="<suite>")
     assert "<script>" not in text
@@ -28,7 +43,7 @@ def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
     assert suite.get("name") == "<suite>"
     assert suite[1].get("name") == '<b>"a" & b</b>'
     assert suite[1][0].get("message") == 'got <script> & "quotes"?'
-    assert suite[1][0].text == "measured ]]>, allowed -"
+    assert suite[1][0].text == 'got <script> & "quotes"?\nmeasured ]]>, allowed -'
 
 
 def test_plain_spells_out_what_json_has_no_word_for() -> None:
