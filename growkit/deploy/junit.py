@@ -37,11 +37,14 @@ def junit_xml(checks: Sequence[Check], *, suite: str, started: datetime, seconds
     for c in checks:
         named = {"classname": f"{_clean(suite)}.{c.group}", "name": _clean(c.name), "time": "0.000"}
         case = ET.SubElement(element, "testcase", named)
-        if c.verdict != "pass":
-            kind = "failure" if c.verdict == "fail" else "skipped"
-            outcome = ET.SubElement(case, kind, {"message": _clean(c.line), "type": c.group})
-            # GitLab shows the text alone, others the message
-            outcome.text = _clean(f"{c.line}\nmeasured {shown(c.measured)}, allowed {shown(c.limit)}")
+        if c.verdict == "fail":
+            outcome = ET.SubElement(case, "failure", {"message": _clean(c.line), "type": c.group})
+        elif c.verdict == "inconclusive":
+            outcome = ET.SubElement(case, "skipped", {"message": _clean(c.line)})
+        else:
+            continue
+        # GitLab shows the text alone, others the message
+        outcome.text = _clean(f"{c.line}\nmeasured {shown(c.measured)}, allowed {shown(c.limit)}")
     ET.SubElement(element, "system-out")
     ET.SubElement(element, "system-err")
     ET.indent(root)
