@@ -96,6 +96,11 @@ class Golden:
     seed: int
     data_sets: tuple[DataSet, ...]
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of all stored logits: differences are told relative to it."""
+        return float(np.concatenate([d.logits.ravel() for d in self.data_sets]).std(dtype=np.float64))
+
 
 # what is held --------------------------------------------------------------------------------
 
@@ -153,9 +158,9 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         identity=Identity(
             of="onnx",
             precision=precision_of(proto),
-            architecture=provenance.get("architecture"),
+            architecture=_text(provenance.get("architecture")),
             preprocessing=_object(props.get("preprocessing")),
-            weights_sha256=provenance.get("weights_sha256"),
+            weights_sha256=_text(provenance.get("weights_sha256")),
             onnx_sha256=hashlib.sha256(data).hexdigest(),
         ),
         run=session.run,
@@ -281,6 +286,8 @@ def change_since(old: Golden, subject: Subject) -> str:
     was, now = old.identity, subject.identity
     what, before, after = _told_apart(was, now) or ("weights", None, None)
     weights = f"{what} {_short(before)} -> {_short(after)}" if before != after else f"{what} {_short(after)} as before"
+    if was.of != now.of:
+        weights = f"it was of a {_word(was)}, is of a {_word(now)}; {weights}"
     if _size(was) != _size(now):
         return f"{weights}; images were {_shape(_size(was))}, are {_shape(_size(now))}"
     largest, relative = 0.0, 0.0
@@ -289,7 +296,7 @@ def change_since(old: Golden, subject: Subject) -> str:
         if got.shape != data_set.logits.shape:
             return f"{weights}; {data_set.logits.shape[1]} classes before, {got.shape[1]} now"
         largest = max(largest, float(np.abs(got - data_set.logits.astype(np.float64)).max()))
-        relative = max(relative, relative_rms(got, data_set.logits))
+        relative = max(relative, relative_rms(got, data_set.logits, old.spread))
     return f"{weights}; logits move by up to {largest:.3g} (relative RMS {relative:.3g})"
 
 
@@ -414,11 +421,11 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
     own = golden.tolerance if now.precision == was.precision else TOLERANCE[now.precision]
     limit = own if tolerance is None else tolerance
     for data_set in golden.data_sets:
-        checks += _answers(data_set, subject, limit, label=f"{data_set.name}: {word}")
+        checks += _answers(data_set, subject, limit, golden.spread, label=f"{data_set.name}: {word}")
     return tuple(checks)
 
 
-def _answers(data_set: DataSet, subject: Subject, limit: float, *, label: str) -> list[Check]:
+def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *, label: str) -> list[Check]:
     try:
         got = subject.run(data_set.images)
     except Exception as error:  # timm, torch and ONNX Runtime each have their own kinds
@@ -432,11 +439,11 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, *, label: str) -
             f"{label} answers {_shape(got.shape)}, stored is {_shape(wanted.shape)}: the reference is another model's"
         )
         return [check("golden", label, False, _shape(got.shape), _shape(wanted.shape), line)]
-    off = relative_rms(got, wanted)
+    off = relative_rms(got, wanted, spread)
     line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}"
     top = np.sort(wanted.astype(np.float64), axis=1)
     lead = top[:, -1] - top[:, -2] if wanted.shape[1] > 1 else np.zeros(len(wanted))
-    certain = lead > CERTAIN * limit * wanted.std(dtype=np.float64)
+    certain = lead > CERTAIN * limit * spread
     changed = int((certain & (got.argmax(axis=1) != wanted.argmax(axis=1))).sum())
     told = f"{label}: {changed} of {int(certain.sum())} certain predictions changed"
     return [
@@ -445,10 +452,9 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, *, label: str) -
     ]
 
 
-def relative_rms(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Root mean square of the difference over the standard deviation of `wanted`."""
+def relative_rms(got: np.ndarray, wanted: np.ndarray, spread: float) -> float:
+    """Root mean square of the difference, over `spread`."""
     difference = float(np.sqrt(np.mean(np.square(got.astype(np.float64) - wanted))))
-    spread = float(wanted.std(dtype=np.float64))
     if spread > 0:
         return difference / spread
     return 0.0 if difference == 0 else math.inf
@@ -477,6 +483,10 @@ def _shape(shape: tuple[int, ...] | list[int]) -> str:
 
 def _short(sha256: str | None) -> str:
     return sha256[:12] if sha256 else "unknown"
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _object(text: str | None) -> dict[str, Any]:

@@ -220,6 +220,11 @@ def test_nan_is_no_match(golden: Golden) -> None:
     assert any("relative RMS nan" in line for line in failed(golden, broken))
 
 
+def test_model_of_one_class_matches_itself() -> None:
+    one = make_model(num_classes=1)
+    assert failed(make_golden(model_subject(one), seed=0), one) == []
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -406,3 +411,8 @@ def test_change_says_how_far_the_answers_move(golden: Golden) -> None:
     assert "as before; logits move by up to" in change_since(golden, model_subject(make_model()))
     assert "7 classes before, 5 now" in change_since(golden, model_subject(make_model(num_classes=5)))
     assert "images were 3 x 16 x 16, are 3 x 32 x 32" in change_since(golden, model_subject(make_model(img_size=32)))
+    assert "is of a model" not in told
+
+
+def test_change_says_that_a_model_takes_a_files_place(golden: Golden, exported: Path) -> None:
+    assert change_since(golden, onnx_subject(exported)).startswith("it was of a model, is of a file; ")
