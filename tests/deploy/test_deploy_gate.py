@@ -167,7 +167,8 @@ def test_bad_input_exits_2_with_one_line_and_nothing_is_lost(
 ) -> None:
     before = {p: p.read_bytes() for p in accepted.rglob("*") if p.is_file()}
     assert growkit(accepted, *command) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "verdict" not in out  # refused before the work
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert told in error
