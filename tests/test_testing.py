@@ -28,9 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"architecture": "vit_tiny_patch16_224", "model_args": dict(tiny(32, 2, 2).arguments)}
     del config["model_args"]["num_classes"]
     save_for_hf(model, str(root / "model"), model_config=config, safe_serialization=True)
-    export_onnx(
-        model, torch.zeros(2, *model.pretrained_cfg["input_size"][:1], *model.patch_embed.img_size), root / "model.onnx"
-    )
+    export_onnx(model, root / "model.onnx")
     write_golden(root / "of-model", make_golden(model_subject(model), seed=0))
     write_golden(root / "of-file", make_golden(onnx_subject(root / "model.onnx"), seed=0))
     return root

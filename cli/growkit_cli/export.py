@@ -6,8 +6,11 @@ from typing import Annotated
 import typer
 
 from growkit.deploy.settings import ExportSettings
+from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Force, From, FromSets, Model, Run, with_settings
+from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
+
+CALIBRATION = 256  # images that int8-static takes its ranges from
 
 
 @with_settings(ExportSettings)
@@ -19,6 +22,9 @@ def export(
         Path | None,
         typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),
     ] = None,
+    data: Data = None,
+    data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
+    val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
     from_: From = None,
     from_sets: FromSets = None,
     run: Run = Path("run"),
@@ -27,13 +33,16 @@ def export(
 ) -> None:
     """Write a model as ONNX, with reference inputs and outputs beside it.
 
-    The finished file is held against PyTorch first: one that answers differently never appears.
+    The finished file is held against PyTorch first: one that answers differently never appears. With --data its
+    accuracy is held against the model's, too, and int8-static takes its ranges from the training images.
 
-    Example: growkit export --onnx
+    Example: growkit export --onnx --precision int8 --data images/
     """
     from dataclasses import asdict
 
     from growkit.deploy.folder import write_export
+    from growkit.deploy.limits import LIMITS
+    from growkit.errors import GrowkitError
     from growkit.files import refuse_existing, whole_folder
     from growkit.record import RunFolder
     from growkit.source import load_source
@@ -48,6 +57,18 @@ def export(
     source = load_source(str(chosen), from_, from_sets or ())
     for note in source.notes:
         console.say(note)
+    calibration = batches = None
+    if data is not None:
+        from growkit.pipeline import labelled
+        from growkit.train.data import unaugmented, val_batches
+
+        reading = FitSettings(data_dir=data_dir, val_split=val_split)
+        opened = labelled(data, source, reading, image_size=settings.image_size)
+        batches = val_batches(opened, reading)
+        if settings.precision == "int8-static":
+            calibration = unaugmented(opened, CALIBRATION, seed=settings.seed).numpy()
+    elif settings.precision == "int8-static":
+        raise GrowkitError("--precision int8-static takes its ranges from images: give --data, or use --precision int8")
     provenance = {
         "weights_sha256": source.sha256 or None,
         "architecture": source.architecture.name,
@@ -55,7 +76,16 @@ def export(
         "history": without_folders(source.history),
     }
     with whole_folder(target) as partial:
-        exported = write_export(source.model(), partial, settings, labels=source.labels, provenance=provenance)
+        exported = write_export(
+            source.model(),
+            partial,
+            settings,
+            labels=source.labels,
+            provenance=provenance,
+            calibration=calibration,
+            data=batches,
+            say=console.say,
+        )
         console.result(exported.content)
         if not exported.parity.passed:
             for check in exported.parity.failed:
@@ -64,18 +94,26 @@ def export(
             raise typer.Exit(1)
     made = exported.export
     figures = exported.parity.figures
+    for choice in exported.choices:
+        console.say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
     console.say(
-        f"wrote {target / 'model.onnx'}: {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
-        f"IR {made.ir}, {made.nodes} nodes"
+        f"wrote {target / 'model.onnx'}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
+        f"IR {made.ir}, {made.nodes} nodes" + (f", weights in {made.files[1]}" if made.files[1:] else "")
     )
     worst = max(batch["relative_rms"] for batch in figures["batches"].values())
+    allowed = LIMITS[made.form.precision].relative_rms
     console.say(
-        f"it answers like PyTorch: relative error {worst:.1e} (allowed 1e-5), "
+        f"it answers like PyTorch: relative error {worst:.1e} (allowed {allowed:.0e}), "
         f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
     )
+    if "accuracy" in figures:
+        scores = figures["accuracy"]
+        console.say(
+            f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images"
+        )
     folder.add(
         "export",
-        options={"model": str(chosen), "out": str(target), **asdict(settings)},
+        options={"model": str(chosen), "out": str(target), "data": data, **asdict(settings)},
         figures={"bytes": made.bytes, "nodes": made.nodes, "parity": figures},
         hashes={"weights": source.sha256, "model.onnx": made.sha256},
     )

@@ -105,7 +105,10 @@ def with_settings(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(f.name, f.default),
-                annotation=Annotated[f.type, typer.Option(rich_help_panel=panel, **_told(f.name, docs, auto))],
+                annotation=Annotated[
+                    f.type,
+                    typer.Option(*_flag(f.name), rich_help_panel=panel, **_told(f.name, docs, auto)),
+                ],
             )
             for f in fields
         ]
@@ -116,6 +119,11 @@ def with_settings(
         return wrapper
 
     return decorate
+
+
+def _flag(name: str) -> tuple[str, ...]:
+    """What the option is called where its field cannot be: `for_` is --for."""
+    return (f"--{name.rstrip('_')}",) if name.endswith("_") else ()
 
 
 def _told(name: str, docs: dict[str, str], auto: dict[str, int] | None) -> dict[str, Any]:

@@ -26,8 +26,12 @@ from torch import nn
 
 from growkit import __version__
 from growkit.deploy.checks import Check, check
+from growkit.deploy.form import form_of
+from growkit.deploy.numbers import in_batches
+from growkit.deploy.parts import core_session
 from growkit.deploy.reference import Preprocessing, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.runtime import open_session
+from growkit.deploy.store import files_of, read_graph, sha256_of_files
 from growkit.errors import GrowkitError
 from growkit.files import read_json, whole_folder, write_json
 from growkit.record import versions
@@ -142,29 +146,39 @@ def model_subject(model: nn.Module, *, weights_sha256: str | None = None, archit
 
 
 def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
-    """An ONNX file under ONNX Runtime.
+    """An ONNX file under ONNX Runtime: the network in it, from normalised images to logits, whatever its form.
 
     Raises whatever ONNX and ONNX Runtime raise when they refuse the file, and
-        GrowkitError: no such file, or a provider that does not run here.
+        GrowkitError: no such file, weights that lie elsewhere, or a provider that does not run here.
     """
     if not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
-    data = file.read_bytes()
-    proto = onnx.load_model_from_string(data)
+    proto = read_graph(file, weights=False)
     props = {p.key: p.value for p in proto.metadata_props}
-    provenance = _object(props.get("growkit.provenance"))
-    session = open_session(file, provider=provider)
+    provenance, prepared, form = (
+        _object(props.get("growkit.provenance")),
+        _object(props.get("preprocessing")),
+        form_of(props),
+    )
+    if prepared:
+        session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
+    else:
+        session = open_session(file, provider=provider)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return in_batches(session, images, form.batch or len(images))
+
     return Subject(
         identity=Identity(
             of="onnx",
             precision=precision_of(proto),
             architecture=_text(provenance.get("architecture")),
-            preprocessing=_object(props.get("preprocessing")),
+            preprocessing=prepared,
             weights_sha256=_text(provenance.get("weights_sha256")),
-            onnx_sha256=hashlib.sha256(data).hexdigest(),
+            onnx_sha256=sha256_of_files(files_of(file)),
         ),
-        run=session.run,
-        answers=session.run,
+        run=run,
+        answers=run,
         provider=session.provider,
     )
 

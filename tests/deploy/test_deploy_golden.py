@@ -19,6 +19,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from growkit.deploy.checks import Check
+from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
 from growkit.deploy.golden import (
     TOLERANCE,
     Golden,
@@ -282,6 +284,16 @@ def test_edited_file_does_not_match(golden: Golden, exported: Path, edit: Callab
     lines = [c.line for c in check_golden(make_golden(onnx_subject(exported), seed=0), file) if c.verdict == "fail"]
     assert lines[0].startswith("the reference was written for SHA-256")
     assert {c.verdict for c in check_golden(golden, file) if c.name.endswith(": file")} == {"fail"}
+
+
+def test_network_inside_a_file_of_another_form_is_held(golden: Golden, model: nn.Module, tmp_path: Path) -> None:
+    form = Form(pixels=True, output="top-3", batch=2)
+    export_onnx(model, tmp_path / "model.onnx", form, external=True)
+    file = onnx_subject(tmp_path / "model.onnx")
+    for reference in (golden, make_golden(file, seed=0)):
+        assert {c.verdict for c in check_golden(reference, file)} == {"pass"}
+    (tmp_path / "model.onnx.data").write_bytes(bytes((tmp_path / "model.onnx.data").stat().st_size))
+    assert {c.verdict for c in check_golden(golden, onnx_subject(tmp_path / "model.onnx"))} >= {"fail"}
 
 
 def test_int8_file_holds_its_own_answers_and_not_those_of_float32(
