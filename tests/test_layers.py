@@ -26,6 +26,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "train": "errors files record checkpoint train",
     "deploy.settings": "errors",
     "deploy": "errors files record deploy",
+    "testing": f"{BASE} arch source deploy",
     "report": "errors files record report",
     "plan": ALL,
     "compare": f"{ALL} plan compare",

@@ -11,7 +11,9 @@ from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, From, FromSets, Model, Run, with_settings
 
 if TYPE_CHECKING:
+    from growkit.deploy.golden import Golden
     from growkit.deploy.verify import Verification
+    from growkit.source import Source
 
 
 @with_settings(VerifySettings)
@@ -25,10 +27,20 @@ def verify(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with test_data_set_*; the ONNX file's own when left out.",
+            help="Folder that --update-reference wrote; what is verified must answer like it.",
             show_default=False,
         ),
     ] = None,
+    update_reference: Annotated[
+        bool,
+        typer.Option(
+            "--update-reference",
+            help="Write what is verified as the reference instead: --reference DIR, or RUN/reference/ by stage.",
+        ),
+    ] = False,
+    model_only: Annotated[
+        bool, typer.Option("--model-only", help="Hold the model against the reference; no ONNX file is looked for.")
+    ] = False,
     data: Data = None,
     data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
     val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
@@ -43,75 +55,160 @@ def verify(
 ) -> None:
     """Check that an ONNX file answers like its model, and as fast as the architecture allows.
 
-    Writes RUN/verify/report.json anew. Exit status: 0 passed, 1 a check said no.
+    MODEL may be an .onnx file: it is then held against --reference alone.
+
+    Writes RUN/verify/report.json anew. Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """
-    from dataclasses import asdict
+    import time
+    from dataclasses import asdict, replace
+    from datetime import UTC, datetime
 
+    from growkit.deploy.golden import (
+        make_golden,
+        model_subject,
+        onnx_subject,
+        read_golden,
+        refuse_unreplaceable,
+        update_golden,
+    )
     from growkit.deploy.junit import junit_xml
-    from growkit.deploy.verify import batches_timed, verify_onnx
+    from growkit.deploy.verify import verify_alone
     from growkit.errors import GrowkitError
     from growkit.files import whole_file, write_json
     from growkit.record import RunFolder
     from growkit.source import load_source
 
     console = Console(as_json)
+    started, clock = datetime.now(UTC), time.monotonic()
     folder = RunFolder(run)
     folder.refuse_unusable()
     chosen = model or folder.furthest()
-    file = onnx_file or folder.onnx / "model.onnx"
-    if not file.is_file():
-        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
-    console.say(f"verifying {file} against {chosen}")
-    source = load_source(str(chosen), from_, from_sets or ())
-    for note in source.notes:
-        console.say(note)
-    network = source.model()
-    if reference is None and (file.parent / "test_data_set_0").is_dir():
-        reference = file.parent
-    batches = None
-    if data is not None:
-        from growkit.deploy.store import form_in
-        from growkit.pipeline import labelled
-        from growkit.train.data import val_batches
-
-        reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
-        batches = val_batches(labelled(data, source, reading, image_size=form_in(file).image_size), reading)
-    console.say("comparing answers" + (", then times" if settings.latency else ""))
-    with console.progress("latency") as bar:
-        total = 3 * len(batches_timed(settings))
-        verified = verify_onnx(
-            network,
-            file,
-            settings,
-            stock=(source.architecture.name, source.architecture.arguments),
-            weights_sha256=source.sha256 or None,
-            labels=source.labels,
-            reference=reference,
-            data=batches,
-            progress=lambda done, note: bar(total).update(done, note),
+    file_only = chosen.suffix == ".onnx"
+    if file_only and (onnx_file or model_only or data or update_reference):
+        raise GrowkitError(
+            f"{chosen}: an .onnx file alone is only held against --reference; for more name its model: "
+            f"growkit verify MODEL --onnx-file {chosen}"
         )
+    if model_only and (onnx_file or data):
+        raise GrowkitError("--model-only leaves the ONNX file and --data out; drop one of them")
+    file = chosen if file_only else None if model_only else onnx_file or folder.onnx / "model.onnx"
+    golden = target = source = subject = None
+    if update_reference:
+        stage = chosen.resolve().name if chosen.is_dir() else chosen.stem.replace(":", "-")
+        target = reference or folder.path / "reference" / (stage if model_only else "onnx")
+        refuse_unreplaceable(target)
+        settings = replace(settings, latency=False)  # a reference holds no times
+    elif reference is not None:
+        golden = read_golden(reference)
+    elif file_only or model_only:
+        raise GrowkitError(f"nothing to hold {chosen} against; name --reference DIR, which --update-reference writes")
+    if file is not None and not file.is_file():
+        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+    against = reference if file_only else chosen
+    console.say(f"verifying {file or chosen}" + (f" against {against}" if file else ""))
+    if not file_only:
+        source = load_source(str(chosen), from_, from_sets or ())
+        for note in source.notes:
+            console.say(note)
+    if source is None:
+        assert golden is not None  # refused above
+        verified = verify_alone(chosen, golden, settings)
+    elif file is None:
+        name = source.architecture.name
+        subject = model_subject(source.model(), weights_sha256=source.sha256 or None, architecture=name)
+        golden = golden or make_golden(subject, seed=settings.seed)
+        verified = verify_alone(subject, golden, settings)
+    else:
+        reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
+        verified = with_file(console, source, file, settings, golden=golden, data=data, reading=reading)
     show(console, verified)
-    report = {"model": str(chosen), "onnx": str(file), **verified.report}
+    report = {
+        "model": None if file_only else str(chosen),
+        "onnx": str(file) if file else None,
+        "reference": str(reference or target) if golden or target else None,
+        **verified.report,
+    }
+    if target is not None:
+        if verified.verdict == "fail":
+            console.say(f"{target} was not written: only what passes becomes a reference")
+        else:
+            if file is not None:
+                subject = onnx_subject(file, provider=verified.report["provider"]["used"])
+                golden = make_golden(subject, seed=settings.seed)
+            assert golden is not None
+            assert subject is not None
+            report["reference_update"] = update_golden(target, golden, subject)
+            console.say(f"{report['reference_update']}; hold it with --reference {target}")
     write_json(folder.verify / "report.json", report)
     if junit is not None:
+        seconds = time.monotonic() - clock
         with whole_file(junit) as partial:
-            partial.write_text(junit_xml(verified.checks, suite="growkit verify"), encoding="utf-8")
+            partial.write_text(
+                junit_xml(verified.checks, suite="growkit verify", started=started, seconds=seconds), encoding="utf-8"
+            )
     folder.add(
         "verify",
-        options={"model": str(chosen), "onnx": str(file), "data": data, **asdict(settings)},
+        options={
+            "model": report["model"],
+            "onnx": report["onnx"],
+            "data": data,
+            "reference": report["reference"],
+            **asdict(settings),
+        },
         figures={
             "verdict": verified.verdict,
             "failed": [c.line for c in verified.checks if c.verdict == "fail"],
             "numerics": verified.report["numerics"],
             "latency": verified.report["latency"],
         },
-        hashes={"weights": source.sha256, "model.onnx": verified.report["onnx_sha256"]},
+        hashes={
+            name: sha256
+            for name, sha256 in (("weights", source and source.sha256), ("model.onnx", verified.report["onnx_sha256"]))
+            if sha256
+        },
     )
     console.result(report)
     if verified.verdict == "fail" or (strict and verified.verdict == "inconclusive"):
         raise typer.Exit(1)
+
+
+def with_file(
+    console: Console,
+    source: "Source",
+    file: Path,
+    settings: VerifySettings,
+    *,
+    golden: "Golden | None",
+    data: str | None,
+    reading: FitSettings,
+) -> "Verification":
+    """The ONNX file against its model: answers, a reference, accuracy on `data`, times."""
+    from growkit.deploy.verify import batches_timed, verify_onnx
+
+    batches = None
+    if data is not None:
+        from growkit.deploy.store import form_in
+        from growkit.pipeline import labelled
+        from growkit.train.data import val_batches
+
+        batches = val_batches(labelled(data, source, reading, image_size=form_in(file).image_size), reading)
+    console.say("comparing answers" + (", then times" if settings.latency else ""))
+    with console.progress("latency") as bar:
+        total = 3 * len(batches_timed(settings))
+        return verify_onnx(
+            source.model(),
+            file,
+            settings,
+            stock=(source.architecture.name, source.architecture.arguments),
+            weights_sha256=source.sha256 or None,
+            labels=source.labels,
+            reference=file.parent if (file.parent / "test_data_set_0").is_dir() else None,
+            golden=golden,
+            data=batches,
+            progress=lambda done, note: bar(total).update(done, note),
+        )
 
 
 def show(console: Console, verified: "Verification") -> None:
@@ -150,7 +247,7 @@ def show(console: Console, verified: "Verification") -> None:
         if c.verdict != "pass":
             word = "FAILED" if c.verdict == "fail" else "warning:"
             console.say(f"{word} {c.group}: {c.line}")
-    if not verified.latency and verified.verdict == "fail":
+    if verified.parity and not verified.latency and verified.verdict == "fail":
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")
 

@@ -28,8 +28,10 @@ def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: A
     return open_session(file, provider=provider, **options)
 
 
-def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int, **options: Any) -> Session:
+def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int | str, **options: Any) -> Session:
     """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
+
+    classes  how many; a word where that is not known
 
     Raises:
         ValueError: the graph has no such values in it.

@@ -1,17 +1,23 @@
-"""The gate: parity, reference data, accuracy and latency of an ONNX file, and one verdict."""
+"""The gate: parity, reference data, accuracy and latency of an ONNX file, and one verdict.
+
+A model without its file, or a file without its model, is held against a golden reference alone.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 from torch import Tensor, nn
 
-from growkit.deploy.checks import Check, Verdict, plain
+from growkit.deploy.checks import Check, Verdict, check, plain
+from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.runtime import environment, open_session
 from growkit.deploy.settings import VerifySettings
+from growkit.errors import GrowkitError
 from growkit.files import sha256_of
 
 
@@ -20,7 +26,7 @@ class Verification:
     """Everything that was checked; `report` is what report.json holds."""
 
     checks: tuple[Check, ...]
-    parity: Parity
+    parity: Parity | None  # None where a model or a file is held against a reference alone
     latency: Latency | None
     verdict: Verdict
     report: dict[str, Any]
@@ -35,11 +41,13 @@ def verify_onnx(
     weights_sha256: str | None = None,
     labels: Sequence[str] | None = None,
     reference: Path | None = None,
+    golden: Golden | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
 
+    golden    reference that the file is held against, and the model too where the reference is a model's
     stock     name and arguments for timm.create_model, of the architecture that was never grown
     progress  told how many comparisons are done, three per batch size of batches_timed
 
@@ -59,8 +67,15 @@ def verify_onnx(
         reference=reference,
         data=data,
     )
+    held: tuple[Check, ...] = ()
+    if golden is not None:
+        if golden.identity.of == "model":
+            subject = model_subject(model, weights_sha256=weights_sha256, architecture=stock[0])
+            held += check_golden(golden, subject)
+        if parity.figures:  # else the file does not even open
+            held += check_golden(golden, onnx_subject(file, provider=parity.provider))
     latency = None
-    if settings.latency and parity.passed:
+    if settings.latency and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
         latency = measure_latency(
             model,
             file,
@@ -73,9 +88,8 @@ def verify_onnx(
             seed=settings.seed,
             progress=progress,
         )
-    checks = (*parity.checks, *(latency.checks if latency else ()))
-    verdicts = {c.verdict for c in checks}
-    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    checks = (*parity.checks, *held, *(latency.checks if latency else ()))
+    verdict = verdict_of(checks)
     opened = open_session(file, provider=parity.provider) if parity.figures else None
     report = {
         "schema": 1,
@@ -90,6 +104,59 @@ def verify_onnx(
         "latency": asdict(latency) if latency else None,
     }
     return Verification(checks, parity, latency, verdict, plain(report))
+
+
+def verify_alone(
+    subject: Subject | Path, golden: Golden, settings: VerifySettings, *, tolerance: float | None = None
+) -> Verification:
+    """Hold a model, or the ONNX file at a path, against a reference and nothing else.
+
+    tolerance  as check_golden
+
+    Raises:
+        GrowkitError: a missing file, a provider that does not run here.
+    """
+    checks: list[Check] = []
+    if isinstance(subject, Path):
+        opened, valid = _open(subject, settings.provider)
+        checks.append(valid)
+    else:
+        opened = subject
+    if opened is not None:
+        checks += check_golden(golden, opened, tolerance=tolerance)
+    verdict = verdict_of(checks)
+    report = {
+        "schema": 1,
+        "verdict": verdict,
+        "onnx_sha256": sha256_of(subject) if isinstance(subject, Path) else None,
+        "weights_sha256": opened.identity.weights_sha256 if opened else None,
+        "provider": {"requested": settings.provider, "used": opened.provider if opened else None},
+        "settings": asdict(settings),
+        "environment": environment(),
+        "checks": [asdict(c) for c in checks],
+        "numerics": None,
+        "latency": None,
+    }
+    return Verification(tuple(checks), None, None, verdict, plain(report))
+
+
+def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
+    """The file, where ONNX and ONNX Runtime accept it, and the check that says so."""
+    try:
+        subject = onnx_subject(file, provider=provider)
+        onnx.checker.check_model(str(file), full_check=True)
+    except GrowkitError:
+        raise
+    except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, check("structure", "valid ONNX", False, "refused", "accepted", f"{file}: not valid ONNX: {reason}")
+    return subject, check("structure", "valid ONNX", True, "accepted", "accepted")
+
+
+def verdict_of(checks: Iterable[Check]) -> Verdict:
+    """One no fails all; one that could not tell leaves the rest inconclusive."""
+    verdicts = {c.verdict for c in checks}
+    return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
 def batches_timed(settings: VerifySettings) -> tuple[int, ...]:

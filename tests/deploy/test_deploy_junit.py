@@ -1,9 +1,13 @@
 """JUnit XML parses, counts, and lets no markup through."""
 
+import functools
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
 
 from growkit.deploy.checks import Check, check, plain
-from growkit.deploy.junit import junit_xml
+from growkit.deploy.junit import junit_xml as xml_of
+
+junit_xml = functools.partial(xml_of, started=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), seconds=1.25)
 
 CHECKS = [
     check("numbers", "batch 1: error", True, 1e-7, 1e-5),
@@ -17,8 +21,23 @@ def test_counts_and_outcomes() -> None:
     assert suite is not None
     counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
     assert counts == {"tests": "3", "failures": "1", "errors": "0", "skipped": "1"}
-    assert [[child.tag for child in case] for case in suite] == [[], ["failure"], ["skipped"]]
-    assert suite[0].get("classname") == "growkit verify.numbers"
+    assert [[child.tag for child in case] for case in suite.iter("testcase")] == [[], ["failure"], ["skipped"]]
+    assert suite.findall("testcase")[0].get("classname") == "growkit verify.numbers"
+
+
+def test_everything_that_the_schemas_of_ant_and_jenkins_ask_for_is_there() -> None:
+    suite = ET.fromstring(junit_xml(CHECKS, suite="growkit verify"))[0]
+    assert {k: suite.get(k) for k in ("timestamp", "hostname", "time", "package", "id")} == {
+        "timestamp": "2026-01-02T03:04:05",
+        "hostname": "localhost",
+        "time": "1.250",
+        "package": "growkit verify",
+        "id": "0",
+    }
+    assert [e.tag for e in suite] == ["properties", *["testcase"] * 3, "system-out", "system-err"]
+    cases = suite.findall("testcase")
+    assert all({"classname", "name", "time"} <= set(case.attrib) for case in cases)
+    assert [sorted(outcome.attrib) for case in cases for outcome in case] == [["message", "type"], ["message"]]
 
 
 def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
@@ -26,9 +45,10 @@ def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
     assert "<script>" not in text
     suite = ET.fromstring(text)[0]
     assert suite.get("name") == "<suite>"
-    assert suite[1].get("name") == '<b>"a" & b</b>'
-    assert suite[1][0].get("message") == 'got <script> & "quotes"?'
-    assert suite[1][0].text == "measured ]]>, allowed -"
+    case = suite.findall("testcase")[1]
+    assert case.get("name") == '<b>"a" & b</b>'
+    assert case[0].get("message") == 'got <script> & "quotes"?'
+    assert case[0].text == 'got <script> & "quotes"?\nmeasured ]]>, allowed -'
 
 
 def test_plain_spells_out_what_json_has_no_word_for() -> None:

@@ -1,0 +1,342 @@
+"""The gate as a user meets it: references from the command line, exit statuses, and the CI files under examples/ci."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from deploy_models import make_model, replace, tensors
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from test_deploy_commands import write_source
+
+from growkit_cli import main as program
+
+ROOT = Path(__file__).parents[2]
+CI = ROOT / "examples" / "ci"
+GROWKIT = [sys.executable, "-m", "growkit_cli"]
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository that holds a model, its ONNX file, and a reference of each."""
+    root = tmp_path_factory.mktemp("accepted")
+    write_source(root / "model", 0, label_names=list("abcdefg"))
+    for arguments in (
+        ("export", "model", "--onnx", "--out", "onnx"),
+        ("verify", "model", "--model-only", "--update-reference", "--reference", "reference/model"),
+        ("verify", "model", "--onnx-file", "onnx/model.onnx", "--update-reference", "--reference", "reference/onnx"),
+    ):
+        assert growkit(root, *arguments) == 0
+    return root
+
+
+@pytest.fixture
+def place(accepted: Path, tmp_path: Path) -> Path:
+    """A copy of the repository that may be damaged."""
+    return Path(shutil.copytree(accepted, tmp_path / "place"))
+
+
+def growkit(folder: Path, *arguments: str) -> int:
+    """Exit status of the program, run in this process inside `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["growkit", *arguments])
+        patch.setenv("GROWKIT_DEBUG", "")
+        try:
+            program.main()
+        except SystemExit as left:
+            return int(left.code or 0)
+    return 0
+
+
+def damage_model(place: Path) -> None:
+    weights = load_file(place / "model" / "model.safetensors")
+    weights["blocks.0.mlp.fc1.weight"][3, 5] *= 1.01
+    save_file(weights, place / "model" / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_file(place: Path) -> None:
+    proto = onnx.load(place / "onnx" / "model.onnx")
+    replace(proto, "head.bias", tensors(proto)["head.bias"] * 1.01)
+    (place / "onnx" / "model.onnx").write_bytes(proto.SerializeToString())
+
+
+def damage_reference(place: Path) -> None:
+    os.truncate(place / "reference" / "model" / "test_data_set_0" / "output_0.pb", 20)
+
+
+def other_reference(place: Path) -> None:
+    """A reference of a model for other images."""
+    save = place / "other"
+    write_source(save, 3)
+    config = json.loads((save / "config.json").read_text())
+    config["model_args"]["img_size"] = 32
+    config.pop("pretrained_cfg", None)
+    weights = load_file(save / "model.safetensors")
+    bigger = make_model(3, img_size=32).state_dict()
+    save_file({**weights, "pos_embed": bigger["pos_embed"]}, save / "model.safetensors", metadata={"format": "pt"})
+    (save / "config.json").write_text(json.dumps(config))
+    target = ("--reference", "reference/model", "--update-reference")
+    shutil.rmtree(place / "reference" / "model")
+    assert growkit(place, "verify", "other", "--model-only", *target) == 0
+
+
+# the command ---------------------------------------------------------------------------------
+
+MODEL = ("verify", "model", "--model-only", "--reference", "reference/model")
+FILE = ("verify", "onnx/model.onnx", "--reference")
+
+
+def test_model_alone_and_file_alone_pass_their_references(accepted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert growkit(accepted, *MODEL) == 0
+    for reference in ("reference/onnx", "reference/model"):
+        assert growkit(accepted, *FILE, reference) == 0
+    out = capsys.readouterr().out
+    assert "verifying onnx/model.onnx against reference/onnx" in out
+    assert out.rstrip().endswith("verdict: pass")
+
+
+def test_both_are_held_where_both_are_named(accepted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency", "--json", "--reference")
+    for reference, words in (("reference/model", {"model", "file"}), ("reference/onnx", {"file"})):
+        capsys.readouterr()
+        assert growkit(accepted, *both, reference) == 0
+        report = json.loads(capsys.readouterr().out)
+        names = {c["name"] for c in report["checks"] if c["group"] == "golden"}
+        assert {re.findall("model|file", name)[0] for name in names} == words
+        assert {"weights", "numbers", "reference"} <= {c["group"] for c in report["checks"]}
+        assert report["reference"] == reference
+
+
+@pytest.mark.parametrize(
+    ("damage", "command", "told"),
+    [
+        (damage_model, MODEL, "FAILED golden: the reference was written for weights"),
+        (damage_file, (*FILE, "reference/onnx"), "FAILED golden: the reference was written for SHA-256"),
+        (damage_file, (*FILE, "reference/model"), "FAILED golden: test_data_set_0: file: answers differ"),
+        (other_reference, MODEL, "the reference is another model's"),
+        (
+            lambda place: (place / "onnx" / "model.onnx").write_text("no model"),
+            (*FILE, "reference/onnx"),
+            "FAILED structure: onnx/model.onnx: not valid ONNX",
+        ),
+    ],
+)
+def test_what_does_not_hold_exits_1_and_says_why(
+    place: Path,
+    damage: Callable[[Path], object],
+    command: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(place)
+    assert growkit(place, *command) == 1
+    out = capsys.readouterr().out
+    assert told in out
+    assert out.rstrip().endswith("verdict: fail")
+    assert "latency" not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("verify", "model", "--model-only"), "name --reference DIR"),
+        (("verify", "onnx/model.onnx"), "name --reference DIR"),
+        (("verify", "absent", "--model-only", "--reference", "reference/model"), "absent: no such file"),
+        (("verify", "absent.onnx", "--reference", "reference/onnx"), "absent.onnx: no such file"),
+        (("verify", "model", "--model-only", "--reference", "absent"), "absent: no such folder"),
+        (("verify", "model", "--model-only", "--reference", "onnx"), "onnx holds no reference.json"),
+        ((*MODEL, "--onnx-file", "onnx/model.onnx"), "--model-only leaves the ONNX file"),
+        ((*FILE, "reference/onnx", "--update-reference"), "name its model: growkit verify MODEL --onnx-file"),
+        (("verify", "model", "--model-only", "--update-reference", "--reference", "onnx"), "would be lost"),
+        (("verify", "model", "--model-only", "--update-reference", "--reference", "model"), "would be lost"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line_and_nothing_is_lost(
+    accepted: Path, command: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in accepted.rglob("*") if p.is_file()}
+    assert growkit(accepted, *command) == 2
+    out, error = capsys.readouterr()
+    assert "verdict" not in out  # refused before the work
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert told in error
+    assert {p: p.read_bytes() for p in accepted.rglob("*") if p.is_file()} == before
+
+
+def test_damaged_reference_exits_2(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage_reference(place)
+    assert growkit(place, *MODEL) == 2
+    assert "output_0.pb: damaged" in capsys.readouterr().err
+    assert growkit(place, *MODEL, "--update-reference") == 0
+    assert "replaced reference/model, which could not be read" in capsys.readouterr().out
+    assert growkit(place, *MODEL) == 0
+
+
+def test_references_go_by_stage_where_none_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "run"
+    for stage in ("grown", "finetuned"):
+        shutil.copytree(place / "model", run / stage)
+    shutil.copytree(place / "onnx", run / "onnx")
+    damage_model(place)
+    shutil.copytree(place / "model", run / "finetuned", dirs_exist_ok=True)
+    update = ("--update-reference", "--model-only")
+    assert growkit(place, "verify", *update) == 0
+    assert growkit(place, "verify", "run/grown", *update) == 0
+    assert growkit(place, "verify", "run/grown", "--update-reference") == 0
+    assert "wrote run/reference/onnx; hold it with --reference run/reference/onnx" in capsys.readouterr().out
+    assert sorted(p.name for p in (run / "reference").iterdir()) == ["finetuned", "grown", "onnx"]
+    for stage, other in (("grown", "finetuned"), ("finetuned", "grown")):
+        hold = ("verify", f"run/{stage}", "--model-only", "--reference")
+        assert growkit(place, *hold, f"run/reference/{stage}") == 0
+        assert growkit(place, *hold, f"run/reference/{other}") == 1
+
+
+def test_update_says_what_it_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage_model(place)
+    assert growkit(place, *MODEL, "--update-reference") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"replaced reference/model: weights \w{12} -> \w{12}; logits move by up to (?!0 )", out)
+    assert growkit(place, *MODEL) == 0
+    capsys.readouterr()
+    assert growkit(place, *MODEL, "--update-reference", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["reference_update"]
+    assert "as before; logits move by up to 0 " in told
+
+
+def test_file_that_fails_against_its_model_becomes_no_reference(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_file(place)
+    before = {p: p.read_bytes() for p in (place / "reference").rglob("*") if p.is_file()}
+    update = ("--update-reference", "--reference", "reference/onnx")
+    assert growkit(place, "verify", "model", "--onnx-file", "onnx/model.onnx", *update) == 1
+    assert "reference/onnx was not written: only what passes becomes a reference" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in (place / "reference").rglob("*") if p.is_file()} == before
+
+
+def test_reference_of_a_file_is_what_the_file_says(accepted: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(accepted / "onnx" / "model.onnx")
+    for data_set in sorted((accepted / "reference" / "onnx").glob("test_data_set_*")):
+        images, logits = (
+            numpy_helper.to_array(onnx.load_tensor(str(data_set / name))) for name in ("input_0.pb", "output_0.pb")
+        )
+        (got,) = session.run(None, {"input": images})
+        assert abs(got - logits).max() < 1e-5 * logits.std()
+
+
+@pytest.mark.slow
+def test_exit_statuses_reach_the_shell(place: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
+
+    def status(*arguments: str) -> int:
+        done = subprocess.run([*GROWKIT, *arguments], cwd=place, env=environment, capture_output=True, check=False)
+        assert b"Traceback" not in done.stderr
+        return done.returncode
+
+    damage_model(place)
+    assert status(*MODEL) == 1
+    assert status(*MODEL[:-1], "absent") == 2
+
+
+# the CI files --------------------------------------------------------------------------------
+
+
+def steps(path: Path) -> list[str]:
+    """The shell commands of a CI file, in the order in which it runs them."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.name.startswith("github"):
+        return [step["run"] for job in content["jobs"].values() for step in job["steps"] if "run" in step]
+    jobs = [job for job in content.values() if isinstance(job, dict) and "script" in job]
+    return [line for job in jobs for line in (*job.get("before_script", ()), *job["script"])]
+
+
+def words(step: str) -> list[list[str]]:
+    """The commands of a step, split as a shell would."""
+    lines = step.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def run_gate(path: Path, place: Path) -> int:
+    """Run a CI file's steps as its runner does, up to the first that fails; the install is this environment."""
+    commands = [command for step in steps(path) for command in words(step)]
+    assert commands[0] == ["pip", "install", "growkit"]
+    assert [command[0] for command in commands[1:]] == ["growkit", "growkit"]
+    for command in commands[1:]:
+        if status := growkit(place, *command[1:]):
+            return status
+    return 0
+
+
+FILES = pytest.mark.parametrize("path", sorted(CI.glob("*.yml")), ids=lambda path: path.name)
+
+
+@FILES
+def test_gate_passes_what_was_accepted_and_reports_it(path: Path, place: Path) -> None:
+    assert run_gate(path, place) == 0
+    for name in ("model", "onnx"):
+        suite = ET.parse(place / "gate" / f"{name}.xml").getroot()[0]
+        assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
+        assert int(suite.get("tests") or 0) == len(suite.findall("testcase")) > 5
+        assert json.loads((place / "gate" / name / "verify" / "report.json").read_text())["verdict"] == "pass"
+
+
+@FILES
+@pytest.mark.parametrize(
+    ("damage", "status"),
+    [
+        (damage_model, 1),
+        (damage_file, 1),
+        (other_reference, 1),
+        (damage_reference, 2),
+        (lambda place: shutil.rmtree(place / "model"), 2),
+        (lambda place: shutil.rmtree(place / "reference"), 2),
+    ],
+    ids=["model", "file", "other reference", "cut reference", "no model", "no reference"],
+)
+def test_gate_stops_what_was_not(path: Path, place: Path, damage: Callable[[Path], object], status: int) -> None:
+    damage(place)
+    assert run_gate(path, place) == status
+    failures = [ET.parse(f).getroot()[0].get("failures") for f in (place / "gate").glob("*.xml")]
+    assert [f for f in failures if f != "0"] == failures[-1:] if status == 1 else "1" not in failures
+
+
+def test_ci_files_are_there_and_keep_what_was_found() -> None:
+    github, gitlab = (yaml.safe_load((CI / f"{name}.yml").read_text()) for name in ("github-actions", "gitlab-ci"))
+    (upload,) = (s for s in github["jobs"]["verify"]["steps"] if "upload-artifact" in s.get("uses", ""))
+    assert upload["if"] == "always()"
+    assert upload["with"]["path"] == "gate/"
+    assert gitlab["verify"]["artifacts"]["when"] == "always"
+    assert gitlab["verify"]["artifacts"]["reports"]["junit"] == "gate/*.xml"
+
+
+@pytest.mark.slow
+@FILES
+def test_gate_runs_in_a_real_shell(path: Path, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, body in (("growkit", f'exec {shlex.join(GROWKIT)} "$@"'), ("pip", "exit 0")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")]),
+    }
+    statuses = [
+        subprocess.run(["bash", "-e", "-c", step], cwd=place, env=environment, capture_output=True).returncode
+        for step in steps(path)
+    ]
+    assert statuses == [0, 0, 0]

@@ -1,0 +1,85 @@
+"""What a user's own test suite holds a model against, in two lines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import published_scale, tiny
+from timm.models import save_for_hf
+from torch import nn
+
+from growkit.deploy.export import export_onnx
+from growkit.deploy.golden import make_golden, model_subject, onnx_subject, write_golden
+from growkit.errors import GrowkitError
+from growkit.testing import assert_matches_reference
+
+
+def build(seed: int = 0) -> nn.Module:
+    return published_scale(tiny(32, 2, 2), seed=seed).eval()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, a bare checkpoint and an ONNX file, with references of model and file."""
+    root = tmp_path_factory.mktemp("place")
+    model = build()
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": dict(tiny(32, 2, 2).arguments)}
+    del config["model_args"]["num_classes"]
+    save_for_hf(model, str(root / "model"), model_config=config, safe_serialization=True)
+    export_onnx(model, root / "model.onnx")
+    write_golden(root / "of-model", make_golden(model_subject(model), seed=0))
+    write_golden(root / "of-file", make_golden(onnx_subject(root / "model.onnx"), seed=0))
+    return root
+
+
+def test_folder_module_and_file_match(place: Path) -> None:
+    assert_matches_reference(place / "model", place / "of-model")
+    assert_matches_reference(str(place / "model"), str(place / "of-file"))
+    assert_matches_reference(place / "model.onnx", place / "of-file")
+    assert_matches_reference(place / "model.onnx", place / "of-model")
+    assert_matches_reference(build(), place / "of-model")
+
+
+def test_other_weights_are_an_assertion_error_with_a_line_for_each_check(place: Path) -> None:
+    moved = build()
+    with torch.no_grad():
+        moved.blocks[0].mlp.fc1.weight[3, 5] *= 1.01
+    with pytest.raises(AssertionError) as caught:
+        assert_matches_reference(moved, place / "of-model")
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"VisionTransformer does not match {place / 'of-model'}:"
+    assert lines[0].startswith("the reference was written for weights")
+
+
+def test_tolerance_widens_the_answers_and_not_the_weights(place: Path) -> None:
+    half = build().half().float()
+    with pytest.raises(AssertionError, match="answers differ"):
+        assert_matches_reference(half, place / "of-model")
+    with pytest.raises(AssertionError) as caught:
+        assert_matches_reference(half, place / "of-model", tolerance=0.5)
+    assert len(str(caught.value).splitlines()) == 2
+    assert_matches_reference(build().bfloat16(), place / "of-model")  # its weights have no float32 bits to compare
+
+
+def test_missing_model_or_reference_is_no_assertion(place: Path) -> None:
+    for model, reference in (("absent", "of-model"), ("absent.onnx", "of-model"), ("model", "absent")):
+        with pytest.raises(GrowkitError, match=r"absent(\.onnx)?: no such"):
+            assert_matches_reference(place / model, place / reference)
+
+
+@pytest.mark.slow
+def test_two_lines_of_a_users_suite_fail_with_the_lines_of_the_checks(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_served.py").write_text(
+        "from growkit.testing import assert_matches_reference\n"
+        f"def test_good(): assert_matches_reference({str(place / 'model')!r}, {str(place / 'of-model')!r})\n"
+        f"def test_bad(): assert_matches_reference({str(place / 'model.onnx')!r}, 'bad')\n"
+    )
+    write_golden(tmp_path / "bad", make_golden(model_subject(build(1)), seed=0))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_served.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "1 failed, 1 passed" in done.stdout
+    assert "answers differ by relative RMS" in done.stdout
+    assert "raise AssertionError" not in done.stdout  # the traceback ends at the user's line
