@@ -50,7 +50,7 @@ def verify(
     from dataclasses import asdict
 
     from growkit.deploy.junit import junit_xml
-    from growkit.deploy.verify import batches_timed, verify_onnx
+    from growkit.deploy.verify import timing_steps, verify_onnx
     from growkit.errors import GrowkitError
     from growkit.files import whole_file, write_json
     from growkit.record import RunFolder
@@ -84,7 +84,7 @@ def verify(
         batches = val_batches(opened, reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
     with console.progress("latency") as bar:
-        total = 3 * len(batches_timed(settings))
+        total = timing_steps(settings)
         verified = verify_onnx(
             network,
             file,
@@ -110,6 +110,7 @@ def verify(
             "failed": [c.line for c in verified.checks if c.verdict == "fail"],
             "numerics": verified.report["numerics"],
             "latency": verified.report["latency"],
+            "throughput": verified.report["throughput"],
         },
         hashes={"weights": source.sha256, "model.onnx": verified.report["onnx_sha256"]},
     )
@@ -122,6 +123,8 @@ def show(console: Console, verified: "Verification") -> None:
     """The checks and the times as tables, what went wrong as lines, and the verdict last."""
     from growkit.deploy.checks import shown
 
+    if verified.report["provider"]["note"]:
+        console.say(verified.report["provider"]["note"])
     for group in dict.fromkeys(c.group for c in verified.checks):
         console.table(
             group,
@@ -150,6 +153,31 @@ def show(console: Console, verified: "Verification") -> None:
                 for c in verified.latency.comparisons
             ],
         )
+        for batch, seconds in verified.latency.compile_seconds.items():
+            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, which is in none of the times")
+        for note in verified.latency.notes:
+            console.say(f"warning: {note}")
+    if verified.throughput:
+        console.table(
+            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads: the file by itself, "
+            "idle threads spinning as ONNX Runtime's do by default",
+            ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
+            [
+                (
+                    rate.batch,
+                    f"{rate.images_per_second:.4g}",
+                    f"{rate.ms.p50:.3g}",
+                    f"{rate.ms.p90:.3g}",
+                    f"{rate.ms.p99:.3g}",
+                    f"{rate.gflops:.3g}",
+                    f"{rate.share:.0%}",
+                )
+                for rate in verified.throughput.rates
+            ],
+        )
+        console.say(verified.throughput.line)
+    if verified.assignment and verified.assignment.fallen_back:
+        console.say(f"warning: {verified.assignment.line}")
     for c in verified.checks:
         if c.verdict != "pass":
             word = "FAILED" if c.verdict == "fail" else "warning:"

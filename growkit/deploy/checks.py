@@ -11,7 +11,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 class Check:
     """A single check.
 
-    group     structure, weights, numbers, predictions, accuracy, reference or latency
+    group     provider, structure, weights, numbers, predictions, accuracy, reference or latency
     name      unique inside the group, as in 'batch 5: relative RMS error'
     verdict   'inconclusive' only where the machine was too noisy to tell
     measured  a number, or a word where there is none

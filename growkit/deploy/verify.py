@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from growkit.deploy.checks import Check, Verdict, plain
+from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
-from growkit.deploy.runtime import environment, open_session
+from growkit.deploy.runtime import Assignment, assignment, environment, open_session
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.files import sha256_of
 
 
@@ -22,6 +23,8 @@ class Verification:
     checks: tuple[Check, ...]
     parity: Parity
     latency: Latency | None
+    throughput: Throughput | None
+    assignment: Assignment | None
     verdict: Verdict
     report: dict[str, Any]
 
@@ -41,7 +44,7 @@ def verify_onnx(
     """Check `file` against `model` and time it; latency only where parity holds.
 
     stock     name and arguments for timm.create_model, of the architecture that was never grown
-    progress  told how many comparisons are done, three per batch size of batches_timed
+    progress  told how many of the `timing_steps` are done, and which comes next
 
     The other arguments are those of check_parity.
 
@@ -59,7 +62,13 @@ def verify_onnx(
         reference=reference,
         data=data,
     )
-    latency = None
+    facts = environment()
+    chosen, placed = "", None
+    if parity.figures:  # it opens
+        opened = open_session(file, provider=settings.provider)
+        chosen, placed, facts = opened.note, assignment(opened), environment(opened)
+        del opened
+    latency = throughput = None
     if settings.latency and parity.passed:
         latency = measure_latency(
             model,
@@ -70,28 +79,69 @@ def verify_onnx(
             seconds=settings.latency_seconds,
             margin=settings.latency_margin,
             max_ratio=settings.max_latency_ratio,
+            compiled=settings.compiled,
             seed=settings.seed,
             progress=progress,
         )
-    checks = (*parity.checks, *(latency.checks if latency else ()))
+        before = comparisons_made(settings)
+        if batches := throughput_batches(settings):
+            throughput = measure_throughput(
+                model,
+                file,
+                provider=parity.provider,
+                batches=batches,
+                seconds=settings.throughput_seconds,
+                seed=settings.seed,
+                progress=lambda done, note: progress(before + done, note),
+            )
+    checks = (*([provider_check(placed)] if placed else []), *parity.checks, *(latency.checks if latency else ()))
     verdicts = {c.verdict for c in checks}
     verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
-    opened = open_session(file, provider=parity.provider) if parity.figures else None
     report = {
         "schema": 1,
         "verdict": verdict,
         "onnx_sha256": sha256_of(file),
         "weights_sha256": weights_sha256,
-        "provider": {"requested": settings.provider, "used": parity.provider},
+        "provider": {
+            "requested": settings.provider,
+            "used": parity.provider,
+            "note": chosen,
+            "nodes": placed.nodes if placed else {},
+            "fallen_back": [asdict(node) for node in placed.fallen_back] if placed else [],
+        },
         "settings": asdict(settings),
-        "environment": environment(opened),
+        "environment": facts,
         "checks": [asdict(c) for c in checks],
         "numerics": parity.figures,
         "latency": asdict(latency) if latency else None,
+        "throughput": asdict(throughput) if throughput else None,
     }
-    return Verification(checks, parity, latency, verdict, plain(report))
+    return Verification(checks, parity, latency, throughput, placed, verdict, plain(report))
+
+
+def provider_check(placed: Assignment) -> Check:
+    """Fails when no node at all runs on the provider that was asked for."""
+    running = placed.nodes.get(placed.provider, 0)
+    return check("provider", f"nodes on {placed.provider}", running > 0, running, "1 or more", placed.line)
 
 
 def batches_timed(settings: VerifySettings) -> tuple[int, ...]:
     """The batch sizes that latency is measured at."""
     return tuple(sorted({1, settings.max_batch}))
+
+
+def comparisons_made(settings: VerifySettings) -> int:
+    """How many latency comparisons there are."""
+    return (3 + settings.compiled) * len(batches_timed(settings))
+
+
+def throughput_batches(settings: VerifySettings) -> tuple[int, ...]:
+    """The batch sizes that images per second are measured at; none when they are left out."""
+    if settings.throughput_seconds <= 0:
+        return ()
+    return batches_up_to(settings.throughput_batch or settings.max_batch)
+
+
+def timing_steps(settings: VerifySettings) -> int:
+    """Total of what verify_onnx reports as progress."""
+    return comparisons_made(settings) + len(throughput_batches(settings))
