@@ -146,9 +146,9 @@ def show(console: Console, verified: "Verification") -> None:
                     f"{c.ratio:.3f}",
                     f"{c.low:.3f}",
                     f"{c.high:.3f}",
-                    f"{c.subject_ms.p50:.3g}",
-                    f"{c.subject_ms.p99:.3g}",
-                    f"{c.baseline_ms.p50:.3g}",
+                    f"{c.subject_ms.p50:.4g}",
+                    f"{c.subject_ms.p99:.4g}",
+                    f"{c.baseline_ms.p50:.4g}",
                 )
                 for c in verified.latency.comparisons
             ],
@@ -159,16 +159,16 @@ def show(console: Console, verified: "Verification") -> None:
             console.say(f"warning: {note}")
     if verified.throughput:
         console.table(
-            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads: the file by itself, "
-            "idle threads spinning as ONNX Runtime's do by default",
+            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads, "
+            "spinning as by ONNX Runtime's default",
             ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
             [
                 (
                     rate.batch,
                     f"{rate.images_per_second:.4g}",
-                    f"{rate.ms.p50:.3g}",
-                    f"{rate.ms.p90:.3g}",
-                    f"{rate.ms.p99:.3g}",
+                    f"{rate.ms.p50:.4g}",
+                    f"{rate.ms.p90:.4g}",
+                    f"{rate.ms.p99:.4g}",
                     f"{rate.gflops:.3g}",
                     f"{rate.share:.0%}",
                 )

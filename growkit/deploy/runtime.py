@@ -127,7 +127,9 @@ def open_session(
         raise GrowkitError(f"provider {provider}: unknown; choose {', '.join(PROVIDERS)} or auto")
     # get_available_providers() says what the wheel was compiled for, not what runs (ort#17801)
     if PROVIDERS[provider] not in ort.get_available_providers():
-        raise _not_running(provider, "this ONNX Runtime was built without it: use onnxruntime-gpu's wheel")
+        raise _not_running(
+            provider, "this ONNX Runtime was built without it: pip install onnxruntime-gpu in place of onnxruntime"
+        )
     threads = threads or torch.get_num_threads()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -13,6 +13,7 @@ from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.runtime import Assignment, assignment, environment, open_session
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
+from growkit.errors import GrowkitError
 from growkit.files import sha256_of
 
 
@@ -51,6 +52,8 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
+    if settings.throughput_batch is not None and settings.throughput_batch < 1:
+        raise GrowkitError(f"--throughput-batch {settings.throughput_batch}: expected 1 or more")
     parity = check_parity(
         model,
         file,

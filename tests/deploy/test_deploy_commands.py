@@ -187,6 +187,12 @@ def test_throughput_and_compiled_are_shown(run: Path, monkeypatch: pytest.Monkey
     assert "\npeak: 400 GFLOP/s in a float32 product of 1024 x 1024 matrices; other programs took 40%" in result.output
 
 
+def test_batch_below_one_is_refused(run: Path) -> None:
+    result = call("verify", "--run", run, "--throughput-batch", "0")
+    assert isinstance(result.exception, GrowkitError)
+    assert str(result.exception) == "--throughput-batch 0: expected 1 or more"
+
+
 def test_steps_of_timing_count_every_comparison_and_batch_size() -> None:
     assert verify_module.timing_steps(VerifySettings()) == 6 + 4
     assert verify_module.timing_steps(VerifySettings(compiled=True, throughput_batch=20)) == 8 + 6
