@@ -123,6 +123,20 @@ def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(tmp_path
 
 
 @pytest.mark.slow
+def test_latency_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+    out = tmp_path / "latency.json"
+    options = ["--model", "test_vit", "--batches", 1, 2, "--seconds", 0.1, "--throughput-seconds", 0.1, "--out", out]
+    assert "peak: " in run("latency.py", *options)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    baselines = ["itself", "stock export", "PyTorch"]
+    assert [c["baseline"] for c in content["latency"]["comparisons"]] == baselines * 2
+    assert [rate["batch"] for rate in content["throughput"]["rates"]] == [1, 2]
+    assert all(rate["share"] > 0 for rate in content["throughput"]["rates"])
+    assert list(content["nodes"]) == ["cpu"]
+
+
+@pytest.mark.slow
 def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for split in ("train", "val"):

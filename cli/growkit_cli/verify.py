@@ -162,6 +162,7 @@ def verify(
             "failed": [c.line for c in verified.checks if c.verdict == "fail"],
             "numerics": verified.report["numerics"],
             "latency": verified.report["latency"],
+            "throughput": verified.report["throughput"],
         },
         hashes={
             name: sha256
@@ -185,7 +186,7 @@ def with_file(
     reading: FitSettings,
 ) -> "Verification":
     """The ONNX file against its model: answers, a reference, accuracy on `data`, times."""
-    from growkit.deploy.verify import batches_timed, verify_onnx
+    from growkit.deploy.verify import timing_steps, verify_onnx
 
     batches = None
     if data is not None:
@@ -196,7 +197,7 @@ def with_file(
         batches = val_batches(labelled(data, source, reading, image_size=form_in(file).image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
     with console.progress("latency") as bar:
-        total = 3 * len(batches_timed(settings))
+        total = timing_steps(settings)
         return verify_onnx(
             source.model(),
             file,
@@ -215,6 +216,8 @@ def show(console: Console, verified: "Verification") -> None:
     """The checks and the times as tables, what went wrong as lines, and the verdict last."""
     from growkit.deploy.checks import shown
 
+    if verified.report["provider"]["note"]:
+        console.say(verified.report["provider"]["note"])
     for group in dict.fromkeys(c.group for c in verified.checks):
         console.table(
             group,
@@ -236,13 +239,38 @@ def show(console: Console, verified: "Verification") -> None:
                     f"{c.ratio:.3f}",
                     f"{c.low:.3f}",
                     f"{c.high:.3f}",
-                    f"{c.subject_ms.p50:.3g}",
-                    f"{c.subject_ms.p99:.3g}",
-                    f"{c.baseline_ms.p50:.3g}",
+                    f"{c.subject_ms.p50:.4g}",
+                    f"{c.subject_ms.p99:.4g}",
+                    f"{c.baseline_ms.p50:.4g}",
                 )
                 for c in verified.latency.comparisons
             ],
         )
+        for batch, seconds in verified.latency.compile_seconds.items():
+            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, which is in none of the times")
+        for note in verified.latency.notes:
+            console.say(f"warning: {note}")
+    if verified.throughput:
+        console.table(
+            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads, "
+            "spinning as by ONNX Runtime's default",
+            ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
+            [
+                (
+                    rate.batch,
+                    f"{rate.images_per_second:.4g}",
+                    f"{rate.ms.p50:.4g}",
+                    f"{rate.ms.p90:.4g}",
+                    f"{rate.ms.p99:.4g}",
+                    f"{rate.gflops:.3g}",
+                    f"{rate.share:.0%}",
+                )
+                for rate in verified.throughput.rates
+            ],
+        )
+        console.say(verified.throughput.line)
+    if verified.assignment and verified.assignment.fallen_back:
+        console.say(f"warning: {verified.assignment.line}")
     for c in verified.checks:
         if c.verdict != "pass":
             word = "FAILED" if c.verdict == "fail" else "warning:"

@@ -11,7 +11,8 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 class Check:
     """A single check.
 
-    group     structure, weights, numbers, predictions, accuracy, reference, golden or latency
+    group     provider, structure, weights, numbers, predictions, pixels, answers, pictures, accuracy, reference, golden
+              or latency
     name      unique inside the group, as in 'batch 5: relative RMS error'
     verdict   'inconclusive' only where the machine was too noisy to tell
     measured  a number, or a word where there is none

@@ -3,15 +3,17 @@
 Timing one side after the other reports over 10 % difference between a file and itself in a fifth of
 the runs on a shared machine; pairs do not. Runs inside one session agree too well to be honest, so
 each side gets several fresh sessions and the bootstrap resamples sessions, then pairs. Before any
-verdict the file is timed against itself: where even that differs, the machine is too noisy.
+verdict the file is timed against itself: where even that differs, the machine is too noisy. Pairs
+taken while other programs ran are dropped where enough others remain.
 """
 
 import copy
+import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch import nn
 
 from growkit.deploy.capture import export_stock
 from growkit.deploy.checks import Check, Verdict
+from growkit.deploy.contention import CONTENDED, Contention
+from growkit.deploy.form import Form
+from growkit.deploy.parts import core_session, whole_session
 from growkit.deploy.reference import noise_images, preprocessing
-from growkit.deploy.runtime import open_session
 
 SESSIONS = 3  # fresh ones per side before an interval is believed
 PAIRS = 20  # per session
@@ -31,6 +35,8 @@ NOISY = 0.05  # |ratio - 1| + half width of a file against itself
 SAMPLE_SECONDS = 0.004  # a shorter call is repeated: one wake-up would drown it
 SETTLE_SECONDS = 0.005  # lets the other side's threads go to sleep
 RESAMPLES = 2000
+WINDOW_SECONDS = 0.25  # over which the load of other programs is taken; /proc/stat is no finer
+CALM_PAIRS = 10  # that must remain when contended ones are dropped
 
 Call = Callable[[], object]
 
@@ -46,7 +52,12 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Time of `subject` / time of `baseline` at one batch size; low and high bound it at 95 %."""
+    """Time of `subject` / time of `baseline` at one batch size; low and high bound it at 95 %.
+
+    pairs    what the ratio is taken from
+    dropped  pairs left out because other programs ran meanwhile
+    foreign  share of the processors that other programs took, mean over all pairs; None: unknown
+    """
 
     subject: str
     baseline: str
@@ -58,6 +69,8 @@ class Comparison:
     pairs: int
     subject_ms: Percentiles
     baseline_ms: Percentiles
+    dropped: int = 0
+    foreign: float | None = None
 
     @property
     def half_width(self) -> float:
@@ -72,12 +85,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Latency:
-    """Every comparison, the checks made of them, and where they ran."""
+    """Every comparison, the checks made of them, and where they ran.
+
+    compile_seconds  what torch.compile took, by batch size; timed nowhere else
+    notes            what could not be compared, and why
+    """
 
     comparisons: tuple[Comparison, ...]
     checks: tuple[Check, ...]
     provider: str
     threads: int
+    compile_seconds: dict[int, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Pair:
+    """Logarithm of a pair's ratio, the session it belongs to, and what others took meanwhile."""
+
+    session: int
+    ratio: float
+    foreign: float | None = None
 
 
 def compare(
@@ -90,23 +118,28 @@ def compare(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    foreign: Callable[[], float | None] = lambda: None,
 ) -> Comparison:
     """Time two sides in interleaved pairs, in random order, each after an un-timed call of its own.
 
     open_subject, open_baseline  make a fresh session and return the call to be timed
     seconds  stops after this; earlier when the interval is narrow enough
+    foreign  share of the processors that others took since it was last asked; None: unknown
     """
     generator = np.random.default_rng(seed)
     deadline = clock() + seconds
-    rounds: list[np.ndarray] = []
+    pairs: list[_Pair] = []
+    opened = told = 0
     singles: tuple[list[float], list[float]] = ([], [])
     share = seconds / SESSIONS
+    foreign()
+    asked = clock()
     while True:
         calls = (open_subject(), open_baseline())
         repeats = [_repeats(call, clock) for call in calls]
-        until = min(deadline, clock() + share) if len(rounds) >= SESSIONS else clock() + share
-        ratios: list[float] = []
-        while len(ratios) < PAIRS and (len(ratios) < 2 or clock() < until):
+        until = min(deadline, clock() + share) if opened >= SESSIONS else clock() + share
+        first = len(pairs)
+        while len(pairs) - first < PAIRS and (len(pairs) - first < 2 or clock() < until):
             took = [0.0, 0.0]
             for side in generator.permutation(2):
                 sleep(SETTLE_SECONDS)
@@ -118,12 +151,20 @@ def compare(
                     times.append(clock() - start)
                 singles[side].extend(times)
                 took[side] = float(np.median(times))
-            ratios.append(math.log(took[0] / took[1]))
-        rounds.append(np.array(ratios))
-        if len(rounds) >= SESSIONS:
+            pairs.append(_Pair(opened, math.log(took[0] / took[1])))
+            if clock() - asked >= WINDOW_SECONDS:
+                taken = foreign()
+                for pair in pairs[told:]:
+                    pair.foreign = taken
+                asked, told = clock(), len(pairs)
+        opened += 1
+        if opened >= SESSIONS:
+            rounds = _rounds(pairs)
             low, high = _interval(rounds, generator)
             if (high - low) / 2 < HALF_WIDTH or clock() >= deadline:
                 break
+    kept = sum(map(len, rounds))
+    known = [pair.foreign for pair in pairs if pair.foreign is not None]
     return Comparison(
         subject=names[0],
         baseline=names[1],
@@ -132,10 +173,21 @@ def compare(
         low=low,
         high=high,
         sessions=len(rounds),
-        pairs=sum(map(len, rounds)),
-        subject_ms=_percentiles(singles[0]),
-        baseline_ms=_percentiles(singles[1]),
+        pairs=kept,
+        subject_ms=percentiles(singles[0]),
+        baseline_ms=percentiles(singles[1]),
+        dropped=len(pairs) - kept,
+        foreign=float(np.mean(known)) if known else None,
     )
+
+
+def _rounds(pairs: list[_Pair]) -> list[np.ndarray]:
+    """The ratios of each session; without contended pairs where enough pairs and sessions remain."""
+    calm = [pair for pair in pairs if pair.foreign is None or pair.foreign <= CONTENDED]
+    if len(calm) < CALM_PAIRS or len({pair.session for pair in calm}) < SESSIONS:
+        calm = pairs
+    sessions = dict.fromkeys(pair.session for pair in calm)
+    return [np.array([pair.ratio for pair in calm if pair.session == session]) for session in sessions]
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:
@@ -166,7 +218,8 @@ def _interval(rounds: list[np.ndarray], generator: np.random.Generator) -> tuple
     return float(low), float(high)
 
 
-def _percentiles(seconds: list[float]) -> Percentiles:
+def percentiles(seconds: list[float]) -> Percentiles:
+    """Of single calls that took so many seconds each."""
     p50, p90, p99 = np.quantile(np.array(seconds) * 1000, (0.5, 0.9, 0.99))
     return Percentiles(float(p50), float(p90), float(p99))
 
@@ -188,31 +241,40 @@ def measure_latency(
     file: Path,
     *,
     stock: tuple[str, Mapping[str, Any]],
+    form: Form | None = None,
     provider: str = "cpu",
     batches: tuple[int, ...] = (1, 8),
     seconds: float = 12.0,
     margin: float = 0.10,
     max_ratio: float | None = None,
+    compiled: bool = False,
     seed: int = 0,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Latency:
     """Time the ONNX `file` against itself, a stock export of the same architecture, and PyTorch.
 
+    On a GPU every side gets its images from the host and gives its logits back there.
+
     stock      name and arguments for timm.create_model
-    seconds    longest time for one comparison; three per batch size
+    form       of the file: of one that takes pixels or answers with more than logits the network inside is timed
+    seconds    longest time for one comparison; three per batch size, one more with `compiled`
     margin     the stock comparison passes up to 1 + margin
-    max_ratio  gate on file / PyTorch; only reported when None
+    max_ratio  gate on file / PyTorch eager; only reported when None
+    compiled   time PyTorch compiled, too; where it cannot compile, a note says why
     progress   told how many comparisons are done, and which comes next
 
     Raises:
         GrowkitError: the provider does not run here.
     """
-    first = open_session(file, provider=provider)
-    device = torch.device("cuda" if first.provider == "cuda" else "cpu")
+    form = form or Form()
+    first = whole_session(file, form, provider=provider)
+    device = torch.device("cpu" if first.provider == "cpu" else "cuda")
     model = copy.deepcopy(model).eval().to(device)
     done = 0
     comparisons: list[Comparison] = []
     checks: list[Check] = []
+    compile_seconds: dict[int, float] = {}
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         prepared = preprocessing(model)
         stock_file = Path(folder) / "stock.onnx"
@@ -222,44 +284,70 @@ def measure_latency(
             images = noise_images(prepared, batch, seed)
             tensor = torch.from_numpy(images)
 
-            def opened(path: Path, images: np.ndarray = images) -> Callable[[], Call]:
+            def opened(path: Path, kind: Form, images: np.ndarray = images) -> Callable[[], Call]:
                 def fresh() -> Call:
-                    session = open_session(path, provider=first.provider)
+                    session = core_session(path, kind, prepared, "classes", provider=first.provider)
                     return lambda: session.run(images)
 
                 return fresh
 
-            def eager(tensor: torch.Tensor = tensor) -> Call:
-                @torch.inference_mode()
-                def call() -> object:
-                    return model(tensor.to(device)).cpu()
-
-                return call
-
-            sides: tuple[tuple[str, Callable[[], Call]], ...] = (
-                ("itself", opened(file)),
-                ("stock export", opened(stock_file)),
-                ("PyTorch", eager),
-            )
+            sides: dict[str, Callable[[], Call]] = {
+                "itself": opened(file, form),
+                "stock export": opened(stock_file, Form()),
+                "PyTorch": functools.partial(_torch_call, model, tensor, device),
+            }
+            if compiled and not notes:
+                progress(done, f"compiling PyTorch at batch {batch}")
+                try:
+                    call, compile_seconds[batch] = _compile(model, tensor, device)
+                    sides["PyTorch compiled"] = functools.partial(_same, call)
+                except Exception as error:  # dynamo, the compiler and the driver each raise their own kinds
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    notes.append(f"PyTorch compiled was not timed, it does not compile here: {reason}")
             found = {}
-            for name, baseline in sides:
+            for name, baseline in sides.items():
                 progress(done, f"batch {batch} against {name}")
                 found[name] = compare(
-                    opened(file),
+                    opened(file, form),
                     baseline,
                     names=("file", name),
                     batch=batch,
                     seconds=seconds,
                     seed=seed + done,
+                    foreign=Contention().lap,
                 )
                 done += 1
+            done += 3 + compiled - len(found)
             comparisons += found.values()
             noise = found["itself"].noise
             checks.append(latency_check(found["stock export"], noise, 1 + margin))
             if max_ratio is not None:
                 checks.append(latency_check(found["PyTorch"], noise, max_ratio))
         progress(done, "")
-    return Latency(tuple(comparisons), tuple(checks), first.provider, first.threads)
+    return Latency(tuple(comparisons), tuple(checks), first.provider, first.threads, compile_seconds, tuple(notes))
+
+
+def _torch_call(model: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, device: torch.device) -> Call:
+    """A call of `model` on images from the host that brings its logits back there."""
+
+    @torch.inference_mode()
+    def call() -> object:
+        return model(tensor.to(device)).cpu()
+
+    return call
+
+
+def _compile(model: nn.Module, tensor: torch.Tensor, device: torch.device) -> tuple[Call, float]:
+    """The compiled model's call, for one batch size, and the seconds that compiling took."""
+    # in full: past its limit of recompilations, torch would go on without compiling, in silence
+    call = _torch_call(torch.compile(model, dynamic=False, fullgraph=True), tensor, device)
+    start = time.perf_counter()
+    call()
+    return call, time.perf_counter() - start
+
+
+def _same(call: Call) -> Call:
+    return call
 
 
 def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
@@ -271,6 +359,8 @@ def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
     )
     if noise > NOISY:
         line += f"; the machine is too noisy: the file against itself is off by {noise:.1%}"
+        if comparison.foreign is not None and comparison.foreign > CONTENDED:
+            line += f", and other programs took {comparison.foreign:.0%} of its processors"
     elif verdict == "inconclusive":
         line += "; the interval holds the limit, give it more time with --latency-seconds"
     name = f"batch {comparison.batch}: against {comparison.baseline}"

@@ -50,6 +50,7 @@ class Parity:
     figures: dict[str, Any]
     provider: str
     form: Form
+    files: tuple[Path, ...] = ()  # the file, and what lies beside it
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -146,7 +147,7 @@ def check_parity(
     except Exception as error:
         line = f"the network inside is not to be found: {_first_line(error)}"
         checks.append(check("structure", "the network inside", False, "missing", "input -> logits", line))
-        return Parity(tuple(checks), {}, session.provider, form)
+        return Parity(tuple(checks), {}, session.provider, form, files)
 
     numbers, figures = number_checks(core, known, limits)
     if any(c.verdict == "fail" and c.group == "numbers" for c in numbers):
@@ -176,7 +177,7 @@ def check_parity(
 
         made, figures["accuracy"] = accuracy_checks(run, plain, data, limits)
         checks += made
-    return Parity(tuple(checks), figures, session.provider, form)
+    return Parity(tuple(checks), figures, session.provider, form, files)
 
 
 def _pictures(

@@ -1,10 +1,15 @@
-"""ONNX Runtime sessions that say where they really run: threads, spinning, provider."""
+"""ONNX Runtime sessions that say where they really run: threads, spinning, provider, nodes."""
 
+import atexit
 import contextlib
+import functools
 import io
 import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +17,32 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from growkit.deploy import libraries
 from growkit.errors import GrowkitError
 from growkit.record import hardware, versions
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+ELSE_CPU = "; or use --provider cpu"
+_DEVICE_ERROR = re.compile(r"CUDA failure \d+: [^;\n]*[^;\s]")
 
 
 @dataclass(frozen=True)
 class Session:
-    """An open ONNX file. `provider` is the one that runs, 'cpu' or 'cuda'."""
+    """An open ONNX file.
+
+    provider  the one that runs: 'cpu', 'cuda' or 'tensorrt'
+    note      with --provider auto, what was chosen and why; empty otherwise
+    """
 
     inner: Any
     input: str
     provider: str
     threads: int
+    note: str = ""
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """(B, C, H, W) float32 -> logits (B, classes).
@@ -38,6 +55,50 @@ class Session:
         """Every output by name; raises as `run`."""
         names = [output.name for output in self.inner.get_outputs()]
         return dict(zip(names, map(np.asarray, self.inner.run(names, {self.input: images})), strict=True))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the optimised graph."""
+
+    op: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which provider each node of a file runs on.
+
+    provider     the one that was asked for
+    nodes        how many nodes run on each provider
+    fallen_back  the nodes that run on the CPU although another provider was asked for
+    """
+
+    provider: str
+    nodes: dict[str, int]
+    fallen_back: tuple[Node, ...]
+
+    @property
+    def line(self) -> str:
+        """How many nodes run where it was asked, and the operators that do not."""
+        line = f"{self.nodes.get(self.provider, 0)} of {sum(self.nodes.values())} nodes run on {self.provider}"
+        if self.fallen_back:
+            counts = Counter(node.op for node in self.fallen_back).most_common()
+            line += "; on the CPU: " + ", ".join(f"{count} {op}" for op, count in counts)
+        return line
+
+
+def assignment(session: Session) -> Assignment:
+    """Ask ONNX Runtime where each node of an open file was placed."""
+    short = {long: provider for provider, long in PROVIDERS.items()}
+    nodes: Counter[str] = Counter()
+    fallen_back = []
+    for part in session.inner.get_provider_graph_assignment_info():
+        provider, inside = short.get(part.ep_name, part.ep_name), part.get_nodes()
+        nodes[provider] += len(inside)
+        if provider == "cpu" != session.provider:
+            fallen_back += [Node(node.op_type, node.name) for node in inside]
+    return Assignment(session.provider, dict(nodes), tuple(fallen_back))
 
 
 def open_session(
@@ -55,23 +116,31 @@ def open_session(
     optimise  ONNX Runtime's default graph optimisation, which is what users deploy; False: none
     spinning  let idle threads spin; it makes whatever runs next in this process look slower
 
-    CUDA runs without TF32, so that float32 means float32.
+    CUDA and TensorRT run without TF32, so that float32 means float32; what TensorRT cannot take runs on
+    CUDA, and what that cannot take on the CPU (see `assignment`). 'auto' is CUDA where it runs, else the CPU.
 
     Raises:
         GrowkitError: the provider asked for is unknown or does not really run here.
     """
     if provider == "auto":
+        given: dict[str, Any] = {
+            "threads": threads,
+            "optimise": optimise,
+            "spinning": spinning,
+            "folder": folder,
+        }
         try:
-            return open_session(
-                file, provider="cuda", threads=threads, optimise=optimise, spinning=spinning, folder=folder
-            )
-        except GrowkitError:
-            provider = "cpu"
+            return replace(open_session(file, provider="cuda", **given), note="provider auto: CUDA runs here")
+        except GrowkitError as error:
+            why = str(error).partition(ELSE_CPU)[0]
+            return replace(open_session(file, provider="cpu", **given), note=f"provider auto: the CPU; {why}")
     if provider not in PROVIDERS:
-        raise GrowkitError(f"provider {provider}: unknown; choose cpu, cuda or auto")
+        raise GrowkitError(f"provider {provider}: unknown; choose {', '.join(PROVIDERS)} or auto")
     # get_available_providers() says what the wheel was compiled for, not what runs (ort#17801)
     if PROVIDERS[provider] not in ort.get_available_providers():
-        raise _not_running(provider, "this ONNX Runtime was built without it")
+        raise _not_running(
+            provider, "this ONNX Runtime was built without it: pip install onnxruntime-gpu in place of onnxruntime"
+        )
     threads = threads or torch.get_num_threads()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -80,17 +149,51 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings = [{"use_tf32": "0"}] if provider == "cuda" else [{}]
     source = file if isinstance(file, bytes) else str(file)
-    with _quiet():
-        if provider == "cuda":
-            ort.preload_dlls()
-        inner = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]], provider_options=settings)
+    wanted = _wanted(provider)
+    with _quiet() as said:
+        if provider != "cpu":
+            libraries.load(provider)
+        try:
+            inner = ort.InferenceSession(
+                source,
+                options,
+                providers=[PROVIDERS[name] for name in wanted],
+                provider_options=list(wanted.values()),
+            )
+        except Exception as error:
+            if provider == "cpu":
+                raise
+            ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])  # raises what is the file's fault
+            raise _not_running(provider, *_reasons(provider, str(error))) from None
     if inner.get_providers()[0] != PROVIDERS[provider]:
-        raise _not_running(provider, "ONNX Runtime fell back to the CPU")
+        raise _not_running(provider, *_reasons(provider, said.getvalue()))
+    inner.disable_fallback()  # else a run that fails there is repeated on the CPU in silence
     return Session(inner, inner.get_inputs()[0].name, provider, threads)
+
+
+def _wanted(provider: str) -> dict[str, dict[str, str]]:
+    """The providers of a session, best first, and their settings."""
+    if provider == "cpu":
+        return {"cpu": {}}
+    cuda = {"cuda": {"use_tf32": "0"}}
+    if provider == "cuda":
+        return cuda
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's own; the provider has no setting for it
+    # sessions are opened often here, and TensorRT takes minutes to build an engine
+    cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": _engine_folder()}
+    return {"tensorrt": cache, **cuda}
+
+
+@functools.cache
+def _engine_folder() -> str:
+    """A folder that lives as long as this process."""
+    folder = tempfile.TemporaryDirectory(prefix="growkit-tensorrt-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def environment(session: Session | None = None) -> dict[str, Any]:
@@ -104,19 +207,28 @@ def environment(session: Session | None = None) -> dict[str, Any]:
     return facts
 
 
-def _not_running(provider: str, why: str) -> GrowkitError:
-    return GrowkitError(
-        f"provider {provider} does not run here: {why}; "
-        "install an NVIDIA driver and onnxruntime-gpu[cuda,cudnn], or use --provider cpu"
-    )
+def _reasons(provider: str, said: str) -> tuple[str, ...]:
+    """Why `provider` does not run, with the remedy: libraries first, then what CUDA said about the device."""
+    absent = libraries.missing(provider)
+    if absent:
+        return absent
+    told = _DEVICE_ERROR.search(said)
+    why = told[0] if told else "ONNX Runtime fell back to the CPU"
+    built = f" for CUDA {libraries.cuda_version()}" if libraries.cuda_version() else ""
+    return (f"{why}: check that nvidia-smi lists a GPU and a driver new enough{built}",)
+
+
+def _not_running(provider: str, *reasons: str) -> GrowkitError:
+    return GrowkitError(f"provider {provider} does not run here: {'; '.join(reasons)}{ELSE_CPU}")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # a missing CUDA library is reported by our own error; ONNX Runtime's lines would come twice
+def _quiet() -> Iterator[io.StringIO]:
+    """Keep what is printed; a missing library is reported by our own error, and would come twice."""
+    said = io.StringIO()
     ort.set_default_logger_severity(4)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield said
     finally:
         ort.set_default_logger_severity(2)  # ONNX Runtime's own default; it cannot be read back

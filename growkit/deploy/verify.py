@@ -15,8 +15,12 @@ from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
-from growkit.deploy.runtime import environment, open_session
+from growkit.deploy.parts import whole_session
+from growkit.deploy.reference import at_image_size
+from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.store import sha256_of_files
+from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.errors import GrowkitError
 from growkit.files import sha256_of
 
@@ -28,6 +32,8 @@ class Verification:
     checks: tuple[Check, ...]
     parity: Parity | None  # None where a model or a file is held against a reference alone
     latency: Latency | None
+    throughput: Throughput | None
+    assignment: Assignment | None
     verdict: Verdict
     report: dict[str, Any]
 
@@ -49,13 +55,15 @@ def verify_onnx(
 
     golden    reference that the file is held against, and the model too where the reference is a model's
     stock     name and arguments for timm.create_model, of the architecture that was never grown
-    progress  told how many comparisons are done, three per batch size of batches_timed
+    progress  told how many of the `timing_steps` are done, and which comes next
 
     The other arguments are those of check_parity.
 
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
+    if settings.throughput_batch is not None and settings.throughput_batch < 1:
+        raise GrowkitError(f"--throughput-batch {settings.throughput_batch}: expected 1 or more")
     parity = check_parity(
         model,
         file,
@@ -74,36 +82,78 @@ def verify_onnx(
             held += check_golden(golden, subject)
         if parity.figures:  # else the file does not even open
             held += check_golden(golden, onnx_subject(file, provider=parity.provider))
-    latency = None
-    if settings.latency and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
+    facts = environment()
+    chosen, placed = "", None
+    if parity.figures:  # it opens
+        opened = whole_session(file, parity.form, provider=settings.provider)
+        chosen, placed, facts = opened.note, assignment(opened), environment(opened)
+        del opened
+    latency = throughput = None
+    emulated = parity.form.precision == "bf16" and parity.provider == "cpu"  # its times would say nothing
+    if settings.latency and not emulated and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
+        name, arguments = stock
+        if parity.form.image_size:
+            model = at_image_size(model, parity.form.image_size)
+            stock = (name, {**arguments, "img_size": parity.form.image_size})
         latency = measure_latency(
             model,
             file,
             stock=stock,
+            form=parity.form,
             provider=parity.provider,
-            batches=batches_timed(settings),
+            batches=(parity.form.batch,) if parity.form.batch else batches_timed(settings),
             seconds=settings.latency_seconds,
             margin=settings.latency_margin,
             max_ratio=settings.max_latency_ratio,
+            compiled=settings.compiled,
             seed=settings.seed,
             progress=progress,
         )
-    checks = (*parity.checks, *held, *(latency.checks if latency else ()))
+        before = comparisons_made(settings)
+        if batches := throughput_batches(settings):
+            throughput = measure_throughput(
+                model,
+                file,
+                form=parity.form,
+                provider=parity.provider,
+                batches=(parity.form.batch,) if parity.form.batch else batches,
+                seconds=settings.throughput_seconds,
+                seed=settings.seed,
+                progress=lambda done, note: progress(before + done, note),
+            )
+    checks = (
+        *([provider_check(placed)] if placed else []),
+        *parity.checks,
+        *held,
+        *(latency.checks if latency else ()),
+    )
     verdict = verdict_of(checks)
-    opened = open_session(file, provider=parity.provider) if parity.figures else None
     report = {
         "schema": 1,
         "verdict": verdict,
-        "onnx_sha256": sha256_of(file),
+        "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
         "weights_sha256": weights_sha256,
-        "provider": {"requested": settings.provider, "used": parity.provider},
+        "provider": {
+            "requested": settings.provider,
+            "used": parity.provider,
+            "note": chosen,
+            "nodes": placed.nodes if placed else {},
+            "fallen_back": [asdict(node) for node in placed.fallen_back] if placed else [],
+        },
         "settings": asdict(settings),
-        "environment": environment(opened),
+        "environment": facts,
         "checks": [asdict(c) for c in checks],
         "numerics": parity.figures,
         "latency": asdict(latency) if latency else None,
+        "throughput": asdict(throughput) if throughput else None,
     }
-    return Verification(checks, parity, latency, verdict, plain(report))
+    return Verification(checks, parity, latency, throughput, placed, verdict, plain(report))
+
+
+def provider_check(placed: Assignment) -> Check:
+    """Fails when no node at all runs on the provider that was asked for."""
+    running = placed.nodes.get(placed.provider, 0)
+    return check("provider", f"nodes on {placed.provider}", running > 0, running, "1 or more", placed.line)
 
 
 def verify_alone(
@@ -136,8 +186,9 @@ def verify_alone(
         "checks": [asdict(c) for c in checks],
         "numerics": None,
         "latency": None,
+        "throughput": None,
     }
-    return Verification(tuple(checks), None, None, verdict, plain(report))
+    return Verification(tuple(checks), None, None, None, None, verdict, plain(report))
 
 
 def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
@@ -162,3 +213,20 @@ def verdict_of(checks: Iterable[Check]) -> Verdict:
 def batches_timed(settings: VerifySettings) -> tuple[int, ...]:
     """The batch sizes that latency is measured at."""
     return tuple(sorted({1, settings.max_batch}))
+
+
+def comparisons_made(settings: VerifySettings) -> int:
+    """How many latency comparisons there are."""
+    return (3 + settings.compiled) * len(batches_timed(settings))
+
+
+def throughput_batches(settings: VerifySettings) -> tuple[int, ...]:
+    """The batch sizes that images per second are measured at; none when they are left out."""
+    if settings.throughput_seconds <= 0:
+        return ()
+    return batches_up_to(settings.throughput_batch or settings.max_batch)
+
+
+def timing_steps(settings: VerifySettings) -> int:
+    """Total of what verify_onnx reports as progress."""
+    return comparisons_made(settings) + len(throughput_batches(settings))

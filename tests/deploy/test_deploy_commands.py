@@ -15,10 +15,14 @@ from typer.testing import CliRunner, Result
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
+from growkit.deploy.runtime import Assignment, Node
+from growkit.deploy.settings import VerifySettings
+from growkit.deploy.throughput import Rate, Throughput
 from growkit.errors import GrowkitError
 from growkit_cli.export import export, without_folders
 from growkit_cli.verify import verify
 
+SHORT = ("--latency-seconds", "0.05", "--throughput-seconds", "0.01")
 app = typer.Typer()
 app.command()(export)
 app.command()(verify)
@@ -92,16 +96,21 @@ def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Pat
                 image.save(tmp_path / "data" / split / label / f"{index}.png")
     data = ("--data", tmp_path / "data", "--workers", "0")
     junit = tmp_path / "junit.xml"
-    result = call("verify", "--run", run, "--json", "--latency-seconds", "0.05", "--junit", junit, *data)
+    result = call("verify", "--run", run, "--json", *SHORT, "--junit", junit, *data)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report == json.loads((run / "verify" / "report.json").read_text())
     assert report["verdict"] in ("pass", "inconclusive")  # the timing may be noisy here
     assert report["numerics"]["accuracy"]["samples"] == 14
-    assert report["provider"] == {"requested": "cpu", "used": "cpu"}
+    provider = report["provider"]
+    assert (provider["requested"], provider["used"], provider["note"]) == ("cpu", "cpu", "")
+    assert list(provider["nodes"]) == ["cpu"]
+    assert provider["fallen_back"] == []
+    assert [rate["batch"] for rate in report["throughput"]["rates"]] == [1, 2, 4, 8]
+    assert report["throughput"]["peak_gflops"] > 0
     assert len(report["latency"]["comparisons"]) == 6
     groups = {c["group"] for c in report["checks"]}
-    assert {"structure", "weights", "numbers", "accuracy", "reference", "latency"} <= groups
+    assert {"provider", "structure", "weights", "numbers", "accuracy", "reference", "latency"} <= groups
     suite = ET.parse(junit).getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == (str(len(report["checks"])), "0")
     step = json.loads((run / "record.json").read_text())["steps"][-1]
@@ -125,12 +134,69 @@ def test_strict_turns_inconclusive_into_exit_1(run: Path, monkeypatch: pytest.Mo
     close = Comparison("file", "stock export", 1, 1.1, 1.0, 1.2, 3, 60, times, times)
     noisy = Latency((close,), (latency_check(close, noise=0.2, limit=1.1),), "cpu", 1)
     monkeypatch.setattr(verify_module, "measure_latency", lambda *_, **__: noisy)
-    lenient = call("verify", "--run", run)
+    lenient = call("verify", "--run", run, "--throughput-seconds", "0")
     assert lenient.exit_code == 0, lenient.output
     assert "warning: latency" in lenient.output
     assert "too noisy" in lenient.output
     assert lenient.output.rstrip().endswith("verdict: inconclusive")
-    assert call("verify", "--run", run, "--strict").exit_code == 1
+    assert call("verify", "--run", run, "--strict", "--throughput-seconds", "0").exit_code == 1
+
+
+def test_provider_auto_and_what_fell_back_are_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Node("Shape", "node_Shape_0")
+    placed = Assignment("cuda", {"cuda": 76, "cpu": 1}, (shape,))
+    monkeypatch.setattr(verify_module, "assignment", lambda session: placed)
+    result = call("verify", "--run", run, "--provider", "auto", "--no-latency")
+    assert result.exit_code == 0, result.output
+    assert "\nprovider auto: " in result.output
+    assert "\nwarning: 76 of 77 nodes run on cuda; on the CPU: 1 Shape\n" in result.output
+    report = json.loads((run / "verify" / "report.json").read_text())
+    assert report["provider"]["nodes"] == {"cuda": 76, "cpu": 1}
+    assert report["provider"]["fallen_back"] == [{"op": "Shape", "name": "node_Shape_0"}]
+    assert report["throughput"] is None
+
+
+def test_provider_that_runs_no_node_fails(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = Assignment("cuda", {"cpu": 1}, (Node("Shape", "node_Shape_0"),))
+    monkeypatch.setattr(verify_module, "assignment", lambda session: placed)
+    result = call("verify", "--run", run, "--no-latency")
+    assert result.exit_code == 1
+    assert "FAILED provider: 0 of 1 nodes run on cuda; on the CPU: 1 Shape" in result.output
+
+
+def test_throughput_and_compiled_are_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Percentiles(1.0, 2.0, 3.0)
+    compared = Comparison("file", "PyTorch compiled", 1, 1.1, 1.0, 1.2, 3, 60, times, times)
+    timed = Latency((compared,), (), "cpu", 1, {1: 12.3}, ("PyTorch compiled was not timed at batch 8",))
+    served = Throughput((Rate(1, 250.0, times, 40, 300.0, 0.75),), 600_000_000, 400.0, 1024, "cpu", 1, 0.4)
+    told: dict[str, object] = {}
+
+    def measure_latency(*_: object, **given: object) -> Latency:
+        told.update(given)
+        return timed
+
+    monkeypatch.setattr(verify_module, "measure_latency", measure_latency)
+    monkeypatch.setattr(verify_module, "measure_throughput", lambda *_, **__: served)
+    result = call("verify", "--run", run, "--compiled")
+    assert result.exit_code == 0, result.output
+    assert told["compiled"] is True
+    assert "compiling PyTorch at batch 1 took 12.3 s" in result.output
+    assert "\nwarning: PyTorch compiled was not timed at batch 8" in result.output
+    (row,) = (line for line in result.output.splitlines() if "250" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["1", "250", "1", "2", "3", "300", "75%"]
+    assert "\npeak: 400 GFLOP/s in a float32 product of 1024 x 1024 matrices; other programs took 40%" in result.output
+
+
+def test_batch_below_one_is_refused(run: Path) -> None:
+    result = call("verify", "--run", run, "--throughput-batch", "0")
+    assert isinstance(result.exception, GrowkitError)
+    assert str(result.exception) == "--throughput-batch 0: expected 1 or more"
+
+
+def test_steps_of_timing_count_every_comparison_and_batch_size() -> None:
+    assert verify_module.timing_steps(VerifySettings()) == 6 + 4
+    assert verify_module.timing_steps(VerifySettings(compiled=True, throughput_batch=20)) == 8 + 6
+    assert verify_module.timing_steps(VerifySettings(max_batch=1, throughput_seconds=0)) == 3
 
 
 def test_verify_without_a_file_names_the_remedy(run: Path, tmp_path: Path) -> None:

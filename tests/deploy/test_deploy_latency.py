@@ -126,6 +126,117 @@ def test_time_runs_out_at_the_budget_and_percentiles_are_milliseconds() -> None:
     assert compared.baseline_ms.p50 < compared.baseline_ms.p90 < compared.baseline_ms.p99
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(1.01, 1.05, "fail"), (0.99, 1.05, "inconclusive"), (0.90, 0.99, "pass")],
+)
+def test_only_an_interval_wholly_past_the_limit_fails(low: float, high: float, verdict: str) -> None:
+    times = Percentiles(1, 1, 1)
+    compared = Comparison("file", "PyTorch", 1, (low + high) / 2, low, high, 3, 60, times, times)
+    assert latency_check(compared, noise=0.01, limit=1.0).verdict == verdict
+    assert latency_check(compared, noise=0.06, limit=1.0).verdict == "inconclusive"  # whatever it says
+
+
+class Neighbour:
+    """Another program that comes and goes, and slows the subject down while it runs."""
+
+    def __init__(self, machine: Machine, busy: Callable[[float], bool], told: bool = True):
+        self.machine, self.busy, self.told = machine, busy, told
+        self.asked = 0.0
+        self.laps: list[float] = []
+
+    def subject(self) -> Callable[[], None]:
+        def call() -> None:
+            slowed = 1.5 if self.busy(self.machine.now) else 1.0
+            self.machine.now += 0.02 * slowed * np.exp(0.01 * self.machine.generator.standard_normal())
+
+        return call
+
+    def foreign(self) -> float | None:
+        times = np.linspace(self.asked, self.machine.now, 100)
+        self.laps.append(self.machine.now - self.asked)
+        self.asked = self.machine.now
+        return float(np.mean([0.5 * self.busy(time) for time in times])) if self.told else None
+
+    def compare(self) -> Comparison:
+        return compare(
+            self.subject,
+            self.machine.side("baseline", 0.02),
+            seconds=12.0,
+            clock=lambda: self.machine.now,
+            sleep=self.machine.sleep,
+            foreign=self.foreign,
+        )
+
+
+def now_and_then(now: float) -> bool:
+    return now % 2 > 0.9
+
+
+def test_pairs_taken_beside_another_program_are_dropped() -> None:
+    neighbour = Neighbour(Machine(8, noise=0.01), now_and_then)
+    compared = neighbour.compare()
+    assert compared.ratio == pytest.approx(1.0, abs=0.02)
+    assert compared.dropped >= compared.pairs / 2
+    assert compared.foreign == pytest.approx(0.5 * 0.55, abs=0.05)
+    # asked before anything is timed, then never after a shorter window than /proc/stat resolves
+    assert min(neighbour.laps[1:]) >= 0.25
+    unknown = Neighbour(Machine(8, noise=0.01), now_and_then, told=False).compare()
+    assert unknown.ratio > 1.2  # what dropping kept out
+    assert (unknown.dropped, unknown.foreign) == (0, None)
+
+
+def test_no_pair_is_dropped_where_too_few_would_remain() -> None:
+    compared = Neighbour(Machine(9, noise=0.01), lambda now: True).compare()
+    assert compared.ratio == pytest.approx(1.5, abs=0.05)
+    assert compared.dropped == 0
+    assert compared.foreign == pytest.approx(0.5)
+
+
+def test_noisy_check_says_what_other_programs_took() -> None:
+    times = Percentiles(1, 1, 1)
+    crowded = Comparison("file", "PyTorch", 1, 1.0, 0.9, 1.1, 3, 60, times, times, dropped=0, foreign=0.4)
+    assert "other programs took 40% of its processors" in latency_check(crowded, noise=0.2, limit=1.0).line
+    calm = Comparison("file", "PyTorch", 1, 1.0, 0.9, 1.1, 3, 60, times, times, dropped=0, foreign=0.1)
+    assert "other programs" not in latency_check(calm, noise=0.2, limit=1.0).line
+
+
+def test_model_that_does_not_compile_is_a_note_and_the_rest_is_timed(
+    model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> nn.Module:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH_LOGS")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    told: list[int] = []
+    latency = measure_latency(
+        model,
+        exported,
+        stock=(NAME, ARGUMENTS),
+        batches=(1, 2),
+        seconds=0.01,
+        compiled=True,
+        progress=lambda done, note: told.append(done),
+    )
+    assert [c.baseline for c in latency.comparisons] == ["itself", "stock export", "PyTorch"] * 2
+    (note,) = latency.notes
+    assert note.endswith("does not compile here: InvalidCxxCompiler: No working C++ compiler found")
+    assert latency.compile_seconds == {}
+    assert told[-1] == 8
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_pytorch_is_compared_and_its_compiling_is_not_in_the_times(model: nn.Module, exported: Path) -> None:
+    latency = measure_latency(
+        model, exported, stock=(NAME, ARGUMENTS), batches=(1,), seconds=0.2, max_ratio=1e-6, compiled=True
+    )
+    if latency.notes:
+        pytest.skip(latency.notes[0])
+    (compared,) = (c for c in latency.comparisons if c.baseline == "PyTorch compiled")
+    assert compared.baseline_ms.p99 / 1000 < latency.compile_seconds[1] / 10
+    assert [c.name for c in latency.checks] == ["batch 1: against stock export", "batch 1: against PyTorch"]
+
+
 def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(model: nn.Module, exported: Path) -> None:
     told: list[tuple[int, str]] = []
     latency = measure_latency(
