@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import typer
 
-from growkit.compare.arms import Arm
-from growkit.compare.figures import arm_figures
+from growkit.compare.figures import figures_of
 from growkit.compare.page import cost_table, main_table
-from growkit.compare.settings import numbers
-from growkit.settings import GrowSettings
 from growkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -129,19 +126,7 @@ def result_table(text: str) -> list[str]:
 def test_tables_of_readme_and_result_file_follow_from_the_runs_on_file() -> None:
     path = ROOT / "examples/results/compare-cifar10_2-cpu-cores_2026-11-24"
     content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    settings = content["settings"]
-    first = content["recipe"]["seed"]
-    figures = arm_figures(
-        content["runs"],
-        arms=[
-            Arm(**{**arm, "grow": arm["grow"] and GrowSettings(**arm["grow"])})
-            for arm in content["arm_settings"].values()
-        ],
-        seeds=range(first, first + settings["seeds"]),
-        budgets=numbers("--budgets", settings["budgets"]),
-        metric=settings["metric"],
-        source_flops=content["source_flops"],
-    )
+    figures = figures_of(content)
     main, cost = ([f"| {' | '.join(row)} |" for row in table(figures)[1]] for table in (main_table, cost_table))
     assert len(main) > 8
     assert result_table((ROOT / "README.md").read_text(encoding="utf-8")) == main
