@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.8, 3.1  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
 POINTS = 400  # per series; more would only make the page heavy
 DPI = 250  # of PNG files
+TICK = 36  # characters of the name of a bar
 # The page's --line-0 to --line-5, --ink, --soft and --grid in light.
 COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
@@ -259,7 +260,7 @@ def _bars(axes: "Axes", plot: Bars) -> None:
     longest = max(len(bar.note) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
-    axes.set_yticks(list(places), [bar.name for bar in plot.bars])
+    axes.set_yticks(list(places), [_tick(bar.name) for bar in plot.bars])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(low == 0)
     if low < 0:
@@ -285,11 +286,16 @@ def _dots(axes: "Axes", plot: Dots) -> None:
     span = (max(reach) - min(reach)) or 1.0
     axes.set_xlim(min(reach) - 0.06 * span, max(reach) + span * (0.2 + 0.02 * max(len(bar.note) for bar in rows)))
     axes.axvline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
-    axes.set_yticks(range(len(rows)), [bar.name for bar in rows])
+    axes.set_yticks(range(len(rows)), [_tick(bar.name) for bar in rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(True, axis="x")
     axes.set_xlabel(f"{plot.label} (dashed: {plot.level[0]})")
+
+
+def _tick(name: str) -> str:
+    """A name that leaves room for its bar."""
+    return name if len(name) <= TICK else name[: TICK - 1] + "…"
 
 
 def _digits(value: float) -> str:
