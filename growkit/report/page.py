@@ -10,6 +10,8 @@ from growkit import __version__
 from growkit.files import whole_file
 from growkit.report.plot import Chart, draw, scientific
 
+WIDE = 9  # columns above which a table is set small in print
+WORD = 20  # letters above which print may break a word
 CONTENTS = 4  # sections from which on a page has a list of them
 
 
@@ -130,7 +132,8 @@ footer { margin-top: 3rem; }
   th, td { padding: 0.35rem 0.8rem 0.35rem 0.4rem; } th.number, td.number { padding: 0.35rem 0.4rem 0.35rem 0.8rem; } }
 @media print { @page { margin: 16mm; } body { max-width: none; padding: 0; font-size: 10.5pt; }
   section { margin-top: 1.5rem; padding-top: 1rem; } nav { display: none; }
-  .scroll { overflow: visible; } table { font-size: 8.5pt; overflow-wrap: anywhere; }
+  .scroll { overflow: visible; } table { font-size: 8.5pt; } table.wide { font-size: 6.5pt; }
+  .long { overflow-wrap: anywhere; }
   th, td, th.number, td.number { padding: 0.25rem 0.5rem; } td.number { white-space: normal; }
   pre { font-size: 8pt; white-space: pre-wrap; break-inside: avoid; }
  
@@ -249,16 +252,24 @@ def _table(table: Table) -> str:
         for index in range(len(table.columns))
     ]
 
-    def line(tag: str, texts: Sequence[str]) -> str:
+    def line(tag: str, values: Sequence[object]) -> str:
         cells = (
-            f"<{tag} class={'number' if right else 'text'}>{text}</{tag}>"
-            for text, right in zip(texts, numeric, strict=True)
+            f'<{tag} class="{_alignment(value, right)}">{_shown(value)}</{tag}>'
+            for value, right in zip(values, numeric, strict=True)
         )
         return f"<tr>{''.join(cells)}</tr>"
 
-    def shown(value: object) -> str:
-        return _mark(value) if isinstance(value, Mark) else escape(cell(value))
+    rows = "\n".join(line("td", row) for row in table.rows)
+    head, wide = line("th", table.columns), ' class="wide"' if len(table.columns) > WIDE else ""
+    whole = f"<table{wide}>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{whole}</div>'
 
-    rows = "\n".join(line("td", [shown(value) for value in row]) for row in table.rows)
-    head = line("th", [escape(column) for column in table.columns])
-    return f'<div class="scroll" tabindex="0"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+def _alignment(value: object, right: bool) -> str:
+    """The class of a cell: where it is set, and whether print may break its words."""
+    longest = max(map(len, cell(value).split()), default=0)
+    return ("number" if right else "text") + (" long" if longest > WORD else "")
+
+
+def _shown(value: object) -> str:
+    return _mark(value) if isinstance(value, Mark) else escape(cell(value))
