@@ -11,6 +11,7 @@ import typer
 
 from growkit.compare.figures import figures_of
 from growkit.compare.page import cost_table, main_table
+from growkit.report.serving import GROUPS
 from growkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -69,11 +70,25 @@ def broken_links(path: Path, text: str) -> list[str]:
     return broken
 
 
-def test_every_growkit_line_of_the_readme_parses() -> None:
-    lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"), "growkit")
-    assert lines
+@pytest.mark.parametrize("name", ["README.md", "docs/adoption.md"])
+def test_every_growkit_line_parses(name: str) -> None:
+    lines = command_lines((ROOT / name).read_text(encoding="utf-8"), "growkit")
+    assert len(lines) > 5
     complaints = {line: complaint(line) for line in lines}
     assert {line: said for line, said in complaints.items() if said} == {}
+
+
+def test_adoption_names_options_and_gates_that_exist() -> None:
+    text = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
+    program: Any = typer.main.get_command(app)
+    known = {option for command in program.commands.values() for p in command.params for option in p.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
+    commands = {words.split()[0] for words in re.findall(r"`(?:growkit )?([a-z]+(?: --[^`]*)?)`", text)}
+    assert commands - {"preprocessing"} <= set(program.commands)
+    gates = text.partition("| gate |")[2].partition("\n\n")[0]
+    for name in ("It starts where the source stands", "It is at least as accurate as its source", *GROUPS.values()):
+        words = re.sub(r"^(It gives the model's|It) ", "", name)  # some share a row
+        assert words in gates, name
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
