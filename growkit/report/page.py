@@ -139,7 +139,8 @@ footer { margin-top: 3rem; }
  
   .plots { grid-template-columns: 1fr 1fr; } thead { display: table-header-group; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
-  .gates li { grid-template-columns: 7.5rem 11rem 1fr; }
+  .gates li { grid-template-columns: 6rem 12rem 1fr; padding: 0.3rem 0; }
+  section p, .gates li, .gates .line { font-size: 9.5pt; }
   figure, tr, .verdict, .gates li { break-inside: avoid; } h2, h3, summary, figcaption { break-after: avoid; } }
 """
 
