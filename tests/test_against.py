@@ -14,8 +14,9 @@ from test_cli import growkit, listing, write_images
 from typer.testing import CliRunner
 
 from growkit.record import RunFolder
+from growkit.report.behaviour import agreement_sections
 from growkit.report.page import render
-from growkit.report.run import agreement_sections, run_report
+from growkit.report.run import run_report
 from growkit_cli.main import app
 
 NAMES = ("cat", "dog", "elk")
@@ -100,7 +101,7 @@ def test_model_against_its_own_copy_changes_nothing_and_the_run_records_it(
     assert set(step["hashes"]) == {"source", "model"}
     assert step["hashes"]["source"] == step["hashes"]["model"]
     page = (place / "run" / "report.html").read_text(encoding="utf-8")
-    for words in ("3. evaluate: predictions", "0 turned wrong and 0 turned right", "elk"):
+    for words in ("Behaviour against the source", "0 turned wrong and 0 turned right", "elk"):
         assert words in page
 
 
@@ -274,7 +275,9 @@ def test_report_shows_the_step_and_an_odd_one_still_makes_a_page(broken: bool, t
         content["classes"] = [{"name": "class0"}]
     run.add("evaluate", options={"against": "first"}, figures=content)
     report = run_report(run)
-    titles = [section.title for section in report.sections]
-    assert ("1. evaluate: predictions" in titles) is not broken
-    assert "against first" in report.sections[0].text
-    assert "class0" in render(report)
+    (behaviour,) = [section for section in report.sections if section.title == "Behaviour against the source"]
+    assert bool(behaviour.parts) is not broken
+    assert ("damaged" in behaviour.text) is broken
+    page = render(report)
+    assert "against first" in page
+    assert ("class0" in page) is not broken

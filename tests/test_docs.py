@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import typer
 
-from growkit.compare.arms import Arm
-from growkit.compare.figures import arm_figures
+from growkit.compare.figures import figures_of
 from growkit.compare.page import cost_table, main_table
-from growkit.compare.settings import numbers
-from growkit.settings import GrowSettings
+from growkit.report.serving import GROUPS
 from growkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +72,23 @@ def broken_links(path: Path, text: str) -> list[str]:
 
 def test_every_growkit_line_of_the_documents_parses() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-    assert all(command_lines(texts[name], "growkit") for name in ("README.md", "ci.md"))
+    assert all(command_lines(texts[name], "growkit") for name in ("README.md", "ci.md", "adoption.md"))
     lines = [line for text in texts.values() for line in command_lines(text, "growkit")]
     complaints = {line: complaint(line) for line in lines}
     assert {line: said for line, said in complaints.items() if said} == {}
+
+
+def test_adoption_names_options_and_gates_that_exist() -> None:
+    text = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
+    program: Any = typer.main.get_command(app)
+    known = {option for command in program.commands.values() for p in command.params for option in p.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
+    commands = {words.split()[0] for words in re.findall(r"`(?:growkit )?([a-z]+(?: --[^`]*)?)`", text)}
+    assert commands - {"preprocessing"} <= set(program.commands)
+    gates = text.partition("| gate |")[2].partition("\n\n")[0]
+    for name in ("It starts where the source stands", "It is at least as accurate as its source", *GROUPS.values()):
+        words = re.sub(r"^(It gives the model's|It) ", "", name)  # some share a row
+        assert words in gates, name
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
@@ -130,19 +141,7 @@ def result_table(text: str) -> list[str]:
 def test_tables_of_readme_and_result_file_follow_from_the_runs_on_file() -> None:
     path = ROOT / "examples/results/compare-cifar10_2-cpu-cores_2026-11-24"
     content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    settings = content["settings"]
-    first = content["recipe"]["seed"]
-    figures = arm_figures(
-        content["runs"],
-        arms=[
-            Arm(**{**arm, "grow": arm["grow"] and GrowSettings(**arm["grow"])})
-            for arm in content["arm_settings"].values()
-        ],
-        seeds=range(first, first + settings["seeds"]),
-        budgets=numbers("--budgets", settings["budgets"]),
-        metric=settings["metric"],
-        source_flops=content["source_flops"],
-    )
+    figures = figures_of(content)
     main, cost = ([f"| {' | '.join(row)} |" for row in table(figures)[1]] for table in (main_table, cost_table))
     assert len(main) > 8
     assert result_table((ROOT / "README.md").read_text(encoding="utf-8")) == main

@@ -27,6 +27,8 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "deploy.settings": "errors",
     "deploy": "errors files record deploy",
     "testing": f"{BASE} arch source deploy",
+    "report.commands": "settings train.settings deploy.settings report",
+    "report.run": "record report compare.page",
     "report": "errors files record report",
     "plan": ALL,
     "compare": f"{ALL} plan compare",

@@ -1,6 +1,5 @@
 """The report: one page that needs nothing else, shows its data and is not steered by it."""
 
-import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from growkit.record import RunFolder
-from growkit.report.page import Report, Section, Table, cell, render, write_report
-from growkit.report.plot import Bar, Bars, Plot, Point, Series, draw, save
-from growkit.report.run import run_report
+from growkit.report.facts import Step
+from growkit.report.page import Gate, Mark, Report, Section, Table, cell, render, write_report
+from growkit.report.plot import Bar, Bars, Dots, Plot, Point, Series, draw, save
+from growkit.report.steps import machines, step_sections
 
 EVIL = "<script>alert('x')</script>\"&<img src=http://example.org/x onerror=y>"
 ALONE = {"meta", "img", "br", "link"}  # elements without an end tag
@@ -266,12 +265,6 @@ def test_saved_files_stand_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
 
 
-def run_with(folder: Path, *steps: object) -> RunFolder:
-    run = RunFolder(folder)
-    run.record.write_text(json.dumps({"schema": 1, "steps": steps}))
-    return run
-
-
 def step(command: str, **figures: object) -> dict[str, object]:
     return {
         "command": command,
@@ -284,30 +277,21 @@ def step(command: str, **figures: object) -> dict[str, object]:
     }
 
 
-def test_report_of_what_a_run_records(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.add("grow", options={"rank": 4}, figures={"parity": {"max_abs": 1e-7}})
-    page = Page(render(run_report(run)))
-    for words in ("1. grow", "rank 4", "parity: max abs", "1.00×10⁻⁷", "torch"):
-        assert words in page.text
+def sections(content: dict[str, object]) -> list[Section]:
+    return step_sections(Step(1, content))
 
 
-def test_every_step_has_its_section_with_figures_and_options(tmp_path: Path) -> None:
-    report = run_report(run_with(tmp_path, step("train", loss=0.25), step("grow", gap={"x": 1})))
-    train, grow, machine, files = report.sections
-    assert train.title == "1. train"
-    assert train.text == "Finished 2026-01-02 03:04:05 UTC.\nOptions: seed 3, lr 0.001."
-    assert train.table == Table(("Figure", "Value"), [("loss", 0.25)])
+def test_step_has_its_figures_and_options() -> None:
+    (grow,) = sections(step("grow", gap={"x": 1}))
+    assert grow.title == "1. grow"
+    assert grow.text == "Finished 2026-01-02 03:04:05 UTC.\nOptions: seed 3, lr 0.001."
     assert grow.table == Table(("Figure", "Value"), [("gap: x", 1)])
-    assert machine.table == Table(("", "All steps"), [("cpu", "a processor"), ("torch", "2.15.0")])
-    assert files.table is not None
-    assert len(files.table.rows) == 2
 
 
-def test_curves_become_plots_of_losses_and_of_scores(tmp_path: Path) -> None:
+def test_curves_become_plots_of_losses_and_of_scores() -> None:
     curve = [{"step": n, "loss": 1 / (n + 1), "lr": 0.1} for n in range(3)]
     scores = [{"step": 2, "top1": 0.5, "val_loss": 1.0}, {"step": 4, "top1": None}]
-    section = run_report(run_with(tmp_path, step("train", curve=curve, scores=scores))).sections[0]
+    (section,) = sections(step("train", curve=curve, scores=scores))
     drawn = {chart.title: [line.points for line in chart.series] for chart in section.plots}
     assert drawn == {
         "curve: loss": [[(0, 1), (1, 0.5), (2, 1 / 3)]],
@@ -317,20 +301,25 @@ def test_curves_become_plots_of_losses_and_of_scores(tmp_path: Path) -> None:
     assert section.table is None
 
 
-def test_rows_that_are_no_curve_become_a_table(tmp_path: Path) -> None:
-    checks = [{"check": "numbers", "passed": True}, {"check": "speed", "ratio": 1.1}]
-    section = run_report(run_with(tmp_path, step("verify", checks=checks))).sections[1]
+@pytest.mark.parametrize("clock", [(), (9, 8)])
+def test_rows_that_are_no_curve_become_a_table(clock: tuple[int, ...]) -> None:
+    checks: list[dict[str, object]] = [{"check": "numbers", "passed": True}, {"check": "speed", "ratio": 1.1}]
+    for one, images in zip(checks, clock, strict=False):  # a clock does not go back
+        one["images"] = images
+    _, section = sections(step("verify", checks=checks))
     assert section.title == "1. verify: checks"
-    assert section.table == Table(["check", "passed", "ratio"], [["numbers", True, None], ["speed", None, 1.1]])
+    assert section.table is not None
+    assert set(section.table.columns) == {"check", "passed", "ratio", *(("images",) if clock else ())}
+    assert [row[:2] for row in section.table.rows] == [["numbers", True], ["speed", None]]
 
 
-def test_machines_that_differ_get_a_column_each(tmp_path: Path) -> None:
-    other = step("verify") | {"hardware": {"cpu": "another", "gpu": "H200"}}
-    report = run_report(run_with(tmp_path, step("train"), step("grow"), other))
-    (machine,) = [section for section in report.sections if section.title.startswith("Machine")]
-    assert machine.table == Table(
+def test_machines_that_differ_get_a_column_each() -> None:
+    other = step("verify") | {"hardware": {"cpu": "another", "gpu": "H200", "cores": 2}}
+    contents = (step("train"), step("grow"), other)
+    table = machines([Step(number, content) for number, content in enumerate(contents, 1)])
+    assert table == Table(
         ("", "1. train to 2. grow", "3. verify"),
-        [("cpu", "a processor", "another"), ("torch", "2.15.0", "2.15.0"), ("gpu", None, "H200")],
+        [("cpu", "a processor", "another"), ("torch", "2.15.0", "2.15.0"), ("gpu", None, "H200"), ("cores", None, "2")],
     )
 
 
@@ -346,14 +335,50 @@ def test_machines_that_differ_get_a_column_each(tmp_path: Path) -> None:
         {"command": EVIL, "figures": {EVIL: {EVIL: EVIL}}, "hashes": {EVIL: EVIL}},
     ],
 )
-def test_odd_steps_still_make_a_page(tmp_path: Path, odd: dict[str, object]) -> None:
-    page = Page(render(run_report(run_with(tmp_path, odd, step("grow", x=1)))))
+def test_odd_steps_still_make_a_page(odd: dict[str, object]) -> None:
+    page = Page(render(Report("t", [], sections(odd))))
     assert page.open == []
-    assert "2. grow" in page.text
     assert "script" not in page.names()
 
 
-def test_run_without_steps_says_so(tmp_path: Path) -> None:
-    report = run_report(RunFolder(tmp_path / "absent"))
-    assert report.summary == ["No steps yet."]
-    assert report.sections == []
+def test_folded_part_is_closed_on_screen_and_open_in_print() -> None:
+    parts = [Section("hidden", "words", folded=True), Section("shown")]
+    html = render(Report("t", [], [Section("s", parts=parts)]))
+    assert re.search(r"<details>\s*<summary><h3>hidden</h3></summary>\s*<p>words</p>\s*</details>", html)
+    assert "details::details-content { content-visibility: visible" in html.partition("@media print")[2]
+    assert html.count("<details>") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [("pass", "good"), ("fail", "bad"), ("inconclusive", "unsure"), ("not done", "unsure"), ("?", "plain")],
+)
+def test_verdict_and_its_gates_come_first_with_sign_and_colour(word: str, shown: str) -> None:
+    gate = Gate("Is it?", Mark(word), EVIL)
+    html = render(Report("t", [], [Section("s", table=Table(("", "v"), [("x", Mark(word))]))], gate, [gate]))
+    assert Page(html).open == []
+    assert html.index("Is it?") < html.index("<section")
+    assert html.count(f'class="mark {shown}"') == 3
+    assert f'class="verdict {shown}"' in html
+    assert "<script" not in html
+
+
+def test_long_page_has_contents_that_lead_to_its_sections() -> None:
+    html = render(Report("t", [], [Section(f"part {n}") for n in range(4)]))
+    links = re.findall(r'<a href="#([^"]+)">part \d</a>', html)
+    assert links == re.findall(r'<section id="([^"]+)"', html)
+    assert len(links) == 4
+    assert "<nav>" not in render(Report("t", [], [Section("one")]))
+
+
+def test_dots_show_values_and_the_level_they_are_held_against() -> None:
+    rows = [Bar("batch 1, <b>", 0.9, 0.85, 1.0), Bar("batch 8, PyTorch", 0.5), Bar("none", None), Bar("nan", math.nan)]
+    svg = draw(Dots("t", rows, "ratio", ("as fast", 1.0)))
+    assert {"batch 1, <b>", "0.90", "0.50", "ratio (dashed: as fast)"} <= set(texts(svg))
+    assert not {"none", "nan"} & set(texts(svg))
+    assert "t: no finite values" in draw(Dots("t", rows[2:], "ratio", ("as fast", 1.0)))
+
+
+def test_small_values_of_bars_keep_three_digits() -> None:
+    svg = draw(Bars("t", [Bar("a", 0.1764), Bar("b", 12.34), Bar("c", 0.0)], "ms"))
+    assert {"0.176", "12.3", "0.0"} <= set(texts(svg))

@@ -82,6 +82,11 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     report = run("verify", "--data", images, "--no-latency", "--workers", 0, "--junit", "junit.xml")
     assert report["verdict"] == "pass"
     assert Path("junit.xml").exists()
+    told = run("report")
+    marks = {gate["name"]: gate["mark"] for gate in told["gates"]}
+    del marks["It is at least as accurate as its source"]  # of so few images nobody can tell
+    assert {name for name, mark in marks.items() if mark != "pass"} == {"It is as fast as its architecture allows"}
+    assert told["verdict"]["mark"] == "not yet"  # nobody timed it
     names = [step["command"] for step in json.loads(Path("run/record.json").read_text())["steps"]]
     assert names == ["train", "grow", "finetune", "export", "verify"]
 

@@ -80,6 +80,7 @@ def demo(
     )
     growkit("finetune", *data, "--epochs", "12", *AUGMENTATION, *here)
     growkit("export", "--onnx", *here)
+    growkit("evaluate", *data, "--against", str(run.trained), "--workers", "0", *here)
     growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
     console.say("\nThe same bigger model from nothing, for the same compute:")
     steps = str(equal_compute(run))

@@ -43,8 +43,9 @@ def evaluate(
 
     from growkit.pipeline import evaluate_against, evaluate_model, evaluate_onnx
     from growkit.record import RunFolder
+    from growkit.report.behaviour import agreement_sections
     from growkit.report.page import write_report
-    from growkit.report.run import agreement_sections, run_report
+    from growkit.report.run import run_report
     from growkit.source import load_source
 
     console = Console(as_json)

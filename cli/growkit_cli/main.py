@@ -18,6 +18,7 @@ from growkit_cli import (
     finetune,
     grow,
     plan,
+    report,
     sweep,
     train,
     verify,
@@ -82,6 +83,7 @@ for command in (
     sweep.sweep,
     export.export,
     verify.verify,
+    report.report,
     demo.demo,
 ):
     app.command(no_args_is_help=False)(prompt(command))

@@ -6,6 +6,8 @@ from typing import Any
 
 from growkit.compare.arms import Arm
 from growkit.compare.savings import Estimate, Point, Saving, estimate, flops_to, saving
+from growkit.compare.settings import numbers
+from growkit.settings import GrowSettings
 
 Run = Mapping[str, Any]  # the result.json of a run
 
@@ -96,6 +98,22 @@ def arm_figures(
         )
 
     return tuple(figures(arm) for arm in arms)
+
+
+def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
+    """Figures of every arm, from the results.json of a comparison."""
+    settings, first = content["settings"], content["recipe"]["seed"]
+    return arm_figures(
+        content["runs"],
+        arms=[
+            Arm(**{**arm, "grow": arm["grow"] and GrowSettings(**arm["grow"])})
+            for arm in content["arm_settings"].values()
+        ],
+        seeds=range(first, first + settings["seeds"]),
+        budgets=numbers("--budgets", settings["budgets"]),
+        metric=settings["metric"],
+        source_flops=content["source_flops"],
+    )
 
 
 def _budget(own: Sequence[Run], chosen: Sequence[Run], nothing: str, budget: float, seeds: int) -> BudgetFigures:

@@ -1,10 +1,11 @@
 """A comparison as tables, plots and one page; the same rows for the terminal, the README and the report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from growkit.compare.figures import ArmFigures, BudgetFigures
+from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.compare.settings import numbers
 from growkit.files import whole_file
@@ -206,6 +207,16 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     sections.append(Section("Methods", table=Table(("method", "settings"), grown)))
     sections += _settings(content, "settings", "recipe", "operator", "data", "versions", "hardware")
     return Report("growkit compare", summary, sections)
+
+
+def savings_section(content: Mapping[str, Any]) -> Section:
+    """What a comparison found, as one section of another page; `content` is its results.json."""
+    arms = figures_of(content)
+    report = comparison_report(content, arms)
+    gave, cost, *_ = report.sections
+    failed = [section for section in report.sections if section.title == "Failed runs"]
+    parts = [Section("How to read this", gave.text, folded=True), replace(cost, folded=True), *failed]
+    return Section("Savings", "\n".join(report.summary), gave.table, gave.plots, parts=parts)
 
 
 def _settings(content: Mapping[str, Any], *titles: str) -> list[Section]:

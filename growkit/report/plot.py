@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 6.0, 3.7  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
+WIDTH, HEIGHT = 4.8, 3.1  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
 POINTS = 400  # per series; more would only make the page heavy
-DPI = 200  # of PNG files
+DPI = 250  # of PNG files
+TICK = 36  # characters of the name of a bar
 # The page's --line-0 to --line-5, --ink, --soft and --grid in light.
 COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
@@ -98,6 +99,19 @@ class Bars:
     label: str
 
 
+@dataclass(frozen=True)
+class Dots:
+    """Dots with their intervals, one a row, the first on top, beside a named level."""
+
+    title: str
+    rows: Sequence[Bar]
+    label: str
+    level: tuple[str, float]
+
+
+Chart = Plot | Bars | Dots
+
+
 def scientific(value: float, digits: int) -> str:
     """1.2e-07 as 1.2×10⁻⁷."""
     mantissa, exponent = f"{value:.{digits}e}".split("e")
@@ -109,7 +123,7 @@ def _power(value: float) -> str:
     return f"{value:g}" if 1e-3 <= value < 1e4 else scientific(value, 0).removeprefix("1×")
 
 
-def draw(plot: Plot | Bars) -> str:
+def draw(plot: Chart) -> str:
     """The chart as an <svg> element in the page's colours; a sentence where there is nothing finite to show."""
     if not _finite(plot):
         return f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
@@ -134,7 +148,7 @@ def draw(plot: Plot | Bars) -> str:
     return f"<svg {attributes}>" + svg[svg.index(">") + 1 :].strip()
 
 
-def save(plot: Plot | Bars, folder: Path, name: str) -> tuple[Path, ...]:
+def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
     """Write `name`.svg and `name`.png into the folder, on white; nothing where there is nothing finite to show."""
     if not _finite(plot):
         return ()
@@ -145,14 +159,14 @@ def save(plot: Plot | Bars, folder: Path, name: str) -> tuple[Path, ...]:
     return paths
 
 
-def _finite(plot: Plot | Bars) -> bool:
-    if isinstance(plot, Bars):
-        return any(bar.value is not None and math.isfinite(bar.value) for bar in plot.bars)
+def _finite(plot: Chart) -> bool:
+    if isinstance(plot, Bars | Dots):
+        return any(_shown(bar) is not None for bar in (plot.bars if isinstance(plot, Bars) else plot.rows))
     points = (point for series in plot.series for point in series.points)
     return any(math.isfinite(x) and math.isfinite(y) and (x > 0 or not plot.log_x) for x, y in points)
 
 
-def _render(plot: Plot | Bars, kind: str, *, transparent: bool, title: bool = False) -> bytes:
+def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -> bytes:
     """The chart as a file of this kind; nothing global is touched."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -160,14 +174,19 @@ def _render(plot: Plot | Bars, kind: str, *, transparent: bool, title: bool = Fa
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        tall = HEIGHT + 0.17 * (len(plot.series) + 1) if isinstance(plot, Plot) else 1 + 0.33 * len(plot.bars)
+        if isinstance(plot, Plot):
+            tall = HEIGHT + 0.17 * (len(plot.series) + 1)
+        else:
+            tall = 1 + 0.33 * len(plot.bars if isinstance(plot, Bars) else plot.rows)
         figure = Figure(figsize=(WIDTH, tall), layout="constrained")
         (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(figure)
         axes = figure.subplots()
         if isinstance(plot, Plot):
             _lines(figure, axes, plot)
-        else:
+        elif isinstance(plot, Bars):
             _bars(axes, plot)
+        else:
+            _dots(axes, plot)
         if title:
             axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
         stream = io.BytesIO()
@@ -210,7 +229,7 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     if len(names) > 1:
-        figure.legend(drawn, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 34 else 2)
+        figure.legend(drawn, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 26 else 2)
 
 
 def _thinned(series: Series, log_x: bool) -> list[int]:
@@ -233,7 +252,7 @@ def _bars(axes: "Axes", plot: Bars) -> None:
                 value, place, xerr=[[value - bar.low], [bar.high - value]], color=INK, capsize=3, linewidth=1.2
             )
             end = max(end, bar.high)
-        shown = "" if bar.value is None or not math.isfinite(bar.value) else f"{bar.value:.1f}"
+        shown = "" if bar.value is None or not math.isfinite(bar.value) else _digits(bar.value)
         text = "  ".join(part for part in (shown, bar.note) if part)
         axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
         ends.append(end)
@@ -241,7 +260,7 @@ def _bars(axes: "Axes", plot: Bars) -> None:
     longest = max(len(bar.note) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
-    axes.set_yticks(list(places), [bar.name for bar in plot.bars])
+    axes.set_yticks(list(places), [_tick(bar.name) for bar in plot.bars])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(low == 0)
     if low < 0:
@@ -249,3 +268,41 @@ def _bars(axes: "Axes", plot: Bars) -> None:
     axes.invert_yaxis()
     axes.grid(True, axis="x")
     axes.set_xlabel(plot.label)
+
+
+def _dots(axes: "Axes", plot: Dots) -> None:
+    rows = [bar for bar in plot.rows if _shown(bar) is not None]
+    level = plot.level[1]
+    reach = [level]
+    for place, bar in enumerate(rows):
+        value = bar.value or 0.0
+        low, high = (value if end is None or not math.isfinite(end) else end for end in (bar.low, bar.high))
+        low, high = min(low, value), max(high, value)
+        xerr = [[value - low], [high - value]]
+        axes.errorbar(value, place, xerr=xerr, fmt="o", color=COLOURS[0], ecolor=INK, capsize=3, linewidth=1.2)
+        text = "  ".join(part for part in (f"{value:.2f}", bar.note) if part)
+        axes.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        reach += [low, high]
+    span = (max(reach) - min(reach)) or 1.0
+    axes.set_xlim(min(reach) - 0.06 * span, max(reach) + span * (0.2 + 0.02 * max(len(bar.note) for bar in rows)))
+    axes.axvline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
+    axes.set_yticks(range(len(rows)), [_tick(bar.name) for bar in rows])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(True, axis="x")
+    axes.set_xlabel(f"{plot.label} (dashed: {plot.level[0]})")
+
+
+def _tick(name: str) -> str:
+    """A name that leaves room for its bar."""
+    return name if len(name) <= TICK else name[: TICK - 1] + "…"
+
+
+def _digits(value: float) -> str:
+    """One digit after the point, or three in all where that says more."""
+    return f"{value:.1f}" if abs(value) >= 10 or value == 0 else f"{value:.3g}"
+
+
+def _shown(bar: Bar) -> float | None:
+    """The value of a bar where there is one that can be drawn."""
+    return bar.value if bar.value is not None and math.isfinite(bar.value) else None

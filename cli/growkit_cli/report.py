@@ -1,0 +1,42 @@
+"""growkit report: the whole way of a run as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from growkit_cli.console import Console
+from growkit_cli.options import AsJson, Run
+
+
+def report(
+    run: Run = Path("run"),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Page to write; RUN/report.html when left out.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the whole way of a run as one page: may it ship, and what every step did.
+
+    The page is made from the run folder alone, written anew each time, and needs neither network nor scripts.
+
+    Example: growkit report --run run
+    """
+    from dataclasses import asdict
+
+    from growkit.errors import GrowkitError
+    from growkit.record import RunFolder
+    from growkit.report.page import write_report
+    from growkit.report.run import run_report
+
+    console = Console(as_json)
+    folder = RunFolder(run)
+    page = out or folder.report
+    if page.is_dir():
+        raise GrowkitError(f"--out {page} is a folder; name a file, as {page / 'report.html'}")
+    made = run_report(folder)
+    write_report(page, made)
+    assert made.verdict is not None
+    console.say(f"wrote {page}: may it ship? {made.verdict.mark}. {made.verdict.line}")
+    console.result({"report": page, "verdict": asdict(made.verdict), "gates": [asdict(gate) for gate in made.gates]})

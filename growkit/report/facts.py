@@ -1,0 +1,162 @@
+"""What a run folder holds, read for its report: whatever is missing or damaged is left out and named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from growkit.errors import GrowkitError
+from growkit.files import read_json
+from growkit.record import RunFolder
+
+Content = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the record; `number` counts from 1."""
+
+    number: int
+    content: Content
+
+    @property
+    def command(self) -> str:
+        return str(self.content.get("command", "unnamed step"))
+
+    @property
+    def name(self) -> str:
+        """As in '2. grow'."""
+        return f"{self.number}. {self.command}"
+
+    @property
+    def finished(self) -> str:
+        """When, in UTC; empty where the record does not say."""
+        return str(self.content.get("finished") or "").replace("T", " ").replace("+00:00", " UTC")
+
+    @property
+    def options(self) -> Content:
+        return mapping(self.content.get("options"))
+
+    @property
+    def figures(self) -> Content:
+        return mapping(self.content.get("figures"))
+
+    @property
+    def hashes(self) -> Content:
+        return mapping(self.content.get("hashes"))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a report is made of. A file that is missing or damaged is an empty mapping."""
+
+    path: Path
+    steps: tuple[Step, ...]
+    trained: Content  # growkit.json of run/trained, and so on
+    grown: Content
+    tuned: Content
+    config: Content  # config.json of the furthest model
+    export: Content
+    verify: Content
+    comparison: Content
+    damaged: tuple[str, ...]  # one line for each file that could not be read
+
+    def all(self, command: str) -> tuple[Step, ...]:
+        """Every step of a command, oldest first."""
+        return tuple(step for step in self.steps if step.command == command)
+
+    def latest(self, command: str) -> Step | None:
+        """The step of a command that counts."""
+        return next(reversed(self.all(command)), None)
+
+    @property
+    def shipped(self) -> tuple[str, str] | None:
+        """The folder of the furthest model, as `growkit export` takes it, and the SHA-256 of its weights."""
+        for command, folder in (("finetune", "finetuned"), ("grow", "grown"), ("train", "trained")):
+            step = self.latest(command)
+            if step is not None and step.hashes.get(folder):
+                return folder, str(step.hashes[folder])
+        return None
+
+
+def read_facts(run: RunFolder) -> Facts:
+    """Read a run folder.
+
+    Raises:
+        GrowkitError: there is no such folder, or nothing in it that a run writes.
+    """
+    if not run.path.is_dir():
+        raise GrowkitError(f"{run.path}: no such run folder; `growkit grow` makes one, --run names another")
+    damaged: list[str] = []
+
+    def read(path: Path) -> Content:
+        try:
+            content = read_json(path) if path.exists() else {}
+        except (GrowkitError, RecursionError):
+            content = None
+        if isinstance(content, Mapping):
+            return content
+        damaged.append(f"{path.relative_to(run.path)} is damaged and was left out.")
+        return {}
+
+    steps: list[Step] = []
+    listed = read(run.record)
+    found = listed.get("steps", [])
+    if not isinstance(found, list) or (listed and "steps" not in listed):
+        damaged.append(f"{run.record.name} holds no list of steps and was left out.")
+        found = []
+    for number, content in enumerate(found, 1):
+        if isinstance(content, Mapping):
+            steps.append(Step(number, content))
+        else:
+            damaged.append(f"Step {number} of {run.record.name} is damaged and was left out.")
+    trained, grown, tuned = (read(folder / "growkit.json") for folder in (run.trained, run.grown, run.finetuned))
+    furthest = run.finetuned if tuned else run.grown if grown else run.trained
+    facts = Facts(
+        path=run.path,
+        steps=tuple(steps),
+        trained=trained,
+        grown=grown,
+        tuned=tuned,
+        config=read(furthest / "config.json"),
+        export=read(run.onnx / "export.json"),
+        verify=read(run.verify / "report.json"),
+        comparison=read(run.compare / "results.json"),
+        damaged=tuple(damaged),
+    )
+    if not any((steps, trained, grown, tuned, facts.export, facts.verify, facts.comparison, damaged)):
+        raise GrowkitError(f"{run.path} holds nothing of a run; `growkit grow` begins one, --run names another")
+    return facts
+
+
+def mapping(value: object) -> Content:
+    """`value` where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def rows(value: object) -> list[Content]:
+    """The mappings in `value`, a list; none where it is no list."""
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def number(value: object) -> float | None:
+    """`value` where it is a number, be it spelled out as 'nan' or 'inf'; else None."""
+    if isinstance(value, str) and value.strip("-") in ("nan", "inf"):
+        return float(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def words(key: object) -> str:
+    """A key as people write it."""
+    return str(key).replace("_", " ")
+
+
+def percent(share: object, digits: int = 1) -> str:
+    """A share of 1 in per cent; a dash where there is none."""
+    value = number(share)
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def short(sha256: object) -> str:
+    """The first digits of a hash."""
+    return f"{sha256}"[:12] if sha256 else "unknown"

@@ -1,0 +1,153 @@
+"""The questions of someone who decides on rollout, each with a verdict, and the verdict that follows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from growkit.report.facts import Facts, Step, mapping, number, percent, short
+from growkit.report.growth import EXACT, gap_of, scores_of, start_line
+from growkit.report.page import Gate, Mark, cell
+from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
+
+CHANCE = 0.05  # p below which a change of answers is no chance
+LINES = 3  # checks of a group that are quoted
+
+
+def verdict_of(gates: Sequence[Gate]) -> Gate:
+    """May it ship: no where a gate says no, not yet where one is open."""
+    failed = [gate.name for gate in gates if gate.mark == "fail"]
+    unsure = [gate.name for gate in gates if gate.mark in ("inconclusive", "not done")]
+    if failed:
+        return Gate("May it ship?", Mark("no"), f"Failed: {'; '.join(failed)}.")
+    if unsure:
+        return Gate("May it ship?", Mark("not yet"), f"Open: {'; '.join(unsure)}.")
+    return Gate("May it ship?", Mark("yes"), "Every gate passed.")
+
+
+def gates_of(facts: Facts) -> list[Gate]:
+    """Start, accuracy against the source, every group of checks, and whether the files belong together."""
+    return [*_start(facts), _accuracy(facts), *_checks(facts), *_together(facts)]
+
+
+def _start(facts: Facts) -> Iterator[Gate]:
+    gap = gap_of(facts)
+    if gap is not None:  # what came of the start is for the next gate to say
+        line = start_line(facts)
+        yield Gate(
+            "It starts where the source stands", Mark("pass" if gap <= EXACT else "note"), line[0].upper() + line[1:]
+        )
+
+
+def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
+    """The comparison with the source that counts, and a line where it is of another model than the shipped one."""
+    steps = facts.all("evaluate")
+    if not steps:
+        return None, ""
+    export = facts.latest("export")
+    known = {facts.shipped[1] if facts.shipped else None, export.hashes.get("model.onnx") if export else None} - {
+        None,
+        "",
+    }
+    source = mapping(facts.grown.get("source")).get("sha256")
+    own = [step for step in steps if step.hashes.get("model") in known]
+    against = [step for step in own if source and step.hashes.get("source") == source]
+    if against:
+        return against[-1], ""
+    if own:
+        other = f"It is held against {own[-1].options.get('against')}, which is not what it was grown from."
+        return own[-1], other if source else ""
+    return steps[-1], f"It is of {steps[-1].options.get('model')}, which is not the model as it stands now."
+
+
+def _accuracy(facts: Facts) -> Gate:
+    """Against the source, image by image where that was done, else by the two scores."""
+    name = "It is at least as accurate as its source"
+    step, stale = behaviour_step(facts)
+    figures = step.figures if step and not stale else {}
+    wrong, right = (number(mapping(figures.get(key)).get("count")) for key in ("turned_wrong", "turned_right"))
+    p = number(figures.get("mcnemar_p"))
+    if wrong is not None and right is not None and p is not None:
+        scores = (mapping(figures.get(key)).get("top1") for key in ("source_scores", "model_scores"))
+        line = (
+            f"Top-1 {' → '.join(map(percent, scores))}; {wrong:,.0f} answers turned wrong, {right:,.0f} turned right "
+            f"(p = {p:.2g})."
+        )
+        if wrong <= right:
+            return Gate(name, Mark("pass"), line)
+        return Gate(name, Mark("fail" if p < CHANCE else "inconclusive"), line)
+    scores_by_stage = scores_of(facts)
+    source, stage = scores_by_stage.get("source"), "tuned" if facts.tuned or facts.latest("finetune") else "operator"
+    model = scores_by_stage.get(stage) or scores_by_stage.get("step0")
+    remedy = "`growkit evaluate --against SOURCE` tells image by image."
+    if source is None or model is None:
+        return Gate(name, Mark("not done"), f"Not measured here: {remedy}")
+    line = f"Top-1 {percent(source['top1'])} → {percent(model['top1'])} on validation images; {remedy}"
+    if source.get("count") != model.get("count"):
+        return Gate(name, Mark("inconclusive"), f"Measured on unlike images: {remedy}")
+    return Gate(name, Mark("pass" if model["top1"] >= source["top1"] else "inconclusive"), line)
+
+
+def _checks(facts: Facts) -> Iterator[Gate]:
+    """One gate for each group of checks, and one for each that a rollout needs and nobody made."""
+    content = checked(facts)
+    groups = checks_of(content)
+    if not groups:
+        remedy = "`growkit verify` does it." if facts.export else "`growkit export --onnx`, then `growkit verify`."
+        yield Gate("The ONNX file was verified", Mark("not done"), remedy)
+        return
+    for group, checks in groups.items():
+        yield Gate(group_name(group), mark_of(checks), _line(group, checks, content))
+    if content is not facts.verify:
+        yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
+        return
+    for group, remedy in (("accuracy", "`growkit verify --data DATA`."), ("latency", "`growkit verify`, with times.")):
+        if group not in groups:
+            yield Gate(GROUPS[group], Mark("not done"), remedy)
+
+
+def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+    """What went wrong, or that nothing did."""
+    wrong = [str(one.get("line") or one.get("name")) for one in checks if one.get("verdict") != "pass"]
+    if wrong:
+        return "; ".join(wrong[:LINES]) + (f"; and {len(wrong) - LINES} more" if len(wrong) > LINES else "") + "."
+    found = mapping(mapping(content.get("numerics")).get("accuracy"))
+    if group == "accuracy" and found:
+        return (
+            f"Top-1 {percent(found.get('top1'))}, PyTorch's {percent(found.get('torch_top1'))}, on "
+            f"{cell(found.get('samples'))} images."
+        )
+    if len(checks) == 1 or (group == "latency" and len(checks) <= LINES):
+        return "; ".join(str(one.get("line") or one.get("name")) for one in checks) + "."
+    return f"{len(checks)} checks passed."
+
+
+def _together(facts: Facts) -> Iterator[Gate]:
+    """Whether what was fine-tuned, exported and verified is one and the same model; steps may have run twice."""
+    name = "The files belong together"
+    tune, grow, export = (facts.latest(command) for command in ("finetune", "grow", "export"))
+    verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
+    shipped = facts.shipped
+    weights = mapping(facts.export.get("provenance")).get("weights_sha256") or (
+        export.hashes.get("weights") if export else None
+    )
+    if verified and exported and verified != exported:
+        line = (
+            f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: run `growkit verify` again."
+        )
+    elif shipped and weights and weights != shipped[1]:
+        line = (
+            f"The ONNX file was made of other weights than run/{shipped[0]}: run `growkit export` and `verify` again."
+        )
+    elif tune and grow and _differ(tune.hashes.get("source"), grow.hashes.get("grown")):
+        line = "The fine-tuned model began from another than the one grown last: run `growkit finetune` again."
+    elif verified and weights and shipped:
+        yield Gate(
+            name, Mark("pass"), f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…."
+        )
+        return
+    else:
+        return
+    yield Gate(name, Mark("fail"), line)
+
+
+def _differ(one: object, other: object) -> bool:
+    return bool(one) and bool(other) and one != other

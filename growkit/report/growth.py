@@ -1,0 +1,236 @@
+"""Source, growth and fine-tuning as sections of a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from growkit.report.facts import Facts, Step, mapping, number, percent, rows, short, words
+from growkit.report.page import Section, Table, cell
+from growkit.report.plot import Plot, Point, Series, scientific
+from growkit.report.steps import points
+
+SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # what grows, first
+SMOOTH = 50  # points of a curve of training losses
+EXACT = 1e-5  # step-0 difference of logits up to which the start is the source's own, in float32
+
+
+def source_section(facts: Facts) -> Section:
+    """What was grown: its kind, size, training and file."""
+    origin = mapping(facts.grown.get("source"))
+    if not origin:
+        return _trained(facts) if facts.trained else Section("Source", "Nothing was grown in this run.")
+    kind = origin.get("architecture", "unknown")
+    lines = [f"{origin.get('name')}, a {kind}; SHA-256 of its weights {short(origin.get('sha256'))}…"]
+    history = mapping(origin.get("history"))
+    fit = mapping(history.get("fit") or history.get("operator"))
+    lines.append(_spent("growkit trained it", fit) if fit else "How it was trained is not on record.")
+    table = _sizes(facts)
+    plots = _curves(fit, "Training the source") if fit else []
+    parts = [Section("Its training", plots=plots, folded=True)] if plots else []
+    return Section("Source", "\n".join(lines), table, parts=parts)
+
+
+def _trained(facts: Facts) -> Section:
+    """A run that trained a model from nothing and grew none."""
+    fit = mapping(facts.trained.get("fit"))
+    name = mapping(facts.trained.get("source")).get("architecture", "a model")
+    return Section(
+        "Source", _spent(f"{name} was trained from nothing in this run", fit), plots=_curves(fit, "Training")
+    )
+
+
+def sizes_of(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Arguments of source and target, as far as they are on record."""
+    origin = mapping(mapping(facts.grown.get("source")).get("arguments"))
+    target = mapping(facts.config.get("model_args")) or mapping(
+        mapping(facts.export.get("provenance")).get("arguments")
+    )
+    return origin, target
+
+
+def grown_sizes(facts: Facts) -> str:
+    """What grew, in words: 'width 32 to 64, layers 2 to 4'."""
+    old, new = sizes_of(facts)
+    return ", ".join(
+        f"{name} {old[key]} to {new[key]}"
+        for key, name in SIZES.items()
+        if key in old and key in new and old[key] != new[key]
+    )
+
+
+def _sizes(facts: Facts) -> Table:
+    old, new = sizes_of(facts)
+    origin = mapping(facts.grown.get("source"))
+    body: list[Sequence[object]] = [("architecture", origin.get("architecture"), facts.grown.get("to"))]
+    for key in dict.fromkeys((*SIZES, *old, *new)):
+        if key in old and (key in SIZES or _plain(old[key]) != _plain(new.get(key, old[key]))):
+            body.append((SIZES.get(key, words(key)), _plain(old[key]), _plain(new.get(key))))
+    step = facts.latest("grow")
+    if step is not None and number(step.figures.get("parameters")):
+        body.append(("parameters", None, _many(step.figures["parameters"])))
+    return Table(("", "source", "grown"), [[cell(value) for value in row] for row in body])
+
+
+def _many(count: float) -> str:
+    """A count as people say it."""
+    return f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,.0f}"
+
+
+def _plain(value: object) -> object:
+    """A square size as one number, as both sides may write it."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
+def growth_section(facts: Facts) -> Section:
+    """Method, start, operator training, and what they did to the scores."""
+    settings, step = mapping(facts.grown.get("settings")), facts.latest("grow")
+    if not facts.grown and step is None:
+        return Section("Growth", "Nothing was grown in this run: `growkit grow` does.")
+    settings = settings or (step.options if step else {})
+    ring = f", rank {settings.get('ranks') or settings.get('rank')}" if settings.get("method") == "mango" else ""
+    variant = f" ({settings['variant']})" if settings.get("variant") else ""
+    stages = {"both": "width and depth at once", "width-first": "width first", "depth-first": "depth first"}
+    lines = [
+        f"Method {settings.get('method', 'unknown')}{variant}{ring}; "
+        f"{stages.get(str(settings.get('stages')), words(settings.get('stages')))}; seed {settings.get('seed')}.",
+        f"Before any training: {start_line(facts)}",
+    ]
+    fit = mapping(facts.grown.get("operator")) or mapping(step.figures.get("operator") if step else None)
+    if fit:
+        size = number(step.figures.get("operator_parameters")) if step else None
+        of = f" of {_many(size)} parameters" if size else ""
+        lines.append(_spent(f"The growth operator{of} was trained", fit))
+    else:
+        lines.append("The growth operator was not trained.")
+    lines += _earlier(facts, "grow")
+    table = _scores(facts, ("source", "source"), ("step0", "grown, before training"), ("operator", "operator trained"))
+    return Section("Growth", "\n".join(lines), table, _curves(fit, "Training the growth operator"))
+
+
+def start_line(facts: Facts) -> str:
+    """How far the grown model starts from the source."""
+    gap = gap_of(facts)
+    if gap is None:
+        return "how far the grown model starts from the source is not on record."
+    if gap <= EXACT:
+        return f"it starts where the source stands; logits differ by at most {scientific(gap, 1)}."
+    if gap <= 100 * EXACT:
+        return f"it starts near the source; logits differ by at most {scientific(gap, 1)}."
+    return f"it does not start where the source stands; logits differ by up to {scientific(gap, 1)}."
+
+
+def gap_of(facts: Facts) -> float | None:
+    """Largest difference of logits between source and grown model at step 0."""
+    step = facts.latest("grow")
+    return number(facts.grown.get("step0_gap", step.figures.get("step0_gap") if step else None))
+
+
+def tuning_section(facts: Facts) -> Section:
+    """Fine-tuning: its cost, its best evaluation, and the score against the source."""
+    step = facts.latest("finetune")
+    fit = mapping(facts.tuned.get("fit")) or (step.figures if step else {})
+    if not fit:
+        return Section("Fine-tuning", "Not done in this run: `growkit finetune` trains the grown model on.")
+    settings = mapping(fit.get("settings")) or (step.options if step else {})
+    lines = [_spent("The grown model was trained on", fit)]
+    rate = number(settings.get("lr"))
+    told = f"Learning rate {rate:g}, batches of" if rate is not None else "Batches of"
+    lines.append(f"{told} {settings.get('batch_size')}, seed {settings.get('seed')}.")
+    history, best = rows(fit.get("history")), mapping(fit.get("best"))
+    places = [one.get("step") for one in history]
+    if best and fit.get("best_step") in places:
+        at = places.index(fit["best_step"]) + 1
+        each = " (epochs)" if number(settings.get("eval_every")) == 1 else ""
+        lines.append(f"Evaluation {at} of {len(places)}{each} was the best, and its weights are kept.")
+    lines += _earlier(facts, "finetune")
+    table = _scores(facts, ("source", "source"), ("operator", "grown"), ("tuned", "fine-tuned"))
+    return Section("Fine-tuning", "\n".join(lines), table, _curves(fit, "Fine-tuning", scores_of(facts).get("source")))
+
+
+def scores_of(facts: Facts) -> dict[str, Mapping[str, Any]]:
+    """Scores on the validation images by stage: source, step0, operator, tuned; those on record."""
+    grow, tune = facts.latest("grow"), facts.latest("finetune")
+    found = {name: mapping(one) for name, one in mapping(grow.figures.get("scores") if grow else None).items()}
+    if tune is not None:
+        found["tuned"] = mapping(tune.figures.get("best"))
+        found.setdefault("operator", mapping(tune.figures.get("start")))
+    elif facts.tuned:
+        found["tuned"] = mapping(facts.tuned.get("scores"))
+    return {name: one for name, one in found.items() if number(one.get("top1")) is not None}
+
+
+def _scores(facts: Facts, *stages: tuple[str, str]) -> Table | None:
+    found = scores_of(facts)
+    source = number(found["source"]["top1"]) if "source" in found else None
+    body = []
+    for key, name in stages:
+        if key not in found:
+            continue
+        top1, loss = number(found[key]["top1"]) or 0.0, number(found[key].get("loss"))
+        change = "" if source is None or key == "source" else f"{100 * (top1 - source):+.1f} points"
+        body.append((name, percent(top1), change, "–" if loss is None else f"{loss:.3f}"))
+    images = {cell(one["count"]) for one in found.values() if number(one.get("count"))}
+    of = f"top-1 on {images.pop()} images" if len(images) == 1 else "top-1"
+    return Table(("model", of, "against the source", "loss"), body) if body else None
+
+
+def _spent(what: str, fit: Mapping[str, Any]) -> str:
+    """What a training cost: updates, compute, time."""
+    steps, flops, seconds, rate = (number(fit.get(key)) for key in ("steps", "flops", "seconds", "images_per_second"))
+    told = [
+        *([f"{cell(flops / 1e12)} TFLOP"] if flops else []),
+        *([duration(seconds)] if seconds else []),
+        *([f"{rate:,.0f} images per second"] if rate else []),
+    ]
+    many = f" for {steps:,.0f} updates" if steps is not None else ""
+    stopped = " It was stopped before its end." if fit.get("interrupted") else ""
+    return f"{what}{many}" + (f": {', '.join(told)}." if told else ".") + stopped
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever a reader wants."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _curves(fit: Mapping[str, Any], what: str, source: Mapping[str, Any] | None = None) -> list[Plot]:
+    """Loss over updates, in training and on validation images, and top-1; the source's own as levels."""
+    losses = fit.get("losses")
+    each = [{"step": at, "loss": loss} for at, loss in enumerate(losses, 1)] if isinstance(losses, list) else []
+    training = _smoothed(points(each or rows(fit.get("training")), "step", "loss"))
+    history = rows(fit.get("history"))
+    start = mapping(fit.get("start"))
+    begun = [{"step": 0, **start}] if start else []
+    lines = [training, Series("validation", points([*begun, *history], "step", "loss"))]
+    lines = [line for line in lines if line.points]
+    top1 = points([*begun, *history], "step", "top1", 100)
+    level = number(mapping(source).get("top1"))
+    found = []
+    if lines:
+        found.append(Plot(f"{what}: loss", lines, "update", "loss"))
+    if top1:
+        reference = ("source", 100 * level) if level is not None else None
+        title = f"{what}: top-1 on validation images, %"
+        found.append(Plot(title, [Series("this model", top1)], "update", "top-1, %", reference=reference))
+    return found
+
+
+def _smoothed(found: Sequence[Point]) -> Series:
+    """Training losses as means of as many updates as leave about 50 points; single ones are mostly noise."""
+    many = max(1, len(found) // SMOOTH)
+    blocks = [found[at : at + many] for at in range(0, len(found) - many + 1, many)]
+    means = [(block[-1][0], sum(loss for _, loss in block) / many) for block in blocks]
+    return Series(f"training, mean of {many}" if many > 1 else "training", means)
+
+
+def _earlier(facts: Facts, command: str) -> list[str]:
+    """A line where a command ran more than once: the last counts."""
+    return earlier_line(facts.all(command))
+
+
+def earlier_line(steps: Sequence[Step]) -> list[str]:
+    """A line that names the steps before the last, which counts; none where there is one."""
+    if len(steps) < 2:
+        return []
+    named = ", ".join(f"{step.name} ({step.finished})" if step.finished else step.name for step in steps[:-1])
+    return [f"Done {len(steps)} times; this is {steps[-1].name}, the last. Earlier: {named}."]

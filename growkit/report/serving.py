@@ -1,0 +1,191 @@
+"""ONNX parity and latency as sections of a page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from growkit.report.facts import Facts, mapping, number, rows, words
+from growkit.report.growth import earlier_line
+from growkit.report.page import Mark, Section, Table, cell
+from growkit.report.plot import Bar, Bars, Chart, Dots
+from growkit.report.steps import figure_sections
+
+GROUPS = {  # the groups of checks known by now, as a reader asks
+    "structure": "The ONNX file is well formed",
+    "weights": "It holds the model's weights",
+    "numbers": "It gives the model's numbers",
+    "predictions": "It gives the model's answers",
+    "accuracy": "It scores like the model",
+    "reference": "It reproduces its reference data",
+    "latency": "It is as fast as its architecture allows",
+}
+TOLD = {"comparisons", "checks", "provider", "threads"}  # of the latency report
+COMPARED = {"subject", "baseline", "batch", "ratio", "low", "high", "sessions", "pairs", "subject_ms", "baseline_ms"}
+
+
+def group_name(group: str) -> str:
+    """A group of checks as a reader asks; one that is not known goes by its own name."""
+    return GROUPS.get(group, words(group).capitalize())
+
+
+def checks_of(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Checks by group, in the order they were made."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in rows(content.get("checks")):
+        found.setdefault(str(one.get("group", "checks")), []).append(one)
+    return found
+
+
+def mark_of(checks: Iterable[Mapping[str, Any]]) -> Mark:
+    """The verdict of several: the worst of theirs; a word that is not known counts as inconclusive."""
+    verdicts = {str(one.get("verdict")) for one in checks}
+    return Mark("fail" if "fail" in verdicts else "pass" if verdicts <= {"pass"} else "inconclusive")
+
+
+def checked(facts: Facts) -> Mapping[str, Any]:
+    """What holds the checks: the verification, else the export's own."""
+    return facts.verify if rows(facts.verify.get("checks")) else mapping(facts.export.get("parity"))
+
+
+def parity_section(facts: Facts) -> Section:
+    """Whether the ONNX file answers like the PyTorch model."""
+    content = checked(facts)
+    groups = {group: checks for group, checks in checks_of(content).items() if group != "latency"}
+    if not groups:
+        missing = (
+            "No ONNX file was written: `growkit export --onnx` writes one." if not facts.export else "Not checked."
+        )
+        return Section("ONNX parity", missing)
+    figures = mapping(content.get("numerics") if content is facts.verify else content.get("figures"))
+    lines = []
+    if facts.export:
+        size = number(facts.export.get("bytes"))
+        large = f"{size / 1e6:.1f} MB, " if size else ""
+        lines.append(f"model.onnx: {large}opset {facts.export.get('opset')}, IR {facts.export.get('ir')}.")
+    if content is not facts.verify:
+        lines.append("These are the export's own checks; `growkit verify` makes more, with data and times.")
+    batches = mapping(figures.get("batches"))
+    worst = [number(mapping(one).get("relative_rms")) for one in batches.values()]
+    known = [one for one in worst if one is not None]
+    if known:
+        lines.append(f"Its numbers differ from the float64 model by {max(known):.1e} of their spread, allowed 1e-05.")
+    ratio = number(figures.get("noise_ratio"))
+    if ratio is not None:
+        lines.append(f"That is {ratio:.2f} times PyTorch's own float32 rounding, allowed 3.")
+    accuracy = mapping(figures.get("accuracy"))
+    if accuracy:
+        lines.append(
+            f"On {cell(accuracy.get('samples'))} labelled images it turned {cell(accuracy.get('n01'))} answers right "
+            f"and {cell(accuracy.get('n10'))} wrong against PyTorch."
+        )
+    lines += earlier_line(facts.all("verify" if content is facts.verify else "export"))
+    parts = [_group(group, checks) for group, checks in groups.items()]
+    return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
+
+
+def _batches(batches: Mapping[str, Any]) -> Table | None:
+    """The error at each batch size."""
+    body = []
+    for batch, figures in batches.items():
+        relative, largest = (number(mapping(figures).get(key)) for key in ("relative_rms", "largest_over_std"))
+        body.append((str(batch), *("–" if one is None else f"{one:.1e}" for one in (relative, largest))))
+    return Table(("batch", "relative error", "largest difference / spread"), body) if body else None
+
+
+def _group(group: str, checks: Sequence[Mapping[str, Any]]) -> Section:
+    """Checks of one group; folded where all passed."""
+    mark = mark_of(checks)
+    body = [
+        (one.get("name"), Mark(str(one.get("verdict"))), _short(one, "measured"), _short(one, "limit"))
+        for one in checks
+    ]
+    lines = [str(one.get("line")) for one in checks if one.get("verdict") != "pass"]
+    many = f"{len(checks)} checks" if len(checks) > 1 else "1 check"
+    return Section(
+        f"{group_name(group)}: {mark} ({many})",
+        "\n".join(lines),
+        Table(("check", "verdict", "measured", "allowed"), body),
+        folded=mark == "pass",
+    )
+
+
+def _short(check: Mapping[str, Any], key: str) -> str:
+    """A number with three digits; of a long text the beginning, for its check's line quotes it."""
+    value = number(check.get(key))
+    text = f"{value:.3g}" if value is not None else str(check.get(key))
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def latency_section(facts: Facts) -> Section:
+    """Whether the file is as fast as its architecture allows: ratios with intervals, then milliseconds."""
+    timed = mapping(facts.verify.get("latency"))
+    compared = rows(timed.get("comparisons"))
+    if not compared:
+        return Section("Latency", "Not measured: `growkit verify` measures it once the answers are right.")
+    where = (
+        f"{timed.get('provider')}, {cell(timed.get('threads'))} {'thread' if timed.get('threads') == 1 else 'threads'}"
+    )
+    lines = [
+        f"On {where}: time of the file / time of what it is held against, timed in turns; below 1 the file is faster.",
+        "Against itself shows how far this machine can tell; bars are 95 % intervals.",
+    ]
+    names = [f"batch {cell(one.get('batch'))}, {one.get('baseline')}" for one in compared]
+    ratios = [
+        Bar(name, number(one.get("ratio")), number(one.get("low")), number(one.get("high")))
+        for name, one in zip(names, compared, strict=True)
+    ]
+    absolute: dict[str, Bar] = {}
+    for one in compared:
+        for side, milliseconds in ((one.get("subject"), "subject_ms"), (one.get("baseline"), "baseline_ms")):
+            name = f"batch {cell(one.get('batch'))}, {side}"
+            median = number(mapping(one.get(milliseconds)).get("p50"))
+            if side != "itself" and median is not None:
+                absolute.setdefault(name, Bar(name, median))
+    bars = sorted(absolute.values(), key=lambda bar: bar.name.split(",")[0])  # stable: batch by batch
+    plots: list[Chart] = [
+        Dots("Time of the file against others", ratios, "ratio of times", ("as fast", 1.0)),
+        Bars("Time per call, median", bars, "ms"),
+    ]
+    parts = [Section("Times in ms", table=_times(compared), folded=True)]
+    checks = checks_of(facts.verify).get("latency")
+    if checks:
+        parts.insert(0, _group("latency", checks))
+    more = {key: value for key, value in timed.items() if key not in TOLD}
+    if more:
+        parts += [
+            Section(one.title, one.text, one.table, one.plots) for one in figure_sections("Further figures", more)
+        ]
+    return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
+
+
+def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
+    """Every comparison in a row; figures that are not known here get a column each."""
+    more = list(dict.fromkeys(key for one in compared for key in one if key not in COMPARED))
+    body = []
+    for one in compared:
+        own, other = mapping(one.get("subject_ms")), mapping(one.get("baseline_ms"))
+        ratio, low, high = (_digits(one.get(key)) for key in ("ratio", "low", "high"))
+        body.append(
+            (
+                f"{one.get('subject')} / {one.get('baseline')}",
+                cell(one.get("batch")),
+                f"{ratio} [{low}, {high}]",
+                *(_digits(own.get(key)) for key in ("p50", "p90", "p99")),
+                *(_digits(other.get(key)) for key in ("p50", "p90", "p99")),
+                *(_any(one.get(key)) for key in more),
+            )
+        )
+    columns = ("compared", "batch", "ratio [95 %]", "p50", "p90", "p99", "its p50", "its p90", "its p99")
+    return Table((*columns, *map(words, more)), body)
+
+
+def _digits(value: object) -> str:
+    """Three digits, a dash where there is no number."""
+    found = number(value)
+    return "–" if found is None else f"{found:.3g}"
+
+
+def _any(value: object) -> str:
+    """Any figure in one cell."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{words(key)} {_digits(entry)}" for key, entry in value.items())
+    return _digits(value) if number(value) is not None else cell(value)

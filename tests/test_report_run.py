@@ -1,0 +1,391 @@
+"""The page of a run: it tells every part, decides as the checks did, and no damage or markup gets the better of it."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from report_samples import ONNX, SECTIONS, TUNED, agreement, as_step, comparison, verification, write_run
+from test_cli import growkit
+from test_report import EVIL, Page
+
+from growkit.errors import GrowkitError
+from growkit.files import write_json
+from growkit.record import RunFolder
+from growkit.report.commands import command_line
+from growkit.report.facts import read_facts
+from growkit.report.page import Gate, render
+from growkit.report.run import run_report
+from growkit_cli.main import app
+
+Change = Callable[[RunFolder], None]
+
+
+def gates(run: RunFolder) -> dict[str, str]:
+    return {gate.name: str(gate.mark) for gate in run_report(run).gates}
+
+
+def text(run: RunFolder) -> str:
+    page = Page(render(run_report(run)))
+    assert page.open == []
+    return page.text
+
+
+def record(run: RunFolder) -> dict[str, Any]:
+    return json.loads(run.record.read_text())
+
+
+def verdict(run: RunFolder) -> Gate:
+    found = run_report(run).verdict
+    assert found is not None
+    return found
+
+
+def test_page_tells_the_whole_way(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", compared=True)
+    report, told = run_report(run), text(run)
+    assert tuple(section.title for section in report.sections) == SECTIONS
+    for words in (
+        "deit_small_patch16_224 grown into deit_base_patch16_224",
+        "width 384 to 768, heads 6 to 12",
+        "Every gate passed",
+        "mango, rank 4",
+        "1.0×10⁻⁶",
+        "86 million",
+        "Evaluation 2 of 2",
+        "+5.0 points",
+        "10 turned wrong and 60 turned right",
+        "343.0 MB, opset 18, IR 8",
+        "2.0e-07",
+        "0.99 [0.97, 1.01]",
+        "growkit finetune",
+        ONNX,
+        "apache-2.0",
+        "a processor",
+        "1. grow",
+    ):
+        assert words in told, words
+    plots = [plot.title for section in report.sections for plot in section.plots]
+    assert len(plots) == len(set(plots)) >= 8
+    assert "damaged" not in told
+
+
+def test_every_gate_passes_and_it_may_ship(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert set(gates(run).values()) == {"pass"}
+    assert len(gates(run)) == 9
+    assert verdict(run).mark == "yes"
+
+
+def spoiled(**changes: Any) -> Change:
+    return lambda run: write_json(run.verify / "report.json", verification(**changes))
+
+
+def one_check(group: str, outcome: str) -> Change:
+    """The first check of a group with this verdict; a group that is not there is added."""
+    content = verification()
+    own = next((one for one in content["checks"] if one["group"] == group), None)
+    if own is None:
+        own = {**content["checks"][0], "group": group}
+        content["checks"].append(own)
+    own.update(verdict=outcome, line="the reason why")
+    return lambda run: write_json(run.verify / "report.json", content)
+
+
+def evaluated(wrong: int, right: int, p: float) -> Change:
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"][2]["figures"] = agreement(wrong, right, p)
+        write_json(run.record, content)
+
+    return change
+
+
+def without(*commands: str, **scores: float) -> Change:
+    """No step of these commands; other top-1 of source and model where given."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"] = [step for step in content["steps"] if step["command"] not in commands]
+        for step in content["steps"]:
+            if step["command"] == "finetune" and "model" in scores:
+                step["figures"]["best"]["top1"] = scores["model"]
+        write_json(run.record, content)
+
+    return change
+
+
+def removed(*names: str) -> Change:
+    def change(run: RunFolder) -> None:
+        for name in names:
+            shutil.rmtree(run.path / name)
+
+    return change
+
+
+def again(command: str, **hashes: str) -> Change:
+    """The command once more, with other files."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        step = next(step for step in content["steps"] if step["command"] == command)
+        content["steps"].append(step | {"hashes": step["hashes"] | hashes, "finished": "2026-02-02T00:00:00+00:00"})
+        write_json(run.record, content)
+
+    return change
+
+
+def only(*groups: str) -> Change:
+    checks = [one for one in verification()["checks"] if one["group"] in groups]
+    return spoiled(checks=checks)
+
+
+ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
+    "It is at least as accurate as its source",
+    "The ONNX file was verified",
+    "It gives the model's numbers",
+    "It is as fast as its architecture allows",
+    "The files belong together",
+)
+DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
+    "a number is off": (one_check("numbers", "fail"), NUMBERS, "fail", "no"),
+    "too noisy": (
+        one_check("latency", "inconclusive"),
+        "It is as fast as its architecture allows",
+        "inconclusive",
+        "not yet",
+    ),
+    "a group nobody knows yet": (one_check("energy_use", "fail"), "Energy use", "fail", "no"),
+    "a verdict nobody knows yet": (
+        one_check("numbers", "skipped"),
+        "It gives the model's numbers",
+        "inconclusive",
+        "not yet",
+    ),
+    "no data": (only("structure", "numbers", "latency"), "It scores like the model", "not done", "not yet"),
+    "no times": (only("structure", "accuracy"), FAST, "not done", "not yet"),
+    "not verified": (removed("verify"), VERIFIED, "not done", "not yet"),
+    "not exported": (removed("verify", "onnx"), VERIFIED, "not done", "not yet"),
+    "more answers turned wrong": (evaluated(60, 10, 1e-9), ACCURATE, "fail", "no"),
+    "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
+    "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
+    "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
+    "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),
+    "no scores at all": (without("evaluate", "grow"), ACCURATE, "not done", "not yet"),
+    "another file verified": (spoiled(onnx_sha256="ee" * 32), TOGETHER, "fail", "no"),
+    "fine-tuned again": (again("finetune", finetuned="ee" * 32), TOGETHER, "fail", "no"),
+    "grown again": (again("grow", grown="ee" * 32), TOGETHER, "fail", "no"),
+    "exported again, the same": (again("export"), TOGETHER, "pass", "yes"),
+}
+
+
+@pytest.mark.parametrize("happened", DECISIONS)
+def test_gate_and_verdict_follow_from_what_happened(happened: str, tmp_path: Path) -> None:
+    change, gate, mark, ships = DECISIONS[happened]
+    run = write_run(tmp_path / "run")
+    change(run)
+    assert gates(run)[gate] == mark
+    assert verdict(run).mark == ships
+    assert (gate in verdict(run).line) is (mark != "pass")
+
+
+def test_start_that_is_not_the_sources_is_noted_and_decides_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run.grown / "growkit.json"
+    write_json(path, json.loads(path.read_text()) | {"step0_gap": 0.5})
+    assert gates(run)["It starts where the source stands"] == "note"
+    assert verdict(run).mark == "yes"
+    assert "does not start where the source stands" in text(run)
+
+
+def test_failed_check_is_open_with_its_reason_and_passed_ones_are_folded(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    one_check("numbers", "fail")(run)
+    (parity,) = [section for section in run_report(run).sections if section.title == "ONNX parity"]
+    folded = {part.title: part.folded for part in parity.parts}
+    assert folded == {title: "fail" not in title for title in folded}
+    assert len([title for title in folded if "fail" in title]) == 1
+    assert "the reason why" in text(run)
+
+
+def test_of_a_step_made_twice_the_last_counts_and_the_earlier_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    again("export")(run)
+    content = record(run)
+    content["steps"].insert(0, content["steps"][1] | {"figures": {"best": {"top1": 0.123}}})
+    write_json(run.record, content)
+    told = text(run)
+    assert "this is 3. finetune, the last. Earlier: 1. finetune (2026-01-02 03:04:05 UTC)" in told
+    assert "12.3%" not in told
+
+
+def test_comparison_with_another_model_is_shown_but_decides_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    content["steps"][2]["hashes"] = {"source": "ee" * 32, "model": "ff" * 32}
+    content["steps"][2]["figures"] = agreement(60, 10, 1e-9)
+    write_json(run.record, content)
+    assert gates(run)[ACCURATE] == "pass"  # by the scores
+    assert "which is not the model as it stands now" in text(run)
+
+
+def test_figures_nobody_knows_yet_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = verification()
+    content["latency"] |= {"matmul_peak_gflops": 123.5, "throughput": [{"batch": 1, "images_per_second": 777.0}]}
+    for one in content["latency"]["comparisons"]:
+        one |= {"percent_of_peak": 41.5, "compiled_ms": {"p50": 1.25}}
+    content["latency"]["comparisons"].append(
+        {"subject": "file", "baseline": "PyTorch compiled", "batch": 8, "ratio": 0.7}
+    )
+    write_json(run.verify / "report.json", content)
+    told = text(run)
+    for words in (
+        "matmul peak gflops",
+        "123.5",
+        "777.0",
+        "percent of peak",
+        "41.5",
+        "p50 1.25",
+        "batch 8, PyTorch compiled",
+    ):
+        assert words in told, words
+
+
+@pytest.mark.parametrize(
+    "broken", ["record.json", "grown/growkit.json", "onnx/export.json", "verify/report.json", "compare/results.json"]
+)
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"steps": 3}', "\\xff", '{"schema": 1}'])
+def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", compared=True)
+    (run.path / broken).write_bytes(content.encode("latin-1").decode("unicode_escape").encode("latin-1"))
+    report = run_report(run)
+    assert tuple(section.title for section in report.sections) == SECTIONS
+    if content in ("{", "[1, 2]"):
+        assert f"{broken} is damaged and was left out." in report.summary
+
+
+@pytest.mark.parametrize("odd", [None, 3, "text", [], [1], {}, {"a": 1}, "nan", True], ids=repr)
+def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "run", compared=True)
+    files = [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]
+    for path in files:
+        content = json.loads(path.read_text())
+        for key in content:
+            path.write_text(json.dumps({**content, key: odd}))
+            run_report(whole)
+        path.write_text(json.dumps(content))
+    kept = whole.record.read_text()
+    for number, step in enumerate(json.loads(kept)["steps"]):
+        for part, inner in step.items():
+            for key in (None, *(inner if isinstance(inner, dict) else ())):
+                content = json.loads(kept)
+                spoil = content["steps"][number] if key is None else content["steps"][number][part]
+                spoil[part if key is None else key] = odd
+                write_json(whole.record, content)
+                run_report(whole)
+
+
+@pytest.mark.parametrize("kept", [("grow",), ("grow", "finetune"), ("train",), ("deploy to the moon",)])
+def test_run_that_is_under_way_says_what_is_missing(kept: tuple[str, ...], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    steps = [step for step in record(run)["steps"] if step["command"] in kept]
+    unknown = [as_step(name, {"seed": 1}, {"height": 3}, {}) for name in kept if name not in ("grow", "finetune")]
+    for name in ("onnx", "verify", *(() if "grow" in kept else ("grown", "finetuned"))):
+        shutil.rmtree(run.path / name)
+    write_json(run.record, {"schema": 1, "steps": [*steps, *unknown]})
+    told = text(run)
+    assert verdict(run).mark == "not yet"
+    assert "`growkit export --onnx`" in told
+    assert all(title in told for title in SECTIONS)
+    if unknown:
+        assert f"growkit {kept[0]}" in told
+
+
+def test_markup_in_names_and_classes_is_shown_and_never_becomes_elements(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", name=EVIL, label=EVIL, compared=True)
+    content = verification()
+    content["checks"] += [
+        {**one, "group": EVIL, "name": EVIL, "line": EVIL, "verdict": EVIL} for one in content["checks"]
+    ]
+    content["latency"] |= {"provider": EVIL, EVIL: [{EVIL: EVIL}]}
+    content["latency"]["comparisons"] += [{"baseline": EVIL, "ratio": 1.0, "batch": EVIL, EVIL: EVIL}]
+    write_json(run.verify / "report.json", content)
+    write_json(run.compare / "results.json", comparison(EVIL) | {"command": EVIL})
+    steps = record(run)
+    steps["steps"].append(as_step(EVIL, {EVIL: EVIL}, {EVIL: {EVIL: EVIL}}, {EVIL: EVIL}))
+    write_json(run.record, steps)
+    page = Page(render(run_report(run)))
+    assert page.open == []
+    assert page.text.count(EVIL) > 20
+    assert not page.names() & {"script", "img", "link", "iframe"}
+    assert not [attrs for _, attrs in page.elements if "onerror" in attrs or "src" in attrs]
+
+
+def test_commands_parse_into_the_options_on_record(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run with 'quotes'")
+    facts, program = read_facts(run), typer.main.get_command(app)
+    for step in facts.steps:
+        line = command_line(step, facts)
+        name, *words = shlex.split(line)[1:]
+        command: Any = program.commands[name]  # type: ignore[attr-defined]
+        found = command.make_context(name, list(words)).params
+        options = dict(step.options)
+        renamed = {"onnx": "onnx_file", "set": "sets"}
+        told = {renamed.get(key, key): value for key, value in options.items() if key != "out"}
+        for key, value in told.items():
+            given = found[key]
+            given = list(given or ()) if key == "sets" else str(given) if isinstance(given, Path) else given
+            assert given == value, (line, key)
+        assert found["run"] == run.path
+
+
+def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "elsewhere"))
+    status, out, err = growkit(capsys, "report", "--run", moved)
+    page = moved / "report.html"
+    assert (status, err) == (0, "")
+    assert out == f"wrote {page}: may it ship? yes. Every gate passed.\n"
+    before = page.read_bytes()
+    status, out, _ = growkit(capsys, "report", "--run", moved, "--out", tmp_path / "a" / "b.html", "--json")
+    content = json.loads(out)
+    assert content["verdict"]["mark"] == "yes"
+    assert {gate["name"]: gate["mark"] for gate in content["gates"]} == gates(RunFolder(moved))
+    assert Path(content["report"]).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--run", "nowhere"), "nowhere: no such run folder; `growkit grow` makes one"),
+        (("--run", "empty"), "empty holds nothing of a run; `growkit grow` begins one"),
+        (("--run", "run", "--out", "empty"), "--out empty is a folder; name a file"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_2(
+    arguments: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"))
+    Path("empty").mkdir()
+    status, out, err = growkit(capsys, "report", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+    assert not list(Path("empty").iterdir())
+    assert not Path("nowhere").exists()
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(TUNED)
+    with pytest.raises(GrowkitError, match="holds nothing of a run"):
+        run_report(RunFolder(tmp_path))
