@@ -109,9 +109,12 @@ def versions_in(folder: Path) -> list[int]:
 
 
 def takes_labels(output: Any, count: int, batched: bool) -> bool:
-    """Whether an output is a score for each class: Triton's classification reads labels by position."""
-    dims = list(output.dims) if batched else list(output.dims)[1:]
-    return dims == [count] and datatype_of(output) in ("FP32", "FP16", "FP64", "BF16")
+    """Whether an output is a score for each class: Triton's classification reads labels by position.
+
+    Where it does not batch it ranks an output as a whole, so that labels fit one image alone.
+    """
+    dims = list(output.dims)
+    return dims == ([count] if batched else [1, count]) and datatype_of(output) in ("FP32", "FP16", "FP64", "BF16")
 
 
 def datatype_of(value: Any) -> str:

@@ -186,7 +186,15 @@ def test_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     assert (config.max_batch_size, config.HasField("dynamic_batching")) == (0, False)
     assert list(config.input[0].dims) == [4, 3, 4, 4]
     assert [w.batch_size for w in config.model_warmup] == [1]
-    assert config.output[0].label_filename == "labels.txt"
+
+
+@pytest.mark.parametrize(("batch", "labels"), [(1, "labels.txt"), (4, "")])
+def test_labels_of_a_fixed_batch_fit_one_image_alone(batch: int, labels: str, tmp_path: Path) -> None:
+    # Triton ranks the 4 x 5 numbers of such an output together: class 11 would be the second image's 1
+    exported = write_exported(tmp_path / "onnx", dims=(batch, 3, 4, 4), data=(batch, 3, 4, 4))
+    folder = write_model_repository(exported, tmp_path, PLAIN).folder
+    assert config_of(folder).output[0].label_filename == labels
+    assert (folder / "labels.txt").exists() == bool(labels)
 
 
 def test_labels_go_to_scores_of_all_classes_alone(tmp_path: Path) -> None:
