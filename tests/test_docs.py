@@ -72,8 +72,9 @@ def broken_links(path: Path, text: str) -> list[str]:
     return broken
 
 
-def test_every_growkit_line_of_the_readme_parses() -> None:
-    lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"), "growkit")
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "serving.md"], ids=lambda path: path.name)
+def test_every_growkit_line_of_a_document_parses(path: Path) -> None:
+    lines = command_lines(path.read_text(encoding="utf-8"), "growkit")
     assert lines
     complaints = {line: complaint(line) for line in lines}
     assert {line: said for line, said in complaints.items() if said} == {}

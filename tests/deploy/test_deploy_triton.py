@@ -211,6 +211,14 @@ def test_weights_beside_the_file_make_a_folder_named_as_the_file(tmp_path: Path)
     assert sorted(p.name for p in (folder / "1" / "model.onnx").iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
+def test_weights_cut_short_are_found(tmp_path: Path) -> None:
+    folder = write_model_repository(write_exported(tmp_path / "onnx", external=True), tmp_path, PLAIN).folder
+    data = folder / "1" / "model.onnx" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    (problem,) = check_model_repository(folder)
+    assert "model.onnx.data is missing or too short for weight" in problem
+
+
 def test_metadata_follows_the_published_protocol(written: Path) -> None:
     metadata = json.loads((written / "metadata.json").read_text())
     message = json_format.ParseDict(metadata, service_pb2.ModelMetadataResponse())
