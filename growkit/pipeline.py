@@ -94,6 +94,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def labelled(data: str, source: Source, settings: FitSettings, *, image_size: int | None = None) -> Data:
+    """Data to judge `source` on as it is, its images `image_size` wide and high where that is not the source's own.
+
+    Raises:
+        GrowkitError: unusable data, or classes that are not the source's.
+    """
+    prepared = dict(source.preprocessing)
+    if image_size is not None:
+        prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
+    opened = open_data(data, prepared, settings)
+    if source.labels and opened.classes and list(source.labels) != opened.classes:
+        raise GrowkitError(
+            f"--data {data}: its {len(opened.classes)} classes are not the model's "
+            f"{len(source.labels)}; give data with the model's classes"
+        )
+    return opened
+
+
 def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool) -> bool:
     """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
 

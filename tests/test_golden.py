@@ -42,7 +42,7 @@ def test_grown_model_answers_like_the_reference(sizes, rank, limit):
 @pytest.mark.parametrize(("sizes", "rank", "limit"), TARGETS)
 def test_grown_onnx_file_answers_like_the_reference(sizes, rank, limit, tmp_path):
     images = reference.images().astype(np.float32)
-    export_onnx(grown(sizes, rank).float(), torch.from_numpy(images), tmp_path / "model.onnx")
+    export_onnx(grown(sizes, rank).float(), tmp_path / "model.onnx")
     logits = open_session(tmp_path / "model.onnx").run(images)
     assert np.abs(logits - LOGITS).max() <= max(limit, 1e-5)
 

@@ -7,8 +7,11 @@ import typer
 
 from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.errors import GrowkitError
+from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Force, From, FromSets, Model, Run, with_settings
+from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
+
+CALIBRATION = 256  # images that int8-static takes its ranges from
 
 
 @with_settings(ExportSettings)
@@ -25,6 +28,9 @@ def export(
     triton: Annotated[
         Path | None, typer.Option("--triton", help="Triton model repository to write the file into, too.")
     ] = None,
+    data: Data = None,
+    data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
+    val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
     from_: From = None,
     from_sets: FromSets = None,
     run: Run = Path("run"),
@@ -33,15 +39,17 @@ def export(
 ) -> None:
     """Write a model as ONNX, with reference inputs and outputs beside it.
 
-    The finished file is held against PyTorch first: one that answers differently never appears.
+    The finished file is held against PyTorch first: one that answers differently never appears. With --data its
+    accuracy is held against the model's, too, and int8-static takes its ranges from the training images.
 
     With --triton it goes into a model repository too, checked against Triton's published schema.
 
-    Example: growkit export --onnx --triton models/
+    Example: growkit export --onnx --precision int8 --data images/
     """
     from dataclasses import asdict, replace
 
     from growkit.deploy.folder import write_export
+    from growkit.deploy.limits import LIMITS
     from growkit.files import refuse_existing, whole_folder
     from growkit.record import RunFolder
     from growkit.source import load_source
@@ -61,6 +69,18 @@ def export(
 
         serving = replace(serving, name=serving.name or source.architecture.name)
         refuse_taken(triton, str(serving.name), serving, force)
+    calibration = batches = None
+    if data is not None:
+        from growkit.pipeline import labelled
+        from growkit.train.data import unaugmented, val_batches
+
+        reading = FitSettings(data_dir=data_dir, val_split=val_split)
+        opened = labelled(data, source, reading, image_size=settings.image_size)
+        batches = val_batches(opened, reading)
+        if settings.precision == "int8-static":
+            calibration = unaugmented(opened, CALIBRATION, seed=settings.seed).numpy()
+    elif settings.precision == "int8-static":
+        raise GrowkitError("--precision int8-static takes its ranges from images: give --data, or use --precision int8")
     provenance = {
         "weights_sha256": source.sha256 or None,
         "architecture": source.architecture.name,
@@ -68,7 +88,16 @@ def export(
         "history": without_folders(source.history),
     }
     with whole_folder(target) as partial:
-        exported = write_export(source.model(), partial, settings, labels=source.labels, provenance=provenance)
+        exported = write_export(
+            source.model(),
+            partial,
+            settings,
+            labels=source.labels,
+            provenance=provenance,
+            calibration=calibration,
+            data=batches,
+            say=console.say,
+        )
         console.result(exported.content)
         if not exported.parity.passed:
             for check in exported.parity.failed:
@@ -77,18 +106,32 @@ def export(
             raise typer.Exit(1)
     made = exported.export
     figures = exported.parity.figures
+    for choice in exported.choices:
+        console.say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
     console.say(
-        f"wrote {target / 'model.onnx'}: {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
-        f"IR {made.ir}, {made.nodes} nodes"
+        f"wrote {target / 'model.onnx'}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
+        f"IR {made.ir}, {made.nodes} nodes" + (f", weights in {made.files[1]}" if made.files[1:] else "")
     )
     worst = max(batch["relative_rms"] for batch in figures["batches"].values())
+    allowed = LIMITS[made.form.precision].relative_rms
     console.say(
-        f"it answers like PyTorch: relative error {worst:.1e} (allowed 1e-5), "
+        f"it answers like PyTorch: relative error {worst:.1e} (allowed {allowed:.0e}), "
         f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
     )
+    if "accuracy" in figures:
+        scores = figures["accuracy"]
+        console.say(
+            f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images"
+        )
     folder.add(
         "export",
-        options={"model": str(chosen), "out": str(target), **asdict(settings)},
+        options={
+            "model": str(chosen),
+            "out": str(target),
+            "data": data,
+            **asdict(settings),
+            "triton": {"repository": str(triton), **asdict(serving)} if triton else None,
+        },
         figures={"bytes": made.bytes, "nodes": made.nodes, "parity": figures},
         hashes={"weights": source.sha256, "model.onnx": made.sha256},
     )

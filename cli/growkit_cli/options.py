@@ -106,7 +106,10 @@ def with_settings(
                 prefix + f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(f.name, f.default),
-                annotation=Annotated[f.type, typer.Option(rich_help_panel=panel, **_told(f.name, docs, auto))],
+                annotation=Annotated[
+                    f.type,
+                    typer.Option(*_flag(prefix + f.name), rich_help_panel=panel, **_told(f.name, docs, auto)),
+                ],
             )
             for f in fields
         ]
@@ -117,6 +120,11 @@ def with_settings(
         return wrapper
 
     return decorate
+
+
+def _flag(name: str) -> tuple[str, ...]:
+    """What the option is called where its field cannot be: `for_` is --for."""
+    return (f"--{name.rstrip('_')}",) if name.endswith("_") else ()
 
 
 def _told(name: str, docs: dict[str, str], auto: dict[str, int] | None) -> dict[str, Any]:

@@ -72,16 +72,12 @@ def verify(
         reference = file.parent
     batches = None
     if data is not None:
-        from growkit.train.data import open_data, val_batches
+        from growkit.deploy.store import form_in
+        from growkit.pipeline import labelled
+        from growkit.train.data import val_batches
 
         reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
-        opened = open_data(data, source.preprocessing, reading)
-        if source.labels and opened.classes and list(source.labels) != opened.classes:
-            raise GrowkitError(
-                f"--data {data}: its {len(opened.classes)} classes are not the model's "
-                f"{len(source.labels)}; give data with the model's classes"
-            )
-        batches = val_batches(opened, reading)
+        batches = val_batches(labelled(data, source, reading, image_size=form_in(file).image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
     with console.progress("latency") as bar:
         total = 3 * len(batches_timed(settings))

@@ -19,7 +19,6 @@ import torch
 from growkit.deploy.checks import plain
 from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import measure_latency
-from growkit.deploy.reference import preprocessing
 from growkit.deploy.runtime import environment, open_session
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     model = timm.create_model(arguments.model).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(model, torch.zeros(2, *preprocessing(model).input_size), file)
+        export_onnx(model, file)
         facts = environment(open_session(file, provider=arguments.provider))
         latency = measure_latency(
             model,

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import numpy as np
 from classify import Classifier
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
@@ -28,7 +27,7 @@ MAX_PIXELS = 50_000_000  # of a decoded image: a small file can hold a huge one
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model and answer once before the first request is taken."""
     classifier = Classifier(Path(os.environ.get("MODEL", "run/onnx/model.onnx")), int(os.environ.get("THREADS", "0")))
-    classifier.logits(np.zeros((1, *classifier.wanted["input_size"]), np.float32))
+    classifier.best(Image.new("RGB", (224, 224)))
     app.state.classifier = classifier
     app.state.turns = asyncio.Semaphore(int(os.environ.get("PARALLEL", "1")))
     yield

@@ -1,109 +1,99 @@
-"""From a PyTorch model to one ONNX file that opens where people serve.
+"""From a PyTorch model to an ONNX file that opens where people serve: the graph, its form, its metadata.
 
-opset 18 with IR 8 loads on ONNX Runtime 1.15 and newer; the exporter's own IR 10 needs 1.18.
+opset 18 with IR 8, the default, loads on ONNX Runtime 1.15 and newer; the exporter's own IR 10 needs 1.18.
 """
 
-import contextlib
-import copy
-import hashlib
-import io
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growkit import __version__
+from growkit.deploy.capture import captured
+from growkit.deploy.form import KEY, Form
+from growkit.deploy.outputs import with_output
+from growkit.deploy.pixels import with_pixels
 from growkit.deploy.reference import preprocessing
+from growkit.deploy.store import sha256_of_files, write_graph
 from growkit.errors import GrowkitError
-from growkit.files import whole_file
-
-OPSET = 18
-IR = 8
-PROTOBUF_LIMIT = 2**31 - 1  # bytes in one protobuf message, so in one ONNX file
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished ONNX file."""
+    """A finished ONNX file; bytes and sha256 count the weights beside it too, where they lie there."""
 
     path: Path
+    files: tuple[str, ...]
     bytes: int
     sha256: str
     opset: int
     ir: int
     nodes: int
+    form: Form
 
 
 def export_onnx(
     model: nn.Module,
-    example: Tensor,
     path: Path,
+    form: Form | None = None,
     *,
+    external: bool = False,
+    calibration: np.ndarray | None = None,
     labels: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Export:
-    """Write `model` to one ONNX file: 'input' (batch, C, H, W) -> 'logits' (batch, classes).
+    """Write `model` as ONNX: by default 'input' (batch, C, H, W) -> 'logits' (batch, classes), both float32.
 
     model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is
-    example     (B, C, H, W); only its shape matters, and not its B
+    form        see form.Form; image_size is the caller's to apply (see reference.at_image_size)
+    external    put the weights into a second file beside it, as anything over 2 GB must
+    calibration  normalised images (N, C, H, W), what int8-static takes its ranges from
     labels      class names, stored in the file's metadata
     provenance  where the weights come from, JSON-able and free of paths, stored in the metadata
 
     The same model gives the same bytes in every process and folder.
 
     Raises:
-        GrowkitError: weights that are not float32, or over 2 GB.
+        GrowkitError: weights that are not float32, or a form that does not fit the model.
     """
+    form = form or Form()
     others = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
     if others:
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
-    size = sum(t.nbytes for t in model.state_dict().values())
-    if size > PROTOBUF_LIMIT - 2**24:  # the graph itself needs a few MB
-        raise GrowkitError(
-            f"model has {size / 1e9:.1f} GB of weights; one ONNX file holds 2 GB: choose a smaller target"
-        )
+    prepared = preprocessing(model)
+    proto = captured(model, prepared.input_size, form)
+    if form.pixels:
+        proto = with_pixels(proto, prepared, form.batch)
+    proto = with_output(proto, form)
     props = {
         "growkit.version": __version__,
         "growkit.provenance": json.dumps(dict(provenance or {}), sort_keys=True),
-        "preprocessing": json.dumps(asdict(preprocessing(model))),
+        KEY: form.text(),
+        "preprocessing": json.dumps(asdict(prepared)),
     }
     if labels is not None:
         props["labels"] = json.dumps(list(labels), ensure_ascii=False)
-    # traced at batch 2: a size of 1 is a special case to torch.export and may be baked in
-    traced = example[:1].cpu().repeat(2, *(1,) * (example.ndim - 1))
-    proto = finished(_captured(_unfused(model), traced, opset_version=OPSET), props)
-    data = proto.SerializeToString(deterministic=True)
-    with whole_file(path) as partial:
-        partial.write_bytes(data)
+    proto = finished(proto, form, props)
+    nodes = len(proto.graph.node)
+    files = write_graph(proto, path, external=external)
     return Export(
         path=path,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        opset=OPSET,
-        ir=IR,
-        nodes=len(proto.graph.node),
+        files=tuple(file.name for file in files),
+        bytes=sum(file.stat().st_size for file in files),
+        sha256=sha256_of_files(files),
+        opset=form.opset,
+        ir=form.ir,
+        nodes=nodes,
+        form=form,
     )
 
 
-def export_stock(name: str, arguments: Mapping[str, Any], example: Tensor, path: Path) -> None:
-    """Write what a timm user gets without growkit: random weights, the exporter's own defaults.
-
-    It is what an export's latency is held against: the same architecture that was never grown.
-    """
-    import timm
-
-    model = timm.create_model(name, **arguments).eval()
-    proto = _captured(model, example[:1].cpu().repeat(2, *(1,) * (example.ndim - 1)))
-    path.write_bytes(proto.SerializeToString())
-
-
-def finished(proto: onnx.ModelProto, props: Mapping[str, str]) -> onnx.ModelProto:
+def finished(proto: onnx.ModelProto, form: Form, props: Mapping[str, str]) -> onnx.ModelProto:
     """Set IR and metadata; strip what the exporter tells of its machine: paths, sources, notes."""
     graph = proto.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph):
@@ -113,43 +103,6 @@ def finished(proto: onnx.ModelProto, props: Mapping[str, str]) -> onnx.ModelProt
     graph.ClearField("value_info")
     proto.ClearField("doc_string")
     proto.ClearField("metadata_props")
-    proto.ir_version = IR
+    proto.ir_version = form.ir
     onnx.helper.set_model_props(proto, dict(props))
     return proto
-
-
-def _unfused(model: nn.Module) -> nn.Module:
-    # explicit softmax gives fewer nodes than the exporter's decomposition of fused attention
-    copied = copy.deepcopy(model).cpu().eval()
-    for module in copied.modules():
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", False)  # noqa: B010  (a plain flag, not a submodule)
-    return copied
-
-
-def _captured(model: nn.Module, example: Tensor, **options: Any) -> onnx.ModelProto:
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: "batch"},),
-            input_names=["input"],
-            output_names=["logits"],
-            verbose=False,
-            **options,
-        )
-    assert program is not None  # it is only with f=
-    return program.model_proto
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # the exporter reports its stages on stdout, which belongs to --json
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield

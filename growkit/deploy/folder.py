@@ -3,18 +3,22 @@
 model.onnx  test_data_set_0/  test_data_set_1/  export.json
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from growkit.deploy.checks import plain
+from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import Export, export_onnx
+from growkit.deploy.fastest import Choice, fastest
+from growkit.deploy.form import Form
 from growkit.deploy.parity import Parity, check_parity
-from growkit.deploy.reference import preprocessing, write_reference
+from growkit.deploy.reference import at_image_size, preprocessing
+from growkit.deploy.runtime import open_session
 from growkit.deploy.settings import ExportSettings
 from growkit.files import write_json
 
@@ -27,6 +31,7 @@ class Exported:
 
     export: Export
     parity: Parity
+    choices: tuple[Choice, ...]
     content: dict[str, Any]
 
 
@@ -37,24 +42,55 @@ def write_export(
     *,
     labels: Sequence[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    calibration: np.ndarray | None = None,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Export `model` into `folder`, which exists (see files.whole_folder), and check the result.
 
     The checks are made of the finished bytes; whether the folder may stay is the caller's to say,
     by `Exported.parity`.
 
+    calibration  normalised images (N, C, H, W) for precision int8-static
+    data         labelled batches for the accuracy of what is not float32
+
     Raises:
         GrowkitError: as export_onnx.
     """
-    prepared, provenance = preprocessing(model), dict(provenance or {})
+    form = Form(
+        target=settings.target,
+        precision=settings.precision,
+        exporter=settings.exporter,
+        batch=settings.batch,
+        image_size=settings.image_size,
+        pixels=settings.pixels,
+        output=settings.output,
+    )
+    model, provenance = at_image_size(model, form.image_size), dict(provenance or {})
+    choices: tuple[Choice, ...] = ()
+    if settings.for_ is not None:
+        form, choices = fastest(
+            model,
+            form,
+            settings.for_,
+            batches=(1, settings.max_batch),
+            seconds=settings.latency_seconds,
+            seed=settings.seed,
+            say=say,
+        )
+    say("exporting")
     export = export_onnx(
         model,
-        torch.zeros(2, *prepared.input_size),
         folder / MODEL,
+        form,
+        external=settings.external_data,
+        calibration=calibration,
         labels=labels,
         provenance=provenance,
     )
-    write_reference(model, folder, seed=settings.seed)
+    say("holding the file against PyTorch")
+    run = open_session(folder / MODEL).outputs
+    write_reference(model, folder, seed=settings.seed, form=form, run=run)
     parity = check_parity(
         model,
         folder / MODEL,
@@ -63,15 +99,18 @@ def write_export(
         weights_sha256=provenance.get("weights_sha256"),
         labels=list(labels) if labels is not None else None,
         reference=folder,
+        data=data,
+        max_accuracy_drop=settings.max_accuracy_drop,
     )
     content: dict[str, Any] = {
         "schema": 1,
         "file": MODEL,
         **{name: value for name, value in asdict(export).items() if name != "path"},
-        "preprocessing": asdict(prepared),
+        "preprocessing": asdict(preprocessing(model)),
         "labels": list(labels) if labels is not None else None,
         "provenance": provenance,
         "settings": asdict(settings),
+        "choices": [choice.told() for choice in choices],
         "parity": {
             "provider": parity.provider,
             "figures": parity.figures,
@@ -80,4 +119,4 @@ def write_export(
     }
     content = plain(content)
     write_json(folder / "export.json", content)
-    return Exported(export, parity, content)
+    return Exported(export, parity, choices, content)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from growkit.deploy.capture import export_stock
 from growkit.deploy.checks import Check, Verdict
-from growkit.deploy.export import export_stock
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.deploy.runtime import open_session
 

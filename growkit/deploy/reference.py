@@ -1,22 +1,14 @@
-"""Golden data: seeded images, the float64 truth, and ONNX's test_data_set folders.
-
-The folders are read by onnx_test_runner, onnxruntime_perf_test and onnx.backend.test.
-"""
+"""What a file is held against: the model's preprocessing, seeded images, and its logits in float64."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from growkit.errors import GrowkitError
-
-BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1
 
 
 @dataclass(frozen=True)
@@ -69,18 +61,45 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def noise_images(prepared: Preprocessing, count: int, seed: int) -> np.ndarray:
-    """(count, C, H, W) float32: coarse colour fields with fine noise, normalised by mean and std.
+    """(count, C, H, W) float32: noise_pixels, normalised by mean and std."""
+    return normalised(prepared, noise_pixels(prepared.input_size, count, seed))
+
+
+def noise_pixels(size: tuple[int, int, int], count: int, seed: int) -> np.ndarray:
+    """(count, C, H, W) float64 in 0..1: coarse colour fields with fine noise.
 
     The coarse part makes images differ after patches are averaged, as photographs do.
     """
     generator = np.random.default_rng(seed)
-    channels, height, width = prepared.input_size
+    channels, height, width = size
     coarse = generator.random((count, channels, 4, 4))
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
     fine = generator.random((count, channels, height, width))
-    pixels = 0.7 * coarse[:, :, rows[:, None], columns] + 0.3 * fine
+    return 0.7 * coarse[:, :, rows[:, None], columns] + 0.3 * fine
+
+
+def normalised(prepared: Preprocessing, pixels: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) in 0..1 -> float32 by mean and std."""
     mean, std = (np.reshape(v, (-1, 1, 1)) for v in (prepared.mean, prepared.std))
     return np.ascontiguousarray((pixels - mean) / std, dtype=np.float32)
+
+
+def at_image_size(model: nn.Module, size: int | None) -> nn.Module:
+    """`model` for images of size x size, its position embeddings resampled as timm does it; a copy, or itself.
+
+    Raises:
+        GrowkitError: the network has one size, or the patches do not fit.
+    """
+    if size is None or preprocessing(model).input_size[1:] == (size, size):
+        return model
+    if not isinstance(model, VisionTransformer):
+        raise GrowkitError(f"--image-size {size}: {type(model).__name__} has one size; leave it out")
+    patch = max(model.patch_embed.patch_size)
+    if size % patch:
+        raise GrowkitError(f"--image-size {size}: patches are {patch} wide; choose a multiple of {patch}")
+    copied = copy.deepcopy(model)
+    copied.set_input_size(img_size=(size, size))
+    return copied
 
 
 def truth_of(model: nn.Module) -> nn.Module:
@@ -93,43 +112,3 @@ def logits_of(model: nn.Module, images: np.ndarray) -> np.ndarray:
     """Run `model` on (B, C, H, W) images in the model's own precision and place -> (B, classes)."""
     first = next(model.parameters())
     return model(torch.from_numpy(images).to(first)).cpu().numpy()
-
-
-def write_reference(model: nn.Module, folder: Path, *, seed: int) -> tuple[Path, ...]:
-    """Write test_data_set_0 (batch 1) and test_data_set_1 (batch 5) below `folder`.
-
-    The outputs are the float64 truth rounded to float32. Returns the two folders.
-    """
-    truth, prepared = truth_of(model), preprocessing(model)
-    folders = []
-    for index, batch in enumerate(BATCHES):
-        images = noise_images(prepared, batch, seed + index)
-        target = folder / f"test_data_set_{index}"
-        target.mkdir(parents=True)
-        logits = logits_of(truth, images).astype(np.float32)
-        for name, stem, value in (("input", "input_0", images), ("logits", "output_0", logits)):
-            tensor = numpy_helper.from_array(value, name)
-            (target / f"{stem}.pb").write_bytes(tensor.SerializeToString(deterministic=True))
-        folders.append(target)
-    return tuple(folders)
-
-
-def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (name, images, logits) of each test_data_set_* in `folder`.
-
-    Raises:
-        GrowkitError: there is none, or a file is missing or damaged.
-    """
-    found = sorted(folder.glob("test_data_set_*"))
-    if not found:
-        raise GrowkitError(f"{folder} holds no test_data_set_*; `growkit export` writes them beside model.onnx")
-    for data_set in found:
-        arrays = []
-        for name in ("input_0.pb", "output_0.pb"):
-            try:
-                tensor = onnx.load_tensor(str(data_set / name))
-                arrays.append(numpy_helper.to_array(tensor).copy())  # its own is read-only
-            except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise GrowkitError(f"{data_set / name}: not a readable ONNX tensor ({reason}); export again") from None
-        yield data_set.name, arrays[0], arrays[1]

@@ -34,6 +34,11 @@ class Session:
         """
         return np.asarray(self.inner.run(None, {self.input: images})[0])
 
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output by name; raises as `run`."""
+        names = [output.name for output in self.inner.get_outputs()]
+        return dict(zip(names, map(np.asarray, self.inner.run(names, {self.input: images})), strict=True))
+
 
 def open_session(
     file: Path | bytes,
@@ -42,8 +47,9 @@ def open_session(
     threads: int | None = None,
     optimise: bool = True,
     spinning: bool = False,
+    folder: Path | None = None,
 ) -> Session:
-    """Open an ONNX file, or its bytes.
+    """Open an ONNX file, or its bytes; weights beside it are read from `folder`.
 
     threads   intra-op threads; as many as torch uses when left out
     optimise  ONNX Runtime's default graph optimisation, which is what users deploy; False: none
@@ -56,7 +62,9 @@ def open_session(
     """
     if provider == "auto":
         try:
-            return open_session(file, provider="cuda", threads=threads, optimise=optimise, spinning=spinning)
+            return open_session(
+                file, provider="cuda", threads=threads, optimise=optimise, spinning=spinning, folder=folder
+            )
         except GrowkitError:
             provider = "cpu"
     if provider not in PROVIDERS:
@@ -70,6 +78,8 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings = [{"use_tf32": "0"}] if provider == "cuda" else [{}]

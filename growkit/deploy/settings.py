@@ -5,8 +5,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """How an ONNX file is checked before it appears."""
+    """What kind of ONNX file is made, and how it is checked before it appears."""
 
+    target: str = "ort-1.15"
+    """Oldest ONNX Runtime that must load it: ort-1.15 (opset 18), ort-1.18 (opset 20) or ort-1.23 (opset 23)."""
+    precision: str = "fp32"
+    """fp32, fp16, bf16, int8 (dynamic) or int8-static (needs --data to calibrate with)."""
+    batch: int | None = None
+    """The one batch size it takes; any when left out."""
+    image_size: int | None = None
+    """Height and width of its images, position embeddings resampled; the model's own when left out."""
+    pixels: bool = False
+    """Take uint8 images (batch, height, width, channels) of any size: resize, crop and normalise inside the file."""
+    output: str = "logits"
+    """What it answers with: logits, probabilities, or top-K as in top-5."""
+    external_data: bool = False
+    """Put the weights into a second file beside it, as anything over 2 GB must."""
+    exporter: str = "dynamo"
+    """dynamo, or torchscript where dynamo fails."""
+    for_: str | None = None
+    """cpu, cuda or tensorrt: try other graphs there, keep one that is measurably faster; portable when left out."""
+    latency_seconds: float = 12.0
+    """Longest time of one comparison of --for."""
+    max_accuracy_drop: float | None = None
+    """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     max_batch: int = 8
     """Largest batch size the finished file is checked at, beside 1, 2 and 5."""
     seed: int = 0

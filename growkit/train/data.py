@@ -1,5 +1,6 @@
 """Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
 
+import copy
 import hashlib
 import random
 import signal
@@ -395,6 +396,20 @@ def val_batches(
         yield from data.val.evaluation(shares, device)
         return
     yield from DataLoader(data.val, batch_sampler=shares, **_loading(settings, device.type == "cuda"))
+
+
+def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
+    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
+
+    Raises:
+        GrowkitError: the images are cached, which keeps no way to them without augmentation.
+    """
+    if isinstance(data.train, Resident):
+        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
+    plain = copy.copy(data.train)
+    plain.transform = data.val.transform  # type: ignore[attr-defined]
+    places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
+    return torch.stack([plain[int(place)][0] for place in places])
 
 
 def _shares(images: int, batch_size: int) -> list[list[int]]:

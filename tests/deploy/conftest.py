@@ -5,7 +5,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from deploy_models import make_model
 from torch import nn
 
@@ -23,7 +22,6 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("clean") / "model.onnx"
     export_onnx(
         model,
-        torch.zeros(2, 3, 16, 16),
         path,
         labels=list("abcdefg"),
         provenance={"weights_sha256": "ab" * 32},

@@ -66,8 +66,8 @@ def test_export_refuses_to_replace_without_force(run: Path) -> None:
 def test_export_that_answers_differently_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(model, example, path, **more):  # type: ignore[no-untyped-def]
-        made = export_onnx(model, example, path, **more)
+    def damaged(model, path, form, **more):  # type: ignore[no-untyped-def]
+        made = export_onnx(model, path, form, **more)
         proto = onnx.load(str(path))
         replace(proto, "head.bias", tensors(proto)["head.bias"] * 2)
         path.write_bytes(proto.SerializeToString())

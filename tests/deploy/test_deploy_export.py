@@ -14,7 +14,8 @@ import torch
 from deploy_models import make_model
 from torch import nn
 
-from growkit.deploy.export import PROTOBUF_LIMIT, export_onnx, export_stock
+from growkit.deploy.capture import export_stock
+from growkit.deploy.export import export_onnx
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -83,7 +84,7 @@ import sys, torch
 from pathlib import Path
 from deploy_models import make_model
 from growkit.deploy.export import export_onnx
-export_onnx(make_model(), torch.zeros(1, 3, 16, 16), Path("other.onnx"), labels=list("abcdefg"),
+export_onnx(make_model(), Path("other.onnx"), labels=list("abcdefg"),
             provenance={"weights_sha256": "ab" * 32})
 """
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -107,7 +108,7 @@ def test_model_keeps_its_state_and_nothing_is_printed(tmp_path: Path, capfd: pyt
     attention[0].fused_attn = True
     before = [m.training for m in model.modules()], [m.fused_attn for m in attention]
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    export_onnx(model, torch.zeros(2, 3, 16, 16), tmp_path / "m.onnx")
+    export_onnx(model, tmp_path / "m.onnx")
     after = [m.training for m in model.modules()], [m.fused_attn for m in attention]
     assert after == before
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -125,16 +126,10 @@ def test_unfused_attention_gives_fewer_nodes_than_the_exporters_default(exported
 
 def test_half_precision_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(GrowkitError, match=r"torch\.bfloat16.*model\.float\(\)"):
-        export_onnx(make_model().bfloat16(), torch.zeros(2, 3, 16, 16), tmp_path / "m.onnx")
-
-
-def test_over_two_gigabytes_is_refused_before_the_work(tmp_path: Path) -> None:
-    model = nn.Linear(1, PROTOBUF_LIMIT // 4, device="meta")
-    with pytest.raises(GrowkitError, match="2 GB"):
-        export_onnx(model, torch.zeros(2, 1), tmp_path / "m.onnx")
+        export_onnx(make_model().bfloat16(), tmp_path / "m.onnx")
 
 
 def test_model_without_preprocessing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GrowkitError, match="pretrained_cfg"):
-        export_onnx(nn.Linear(1, 1), torch.zeros(2, 1), tmp_path / "m.onnx")
+        export_onnx(nn.Linear(1, 1), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -14,9 +14,12 @@ from onnx import numpy_helper
 from torch import nn
 
 from growkit.deploy import parity as parity_module
+from growkit.deploy import parts
+from growkit.deploy.accuracy import mcnemar_p
+from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import export_onnx
-from growkit.deploy.parity import check_parity, mcnemar_p
-from growkit.deploy.reference import noise_images, preprocessing, write_reference
+from growkit.deploy.parity import check_parity
+from growkit.deploy.reference import noise_images, preprocessing
 from growkit.deploy.runtime import Session, open_session
 from growkit.errors import GrowkitError, ParityError
 
@@ -40,7 +43,8 @@ def test_clean_export_passes_every_check(model: nn.Module, exported: Path) -> No
     assert parity.passed, lines(parity)
     parity.require()
     assert {c.group for c in parity.checks} == {"structure", "weights", "numbers", "predictions"}
-    assert set(parity.figures["batches"]) == {"1", "2", "5", "8"}
+    assert set(parity.figures["batches"]) == {"1", "2", "3", "5", "8"}
+    assert set(parity.figures["extremes"]) == {"black", "white", "pure noise", "checkerboard", "ten times too large"}
     assert parity.figures["noise_ratio"] < 3
     assert parity.figures["predictions"]["certified"] > 0
 
@@ -55,15 +59,14 @@ def test_clean_export_passes_every_check(model: nn.Module, exported: Path) -> No
 )
 def test_clean_exports_of_other_vision_transformers_pass(name: str, arguments: dict[str, int], tmp_path: Path) -> None:
     model = make_model(1, name, **arguments)
-    channels = preprocessing(model).input_size[0]
-    export_onnx(model, torch.zeros(1, channels, 16, 16), tmp_path / "m.onnx")
+    export_onnx(model, tmp_path / "m.onnx")
     parity = check_parity(model, tmp_path / "m.onnx")
     assert parity.passed, lines(parity)
 
 
 def test_fresh_timm_model_passes_though_its_zero_biases_are_left_out(tmp_path: Path) -> None:
     model = timm.create_model(NAME, **ARGUMENTS).eval()
-    export_onnx(model, torch.zeros(1, 3, 16, 16), tmp_path / "m.onnx")
+    export_onnx(model, tmp_path / "m.onnx")
     parity = check_parity(model, tmp_path / "m.onnx")
     assert parity.passed, lines(parity)
 
@@ -83,7 +86,7 @@ def test_swin_with_its_looked_up_position_tables_passes(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
-    export_onnx(model, torch.zeros(1, 3, 32, 32), tmp_path / "m.onnx")
+    export_onnx(model, tmp_path / "m.onnx")
     parity = check_parity(model, tmp_path / "m.onnx")
     assert parity.passed, lines(parity)
     with torch.no_grad():
@@ -183,7 +186,7 @@ def test_tanh_gelu_is_found_by_the_numbers(model: nn.Module, tmp_path: Path) -> 
     other = make_model()
     for block in other.blocks:
         block.mlp.act = nn.GELU(approximate="tanh")
-    export_onnx(other, torch.zeros(1, 3, 16, 16), tmp_path / "m.onnx")
+    export_onnx(other, tmp_path / "m.onnx")
     assert "numbers" in failed_groups(check_parity(model, tmp_path / "m.onnx"))
 
 
@@ -328,7 +331,7 @@ def test_export_bug_is_told_from_an_optimiser_bug(
             return session
         return Broken(session.inner, session.input, session.provider, session.threads)
 
-    monkeypatch.setattr(parity_module, "open_session", wrong_when_optimised)
+    monkeypatch.setattr(parts, "open_session", wrong_when_optimised)
     assert "optimiser bug" in check_parity(model, exported).figures["diagnosis"]
 
 

@@ -11,13 +11,8 @@ from deploy_models import make_model
 from onnx import numpy_helper
 from torch import nn
 
-from growkit.deploy.reference import (
-    Preprocessing,
-    noise_images,
-    preprocessing,
-    read_reference,
-    write_reference,
-)
+from growkit.deploy.data_sets import read_reference, write_reference
+from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 

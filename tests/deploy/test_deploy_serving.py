@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import timm
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
+
+from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
 
 ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "examples" / "serve"
@@ -88,6 +91,12 @@ def test_what_the_example_cannot_prepare_is_refused(classify: Any, exported: Pat
         classify.Classifier(with_preprocessing(exported, tmp_path / "m.onnx", crop_mode="border"))
 
 
+def test_file_for_several_images_at_a_time_is_refused(classify: Any, edit: Callable[[Any], Path]) -> None:
+    four = edit(lambda proto: setattr(proto.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 4))
+    with pytest.raises(ValueError, match="takes 4 images at a time"):
+        classify.Classifier(four)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
 def test_logits_are_pytorchs(mode: str, classifier: Any, model: nn.Module) -> None:
     image = drawing(64, 48).convert(mode)
@@ -95,9 +104,9 @@ def test_logits_are_pytorchs(mode: str, classifier: Any, model: nn.Module) -> No
     transform = timm.data.create_transform(**{**config, "input_size": (3, 16, 16)}, is_training=False)
     with torch.inference_mode():
         truth = model(transform(image.convert("RGB"))[None]).numpy()
-    answer = classifier.logits(classifier.prepare(image))
+    answer = classifier.answer(classifier.prepare(image))["logits"]
     assert np.sqrt(((answer - truth) ** 2).mean()) <= 1e-5 * truth.std()
-    other = classifier.logits(classifier.prepare(drawing(64, 48, seed=1)))
+    other = classifier.answer(classifier.prepare(drawing(64, 48, seed=1)))["logits"]
     assert np.sqrt(((other - truth) ** 2).mean()) > 1e-2 * truth.std()  # the images do differ
 
 
@@ -110,6 +119,23 @@ def test_best_are_softmax_and_labels(classifier: Any, model: nn.Module) -> None:
     assert [b["class"] for b in best] == top.indices.tolist()
     assert [b["label"] for b in best] == ["abcdefg"[i] for i in top.indices]
     np.testing.assert_allclose([b["probability"] for b in best], top.values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{"output": "probabilities"}, {"output": "top-3", "pixels": True}], ids=str)
+def test_other_forms_of_the_file_are_answered_alike(
+    form: dict[str, Any], classify: Any, classifier: Any, model: nn.Module, tmp_path: Path
+) -> None:
+    export_onnx(model, tmp_path / "model.onnx", Form(**form), labels=list("abcdefg"))
+    image = drawing(64, 48)
+    best = classify.Classifier(tmp_path / "model.onnx", 1).best(image, 3)
+    plain = classifier.best(image, 3)
+    assert [(b["class"], b["label"]) for b in best] == [(b["class"], b["label"]) for b in plain]
+    # inside the file the resize is not Pillow's
+    np.testing.assert_allclose(
+        [b["probability"] for b in best],
+        [b["probability"] for b in plain],
+        rtol=0.05 if "pixels" in form else 1e-5,
+    )
 
 
 def test_example_needs_neither_torch_nor_growkit() -> None:

@@ -1,0 +1,79 @@
+"""Top-1 and top-5 of file and model on identical images, and what became of each of them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from growkit.deploy.checks import Check, check
+from growkit.deploy.limits import Limits
+from growkit.deploy.numbers import predictions, relative, rms
+from growkit.deploy.reference import logits_of
+from growkit.errors import GrowkitError
+
+
+def accuracy_checks(
+    run: Callable[[np.ndarray], np.ndarray], model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], limits: Limits
+) -> tuple[list[Check], dict[str, Any]]:
+    """Checks and figures of labelled batches, images (B, C, H, W) and classes (B,).
+
+    run  the file: images -> logits (B, classes)
+
+    Raises:
+        GrowkitError: there is no labelled sample.
+    """
+    got_parts, plain_parts, label_parts = [], [], []
+    for images, classes in data:
+        batch = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
+        got_parts.append(run(batch))
+        plain_parts.append(logits_of(model, batch))
+        label_parts.append(classes.cpu().numpy())
+    if not got_parts:
+        raise GrowkitError("the data set holds no labelled sample; check --data")
+    got, plain = np.concatenate(got_parts), np.concatenate(plain_parts)
+    truth = np.concatenate(label_parts)
+    spread = float(plain.std())
+    off = relative(rms(got.astype(np.float64) - plain), spread)
+    largest = relative(float(np.abs(got - plain).max()), spread)
+    right, plain_right = _hits(got, truth, 1), _hits(plain, truth, 1)
+    lost, won = int((plain_right & ~right).sum()), int((right & ~plain_right).sum())
+    figures: dict[str, Any] = {
+        "samples": len(truth),
+        "top1": float(right.mean()),
+        "torch_top1": float(plain_right.mean()),
+        "top5": float(_hits(got, truth, 5).mean()),
+        "torch_top5": float(_hits(plain, truth, 5).mean()),
+        "n01": won,
+        "n10": lost,
+        "mcnemar_p": mcnemar_p(won, lost),
+        "relative_rms": off,
+        "largest_over_std": largest,
+    }
+    made, figures["predictions"] = predictions(got, plain, "accuracy", limits)
+    summary = (
+        f"top-1 {figures['top1']:.4f} against PyTorch's {figures['torch_top1']:.4f} on "
+        f"{len(truth)} samples; {won} won, {lost} lost, McNemar p = {figures['mcnemar_p']:.3g}"
+    )
+    limited = [
+        ("relative RMS difference", off, limits.relative_rms),
+        ("largest difference / std", largest, limits.largest),
+    ]
+    return [
+        *(dataclasses.replace(c, line=f"{summary}; {c.line}") for c in made),
+        *(check("accuracy", n, v <= limit, v, limit) for n, v, limit in limited if limit is not None),
+    ], figures
+
+
+def _hits(logits: np.ndarray, classes: np.ndarray, k: int) -> np.ndarray:
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return np.asarray((best == classes[:, None]).any(axis=1))
+
+
+def mcnemar_p(n01: int, n10: int) -> float:
+    """Exact two-sided p of McNemar's test on the discordant pairs; 1 when there are none."""
+    n = n01 + n10
+    tail = sum(math.comb(n, k) for k in range(min(n01, n10) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,118 @@
+"""Reference data beside a file: inputs and the answers to them, in ONNX's test_data_set folders.
+
+The folders are read by onnx_test_runner, onnxruntime_perf_test and onnx.backend.test.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from PIL import Image
+from torch import nn
+
+from growkit.deploy.form import Form
+from growkit.deploy.inputs import as_model_takes
+from growkit.deploy.numbers import relative, rms
+from growkit.deploy.pixels import INPUT, resized
+from growkit.deploy.reference import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
+from growkit.deploy.whole import answer
+from growkit.errors import GrowkitError
+
+BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has one batch size
+
+
+def write_reference(
+    model: nn.Module,
+    folder: Path,
+    *,
+    seed: int,
+    form: Form | None = None,
+    run: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
+) -> tuple[Path, ...]:
+    """Write test_data_set_0 (batch 1) and test_data_set_1 (batch 5) below `folder`, which returns the two.
+
+    form  of the file they are for; what it takes and what it answers with
+    run   the file itself; in less than float32 the answers are its own, else they are the float64 truth's
+    """
+    form = form or Form()
+    truth, prepared = truth_of(model), preprocessing(model)
+    folders = []
+    for index, batch in enumerate((form.batch, form.batch) if form.batch else BATCHES):
+        fed = made_inputs(prepared, form, batch, seed + index)
+        outputs = run(fed) if run is not None and form.precision != "fp32" else model_answers(truth, form, fed)
+        target = folder / f"test_data_set_{index}"
+        target.mkdir(parents=True)
+        _write(target / "input_0.pb", INPUT if form.pixels else "input", fed)
+        for place, (name, value) in enumerate(outputs.items()):
+            stored = value.astype(np.int64 if name == "classes" else np.float32)
+            _write(target / f"output_{place}.pb", name, stored)
+        folders.append(target)
+    return tuple(folders)
+
+
+def made_inputs(prepared: Preprocessing, form: Form, batch: int, seed: int) -> np.ndarray:
+    """Seeded images as a file of this form takes them."""
+    if not form.pixels:
+        return noise_images(prepared, batch, seed)
+    unit = noise_pixels((prepared.input_size[0], *resized(prepared)), batch, seed)
+    return np.ascontiguousarray(np.rint(255 * unit).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
+    """Yield (name, input, outputs by name) of each test_data_set_* in `folder`.
+
+    Raises:
+        GrowkitError: there is none, or a file is missing or damaged.
+    """
+    found = sorted(folder.glob("test_data_set_*"))
+    if not found:
+        raise GrowkitError(f"{folder} holds no test_data_set_*; `growkit export` writes them beside model.onnx")
+    for data_set in found:
+        _, fed = _read(data_set / "input_0.pb")
+        places = max(1, len(list(data_set.glob("output_*.pb"))))
+        yield data_set.name, fed, dict(_read(data_set / f"output_{place}.pb") for place in range(places))
+
+
+def model_answers(model: nn.Module, form: Form, fed: np.ndarray) -> dict[str, np.ndarray]:
+    """What `model` answers to what a file of this form is fed with, by name of the file's outputs."""
+    if form.pixels:
+        pictures = [Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels) for levels in fed]
+        fed = as_model_takes(preprocessing(model), pictures)
+    return answer(form, logits_of(model, fed))
+
+
+def off_from_stored(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    """Largest relative RMS error of the outputs; infinite where a class is another though its score stands apart.
+
+    Logits are measured in their standard deviations, probabilities in 1.
+    """
+    off = 0.0
+    for name, value in wanted.items():
+        if name != "classes":
+            unit = float(value.std()) if name == "logits" else 1.0
+            off = max(off, relative(rms(got[name].astype(np.float64) - value), unit))
+    if "classes" in wanted and (got["classes"] != wanted["classes"]).any():
+        scores = wanted["scores"].astype(np.float64)
+        gaps = np.abs(np.diff(scores, axis=1))
+        alone = np.ones(scores.shape, dtype=bool)
+        alone[:, :-1] &= gaps > 1e-3
+        alone[:, 1:] &= gaps > 1e-3
+        alone[:, -1] = False  # the one after it is not stored
+        if (alone & (got["classes"] != wanted["classes"])).any():
+            return float("inf")
+    return off
+
+
+def _write(path: Path, name: str, value: np.ndarray) -> None:
+    path.write_bytes(numpy_helper.from_array(value, name).SerializeToString(deterministic=True))
+
+
+def _read(path: Path) -> tuple[str, np.ndarray]:
+    try:
+        tensor = onnx.load_tensor(str(path))
+        return tensor.name, numpy_helper.to_array(tensor).copy()  # its own is read-only
+    except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GrowkitError(f"{path}: not a readable ONNX tensor ({reason}); export again") from None

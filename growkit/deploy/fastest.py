@@ -1,0 +1,154 @@
+"""Which graph is fastest where a file is to run? Candidates are kept only if faithful and measurably faster.
+
+Off by default: on CPUs the candidates are worth a few percent at most, and cost compatibility.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from growkit.deploy.data_sets import made_inputs
+from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
+from growkit.deploy.latency import NOISY, Comparison, compare
+from growkit.deploy.parity import check_parity
+from growkit.deploy.reference import preprocessing
+from growkit.deploy.runtime import open_session
+from growkit.errors import GrowkitError
+
+PLACES = ("cpu", "cuda", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of one candidate: kept, slower, no faster, not faithful, or not measured; `why` as a sentence."""
+
+    attention: str
+    verdict: str
+    why: str
+    comparisons: tuple[Comparison, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """As export.json holds it."""
+        return asdict(self)
+
+
+def candidates(form: Form, place: str) -> tuple[Form, ...]:
+    """Forms that may run faster at `place` than `form` does, on the same runtime.
+
+    Raises:
+        GrowkitError: an unknown place.
+    """
+    if place not in PLACES:
+        raise GrowkitError(f"--for {place}: unknown; choose {', '.join(PLACES[:-1])} or {PLACES[-1]}")
+    if form.exporter != "dynamo" or form.precision not in ("fp32", "fp16"):
+        return ()
+    kinds = ["standard"] if form.opset >= 23 else []
+    # TensorRT knows no operators of ONNX Runtime's own, and the CPU has its Attention in float32 alone
+    if place == "cuda" or (place == "cpu" and form.precision == "fp32"):
+        kinds.append("contrib")
+    return tuple(replace(form, attention=kind) for kind in kinds)
+
+
+def fastest(
+    model: nn.Module,
+    form: Form,
+    place: str,
+    *,
+    batches: tuple[int, ...] = (1, 8),
+    seconds: float = 12.0,
+    seed: int = 0,
+    calibration: Any = None,
+    say: Callable[[str], None] = lambda line: None,
+    timing: Mapping[str, Any] | None = None,
+) -> tuple[Form, tuple[Choice, ...]]:
+    """The form to export `model` in, and what was tried: each candidate against the graph of `form` itself.
+
+    batches  sizes timed; a form with one size is timed at that
+    seconds  longest time of one comparison
+    timing   options handed to latency.compare; tests set the clock
+
+    Raises:
+        GrowkitError: an unknown place, or a form that does not fit the model.
+    """
+    tried = candidates(form, place)
+    if not tried:
+        return form, ()
+    batches = (form.batch,) if form.batch else batches
+    more = dict(timing or {})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = export_onnx(model, folder / "plain.onnx", form, calibration=calibration).path
+        try:
+            open_session(plain, provider=place)
+        except GrowkitError as error:
+            return form, tuple(Choice(one.attention, "not measured", str(error)) for one in tried)
+        prepared = preprocessing(model)
+        noise = 0.0
+        for batch in batches:
+            fed = made_inputs(prepared, form, batch, seed)
+
+            def opened(path: Path, fed: Any = fed) -> Callable[[], Callable[[], object]]:
+                def fresh() -> Callable[[], object]:
+                    session = open_session(path, provider=place)
+                    return lambda: session.outputs(fed)
+
+                return fresh
+
+            say(f"timing the plain graph against itself, batch {batch}")
+            itself = compare(opened(plain), opened(plain), batch=batch, seconds=seconds, seed=seed, **more)
+            noise = max(noise, itself.noise)
+        choices, best, best_ratio = [], form, 1.0
+        for one in tried:
+            path = export_onnx(model, folder / f"{one.attention}.onnx", one, calibration=calibration).path
+            parity = check_parity(model, path, provider=place, seed=seed)
+            if not parity.passed:
+                choices.append(Choice(one.attention, "not faithful", parity.failed[0].line))
+                continue
+            found = []
+            for batch in batches:
+                fed = made_inputs(prepared, form, batch, seed)
+                say(f"timing {one.attention} attention against the plain graph, batch {batch}")
+                found.append(
+                    compare(
+                        opened(path, fed),
+                        opened(plain, fed),
+                        names=(one.attention, "plain"),
+                        batch=batch,
+                        seconds=seconds,
+                        seed=seed,
+                        **more,
+                    )
+                )
+            choice = judged(one.attention, tuple(found), noise)
+            choices.append(choice)
+            ratio = max(c.ratio for c in found)
+            if choice.verdict == "kept" and ratio < best_ratio:
+                best, best_ratio = one, ratio
+    choices = [
+        replace(c, verdict="no faster", why=f"{c.why}; another is faster still")
+        if c.verdict == "kept" and c.attention != best.attention
+        else c
+        for c in choices
+    ]
+    return best, tuple(choices)
+
+
+def judged(attention: str, found: tuple[Comparison, ...], noise: float) -> Choice:
+    """Kept when faster at one batch size with its whole interval, and at none slower with its whole interval.
+
+    noise  of the plain graph against itself; above latency.NOISY nothing is concluded
+    """
+    told = ", ".join(f"batch {c.batch}: {c.ratio:.3f} x [{c.low:.3f}, {c.high:.3f}]" for c in found)
+    if noise > NOISY:
+        return Choice(attention, "not measured", f"the machine is too noisy: {noise:.1%} against itself; {told}", found)
+    if any(c.low > 1 for c in found):
+        return Choice(attention, "slower", told, found)
+    # sessions of one file differ by up to a percent: an interval that ends there says nothing
+    if any(c.high < 1 - noise for c in found):
+        return Choice(attention, "kept", told, found)
+    return Choice(attention, "no faster", told, found)

@@ -1,0 +1,116 @@
+"""What kind of ONNX file: which runtime it loads on, its precision, and what goes in and comes out.
+
+The file carries its form in its metadata, so that a check knows what to hold it to.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from growkit.errors import GrowkitError
+
+KEY = "growkit.form"  # in the file's metadata
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
+ATTENTIONS = ("unfused", "standard", "contrib")
+EXPORTERS = ("dynamo", "torchscript")
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+
+@dataclass(frozen=True)
+class Target:
+    """The oldest ONNX Runtime that loads a file, and the opset and IR version it takes for that."""
+
+    opset: int
+    ir: int
+
+
+# measured: deployment figures in docs/serving.md say which release loads which file
+TARGETS = {"ort-1.15": Target(18, 8), "ort-1.18": Target(20, 9), "ort-1.23": Target(23, 11)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The form of one file.
+
+    target      a key of TARGETS
+    precision   of PRECISIONS; inputs and outputs are float32 in all of them
+    attention   unfused: explicit softmax; standard: ai.onnx Attention (opset 23); contrib: ONNX Runtime's own
+    exporter    of EXPORTERS
+    batch       the one batch size the file takes; None: any
+    image_size  height and width where they are not the model's own
+    pixels      takes uint8 images (batch, height, width, channels) of any size instead of normalised float32
+    output      logits, probabilities, or top-K: the K largest probabilities and their classes
+    """
+
+    target: str = "ort-1.15"
+    precision: str = "fp32"
+    attention: str = "unfused"
+    exporter: str = "dynamo"
+    batch: int | None = None
+    image_size: int | None = None
+    pixels: bool = False
+    output: str = "logits"
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("--target", self.target, tuple(TARGETS)),
+            ("--precision", self.precision, PRECISIONS),
+            ("--exporter", self.exporter, EXPORTERS),
+            ("attention", self.attention, ATTENTIONS),
+        ):
+            if value not in known:
+                raise GrowkitError(f"{option} {value}: unknown; choose {', '.join(known[:-1])} or {known[-1]}")
+        if self.batch is not None and self.batch < 1:
+            raise GrowkitError(f"--batch {self.batch}: expected 1 or more; leave it out for any batch size")
+        if self.image_size is not None and self.image_size < 1:
+            raise GrowkitError(f"--image-size {self.image_size}: expected 1 or more")
+        if self.output not in ("logits", "probabilities") and self.top is None:
+            raise GrowkitError(f"--output {self.output}: unknown; choose logits, probabilities or top-K as in top-5")
+        if self.attention == "standard" and self.opset < 23:
+            raise GrowkitError(f"the standard Attention operator needs --target ort-1.23, not {self.target}")
+        if self.exporter == "torchscript" and (self.opset > 20 or self.attention != "unfused"):
+            raise GrowkitError("--exporter torchscript writes up to opset 20: choose --target ort-1.15 or ort-1.18")
+
+    @property
+    def opset(self) -> int:
+        """Version of the ai.onnx operators."""
+        return TARGETS[self.target].opset
+
+    @property
+    def ir(self) -> int:
+        """IR version of the file."""
+        return TARGETS[self.target].ir
+
+    @property
+    def top(self) -> int | None:
+        """K of output top-K."""
+        head, _, count = self.output.partition("-")
+        return int(count) if head == "top" and count.isdecimal() and int(count) > 0 else None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the file's outputs."""
+        return ("scores", "classes") if self.top else (self.output,)
+
+    def text(self) -> str:
+        """As it is stored in the file."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def form_of(props: Mapping[str, str]) -> Form:
+    """The form that a file's metadata claims; the plain one where it claims none.
+
+    Raises:
+        GrowkitError: the claim is not one that growkit writes.
+    """
+    if KEY not in props:
+        return Form()
+    try:
+        stored: Any = json.loads(props[KEY])
+        unknown = sorted(set(stored) - {f.name for f in fields(Form)})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is unknown")
+        return Form(**stored)
+    except (TypeError, ValueError, GrowkitError) as error:
+        raise GrowkitError(f"the file's metadata {KEY} is not readable ({error}); export it again") from None

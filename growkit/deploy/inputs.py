@@ -1,0 +1,85 @@
+"""What a file is checked with beside seeded noise: extremes, pictures of odd sizes, the user's own pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, normalised
+from growkit.errors import GrowkitError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+SIZES = ((97, 61), (61, 97), (1, 1), (480, 640), (333, 500))  # height, width of made pictures
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def extremes(prepared: Preprocessing, seed: int) -> dict[str, np.ndarray]:
+    """One image (1, C, H, W) float32 each: black, white, pure noise, a checkerboard of both, ten times too large."""
+    size = prepared.input_size
+    rows, columns = np.indices(size[1:])
+    pixels = {
+        "black": np.zeros(size),
+        "white": np.ones(size),
+        "pure noise": np.random.default_rng(seed).random(size),
+        "checkerboard": np.broadcast_to((rows + columns) % 2, size).astype(np.float64),
+    }
+    images = {name: normalised(prepared, unit[None]) for name, unit in pixels.items()}
+    return {**images, "ten times too large": 10 * noise_images(prepared, 1, seed)}
+
+
+def made_pictures(prepared: Preprocessing, seed: int) -> dict[str, Image.Image]:
+    """Seeded pictures of odd sizes, smaller and larger than the model's, by their size."""
+    channels, found = prepared.input_size[0], {}
+    for index, (height, width) in enumerate(SIZES):
+        levels = np.rint(255 * noise_pixels((channels, height, width), 1, seed + index)[0]).astype(np.uint8)
+        picture = Image.fromarray(levels[0] if channels == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))
+        found[f"{height} x {width}"] = picture
+    return found
+
+
+def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict[str, Image.Image]:
+    """The first `most` pictures below `folder` in order of name, in the model's colour mode.
+
+    Raises:
+        GrowkitError: there are none, one cannot be read, or the model takes no pictures.
+    """
+    channels = prepared.input_size[0]
+    if channels not in MODES:
+        raise GrowkitError(f"--images {folder}: the model takes {channels} channels, pictures have 1, 3 or 4")
+    if not folder.is_dir():
+        raise GrowkitError(f"--images {folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:most]
+    if not paths:
+        raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
+    found = {}
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                found[str(path.relative_to(folder))] = picture.convert(MODES[channels])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise GrowkitError(f"{path}: not a readable picture ({reason[:160]}); take it out of --images") from None
+    return found
+
+
+def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.ndarray:
+    """Pictures by timm's own transform -> (N, C, H, W) float32."""
+    from timm.data import create_transform
+
+    transform = create_transform(
+        input_size=prepared.input_size,
+        is_training=False,
+        interpolation=prepared.interpolation,
+        mean=prepared.mean,
+        std=prepared.std,
+        crop_pct=prepared.crop_pct,
+        crop_mode=prepared.crop_mode,
+    )
+    return np.stack([np.asarray(transform(picture), dtype=np.float32) for picture in given])
+
+
+def as_file_takes(picture: Image.Image) -> np.ndarray:
+    """A picture -> (1, height, width, C) uint8, for a file that takes pixels."""
+    levels = np.asarray(picture)
+    return levels[None] if levels.ndim == 3 else levels[None, ..., None]

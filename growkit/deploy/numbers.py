@@ -1,0 +1,187 @@
+"""Does the file answer like the model? Held against the model in float64: its float32 is itself only close to that."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from growkit.deploy.checks import Check, check
+from growkit.deploy.limits import Limits
+from growkit.deploy.runtime import Session
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The images and what the model says to them.
+
+    images    (N, C, H, W) float32
+    expected  logits in float64 (N, classes)
+    plain     logits in PyTorch's float32 (N, classes)
+    extremes  by name: an image (1, C, H, W) and its logits in float64
+    batches   batch sizes to try, smallest first; all images go through in the smallest
+    """
+
+    images: np.ndarray
+    expected: np.ndarray
+    plain: np.ndarray
+    extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    batches: tuple[int, ...]
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logits: the unit of every error."""
+        return float(self.expected.std())
+
+
+def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[Check], dict[str, Any]]:
+    """Run every batch size and every extreme; checks of the groups numbers and predictions, and the figures.
+
+    session  takes images and answers with logits
+    """
+    checks: list[Check] = []
+    per_batch: dict[str, Any] = {}
+    got: dict[int, np.ndarray] = {}
+    for batch in truth.batches:
+        name = f"batch {batch}"
+        try:
+            answers = in_batches(session, truth.images if batch == truth.batches[0] else truth.images[:batch], batch)
+        except Exception as error:  # ONNX Runtime has its own kinds; the batch is what counts
+            checks.append(_refused(name, error))
+            continue
+        made, figures = compared(name, answers, truth.expected[: len(answers)], truth.spread, limits)
+        checks += made
+        if figures:
+            got[batch], per_batch[str(batch)] = answers, figures
+    overall: dict[str, Any] = {}
+    if got:
+        pairs = [(g, truth.expected[: len(g)], truth.plain[: len(g)]) for g in got.values()]
+        off = rms(np.concatenate([(g - e).ravel() for g, e, _ in pairs]))
+        own = rms(np.concatenate([(p - e).ravel() for _, e, p in pairs]))
+        ratio = off / own if own > 0 else (1.0 if off == 0 else math.inf)
+        if limits.noise_ratio is not None:
+            checks.append(
+                check("numbers", "error / PyTorch's own", ratio <= limits.noise_ratio, ratio, limits.noise_ratio)
+            )
+        if limits.invariance is not None and 1 in got:
+            checks += [_invariant(got[1], got[b], b, truth.spread, limits.invariance) for b in got if b > 1]
+        made, overall["predictions"] = predictions(
+            np.concatenate([g for g, _, _ in pairs]), np.concatenate([e for _, e, _ in pairs]), "predictions", limits
+        )
+        checks += made
+        overall |= {"noise_ratio": ratio, "torch_relative_rms": relative(own, truth.spread)}
+    extremes: dict[str, Any] = {}
+    for name, (image, wanted) in truth.extremes.items():
+        try:
+            answers = in_batches(session, image, truth.batches[0])
+        except Exception as error:
+            checks.append(_refused(name, error))
+            continue
+        made, extremes[name] = compared(name, answers, wanted, truth.spread, limits)
+        checks += made
+    return checks, {
+        "images": len(truth.images),
+        "logits_std": truth.spread,
+        "batches": per_batch,
+        "extremes": extremes,
+        **overall,
+    }
+
+
+def in_batches(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
+    """All images in batches of just that size; the last is filled up, and what fills it is cut off again."""
+    lacking = -len(images) % batch
+    filled = np.concatenate([images, np.repeat(images[-1:], lacking, axis=0)]) if lacking else images
+    answers = [session.run(filled[start : start + batch]) for start in range(0, len(filled), batch)]
+    return np.concatenate(answers)[: len(images)]
+
+
+def compared(
+    name: str, got: np.ndarray, wanted: np.ndarray, spread: float, limits: Limits, group: str = "numbers"
+) -> tuple[list[Check], dict[str, Any]]:
+    """Checks and figures of one run, (B, classes) each; no figures where the shapes differ."""
+    if got.shape != wanted.shape:
+        line = f"{name}: logits {got.shape}, expected {wanted.shape}"
+        return [check(group, f"{name}: shape", False, str(got.shape), str(wanted.shape), line)], {}
+    difference = got.astype(np.float64) - wanted
+    finite = bool(np.isfinite(got).all())
+    figures = {
+        "relative_rms": relative(rms(difference), spread),
+        "largest_over_std": relative(float(np.abs(difference).max()), spread),
+        "largest": float(np.abs(difference).max()),
+    }
+    limited = [
+        ("relative RMS error", figures["relative_rms"], limits.relative_rms),
+        ("largest error / std", figures["largest_over_std"], limits.largest),
+    ]
+    checks = [
+        check(group, f"{name}: finite", finite, "yes" if finite else "no", "yes"),
+        # `not >` would let NaN pass
+        *(check(group, f"{name}: {w}", v <= limit, v, limit) for w, v, limit in limited if limit is not None),
+    ]
+    if limits.cosine_min is not None:
+        figures["cosine_min"] = float(cosines(got, wanted).min())
+        passed = figures["cosine_min"] >= limits.cosine_min
+        checks.append(check(group, f"{name}: smallest cosine", passed, figures["cosine_min"], limits.cosine_min))
+    return checks, figures
+
+
+def predictions(
+    got: np.ndarray, expected: np.ndarray, group: str, limits: Limits
+) -> tuple[list[Check], dict[str, Any]]:
+    """No certified prediction may change.
+
+    Certified: the winner leads by more than twice the largest difference, so that no difference of
+    that size can change it. A difference above its own limit does not stretch the certificate.
+    """
+    if got.shape != expected.shape or got.shape[1] < 2:
+        return [], {}
+    difference = np.abs(got.astype(np.float64) - expected)
+    largest = float(np.nanmax(difference, initial=0.0))
+    bound = largest if limits.largest is None else min(largest, limits.largest * float(expected.std()))
+    top = np.sort(expected, axis=1)
+    certified = top[:, -1] - top[:, -2] > 2 * bound
+    changed = got.argmax(axis=1) != expected.argmax(axis=1)
+    broken = int((changed & certified).sum())
+    line = (
+        f"{broken} of {int(certified.sum())} certified predictions changed "
+        f"({int(changed.sum())} of {len(changed)} in all)"
+    )
+    return [check(group, "certified predictions changed", broken == 0, broken, 0, line)], {
+        "samples": len(changed),
+        "certified": int(certified.sum()),
+        "changed": int(changed.sum()),
+        "certified_changed": broken,
+        "largest_difference": largest,
+    }
+
+
+def cosines(got: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between the logits, image by image."""
+    a, b = got.astype(np.float64), wanted.astype(np.float64)
+    length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(length > 0, (a * b).sum(axis=1) / np.where(length > 0, length, 1), 1.0)
+
+
+def rms(values: np.ndarray) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def relative(value: float, spread: float) -> float:
+    """In units of `spread`."""
+    if spread > 0:
+        return value / spread
+    return 0.0 if value == 0 else math.inf
+
+
+def _refused(name: str, error: Exception) -> Check:
+    line = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return check("numbers", f"{name}: runs", False, "refused", "ok", line)
+
+
+def _invariant(alone: np.ndarray, got: np.ndarray, batch: int, spread: float, limit: float) -> Check:
+    name = f"batch {batch}: same as one by one"
+    moved = relative(rms(got.astype(np.float64) - alone[:batch]), spread)
+    return check("numbers", name, moved <= limit, moved, limit)

@@ -1,0 +1,35 @@
+"""What a file answers with: logits, probabilities, or the largest of them with their classes."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from growkit.deploy.form import Form
+from growkit.errors import GrowkitError
+
+
+def with_output(core: onnx.ModelProto, form: Form) -> onnx.ModelProto:
+    """`core` with 'logits' turned into what `form` asks for; changed in place and returned.
+
+    Raises:
+        GrowkitError: more classes are asked for than there are.
+    """
+    if form.output == "logits":
+        return core
+    (logits,) = core.graph.output
+    batch, classes = logits.type.tensor_type.shape.dim
+    count = batch.dim_value if batch.HasField("dim_value") else batch.dim_param
+    core.graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], name="probabilities", axis=-1))
+    wide, top = classes.dim_value, form.top
+    if top and top > wide:
+        raise GrowkitError(f"--output {form.output}: the model has {wide} classes; choose top-{wide} or fewer")
+    del core.graph.output[:]
+    if top is None:
+        core.graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [count, wide]))
+        return core
+    core.graph.initializer.append(numpy_helper.from_array(np.array([top]), "top_count"))
+    node = helper.make_node("TopK", ["probabilities", "top_count"], ["scores", "classes"], name="top", axis=-1)
+    core.graph.node.append(node)
+    for name, dtype in (("scores", TensorProto.FLOAT), ("classes", TensorProto.INT64)):
+        core.graph.output.append(helper.make_tensor_value_info(name, dtype, [count, top]))
+    return core

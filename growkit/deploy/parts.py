@@ -1,0 +1,79 @@
+"""Parts of a file as sessions of their own: the network between pixels and probabilities, and what lies in front."""
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from growkit.deploy.form import Form
+from growkit.deploy.reference import Preprocessing
+from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.store import read_graph
+
+
+def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int, **options: object) -> Session:
+    """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
+
+    Raises:
+        ValueError: the graph has no such values in it.
+    """
+    if not form.pixels and form.output == "logits":
+        return open_session(file, **options)  # type: ignore[arg-type]
+    count = form.batch or "batch"
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
+    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
+    return _session(file, given, made, **options)
+
+
+def front_session(file: Path, form: Form, prepared: Preprocessing, **options: object) -> Session:
+    """Pixels -> normalised images 'input'.
+
+    Raises:
+        ValueError: the graph has no such values in it.
+    """
+    proto = read_graph(file, weights=False)
+    made = helper.make_tensor_value_info("input", TensorProto.FLOAT, [form.batch or "batch", *prepared.input_size])
+    return _session(file, proto.graph.input[0], made, **options)
+
+
+def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
+    """The part of the graph that makes the value `made` from the value `given`.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    nodes = proto.graph.node
+    maker = {output: index for index, node in enumerate(nodes) for output in node.output}
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    needed: set[int] = set()
+    wanted, weights = [made.name], set()
+    met = False
+    while wanted:
+        name = wanted.pop()
+        if name == given.name:
+            met = True
+        elif name in stored:
+            weights.add(name)
+        elif name in maker:
+            if maker[name] not in needed:
+                needed.add(maker[name])
+                wanted += [entry for entry in nodes[maker[name]].input if entry]
+        else:
+            raise ValueError(f"{made.name} is not made from {given.name} alone: {name} comes from elsewhere")
+    if not met:
+        raise ValueError(f"{made.name} is not made from {given.name}")
+    part = onnx.ModelProto()
+    part.ir_version = proto.ir_version
+    part.opset_import.extend(proto.opset_import)
+    part.functions.extend(proto.functions)
+    part.graph.name = proto.graph.name
+    part.graph.node.extend(node for index, node in enumerate(nodes) if index in needed)
+    part.graph.initializer.extend(tensor for name, tensor in stored.items() if name in weights)
+    part.graph.input.append(given)
+    part.graph.output.append(made)
+    return part
+
+
+def _session(file: Path, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto, **options: object) -> Session:
+    part = between(read_graph(file, weights=False), given, made)
+    return open_session(part.SerializeToString(), folder=file.parent, **options)  # type: ignore[arg-type]

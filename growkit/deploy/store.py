@@ -1,0 +1,151 @@
+"""An ONNX graph on disk: one file, or a small one with its weights in a second file beside it.
+
+One protobuf message holds 2 GB, so bigger models need the second file. Where a file says its weights lie is not
+believed: only plain names beside it are read.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx
+from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
+
+from growkit.deploy.form import Form, form_of
+from growkit.errors import GrowkitError
+from growkit.files import whole_file
+
+LIMIT = 2**31 - 1 - 2**24  # bytes of weights in one file; the graph itself needs a few MB
+SUFFIX = ".data"
+
+
+def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -> tuple[Path, ...]:
+    """Write `proto` to `path`, whole; the weights to `path` + .data beside it where asked or over 2 GB.
+
+    Returns the files written. `proto` is used up: its weights may have moved out of it.
+    """
+    if not (external or weight_bytes(proto) > LIMIT):
+        with whole_file(path) as partial:
+            partial.write_bytes(proto.SerializeToString(deterministic=True))
+        return (path,)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(path.name + SUFFIX)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
+        convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
+        onnx.save_model(proto, f"{folder}/{path.name}")
+        for file in (data, path):
+            os.replace(f"{folder}/{file.name}", file)
+    return path, data
+
+
+def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """Read a graph, with its weights in it wherever they lie.
+
+    Raises:
+        GrowkitError: it says that weights lie outside its folder, or they are missing or cut short.
+        Exception: what protobuf raises on bytes that are no ONNX file.
+    """
+    proto = onnx.load_model(str(path), load_external_data=False)
+    for tensor in tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _refuse_outside(path, tensor)
+    if weights:
+        try:
+            load_external_data_for_model(proto, str(path.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            line = _line(error)
+            raise GrowkitError(f"{path}: its weights beside it are unreadable ({line}); export again") from None
+    return proto
+
+
+def form_in(path: Path) -> Form:
+    """The form that a file says it has; the plain one of a file that cannot be read, which its checks will tell.
+
+    Raises:
+        GrowkitError: what it says is not what growkit writes.
+    """
+    try:
+        proto = onnx.load_model(str(path), load_external_data=False)
+    except Exception:  # protobuf has its own kinds
+        return Form()
+    return form_of({entry.key: entry.value for entry in proto.metadata_props})
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The file and those beside it that hold its weights, in order of name.
+
+    Raises:
+        GrowkitError: as read_graph.
+    """
+    proto = read_graph(path, weights=False)
+    names = {_location(t) for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL}
+    return (path, *(path.with_name(name) for name in sorted(names)))
+
+
+def sha256_of_files(paths: tuple[Path, ...]) -> str:
+    """SHA-256 over the bytes of all files, as hex; of one file it is the file's own."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weight_bytes(proto: onnx.ModelProto) -> int:
+    """Bytes of the stored tensors."""
+    return sum(len(t.raw_data) for t in proto.graph.initializer)
+
+
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose stored tensors have no bytes."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    for tensor in tensors(bare):
+        tensor.ClearField("raw_data")
+    return bare
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Stored tensors: initializers and those in the attributes of nodes, functions and branches included."""
+    yield from _in_graph(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _in_node(node)
+
+
+def _in_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _in_node(node)
+
+
+def _in_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _in_graph(graph)
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _refuse_outside(path: Path, tensor: onnx.TensorProto) -> None:
+    name = _location(tensor)
+    plain = bool(name) and PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in (".", "..")
+    if not plain or path.with_name(name).is_symlink():
+        raise GrowkitError(
+            f"{path}: tensor {tensor.name[:80]!r} says its weights lie in {name[:80]!r}, outside the file's folder; "
+            "not read: get the file from someone you trust, or export it again"
+        )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -1,0 +1,137 @@
+"""Is the file what its form says: inputs, outputs, operators, metadata, and nothing of the exporting machine?"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from growkit.deploy.checks import Check, check
+from growkit.deploy.form import CONTRIB, Form
+from growkit.deploy.pixels import INPUT
+from growkit.deploy.reference import Preprocessing
+from growkit.deploy.store import without_weights
+
+
+def structure_checks(
+    proto: onnx.ModelProto,
+    form: Form,
+    prepared: Preprocessing,
+    classes: int,
+    *,
+    weights_sha256: str | None,
+    labels: list[str] | None,
+) -> list[Check]:
+    """Hold the graph and its metadata to the form, and to the model's preprocessing, weights and labels."""
+    opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
+    stored = {i.name for i in proto.graph.initializer}
+    inputs = [_signature(v) for v in proto.graph.input if v.name not in stored]
+    outputs = [_signature(v) for v in proto.graph.output]
+    channels, height, width = prepared.input_size
+    batch = str(form.batch) if form.batch else "batch"
+    given = (
+        f"{INPUT}: uint8 {batch} x ? x ? x {channels}"
+        if form.pixels
+        else f"input: float32 {batch} x {channels} x {height} x {width}"
+    )
+    answers = {
+        "logits": f"float32 {batch} x {classes}",
+        "probabilities": f"float32 {batch} x {classes}",
+        "scores": f"float32 {batch} x {form.top}",
+        "classes": f"int64 {batch} x {form.top}",
+    }
+
+    def exactly(name: str, got: list[str] | int | None, wanted: list[str] | int) -> Check:
+        said, expected = ((", ".join(v) or "none") if isinstance(v, list) else str(v) for v in (got, wanted))
+        line = f"{name}: {said}" + ("" if got == wanted else f", expected {expected}")
+        return check("structure", name, got == wanted, said, expected, line)
+
+    return [
+        exactly("input", inputs, [given]),
+        exactly("output", outputs, [f"{name}: {answers[name]}" for name in form.outputs]),
+        exactly("opset", opsets.get("ai.onnx"), form.opset),
+        exactly("IR version", proto.ir_version, form.ir),
+        exactly("operators from elsewhere", sorted(set(_domains(proto)) - domains_of(form)), []),
+        exactly("paths of the exporting machine", _leaks(proto), []),
+        *_metadata(proto, dataclasses.asdict(prepared), weights_sha256, labels),
+    ]
+
+
+def domains_of(form: Form) -> set[str]:
+    """Where the operators of a file of this form may come from."""
+    return {"ai.onnx", CONTRIB} if form.attention == "contrib" else {"ai.onnx"}
+
+
+def _domains(proto: onnx.ModelProto) -> list[str]:
+    return sorted({node.domain or "ai.onnx" for node in proto.graph.node})
+
+
+def _signature(value: onnx.ValueInfoProto) -> str:
+    """'name: dtype d0 x d1'; a symbolic first dimension reads 'batch', any other '?'."""
+    tensor = value.type.tensor_type
+    dims = [
+        str(d.dim_value) if d.HasField("dim_value") else ("batch" if index == 0 else "?")
+        for index, d in enumerate(tensor.shape.dim)
+    ]
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    return f"{value.name}: {dtype} {' x '.join(dims)}"
+
+
+def _leaks(proto: onnx.ModelProto) -> list[str]:
+    # without the weights: three bytes such as '.py' occur in them by chance
+    data = without_weights(proto).SerializeToString()
+    folders = {str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}
+    needles = ["site-packages", ".py", *sorted(f + os.sep for f in folders if len(f) > 1)]
+    return [needle for needle in needles if needle.encode() in data]
+
+
+def _metadata(
+    proto: onnx.ModelProto,
+    prepared: Mapping[str, Any],
+    weights_sha256: str | None,
+    labels: list[str] | None,
+) -> list[Check]:
+    props = {p.key: p.value for p in proto.metadata_props}
+    stored = _json(props.get("preprocessing"))
+    wanted = json.loads(json.dumps(prepared))
+    checks = [
+        check(
+            "structure",
+            "preprocessing",
+            stored == wanted,
+            str(stored),
+            str(wanted),
+            f"preprocessing in the file: {stored}" + ("" if stored == wanted else f", the model's is {wanted}"),
+        )
+    ]
+    if weights_sha256 is not None:
+        provenance = _json(props.get("growkit.provenance"))
+        found = provenance.get("weights_sha256") if isinstance(provenance, dict) else None
+        same = found == weights_sha256
+        line = f"exported from weights {_short(found)}" + (
+            "" if same else f", but this model's are {_short(weights_sha256)}: export it again"
+        )
+        checks.append(check("structure", "exported from this model", same, str(found), weights_sha256, line))
+    if labels is not None:
+        found = _json(props.get("labels"))
+        same = found == labels
+        line = "class names in the file are " + ("the model's" if same else "not the model's")
+        checks.append(check("structure", "labels", same, str(found), str(labels), line))
+    return checks
+
+
+def _json(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text is not None else None
+    except ValueError:
+        return text
+
+
+def _short(sha256: str | None) -> str:
+    return sha256[:12] if sha256 else "unknown"

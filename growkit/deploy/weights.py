@@ -1,0 +1,128 @@
+"""Are the weights in the file the model's, bit for bit, and its constants those of the formulas?"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from torch import nn
+
+from growkit.deploy.checks import Check, check
+from growkit.deploy.form import Form
+from growkit.deploy.pixels import CUBIC
+from growkit.deploy.reference import preprocessing
+
+
+def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
+    """Bit for bit, both ways: nothing of the model missing, nothing in the file unexplained.
+
+    This is what sees a single weight off by 1 %, which drowns in float32 noise.
+    """
+    state = {name: t.numpy() for name, t in model.state_dict().items()}
+    state = {name: a for name, a in state.items() if a.dtype.kind == "f"}
+    # masks and index tables that a checkpoint does not hold but the network does
+    buffers = {name: b.numpy() for name, b in model.named_buffers() if name not in state}
+    by_bits: dict[bytes, str] = {}
+    for name, array in (*state.items(), *buffers.items()):
+        by_bits.setdefault(_bits(array), name)
+        if array.ndim == 2:  # the exporter folds the transpose in front of a MatMul
+            by_bits.setdefault(_bits(array.T), name)
+
+    stored = [(t.name, numpy_helper.to_array(t)) for t in proto.graph.initializer]
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                stored.append((node.output[0], numpy_helper.to_array(attribute.t)))
+    stored = [(name, a) for name, a in stored if a.dtype.kind not in "iub"]
+
+    known = _known_constants(model)
+    if form.pixels:
+        known |= {np.float32(255), np.float32(CUBIC)}
+        prepared = preprocessing(model)
+        for name, values in (("mean", prepared.mean), ("std", prepared.std)):
+            by_bits.setdefault(_bits(np.asarray(values, dtype=np.float32)), f"preprocessing {name}")
+    found: set[str] = set()
+    unexplained, constants = [], []
+    for name, array in stored:
+        own = state.get(name)
+        if own is not None and _bits(array) not in (_bits(own), _bits(own.T)):
+            unexplained.append(f"{name}{_where(array, state[name])}")
+        elif _bits(array) in by_bits:
+            found.add(by_bits[_bits(array)])
+        elif array.size == 1:
+            if np.float32(array.reshape(())) not in known:
+                constants.append(f"{name} = {array.reshape(()):.9g}")
+        elif (gathered := _gathered_from(array, state)) is not None:
+            found.add(gathered)
+        elif form.attention == "contrib" and array.ndim == 1 and not array.any():
+            pass  # the operator wants a bias where the model has none; one that is lost is found missing
+        else:
+            unexplained.append(f"{name} {array.dtype} {list(array.shape)}")
+    # equal tensors are stored once: what counts is that the bits are there
+    found_bits = {_bits(state[name]) for name in found if name in state}
+    missing = [n for n, a in state.items() if n not in found and _bits(a) not in found_bits]
+    # the exporter leaves a bias out that is all zeros
+    missing = [n for n in missing if state[n].ndim != 1 or state[n].any()]
+
+    for node in proto.graph.node:
+        constants += [
+            f"{node.op_type} {node.name}: {a.name} = {a.f:.9g}"
+            for a in node.attribute
+            if a.type == onnx.AttributeProto.FLOAT and np.float32(a.f) not in known
+        ]
+
+    def none_of(name: str, culprits: list[str], told: str) -> Check:
+        line = f"{name}: {told}" if not culprits else f"{name}: {_listed(culprits)}"
+        return check("weights", name, not culprits, len(culprits), 0, line)
+
+    return [
+        none_of("missing from the file", missing, f"none of {len(state)} tensors, bit for bit"),
+        none_of("not the model's", unexplained, f"none of {len(stored)} stored tensors"),
+        none_of("unknown constants", constants, "none; every scale and epsilon is the model's"),
+    ]
+
+
+def _bits(array: np.ndarray) -> bytes:
+    # reshaping keeps the bits in order, so the shape is not part of the key
+    bits = hashlib.sha256(np.ascontiguousarray(array).data)
+    return array.dtype.str.encode() + bits.digest()
+
+
+def _listed(names: list[str]) -> str:
+    """The first three names and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _where(array: np.ndarray, wanted: np.ndarray) -> str:
+    if array.size != wanted.size:
+        return f" has shape {list(array.shape)}, the model's {list(wanted.shape)}"
+    a, b = array.reshape(-1), wanted.reshape(-1)
+    differing = np.flatnonzero(a != b)
+    if not differing.size:
+        return f" is {array.dtype}, the model's {wanted.dtype}"
+    first = differing[0]
+    return f" differs in {differing.size} of {a.size} values, first {a[first]:.9g} for {b[first]:.9g}"
+
+
+def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | None:
+    """The tensor whose values `array` repeats: Swin's table of positions, looked up ahead."""
+    values = np.unique(array)
+    for name, candidate in state.items():
+        repeats = array.size > candidate.size > 1 and candidate.dtype == array.dtype
+        if repeats and np.array_equal(values, np.unique(candidate)):
+            return name
+    return None
+
+
+def _known_constants(model: nn.Module) -> set[np.float32]:
+    """Numbers a file may hold beside weights: those of the operators' formulas, and every float
+    that a module carries (scale, eps), with its square root: fused attention scales q and k by it.
+    """
+    formulas = {0.0, 0.5, 1.0, 2.0, math.sqrt(2), math.sqrt(0.5), -math.inf}
+    formulas |= {math.sqrt(2 / math.pi), 0.044715, 1.702}  # tanh and quick GELU
+    carried = {v for m in model.modules() for v in vars(m).values() if type(v) is float}
+    carried |= {math.sqrt(v) for v in carried if v > 0}
+    return {np.float32(v) for v in formulas | carried}

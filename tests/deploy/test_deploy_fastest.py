@@ -1,0 +1,114 @@
+"""A faster graph is kept when it is faithful and its whole interval is better; nothing is kept on a noisy machine."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from growkit.deploy import fastest as module
+from growkit.deploy.fastest import candidates, fastest, judged
+from growkit.deploy.folder import write_export
+from growkit.deploy.form import Form
+from growkit.deploy.latency import Comparison, Percentiles
+from growkit.deploy.settings import ExportSettings
+from growkit.errors import GrowkitError
+
+
+def measured(ratio: float, low: float, high: float, batch: int = 1) -> Comparison:
+    times = Percentiles(1.0, 1.0, 1.0)
+    return Comparison("contrib", "plain", batch, ratio, low, high, 3, 60, times, times)
+
+
+@pytest.mark.parametrize(
+    ("found", "noise", "verdict"),
+    [
+        ([measured(0.9, 0.88, 0.92)], 0.01, "kept"),
+        ([measured(0.9, 0.88, 0.92), measured(1.0, 0.99, 1.01, 8)], 0.01, "kept"),
+        ([measured(0.9, 0.88, 0.92), measured(1.05, 1.02, 1.08, 8)], 0.01, "slower"),
+        ([measured(0.95, 0.88, 1.01)], 0.01, "no faster"),
+        # sessions of one file differ by that much
+        ([measured(0.985, 0.98, 0.99)], 0.02, "no faster"),
+        ([measured(0.9, 0.88, 0.92)], 0.06, "not measured"),
+    ],
+)
+def test_verdict_follows_the_whole_interval(found: list[Comparison], noise: float, verdict: str) -> None:
+    assert judged("contrib", tuple(found), noise).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("form", "place", "kinds"),
+    [
+        (Form(), "cpu", ["contrib"]),
+        (Form(target="ort-1.23"), "cpu", ["standard", "contrib"]),
+        (Form(target="ort-1.23"), "tensorrt", ["standard"]),
+        (Form(), "tensorrt", []),
+        (Form(precision="fp16"), "cuda", ["contrib"]),
+        (Form(precision="fp16"), "cpu", []),
+        (Form(precision="int8"), "cpu", []),
+        (Form(exporter="torchscript"), "cpu", []),
+    ],
+)
+def test_candidates_are_what_the_target_and_the_place_know(form: Form, place: str, kinds: list[str]) -> None:
+    assert [c.attention for c in candidates(form, place)] == kinds
+
+
+def test_unknown_place_is_refused() -> None:
+    with pytest.raises(GrowkitError, match="--for gpu: unknown; choose cpu, cuda or tensorrt"):
+        candidates(Form(), "gpu")
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, ratio: float) -> list[tuple[str, str]]:
+    """Comparisons that find `ratio`, without a clock; the calls made."""
+    calls = []
+
+    def compare(subject, baseline, *, names=("subject", "baseline"), batch=1, **more):  # type: ignore[no-untyped-def]
+        subject()()
+        baseline()()
+        calls.append(names)
+        same = names == ("subject", "baseline")
+        return measured(1.0, 0.995, 1.005, batch) if same else measured(ratio, ratio - 0.01, ratio + 0.01, batch)
+
+    monkeypatch.setattr(module, "compare", compare)
+    return calls
+
+
+def test_faster_graph_is_the_one_written(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = faked(monkeypatch, 0.9)
+    exported = write_export(model, tmp_path, ExportSettings(for_="cpu", max_batch=2))
+    assert exported.export.form.attention == "contrib"
+    assert exported.content["choices"][0]["verdict"] == "kept"
+    assert exported.parity.passed
+    assert len(calls) == 4  # two batch sizes, each against itself and the candidate
+
+
+def test_graph_that_is_no_faster_is_left(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch, 1.0)
+    exported = write_export(model, tmp_path, ExportSettings(for_="cpu", max_batch=2))
+    assert exported.export.form == Form()
+    assert exported.content["choices"][0]["verdict"] == "no faster"
+
+
+def test_faster_but_unfaithful_graph_is_left(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch, 0.5)
+    check = module.check_parity
+
+    def strict(network, path, **more):  # type: ignore[no-untyped-def]
+        from deploy_models import make_model
+
+        return check(make_model(3), path, **more)
+
+    monkeypatch.setattr(module, "check_parity", strict)
+    form, (choice,) = fastest(model, Form(), "cpu", batches=(1,))
+    assert form == Form()
+    assert choice.verdict == "not faithful"
+
+
+def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(model: nn.Module) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("CUDA runs here")
+    form, (choice,) = fastest(model, Form(), "cuda")
+    assert form == Form()
+    assert choice.verdict == "not measured"
+    assert "cuda" in choice.why
