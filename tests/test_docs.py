@@ -72,7 +72,7 @@ def broken_links(path: Path, text: str) -> list[str]:
 
 def test_every_growkit_line_of_the_documents_parses() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-    assert all(command_lines(texts[name], "growkit") for name in ("README.md", "ci.md", "adoption.md"))
+    assert all(command_lines(texts[name], "growkit") for name in ("README.md", "ci.md", "adoption.md", "serving.md"))
     lines = [line for text in texts.values() for line in command_lines(text, "growkit")]
     complaints = {line: complaint(line) for line in lines}
     assert {line: said for line, said in complaints.items() if said} == {}

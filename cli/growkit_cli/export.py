@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from growkit.deploy.settings import ExportSettings
+from growkit.deploy.settings import ExportSettings, TritonSettings
+from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
@@ -14,13 +15,18 @@ CALIBRATION = 256  # images that int8-static takes its ranges from
 
 
 @with_settings(ExportSettings)
+@with_settings(TritonSettings, name="serving", prefix="triton_", panel="Model repository, with --triton")
 def export(
     settings: ExportSettings,
+    serving: TritonSettings,
     model: Model = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the one format so far.")] = True,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option("--triton", help="Triton model repository to write the file into, too.")
     ] = None,
     data: Data = None,
     data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
@@ -36,13 +42,14 @@ def export(
     The finished file is held against PyTorch first: one that answers differently never appears. With --data its
     accuracy is held against the model's, too, and int8-static takes its ranges from the training images.
 
+    With --triton it goes into a model repository too, checked against Triton's published schema.
+
     Example: growkit export --onnx --precision int8 --data images/
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from growkit.deploy.folder import write_export
     from growkit.deploy.limits import LIMITS
-    from growkit.errors import GrowkitError
     from growkit.files import refuse_existing, whole_folder
     from growkit.record import RunFolder
     from growkit.source import load_source
@@ -57,6 +64,11 @@ def export(
     source = load_source(str(chosen), from_, from_sets or ())
     for note in source.notes:
         console.say(note)
+    if triton:
+        from growkit.deploy.triton import refuse_taken
+
+        serving = replace(serving, name=serving.name or source.architecture.name)
+        refuse_taken(triton, str(serving.name), serving, force)
     calibration = batches = None
     if data is not None:
         from growkit.pipeline import labelled
@@ -113,10 +125,18 @@ def export(
         )
     folder.add(
         "export",
-        options={"model": str(chosen), "out": str(target), "data": data, **asdict(settings)},
+        options={
+            "model": str(chosen),
+            "out": str(target),
+            "data": data,
+            **asdict(settings),
+            "triton": {"repository": str(triton), **asdict(serving)} if triton else None,
+        },
         figures={"bytes": made.bytes, "nodes": made.nodes, "parity": figures},
         hashes={"weights": source.sha256, "model.onnx": made.sha256},
     )
+    if triton:
+        serve_by_triton(console, target, triton, serving, force)
 
 
 def without_folders(value: object) -> object:
@@ -126,3 +146,15 @@ def without_folders(value: object) -> object:
     if isinstance(value, list):
         return [without_folders(entry) for entry in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def serve_by_triton(console: Console, target: Path, repository: Path, serving: TritonSettings, force: bool) -> None:
+    """Write the exported folder into a model repository; the folder stays whatever becomes of it."""
+    from growkit.deploy.triton import write_model_repository
+
+    try:
+        model = write_model_repository(target, repository, serving, force=force)
+    except (GrowkitError, OSError) as error:
+        raise GrowkitError(f"{target} was written, the model repository was not: {error}") from error
+    kept = "" if model.configured else "; config.pbtxt was kept as it is"
+    console.say(f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe{kept}")

@@ -78,6 +78,7 @@ def with_settings(
     settings: type,
     *,
     name: str = "settings",
+    prefix: str = "",
     panel: str | None = None,
     skip: tuple[str, ...] = (),
     auto: dict[str, int] | None = None,
@@ -86,8 +87,8 @@ def with_settings(
     """Give a command one option per field of `settings`, collected into its argument `name`.
 
     The help of an option is the string under its field, its default the field's own unless
-    `defaults` says otherwise; fields in `skip` get no option. `panel` is the heading in --help. Options named in
-    `auto` also take that word, for the number given there.
+    `defaults` says otherwise; fields in `skip` get no option. `prefix` goes before each option's name, `panel` is the
+    heading in --help. Options named in `auto` also take that word, for the number given there.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,17 +98,17 @@ def with_settings(
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> Any:
-            chosen = {f.name: given.pop(f.name) for f in fields}
+            chosen = {f.name: given.pop(prefix + f.name) for f in fields}
             return command(**given, **{name: settings(**hidden, **chosen)})
 
         options = [
             inspect.Parameter(
-                f.name,
+                prefix + f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(f.name, f.default),
                 annotation=Annotated[
                     f.type,
-                    typer.Option(*_flag(f.name), rich_help_panel=panel, **_told(f.name, docs, auto)),
+                    typer.Option(*_flag(prefix + f.name), rich_help_panel=panel, **_told(f.name, docs, auto)),
                 ],
             )
             for f in fields

@@ -59,3 +59,21 @@ class VerifySettings:
     """Time for the images per second of each batch size 1, 2, 4, ...; 0 leaves them out."""
     throughput_batch: int | None = None
     """Largest batch size of the images per second; --max-batch when left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonSettings:
+    """How an exported file is served by Triton: what goes into config.pbtxt."""
+
+    name: str | None = None
+    """Name of the model in the repository; the architecture's when left out."""
+    version: int = 1
+    """Version to write; a model that is there with the same inputs, outputs and labels gets one more."""
+    max_batch: int = 32
+    """Largest batch the server may form; a file with a fixed batch size is served as it is."""
+    queue_delay: int = 0
+    """Microseconds a request may wait for others to share its batch; with 0 only those already waiting do."""
+    instances: int = 1
+    """Copies of the model that run at the same time; on a GPU, on each."""
+    kind: str = "cpu"
+    """Where they run: cpu or gpu."""

@@ -1,0 +1,218 @@
+"""A Triton model repository from an exported folder, and the KServe v2 metadata it implies.
+
+NAME/config.pbtxt  NAME/metadata.json  NAME/labels.txt  NAME/warmup/*.bin  NAME/1/model.onnx
+
+The config is made as the published message, not as text, and what was written is checked before it appears.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from growkit.deploy.settings import TritonSettings
+from growkit.deploy.signature import Signature, Tensor, external_files, load_graph, props_of, signature_of
+from growkit.deploy.triton_check import (
+    MODEL,
+    VERSIONS_SERVED,
+    check_model_repository,
+    kserve_metadata,
+    lines_of,
+    read_config,
+    schema,
+    signature_problems,
+    takes_labels,
+    versions_in,
+)
+from growkit.errors import GrowkitError
+from growkit.files import whole_folder, write_json
+
+LABELS = "labels.txt"
+KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and a part of an URL
+
+
+@dataclass(frozen=True)
+class ModelRepository:
+    """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept."""
+
+    folder: Path
+    version: int
+    configured: bool
+
+
+def write_model_repository(
+    exported: Path, repository: Path, settings: TritonSettings, *, force: bool = False
+) -> ModelRepository:
+    """Write the model of `exported`, a folder of `growkit export`, into a Triton model repository.
+
+    Weights are copied: a repository often lies on another file system, and a hard link would let an edit of one file
+    change the other. A model that is already there gets another version; its config.pbtxt is then kept as it is.
+
+    Raises:
+        GrowkitError: tritonclient is missing; a setting out of range; the version is there and `force` was not given;
+            the other versions take other tensors or labels; the file or its reference data do not fit Triton.
+    """
+    proto = load_graph(exported / MODEL)
+    name = settings.name or default_name(proto)
+    refuse_taken(repository, name, settings, force)
+    target, version = repository / name, settings.version
+    signature, labels = signature_of(proto), _labels(proto)
+    if set(versions_in(target)) - {version}:
+        _refuse_another(target, signature, labels)
+        with whole_folder(target / str(version)) as partial:
+            _copy_model(exported, proto, partial)
+        write_json(target / "metadata.json", kserve_metadata(read_config(target), versions_in(target)))
+        return ModelRepository(target, version, configured=False)
+    samples = _samples(signature, exported)
+    config = _configured(signature, samples, name, settings, labels)
+    with whole_folder(target) as partial:
+        # first, so that a polling server finds a folder whose name its config denies, and leaves it alone
+        (partial / "config.pbtxt").write_text(_text(config), encoding="utf-8")
+        write_json(partial / "metadata.json", kserve_metadata(config, [version]))
+        if labels is not None and any(output.label_filename for output in config.output):
+            (partial / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        (partial / "warmup").mkdir()
+        for index, sample in enumerate(samples):  # raw little-endian bytes
+            (partial / "warmup" / f"input_{index}.bin").write_bytes(np.ascontiguousarray(sample).tobytes())
+        _copy_model(exported, proto, partial / str(version))
+        problems = check_model_repository(partial, name)
+        if problems:
+            raise GrowkitError(f"{target} was not written, Triton would refuse it: {'; '.join(problems)}")
+    return ModelRepository(target, version, configured=True)
+
+
+def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: bool) -> None:
+    """Raise GrowkitError for what would stop a later write; called before the work starts."""
+    schema()
+    if not LEGAL_NAME.fullmatch(name):
+        raise GrowkitError(f"{name!r} is no Triton model name: --triton-name takes letters, digits, '.', '_' and '-'")
+    if settings.kind not in KINDS:
+        raise GrowkitError(f"--triton-kind {settings.kind}: choose one of {', '.join(KINDS)}")
+    for field in ("version", "max_batch", "instances"):
+        if getattr(settings, field) < 1:
+            raise GrowkitError(f"--triton-{field.replace('_', '-')} {getattr(settings, field)}: must be at least 1")
+    if settings.queue_delay < 0:
+        raise GrowkitError(f"--triton-queue-delay {settings.queue_delay}: microseconds, at least 0")
+    target = repository / name
+    there = versions_in(target)
+    if settings.version in there and not force:
+        raise GrowkitError(
+            f"{target / str(settings.version)} already exists; --triton-version {max(there) + 1} adds a version, "
+            "--triton-name another model, --force replaces it"
+        )
+    if target.exists() and not there and not force:
+        raise GrowkitError(f"{target} already exists and holds no version of a model; --force replaces it")
+
+
+def default_name(proto: onnx.ModelProto) -> str:
+    """The architecture that the file says it holds, or 'model'."""
+    provenance = json.loads(props_of(proto).get("growkit.provenance", "{}"))
+    return str(provenance.get("architecture") or "model")
+
+
+def _text(config: Any) -> str:
+    return str(schema()[1].MessageToString(config, as_utf8=True))
+
+
+def _labels(proto: onnx.ModelProto) -> list[str] | None:
+    """Class names of the file's metadata, each on one line, for Triton reads them line by line."""
+    stored = props_of(proto).get("labels")
+    return [" ".join(str(label).split()) for label in json.loads(stored)] if stored else None
+
+
+def _configured(
+    signature: Signature,
+    samples: Sequence[np.ndarray],
+    name: str,
+    settings: TritonSettings,
+    labels: list[str] | None,
+) -> Any:
+    """The ModelConfig of a file with this signature; `samples` is an array for each input."""
+    pb = schema()[0]
+    batched = signature.batched
+    config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=settings.max_batch if batched else 0)
+    for tensors, add in ((signature.inputs, config.input.add), (signature.outputs, config.output.add)):
+        for tensor in tensors:
+            _fill(add(), tensor, batched)
+    for output in config.output:
+        if labels is not None and takes_labels(output, len(labels), batched):
+            output.label_filename = LABELS
+    if config.max_batch_size > 1:
+        # no preferred sizes: they hold requests back, and Triton advises them for TensorRT profiles alone
+        config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay
+    # said outright, for ONNX Runtime on CPUs would get two instances, each with a thread per core
+    config.instance_group.add(count=settings.instances, kind=KINDS[settings.kind])
+    config.version_policy.latest.num_versions = VERSIONS_SERVED
+    for size in sorted({1, max(1, config.max_batch_size)}):  # the largest too: memory fails at loading, not in traffic
+        warmup = config.model_warmup.add(name=f"batch {size}", batch_size=size)
+        for index, (tensor, sample) in enumerate(zip(signature.inputs, samples, strict=True)):
+            warmup.inputs[tensor.name].data_type = f"TYPE_{tensor.datatype}"
+            warmup.inputs[tensor.name].dims.extend(sample.shape[1:] if batched else sample.shape)
+            warmup.inputs[tensor.name].input_data_file = f"input_{index}.bin"
+    return config
+
+
+def _fill(value: Any, tensor: Tensor, batched: bool) -> None:
+    """Name, type and dims of a ModelInput or ModelOutput; the batch is not among the dims of a batched model."""
+    value.name = tensor.name
+    value.data_type = "TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}"
+    dims = tensor.shape[1:] if batched else tensor.shape
+    value.dims.extend(dims or (1,))
+    if batched and not dims:  # one number for each image; Triton wants a dim all the same
+        value.reshape.SetInParent()
+
+
+def _samples(signature: Signature, exported: Path) -> list[np.ndarray]:
+    """An array for each input, batch included: of the first reference data that fits; one image where batched."""
+    for folder in sorted(exported.glob("test_data_set_*")):
+        arrays = [_array(folder / f"input_{index}.pb") for index in range(len(signature.inputs))]
+        if signature.batched:
+            arrays = [array[:1] for array in arrays]
+        if all(_fits(array, tensor) for array, tensor in zip(arrays, signature.inputs, strict=True)):
+            return arrays
+    wanted = ", ".join(f"{t.name} {t.datatype} {list(t.shape)}" for t in signature.inputs)
+    raise GrowkitError(f"{exported}: no test_data_set_* fits the file's input ({wanted}); export again")
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return numpy_helper.to_array(onnx.load_tensor(str(path)))
+    except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
+        raise GrowkitError(f"{path}: not a readable ONNX tensor ({error}); export again") from None
+
+
+def _fits(array: np.ndarray, tensor: Tensor) -> bool:
+    from tritonclient.utils import np_to_triton_dtype
+
+    same = len(array.shape) == len(tensor.shape)
+    dims = zip(array.shape, tensor.shape, strict=True) if same else ()
+    return same and np_to_triton_dtype(array.dtype) == tensor.datatype and all(w in (-1, d) for d, w in dims)
+
+
+def _copy_model(exported: Path, proto: onnx.ModelProto, version: Path) -> None:
+    """One file as VERSION/model.onnx; a model of several files as VERSION/model.onnx/, a folder of that name."""
+    external = sorted(set(external_files(proto)))
+    folder = version / MODEL if external else version
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, *external):
+        source = exported / name
+        if Path(name).name != name or not source.is_file():
+            raise GrowkitError(f"{exported / MODEL} keeps weights in {name!r}, which is not beside it; export again")
+        shutil.copyfile(source, folder / name)
+
+
+def _refuse_another(target: Path, signature: Signature, labels: list[str] | None) -> None:
+    """Raise GrowkitError unless a file fits the config and labels that the versions in `target` share."""
+    problems = signature_problems(read_config(target), signature)
+    if labels is not None and (target / LABELS).is_file() and lines_of(target / LABELS) != labels:
+        problems.append("the class names differ")
+    if problems:
+        raise GrowkitError(f"{target} serves another kind of model: {problems[0]}; choose another --triton-name")
