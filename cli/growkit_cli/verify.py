@@ -41,6 +41,10 @@ def verify(
     model_only: Annotated[
         bool, typer.Option("--model-only", help="Hold the model against the reference; no ONNX file is looked for.")
     ] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder with pictures of yours, compared beside the made ones.", show_default=False),
+    ] = None,
     data: Data = None,
     data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
     val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
@@ -86,13 +90,13 @@ def verify(
     folder.refuse_unusable()
     chosen = model or folder.furthest()
     file_only = chosen.suffix == ".onnx"
-    if file_only and (onnx_file or model_only or data or update_reference):
+    if file_only and (onnx_file or model_only or data or images or update_reference):
         raise GrowkitError(
             f"{chosen}: an .onnx file alone is only held against --reference; for more name its model: "
             f"growkit verify MODEL --onnx-file {chosen}"
         )
-    if model_only and (onnx_file or data):
-        raise GrowkitError("--model-only leaves the ONNX file and --data out; drop one of them")
+    if model_only and (onnx_file or data or images):
+        raise GrowkitError("--model-only leaves the ONNX file, --data and --images out; drop one of them")
     file = chosen if file_only else None if model_only else onnx_file or folder.onnx / "model.onnx"
     golden = target = source = subject = None
     if update_reference:
@@ -122,7 +126,7 @@ def verify(
         verified = verify_alone(subject, golden, settings)
     else:
         reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
-        verified = with_file(console, source, file, settings, golden=golden, data=data, reading=reading)
+        verified = with_file(console, source, file, settings, golden=golden, images=images, data=data, reading=reading)
     show(console, verified)
     report = {
         "model": None if file_only else str(chosen),
@@ -182,24 +186,30 @@ def with_file(
     settings: VerifySettings,
     *,
     golden: "Golden | None",
+    images: Path | None,
     data: str | None,
     reading: FitSettings,
 ) -> "Verification":
     """The ONNX file against its model: answers, a reference, accuracy on `data`, times."""
+    from growkit.deploy.inputs import read_pictures
+    from growkit.deploy.reference import at_image_size, preprocessing
+    from growkit.deploy.store import form_in
     from growkit.deploy.verify import timing_steps, verify_onnx
 
+    network, form = source.model(), form_in(file)
+    prepared = preprocessing(at_image_size(network, form.image_size))
+    pictures = read_pictures(images, prepared) if images is not None else None
     batches = None
     if data is not None:
-        from growkit.deploy.store import form_in
         from growkit.pipeline import labelled
         from growkit.train.data import val_batches
 
-        batches = val_batches(labelled(data, source, reading, image_size=form_in(file).image_size), reading)
+        batches = val_batches(labelled(data, source, reading, image_size=form.image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
     with console.progress("latency") as bar:
         total = timing_steps(settings)
         return verify_onnx(
-            source.model(),
+            network,
             file,
             settings,
             stock=(source.architecture.name, source.architecture.arguments),
@@ -208,6 +218,7 @@ def with_file(
             reference=file.parent if (file.parent / "test_data_set_0").is_dir() else None,
             golden=golden,
             data=batches,
+            pictures=pictures,
             progress=lambda done, note: bar(total).update(done, note),
         )
 

@@ -39,6 +39,10 @@ class ExportSettings:
 class VerifySettings:
     """What a verification runs on and how long it may take."""
 
+    precision: str | None = None
+    """What the file's precision must be; what it says itself when left out."""
+    max_accuracy_drop: float | None = None
+    """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     provider: str = "cpu"
     """Where ONNX Runtime runs: cpu, cuda, tensorrt, or auto (CUDA if it really runs)."""
     max_batch: int = 8

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from PIL import Image
 from torch import Tensor, nn
 
 from growkit.deploy.checks import Check, Verdict, check, plain
@@ -49,6 +50,7 @@ def verify_onnx(
     reference: Path | None = None,
     golden: Golden | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    pictures: Mapping[str, Image.Image] | None = None,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
@@ -68,6 +70,9 @@ def verify_onnx(
         model,
         file,
         provider=settings.provider,
+        precision=settings.precision,
+        max_accuracy_drop=settings.max_accuracy_drop,
+        pictures=pictures,
         max_batch=settings.max_batch,
         seed=settings.seed,
         weights_sha256=weights_sha256,
