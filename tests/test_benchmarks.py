@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from growkit.arch import build, find
+from growkit.checkpoint import write_model
 from growkit.demo import write_digits
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -177,3 +178,25 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
     assert not_finite(content) == []
     assert content["source_flops"] > 0
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".svg"}
+
+
+@pytest.mark.slow  # two exports
+def test_precision_benchmark_writes_every_file_and_defect(tmp_path: Path) -> None:
+    write_digits(tmp_path / "digits")
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = build("vit_tiny_patch16_224", {**sizes, "num_classes": 10})
+    for parameter in model.parameters():  # fresh norms are equal, and each stored tensor is to be told apart
+        torch.nn.init.normal_(parameter, std=0.2)
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", model, preprocessing=dict(model.pretrained_cfg), labels=None, history={})
+    out = tmp_path / "precision.json"
+    words = ["--model", tmp_path / "model", "--data", tmp_path / "digits", "--images", 16, "--calibration", 8]
+    told = run("precision.py", *words, "--samples", 50, "--seconds", 0.2, "--out", out)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert "| trained | fp16 |" in told
+    files = {(row["model"], row["file"]) for row in content["files"]}
+    kinds = {"fp16", "bf16", "int8", "int8-static"}
+    assert files >= {(name, kind) for name in ("trained", "overflowing", "random") for kind in kinds}
+    assert all(row["unexplained"] == [] for row in content["files"])
+    assert {row["file"] for row in content["defects"]} == kinds
+    assert all(row["unexplained"] for row in content["defects"] if row["defect"] == "two channels of fc1 swapped")
