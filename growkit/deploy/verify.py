@@ -138,13 +138,7 @@ def verify_onnx(
         "verdict": verdict,
         "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
         "weights_sha256": weights_sha256,
-        "provider": {
-            "requested": settings.provider,
-            "used": parity.provider,
-            "note": chosen,
-            "nodes": placed.nodes if placed else {},
-            "fallen_back": [asdict(node) for node in placed.fallen_back] if placed else [],
-        },
+        "provider": _provider(settings, parity.provider, chosen, placed),
         "settings": asdict(settings),
         "environment": facts,
         "checks": [asdict(c) for c in checks],
@@ -153,6 +147,19 @@ def verify_onnx(
         "throughput": asdict(throughput) if throughput else None,
     }
     return Verification(checks, parity, latency, throughput, placed, verdict, plain(report))
+
+
+def _provider(
+    settings: VerifySettings, used: str | None, note: str = "", placed: Assignment | None = None
+) -> dict[str, Any]:
+    """Where it was to run and where it ran, as report.json holds it."""
+    return {
+        "requested": settings.provider,
+        "used": used,
+        "note": note,
+        "nodes": placed.nodes if placed else {},
+        "fallen_back": [asdict(node) for node in placed.fallen_back] if placed else [],
+    }
 
 
 def provider_check(placed: Assignment) -> Check:
@@ -185,7 +192,7 @@ def verify_alone(
         "verdict": verdict,
         "onnx_sha256": sha256_of(subject) if isinstance(subject, Path) else None,
         "weights_sha256": opened.identity.weights_sha256 if opened else None,
-        "provider": {"requested": settings.provider, "used": opened.provider if opened else None},
+        "provider": _provider(settings, opened.provider if opened else None),
         "settings": asdict(settings),
         "environment": environment(),
         "checks": [asdict(c) for c in checks],
