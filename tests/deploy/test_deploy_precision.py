@@ -483,23 +483,39 @@ def exchanged(one: str, other: str) -> Change:
     return change
 
 
-def per_tensor(name: str) -> Change:
-    def change(proto: onnx.ModelProto) -> None:
-        value, scale = tensors(proto)[f"{name}_quantized"], tensors(proto)[f"{name}_scale"]
-        largest = scale.max()
-        replace(proto, f"{name}_quantized", np.rint(value * scale / largest).astype(np.int8))
-        replace(proto, f"{name}_scale", np.full_like(scale, largest))
-
-    return change
+def one_scale(proto: onnx.ModelProto) -> None:
+    """Block 0's first MLP layer rightly rounded, but all channels by the largest one's scale."""
+    weight = make_model().state_dict()["blocks.0.mlp.fc1.weight"].numpy().T
+    scale = np.full_like(tensors(proto)["val_45_scale"], np.abs(weight).max() / 127)
+    replace(proto, "val_45_quantized", np.rint(weight / scale).astype(np.int8))
+    replace(proto, "val_45_scale", scale)
 
 
 def other_zero(proto: onnx.ModelProto) -> None:
     """An activation comes back by another zero than it went by."""
-    replace(proto, "layer_norm_zero_point", tensors(proto)["layer_norm_zero_point"])
     stored = numpy_helper.from_array(tensors(proto)["layer_norm_zero_point"] + np.uint8(9), "other")
     proto.graph.initializer.append(stored)
     back = next(n for n in proto.graph.node if n.name == "layer_norm_DequantizeLinear")
     back.input[2] = "other"
+
+
+def neighbours_range(proto: onnx.ModelProto) -> None:
+    """An activation comes back by the scale and zero of another one."""
+    back = next(n for n in proto.graph.node if n.name == "layer_norm_DequantizeLinear")
+    back.input[1], back.input[2] = "layer_norm_1_scale", "layer_norm_1_zero_point"
+
+
+def neighbours_zero(proto: onnx.ModelProto) -> None:
+    """The first product subtracts the zero of another activation than it multiplies."""
+    first, second = [n for n in proto.graph.node if n.op_type == "MatMulInteger"][:2]
+    first.input[2] = second.input[2]
+
+
+def neighbours_scale(proto: onnx.ModelProto) -> None:
+    """The first product is scaled by another activation than it multiplies."""
+    first, second = [n for n in proto.graph.node if n.op_type == "DynamicQuantizeLinear"][:2]
+    both = next(n for n in proto.graph.node if n.op_type == "Mul" and n.input[0] == first.output[1])
+    both.input[0] = second.output[1]
 
 
 INT8: dict[str, tuple[Change, str]] = {
@@ -509,13 +525,16 @@ INT8: dict[str, tuple[Change, str]] = {
     "scales one channel off": (rolled("val_13_scale"), "val_13_quantized"),
     "zero is not 0": (shifted_zero("val_13_zero_point"), "val_13_quantized"),
     "scales of two layers exchanged": (exchanged("val_13", "val_58"), "val_13_quantized"),
-    "one scale for all channels": (per_tensor("val_45"), "val_45_quantized"),
+    "one scale for all channels": (one_scale, "val_45_quantized"),
     "a bias's bit": (bit("blocks.0.attn.qkv.bias"), "blocks.0.attn.qkv.bias"),
 }
 DAMAGED: list[tuple[str, str, Change, str]] = [
     *(("int8", name, *rest) for name, rest in INT8.items()),
     *(("int8-static", name, *rest) for name, rest in INT8.items()),
+    ("int8", "a product's zero", neighbours_zero, "val_13_quantized"),
+    ("int8", "a product's scale", neighbours_scale, "val_13_quantized"),
     ("int8-static", "an activation's zero", other_zero, "other"),
+    ("int8-static", "an activation's range", neighbours_range, "layer_norm_zero_point"),
     *(
         (kind, name, change, culprit)
         for kind in ("fp16", "bf16")
