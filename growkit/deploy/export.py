@@ -21,7 +21,7 @@ from growkit.deploy.outputs import with_output
 from growkit.deploy.pixels import with_pixels
 from growkit.deploy.precision import brain, half, int8_dynamic, int8_static
 from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
-from growkit.deploy.store import sha256_of_files, write_graph
+from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_graph
 from growkit.errors import GrowkitError
 
 
@@ -101,10 +101,14 @@ def in_precision(
     """`core` in the precision of `form`; inputs and outputs stay float32.
 
     Raises:
-        GrowkitError: int8-static without calibration images, or with images of another shape.
+        GrowkitError: int8-static without calibration images, images of another shape, or weights over 2 GB.
     """
     if form.precision == "fp32":
         return core
+    if weight_bytes(core) > LIMIT:
+        raise GrowkitError(
+            f"--precision {form.precision}: the weights are over 2 GB, which only float32 is written for"
+        )
     for part in (*core.graph.node, *core.graph.initializer):
         part.ClearField("metadata_props")
     if form.precision == "int8":
@@ -117,7 +121,9 @@ def in_precision(
         return brain(core)[0]
     made = np.concatenate([noise_images(prepared, 8, 0), *extremes(prepared, 0).values()])
     images = made if calibration is None else np.concatenate([made, calibration])
-    return half(core, images=images)[0]
+    # ONNX Runtime's CPU provider has these two in float16 from 1.17 on
+    keep = ("LayerNormalization", "Softmax") if form.target == "ort-1.15" else ()
+    return half(core, images=images, keep=keep)[0]
 
 
 def finished(proto: onnx.ModelProto, form: Form, props: Mapping[str, str]) -> onnx.ModelProto:

@@ -28,19 +28,25 @@ def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: A
     return open_session(file, provider=provider, **options)
 
 
-def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int | str, **options: Any) -> Session:
+def core_session(
+    file: Path, form: Form, prepared: Preprocessing, classes: int | str, *, rounded: bool = False, **options: Any
+) -> Session:
     """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
 
     classes  how many; a word where that is not known
+    rounded  emulate float16 and bfloat16, every node's result rounded, on the CPU
 
     Raises:
         ValueError: the graph has no such values in it.
     """
-    if not form.pixels and form.output == "logits":
+    if not form.pixels and form.output == "logits" and not rounded:
         return whole_session(file, form, **options)
     count = form.batch or "batch"
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
     made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
+    if rounded:
+        part = emulated(between(read_graph(file), given, made))
+        return open_session(part.SerializeToString(), **{**options, "optimise": False})
     return _session(file, between(_graph(file, form), given, made), form, **options)
 
 
