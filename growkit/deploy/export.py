@@ -106,9 +106,7 @@ def in_precision(
     if form.precision == "fp32":
         return core
     if weight_bytes(core) > LIMIT:
-        raise GrowkitError(
-            f"--precision {form.precision}: the weights are over 2 GB, which only float32 is written for"
-        )
+        raise GrowkitError(f"--precision {form.precision}: weights over 2 GB are written in float32 alone")
     for part in (*core.graph.node, *core.graph.initializer):
         part.ClearField("metadata_props")
     if form.precision == "int8":

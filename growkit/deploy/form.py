@@ -72,6 +72,10 @@ class Form:
         if self.exporter == "torchscript" and (self.opset > 20 or self.attention != "unfused"):
             raise GrowkitError("--exporter torchscript writes up to opset 20: choose --target ort-1.15 or ort-1.18")
 
+        if self.precision == "int8-static" and self.opset >= 23:
+            # measured: 1.23 has no QuantizeLinear of opset 23
+            raise GrowkitError(f"--precision int8-static: not for --target {self.target}; ort-1.18 loads there, too")
+
     @property
     def opset(self) -> int:
         """Version of the ai.onnx operators."""

@@ -267,6 +267,7 @@ def test_unreadable_form_is_refused_in_one_line(claim: str) -> None:
         ({"image_size": -1}, "--image-size -1"),
         ({"exporter": "torchscript", "target": "ort-1.23"}, "up to opset 20"),
         ({"attention": "standard"}, "--target ort-1.23"),
+        ({"precision": "int8-static", "target": "ort-1.23"}, "int8-static: not for --target ort-1.23; ort-1.18 loads"),
     ],
 )
 def test_form_that_cannot_be_is_refused_by_its_option(given: dict[str, object], said: str) -> None:
