@@ -25,12 +25,14 @@ class Machine:
         self.products = products
         self.opened: list[dict[str, Any]] = []
         self.calls = 0
-        monkeypatch.setattr(throughput, "open_session", self.open)
+        monkeypatch.setattr(throughput, "open_session", self.open_product)
+        monkeypatch.setattr(throughput, "core_session", self.open)
 
-    def open(self, file: Path | bytes, *, provider: str, spinning: bool = False) -> Any:
-        if isinstance(file, bytes):
-            (tensor,) = onnx.load_model_from_string(file).graph.initializer
-            return self.product(tensor.dims[0])
+    def open_product(self, file: bytes, *, provider: str) -> Any:
+        (tensor,) = onnx.load_model_from_string(file).graph.initializer
+        return self.product(tensor.dims[0])
+
+    def open(self, *_: object, provider: str, spinning: bool) -> Any:
         self.opened.append({"provider": provider, "spinning": spinning})
         return SimpleNamespace(run=self.run, provider="cpu", threads=3)
 
