@@ -43,13 +43,14 @@ def verify(
 ) -> None:
     """Check that an ONNX file answers like its model, and as fast as the architecture allows.
 
-    Writes RUN/verify/report.json anew. Exit status: 0 passed, 1 a check said no.
+    Writes RUN/verify/report.json anew, and reproduce.py beside it where answers differ. Exit status: 0 passed, 1 a check said no.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """
     from dataclasses import asdict
 
     from growkit.deploy.junit import junit_xml
+    from growkit.deploy.reproduce import reproduction
     from growkit.deploy.verify import batches_timed, verify_onnx
     from growkit.errors import GrowkitError
     from growkit.files import whole_file, write_json
@@ -95,6 +96,24 @@ def verify(
     show(console, verified)
     report = {"model": str(chosen), "onnx": str(file), **verified.report}
     write_json(folder.verify / "report.json", report)
+    script = folder.verify / "reproduce.py"
+    script.unlink(missing_ok=True)
+    if not verified.parity.passed:
+        with whole_file(script) as partial:
+            partial.write_text(
+                reproduction(
+                    verified.parity,
+                    script.parent,
+                    model=str(chosen),
+                    file=file,
+                    settings=settings,
+                    reference=reference,
+                    from_=from_,
+                    sets=from_sets or (),
+                ),
+                encoding="utf-8",
+            )
+        console.say(f"python {script} shows it again")
     if junit is not None:
         with whole_file(junit) as partial:
             partial.write_text(junit_xml(verified.checks, suite="growkit verify"), encoding="utf-8")

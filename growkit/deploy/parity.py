@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growkit.deploy.accuracy import accuracy_checks
 from growkit.deploy.checks import Check, check
 from growkit.deploy.data_sets import model_answers, off_from_stored, read_reference
-from growkit.deploy.diagnose import diagnose
+from growkit.deploy.diagnose import diagnose, failing_run, told
 from growkit.deploy.form import Form, form_of
 from growkit.deploy.inputs import MODES, as_model_takes, extremes, made_pictures
 from growkit.deploy.limits import LIMITS, Limits
@@ -148,13 +148,13 @@ def check_parity(
         return Parity(tuple(checks), {}, session.provider, form)
 
     numbers, figures = number_checks(core, known, limits)
-    if any(c.verdict == "fail" and c.group == "numbers" for c in numbers):
-        figures["diagnosis"] = diagnose(
-            lambda: core_session(file, form, prepared, classes, provider=session.provider, optimise=False),
-            known,
-            limits,
+    failing = failing_run(numbers, known)
+    if failing is not None:
+        found = diagnose(
+            file, form, prepared, truth, failing, known.spread, limits, provider=session.provider
         )
-        numbers.append(check("numbers", "where it comes from", False, "see line", "-", figures["diagnosis"]))
+        figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
+        numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
     checks += numbers
     if front is not None and prepared.input_size[0] in MODES:
         shown = {**made_pictures(prepared, seed), **(pictures or {})}

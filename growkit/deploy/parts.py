@@ -1,5 +1,6 @@
 """Parts of a file as sessions of their own: the network between pixels and probabilities, and what lies in front."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -19,10 +20,30 @@ def core_session(file: Path, form: Form, prepared: Preprocessing, classes: int, 
     """
     if not form.pixels and form.output == "logits":
         return open_session(file, **options)  # type: ignore[arg-type]
+    return _session(inner_graph(file, form, prepared, classes), file.parent, **options)
+
+
+def inner_graph(
+    file: Path, form: Form, prepared: Preprocessing, classes: int, *, weights: bool = False
+) -> onnx.ModelProto:
+    """The graph from normalised images 'input' to 'logits'; weights beside the file only where asked for.
+
+    Raises:
+        ValueError: the graph has no such values in it.
+    """
     count = form.batch or "batch"
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
     made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
-    return _session(file, given, made, **options)
+    return between(read_graph(file, weights=weights), given, made)
+
+
+def tapped_session(graph: onnx.ModelProto, folder: Path, values: Sequence[str], **options: object) -> Session:
+    """`graph` with these values inside it as its outputs; its weights may lie in `folder`."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(graph)
+    del tapped.graph.output[:]
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)  # ONNX Runtime infers the types
+    return _session(tapped, folder, **options)
 
 
 def front_session(file: Path, form: Form, prepared: Preprocessing, **options: object) -> Session:
@@ -33,7 +54,7 @@ def front_session(file: Path, form: Form, prepared: Preprocessing, **options: ob
     """
     proto = read_graph(file, weights=False)
     made = helper.make_tensor_value_info("input", TensorProto.FLOAT, [form.batch or "batch", *prepared.input_size])
-    return _session(file, proto.graph.input[0], made, **options)
+    return _session(between(proto, proto.graph.input[0], made), file.parent, **options)
 
 
 def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
@@ -74,6 +95,5 @@ def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.Value
     return part
 
 
-def _session(file: Path, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto, **options: object) -> Session:
-    part = between(read_graph(file, weights=False), given, made)
-    return open_session(part.SerializeToString(), folder=file.parent, **options)  # type: ignore[arg-type]
+def _session(graph: onnx.ModelProto, folder: Path, **options: object) -> Session:
+    return open_session(graph.SerializeToString(), folder=folder, **options)  # type: ignore[arg-type]
