@@ -43,7 +43,8 @@ def verify(
 ) -> None:
     """Check that an ONNX file answers like its model, and as fast as the architecture allows.
 
-    Writes RUN/verify/report.json anew, and reproduce.py beside it where answers differ. Exit status: 0 passed, 1 a check said no.
+    Writes RUN/verify/report.json anew; where answers differ, reproduce.py beside it shows it again.
+    Exit status: 0 passed, 1 a check said no.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """

@@ -125,17 +125,26 @@ def diagnose(
                 min(limits.relative_rms, NOISE * relative(rms(a.astype(np.float64) - b), float(b.std())))
                 for a, b in zip(own.values, trace.values, strict=True)
             ]
-        found = first_wrong(trace, nearest(trace.values, values), allowed)
+        errors = nearest(trace.values, values)
+        found = first_wrong(trace, errors, allowed)
     except Exception as error:  # a damaged file fails in a dozen ways; its own checks tell of it
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Diagnosis("", f"not found: the file does not run with its insides looked at ({line[:160]})")
+        return Diagnosis("", f"not found: the file does not run ({line[:160]})")
     if found is None:
-        return Diagnosis("", f"{origin}; no single layer stands out on {failing.name}")
+        last = errors[trace.seen[-1].value]
+        after = last is not None and last <= limits.relative_rms
+        where = "every layer is right: it is what comes after the last" if after else "no single layer stands out"
+        return Diagnosis("", f"{origin}; {where}, on {failing.name}")
     return Diagnosis(found.where.layer, f"{origin}; {found.line}")
 
 
 def _second_opinion(
-    file: Path, form: Form, prepared: Preprocessing, images: np.ndarray, right: Callable[[np.ndarray], bool], classes: int
+    file: Path,
+    form: Form,
+    prepared: Preprocessing,
+    images: np.ndarray,
+    right: Callable[[np.ndarray], bool],
+    classes: int,
 ) -> str:
     """What ONNX's own evaluator, which shares nothing with ONNX Runtime, makes of the same file."""
     from onnx.reference import ReferenceEvaluator

@@ -32,7 +32,7 @@ from growkit.deploy.reference import (
     truth_of,
 )
 from growkit.deploy.runtime import Session, open_session
-from growkit.deploy.store import files_of, read_graph
+from growkit.deploy.store import bytes_unread, files_of, read_graph
 from growkit.deploy.structure import structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
@@ -102,7 +102,7 @@ def check_parity(
         raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
     try:
         files = files_of(file)
-        proto = read_graph(file)
+        proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
         session = open_session(file, provider=provider)
     except GrowkitError:
@@ -132,6 +132,7 @@ def check_parity(
     checks = [
         check("structure", "valid ONNX", True, "accepted", "accepted"),
         check("structure", "files", len(files) <= 2, ", ".join(f.name for f in files), "one, or two with weights"),
+        check("structure", "bytes beside it that are no weights", unread == 0, unread, 0),
         check("structure", "precision", form.precision == wanted, form.precision, wanted),
         *structure_checks(proto, form, prepared, classes, weights_sha256=weights_sha256, labels=labels),
         *weight_checks(proto, plain, form),
@@ -150,9 +151,7 @@ def check_parity(
     numbers, figures = number_checks(core, known, limits)
     failing = failing_run(numbers, known)
     if failing is not None:
-        found = diagnose(
-            file, form, prepared, truth, failing, known.spread, limits, provider=session.provider
-        )
+        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=session.provider)
         figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
         numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
     checks += numbers

@@ -46,6 +46,7 @@ def resized(prepared: Preprocessing) -> tuple[int, int]:
     return math.floor(height / prepared.crop_pct), math.floor(width / prepared.crop_pct)
 
 
+# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize of `axes` behind a Transpose
 def _source(prepared: Preprocessing, batch: int | None) -> str:
     channels, height, width = prepared.input_size
     if prepared.interpolation not in MODES:
@@ -88,8 +89,9 @@ def _source(prepared: Preprocessing, batch: int | None) -> str:
         {middle(height, "h")}
         {middle(width, "w")}
         first = Transpose<perm=[0, 3, 1, 2]>({INPUT})
-        sizes = Concat<axis=0>(new_h, new_w)
-        scaled = Resize<{MODES[prepared.interpolation]}, antialias=1, axes=[2, 3]>(first, , , sizes)
+        kept = Shape<end=2>(first)
+        sizes = Concat<axis=0>(kept, new_h, new_w)
+        scaled = Resize<{MODES[prepared.interpolation]}, antialias=1>(first, , , sizes)
         starts = Concat<axis=0>(start_h, start_w)
         ends = Concat<axis=0>(end_h, end_w)
         axes = Constant<value_ints=[2, 3]>()
