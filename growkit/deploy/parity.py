@@ -19,10 +19,11 @@ from growkit.deploy.checks import Check, check
 from growkit.deploy.data_sets import model_answers, off_from_stored, read_reference
 from growkit.deploy.diagnose import diagnose, failing_run, told
 from growkit.deploy.form import Form, form_of
-from growkit.deploy.inputs import MODES, as_model_takes, extremes, made_pictures
+from growkit.deploy.inputs import as_model_takes, extremes, made_pictures
 from growkit.deploy.limits import LIMITS, Limits
 from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
 from growkit.deploy.parts import core_session, front_session
+from growkit.deploy.pixels import CHANNELS
 from growkit.deploy.reference import (
     Preprocessing,
     at_image_size,
@@ -33,7 +34,7 @@ from growkit.deploy.reference import (
 )
 from growkit.deploy.runtime import Session, open_session
 from growkit.deploy.store import bytes_unread, files_of, read_graph
-from growkit.deploy.structure import structure_checks
+from growkit.deploy.structure import sizes_claimed, structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
 from growkit.errors import GrowkitError, ParityError
@@ -112,6 +113,9 @@ def check_parity(
         return Parity((broken,), {}, "none", Form())
 
     form = form_of({p.key: p.value for p in proto.metadata_props})
+    sizes = sizes_claimed(proto, form)
+    if sizes.verdict == "fail":  # images of a size that is only claimed may fill the memory
+        return Parity((sizes,), {}, session.provider, form)
     limits = LIMITS[form.precision]
     if max_accuracy_drop is not None:
         limits = replace(limits, accuracy_drop=max_accuracy_drop)
@@ -155,7 +159,9 @@ def check_parity(
         figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
         numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
     checks += numbers
-    if front is not None and prepared.input_size[0] in MODES:
+    if front is not None and prepared.input_size[0] not in CHANNELS:
+        checks.append(check("pixels", "channels", False, prepared.input_size[0], "1 or 3"))
+    elif front is not None:
         shown = {**made_pictures(prepared, seed), **(pictures or {})}
         made, figures["pixels"] = pixel_checks(session, front, core, prepared, form, shown)
         checks += made

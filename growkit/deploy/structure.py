@@ -75,6 +75,16 @@ def structure_checks(
     ]
 
 
+def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
+    """Whether the batch and image size that the form claims, where it claims any, are those of the graph."""
+    given = [_signature(v) for v in proto.graph.input]
+    shape = [d.dim_value for v in proto.graph.input[:1] for d in v.type.tensor_type.shape.dim]
+    right = form.batch is None or shape[:1] == [form.batch]
+    right &= form.image_size is None or form.pixels or shape[2:] == [form.image_size] * 2
+    told = f"batch {form.batch or 'any'}, image size {form.image_size or 'its own'}"
+    return check("structure", "sizes", right, ", ".join(given), told, f"sizes: {', '.join(given)}, but claimed: {told}")
+
+
 def domains_of(form: Form) -> list[str]:
     """Where the operators of a file of this form come from."""
     return ["ai.onnx", CONTRIB] if form.attention == "contrib" else ["ai.onnx"]
@@ -115,6 +125,8 @@ def _read_inside(node: onnx.NodeProto) -> set[str]:
 
 def _signature(value: onnx.ValueInfoProto) -> str:
     """'name: dtype d0 x d1'; a symbolic first dimension reads 'batch', any other '?'."""
+    if not value.type.HasField("tensor_type"):
+        return f"{value.name}: {value.type.WhichOneof('value') or 'nothing'}"
     tensor = value.type.tensor_type
     dims = [
         str(d.dim_value) if d.HasField("dim_value") else ("batch" if index == 0 else "?")
@@ -170,7 +182,7 @@ def _metadata(
 def _json(text: str | None) -> Any:
     try:
         return json.loads(text) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets in brackets
         return text
 
 

@@ -70,7 +70,7 @@ def _table() -> dict[str, Clean]:
     def add(architecture: str, forms: dict[str, Form], index: int, *, fast: bool) -> None:
         kind = list(forms)[index % len(forms)]
         form = forms[kind]
-        if form.pixels and architecture == "wide image":  # a centre crop is square
+        if form.pixels and architecture in ("wide image", "four channels"):  # a centre crop is square, RGBA is blended
             return
         if form.attention == "contrib" and architecture == "norms of q and k":  # the operator has no place for them
             return
