@@ -533,6 +533,57 @@ def rows_turned(name: str) -> Change:
     return behind(name, ("Slice", [start, end, axis, step], {}))
 
 
+# faults of lower precision: rows of FAULTS where their bases are -----------------------------------
+
+
+def quantised(proto: onnx.ModelProto) -> str:
+    """Name of the first matrix of integers."""
+    return next(n for n, v in tensors(proto).items() if v.ndim == 2 and v.dtype in (np.int8, np.uint8))
+
+
+def channels_swapped(proto: onnx.ModelProto) -> None:
+    """Two output channels of an int8 matrix change places; their scales stay."""
+    stored(quantised(proto), lambda value: value[:, np.r_[1, 0, 2 : value.shape[1]]])(proto)
+
+
+def one_step_off(proto: onnx.ModelProto) -> None:
+    """One int8 weight is one step off: far below what rounding does anyway."""
+
+    def stepped(value: np.ndarray) -> np.ndarray:
+        value[3, 2] += 1 if value[3, 2] < np.iinfo(value.dtype).max else -1
+        return value
+
+    stored(quantised(proto), stepped)(proto)
+
+
+def scale_of_the_largest(proto: onnx.ModelProto) -> None:
+    """One scale for a matrix whose integers were made for one per channel."""
+    stored(lambda name, v: name.endswith("_scale") and v.ndim == 1 and v.size > 1, lambda v: np.full_like(v, v.max()))(
+        proto
+    )
+
+
+def scales_one_off(proto: onnx.ModelProto) -> None:
+    """Each channel has its neighbour's scale."""
+    stored(lambda name, v: name.endswith("_scale") and v.ndim == 1 and v.size > 1, lambda v: np.roll(v, 1))(proto)
+
+
+def through_bfloat16(proto: onnx.ModelProto) -> None:
+    """Weights in float16 that were rounded to bfloat16 before."""
+    for name, value in tensors(proto).items():
+        if value.dtype == np.float16:
+            replace(proto, name, torch.from_numpy(value.copy()).bfloat16().half().numpy())
+
+
+OF_INT8 = {
+    "channels swapped": channels_swapped,
+    "one step off": one_step_off,
+    "one scale for all channels": scale_of_the_largest,
+    "scales one channel off": scales_one_off,
+}
+OF_FP16 = {"rounded to bfloat16 before": through_bfloat16}
+
+
 # faults of files --------------------------------------------------------------------------------
 
 

@@ -5,16 +5,20 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from clean import ARCHITECTURES, CLEAN
-from deploy_models import make_model
-from faults import BASES, FAULTS, LABELS, LAYERS, SHA256
+from deploy_models import make_model, tensors
+from faults import BASES, FAULTS, LABELS, LAYERS, OF_FP16, OF_INT8, SHA256
+from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
 from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import export_onnx
 from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.runtime import open_session
 from growkit.errors import GrowkitError
 
 
@@ -89,6 +93,29 @@ def test_every_group_alone_catches_some_fault() -> None:
     assert {"structure", "weights", "numbers", "pixels", "answers"} <= set(alone), alone
     assert set(LAYERS) <= set(FAULTS)
     assert len(FAULTS) >= 40
+
+
+@pytest.mark.parametrize("name", OF_INT8)
+def test_fault_of_int8_changes_the_answers_of_a_quantised_file(name: str, clean, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    quantize_dynamic(clean("torchscript"), path, per_channel=True, op_types_to_quantize=["MatMul"])
+    images = noise_images(preprocessing(model_of("torchscript")), 4, 0)
+    before = open_session(path).run(images)
+    proto = onnx.load(str(path))
+    OF_INT8[name](proto)
+    after = open_session(proto.SerializeToString()).run(images)
+    assert np.abs(after - before).max() > 0
+
+
+@pytest.mark.parametrize("name", OF_FP16)
+def test_fault_of_fp16_changes_weights(name: str) -> None:
+    weights = np.linspace(0.1, 1, 50, dtype=np.float16)
+    proto = onnx.ModelProto()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    OF_FP16[name](proto)
+    changed = tensors(proto)["w"]
+    assert changed.dtype == np.float16
+    assert (changed != weights).any()
 
 
 # clean exports ----------------------------------------------------------------------------------
