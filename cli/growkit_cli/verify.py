@@ -51,7 +51,6 @@ def verify(
     from dataclasses import asdict
 
     from growkit.deploy.junit import junit_xml
-    from growkit.deploy.reproduce import reproduction
     from growkit.deploy.verify import batches_timed, verify_onnx
     from growkit.errors import GrowkitError
     from growkit.files import whole_file, write_json
@@ -94,27 +93,10 @@ def verify(
             data=batches,
             progress=lambda done, note: bar(total).update(done, note),
         )
+    leave_script(console, verified, folder.verify, str(chosen), file, settings, reference, from_, from_sets)
     show(console, verified)
     report = {"model": str(chosen), "onnx": str(file), **verified.report}
     write_json(folder.verify / "report.json", report)
-    script = folder.verify / "reproduce.py"
-    script.unlink(missing_ok=True)
-    if not verified.parity.passed:
-        with whole_file(script) as partial:
-            partial.write_text(
-                reproduction(
-                    verified.parity,
-                    script.parent,
-                    model=str(chosen),
-                    file=file,
-                    settings=settings,
-                    reference=reference,
-                    from_=from_,
-                    sets=from_sets or (),
-                ),
-                encoding="utf-8",
-            )
-        console.say(f"python {script} shows it again")
     if junit is not None:
         with whole_file(junit) as partial:
             partial.write_text(junit_xml(verified.checks, suite="growkit verify"), encoding="utf-8")
@@ -132,6 +114,40 @@ def verify(
     console.result(report)
     if verified.verdict == "fail" or (strict and verified.verdict == "inconclusive"):
         raise typer.Exit(1)
+
+
+def leave_script(
+    console: Console,
+    verified: "Verification",
+    folder: Path,
+    model: str,
+    file: Path,
+    settings: VerifySettings,
+    reference: Path | None,
+    from_: str | None,
+    sets: list[str] | None,
+) -> None:
+    """Write reproduce.py into `folder` where answers differ; one of an earlier run goes."""
+    from growkit.deploy.reproduce import reproduction
+    from growkit.files import whole_file
+
+    script = folder / "reproduce.py"
+    script.unlink(missing_ok=True)
+    if verified.parity.passed:
+        return
+    text = reproduction(
+        verified.parity,
+        folder,
+        model=model,
+        file=file,
+        settings=settings,
+        reference=reference,
+        from_=from_,
+        sets=sets or (),
+    )
+    with whole_file(script) as partial:
+        partial.write_text(text, encoding="utf-8")
+    console.say(f"python {script} shows it again")
 
 
 def show(console: Console, verified: "Verification") -> None:

@@ -499,6 +499,14 @@ def not_normalised(proto: onnx.ModelProto) -> None:
     node.input[:] = ["pixels_unit"]
 
 
+def one_pixel_black(proto: onnx.ModelProto) -> None:
+    mask = np.ones((16, 16), dtype=bool)
+    mask[5, 6] = False
+    constant(proto, mask, "where")
+    proto.graph.node.insert(0, helper.make_node("Cast", ["where"], ["mask"], to=TensorProto.FLOAT))
+    behind("pixels_levels", ("Mul", ["mask"], {}))(proto)
+
+
 def constant_becomes(name: str, **value: object) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         node = maker(proto, name)
@@ -805,6 +813,8 @@ FAULTS: dict[str, Fault] = {
         "pixels",
         behind("pixels_levels", ("Slice", [np.array([-1]), np.array([-(2**31)]), np.array([3]), np.array([-1])], {})),
     ),
+    "pixels: one pixel black": Fault(PIXELS, "pixels", one_pixel_black),
+    "pixels: one level brighter": Fault(PIXELS, "pixels", behind("pixels_levels", ("Add", [np.float32(1)], {}))),
     # answers
     "probabilities over the batch": Fault(ANSWERS, "probabilities", lambda p: attribute("Softmax", "axis", 0, -1)(p)),
     "log probabilities": Fault(ANSWERS, "probabilities", lambda p: becomes("Softmax", "LogSoftmax", -1)(p)),

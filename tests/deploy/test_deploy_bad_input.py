@@ -1,11 +1,8 @@
 """Bad files given to `growkit verify`: one line, exit 2 for what cannot be used, 1 for a no, and nothing is lost."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
+from deploy_models import ARGUMENTS, NAME, make_model
 from onnx import TensorProto, helper, numpy_helper
 from timm.models import save_for_hf
 from typer.testing import CliRunner
@@ -26,7 +23,6 @@ from growkit.errors import GrowkitError
 from growkit_cli.export import export
 from growkit_cli.verify import verify
 
-ROOT = Path(__file__).parents[2]
 app = typer.Typer()
 app.command()(export)
 app.command()(verify)
@@ -347,56 +343,7 @@ def test_reference_of_words_or_of_nothing_is_no_traceback(run: Path) -> None:
     assert verified(run)[0] in (1, 2)
 
 
-# the script that shows it again -----------------------------------------------------------------
-
-
-def reproduced(run: Path, *more: str | Path, cwd: Path | None = None) -> tuple[int, str]:
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "cli")))
-    done = subprocess.run(
-        [sys.executable, str(run / "verify" / "reproduce.py"), *map(str, more)],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_script_shows_the_same_number_again_in_a_moved_folder_and_goes_when_the_file_is_right(
-    run: Path, tmp_path: Path
-) -> None:
-    path = run / "onnx" / "model.onnx"
-    clean = path.read_bytes()
-
-    def wrong(proto: onnx.ModelProto) -> None:
-        replace(proto, "blocks.0.mlp.fc1.bias", 2 * tensors(proto)["blocks.0.mlp.fc1.bias"])
-
-    edited(run, wrong)
-    status, output = verified(run)
-    assert status == 1
-    assert "reproduce.py shows it again" in output
-    assert "blocks.0.mlp.fc1 is the first layer whose output differs" in output
-    report = json.loads((run / "verify" / "report.json").read_text())
-    seen = report["numerics"]["batches"]["1"]["relative_rms"]
-    moved = run.rename(tmp_path / "moved")
-    status, output = reproduced(moved, cwd=tmp_path)
-    assert status == 1, output
-    assert f"batch 1: relative RMS error {seen:.3g}, allowed 1e-05" in output
-    assert str(tmp_path) not in (moved / "verify" / "reproduce.py").read_text()
-
-    (moved / "onnx" / "model.onnx").write_bytes(clean)
-    assert reproduced(moved)[0] == 0
-    assert CliRunner().invoke(app, ["verify", "--run", str(moved), "--no-latency"]).exit_code == 0
-    assert not (moved / "verify" / "reproduce.py").exists()
-
-
-def test_script_shows_again_what_is_no_matter_of_numbers(run: Path) -> None:
-    edited(run, lambda proto: setattr(proto, "ir_version", 10))
-    assert verified(run)[0] == 1
-    status, output = reproduced(run)
-    assert status == 1
-    assert "FAILED structure: IR version: 10, expected 8" in output
+# pixels that have no place in a graph ------------------------------------------------------------
 
 
 def test_pixels_of_four_channels_are_refused_for_pillow_blends_them(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_nearest_value_of_the_same_shape_is_taken_across_parts() -> None:
     parts_of_a_graph = [{"far": far, "flat": value.reshape(4, 3)}, {"near": near, "counts": value.astype(np.int64)}]
     (error,) = nearest([value], parts_of_a_graph)
     assert error == pytest.approx(0.01 / value.std(), rel=1e-3)
+    assert nearest([value], parts_of_a_graph[::-1]) == [error]
     assert nearest([value], [{"flat": value.reshape(4, 3)}]) == [None]
     assert nearest([np.zeros((3, 4), np.float32)], parts_of_a_graph) == [None]
     assert nearest([value], [{"broken": np.full((3, 4), np.nan, np.float32)}]) == [float("inf")]
