@@ -61,7 +61,8 @@ def verify(
 
     MODEL may be an .onnx file: it is then held against --reference alone.
 
-    Writes RUN/verify/report.json anew. Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
+    Writes RUN/verify/report.json anew; where answers differ, reproduce.py beside it shows it again.
+    Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """
@@ -127,6 +128,7 @@ def verify(
     else:
         reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
         verified = with_file(console, source, file, settings, golden=golden, images=images, data=data, reading=reading)
+    leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets)
     show(console, verified)
     report = {
         "model": None if file_only else str(chosen),
@@ -221,6 +223,39 @@ def with_file(
             pictures=pictures,
             progress=lambda done, note: bar(total).update(done, note),
         )
+
+
+def leave_script(
+    console: Console,
+    verified: "Verification",
+    folder: Path,
+    model: str,
+    file: Path | None,
+    settings: VerifySettings,
+    from_: str | None,
+    sets: list[str] | None,
+) -> None:
+    """Write reproduce.py into `folder` where a file answers unlike its model; one of an earlier run goes."""
+    from growkit.deploy.reproduce import reproduction
+    from growkit.files import whole_file
+
+    script = folder / "reproduce.py"
+    script.unlink(missing_ok=True)
+    if file is None or verified.parity is None or verified.parity.passed:
+        return
+    text = reproduction(
+        verified.parity,
+        folder,
+        model=model,
+        file=file,
+        settings=settings,
+        reference=file.parent if (file.parent / "test_data_set_0").is_dir() else None,
+        from_=from_,
+        sets=sets or (),
+    )
+    with whole_file(script) as partial:
+        partial.write_text(text, encoding="utf-8")
+    console.say(f"python {script} shows it again")
 
 
 def show(console: Console, verified: "Verification") -> None:

@@ -1,19 +1,177 @@
-"""Where an error comes from: ONNX Runtime's graph optimiser, or the export."""
+"""Where an error comes from: ONNX Runtime's graph optimiser, ONNX Runtime, or the export; and from which layer on."""
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+from torch import nn
+
+from growkit.deploy.checks import Check
+from growkit.deploy.form import Form
+from growkit.deploy.layers import first_wrong, nearest, traced
 from growkit.deploy.limits import Limits
-from growkit.deploy.numbers import Truth, number_checks
-from growkit.deploy.runtime import Session
-from growkit.errors import GrowkitError
+from growkit.deploy.numbers import Truth, in_batches, relative, rms
+from growkit.deploy.parts import core_session, inner_graph, tapped_session
+from growkit.deploy.reference import Preprocessing
+from growkit.deploy.store import weight_bytes
+
+EVALUATED = 200 * 2**20  # bytes of weights: ONNX's own evaluator is slow
+CLEARLY = 3  # times less wrong is another number, not the same with other noise
+NOISE = 10  # times PyTorch's own float32 error is a wrong layer
+AT_ONCE = 64  # values of a graph that are fetched together, for memory's sake
 
 
-def diagnose(unoptimised: Callable[[], Session], truth: Truth, limits: Limits) -> str:
-    """One sentence about a file whose numbers are wrong; `unoptimised` opens it without graph optimisation."""
+@dataclass(frozen=True)
+class Failing:
+    """The first run whose numbers are wrong.
+
+    name    of the run: 'batch 3', 'black'
+    images  (N, C, H, W), run `batch` at a time
+    wanted  logits in float64 (N, classes)
+    """
+
+    name: str
+    images: np.ndarray
+    wanted: np.ndarray
+    batch: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`layer` is where the first wrong value is seen, empty where none stands out; `line` says all of it."""
+
+    layer: str
+    line: str
+
+
+def failing_run(checks: Sequence[Check], known: Truth) -> Failing | None:
+    """The first run that a check of the group numbers said no to."""
+    failed = [c.name for c in checks if c.verdict == "fail" and c.group == "numbers"]
+    if not failed:
+        return None
+
+    def fails(name: str) -> bool:
+        return any(f.startswith(f"{name}: ") for f in failed)
+
+    first = known.batches[0]
+    for name, (image, wanted) in known.extremes.items():
+        if fails(name) and not any(fails(f"batch {batch}") for batch in known.batches):
+            return Failing(name, image, wanted, first)
+    batch = next((b for b in known.batches if fails(f"batch {b}")), first)
+    count = len(known.images) if batch == first else batch
+    return Failing(f"batch {batch}", known.images[:count], known.expected[:count], batch)
+
+
+def told(failing: Failing, known: Truth, seed: int) -> dict[str, int | str]:
+    """What it takes to make the images of `failing` again (see reproduce.py)."""
+    return {
+        "run": failing.name,
+        "batch": failing.batch,
+        "seed": seed,
+        "made": len(known.images),
+        "used": len(failing.images),
+    }
+
+
+def diagnose(
+    file: Path,
+    form: Form,
+    prepared: Preprocessing,
+    truth: nn.Module,
+    failing: Failing,
+    spread: float,
+    limits: Limits,
+    *,
+    provider: str = "cpu",
+) -> Diagnosis:
+    """Say where the wrong numbers of `failing` come from.
+
+    truth   the model in float64
+    spread  standard deviation of its logits, the unit of errors
+    """
+    classes = failing.wanted.shape[1]
+    few, wanted = failing.images[: failing.batch], failing.wanted[: failing.batch]
+    if len(few) < failing.batch:  # one image to a file of a fixed batch
+        few, wanted = (np.repeat(a[:1], failing.batch, axis=0) for a in (few, wanted))
+
+    def off(got: np.ndarray) -> float:
+        error = relative(rms(got.astype(np.float64) - wanted), spread) if got.shape == wanted.shape else math.inf
+        return error if math.isfinite(error) else math.inf
+
     try:
-        checks, _ = number_checks(unoptimised(), truth, limits)
-    except GrowkitError as error:
-        return f"not found: without graph optimisation the file does not open ({error})"
-    if any(c.verdict == "fail" and c.group == "numbers" for c in checks):
-        return "an export bug: the errors stay with ONNX Runtime's graph optimisation off"
-    return "an optimiser bug: with ONNX Runtime's graph optimisation off the numbers are right"
+        opened = [
+            core_session(file, form, prepared, classes, provider=provider, optimise=optimise)
+            for optimise in (True, False)
+        ]
+        with_it, without = (off(in_batches(session, few, failing.batch)) for session in opened)
+
+        def right(error: float) -> bool:
+            return error <= limits.relative_rms and error < with_it / CLEARLY
+
+        optimiser = right(without)
+        if optimiser:
+            origin = "an optimiser bug: with ONNX Runtime's graph optimisation off the numbers are right"
+        else:
+            origin = _second_opinion(file, form, prepared, few, lambda got: right(off(got)), classes)
+        if form.precision == "bf16":  # what is emulated has no values to look at
+            return Diagnosis("", f"{origin}; which layer is not looked for in bfloat16")
+        values = _values(file, form, prepared, few, classes, provider=provider, optimise=optimiser)
+        trace = traced(truth, few)
+        allowed = [limits.relative_rms] * len(trace.values)
+        if form.precision == "fp32":  # small errors grow from layer to layer: noise is what tells where they begin
+            own = traced(copy.deepcopy(truth).float(), few)
+            allowed = [
+                min(limits.relative_rms, NOISE * relative(rms(a.astype(np.float64) - b), float(b.std())))
+                for a, b in zip(own.values, trace.values, strict=True)
+            ]
+        errors = nearest(trace.values, values)
+        found = first_wrong(trace, errors, allowed)
+    except Exception as error:  # a damaged file fails in a dozen ways; its own checks tell of it
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Diagnosis("", f"not found: the file does not run ({line[:160]})")
+    if found is None:
+        last = errors[trace.seen[-1].value]
+        after = last is not None and last <= limits.relative_rms
+        where = "every layer is right: it is what comes after the last" if after else "no single layer stands out"
+        return Diagnosis("", f"{origin}; {where}, on {failing.name}")
+    return Diagnosis(found.where.layer, f"{origin}; {found.line}")
+
+
+def _second_opinion(
+    file: Path,
+    form: Form,
+    prepared: Preprocessing,
+    images: np.ndarray,
+    right: Callable[[np.ndarray], bool],
+    classes: int,
+) -> str:
+    """What ONNX's own evaluator, which shares nothing with ONNX Runtime, makes of the same file."""
+    from onnx.reference import ReferenceEvaluator
+
+    export = "an export bug: the errors stay with ONNX Runtime's graph optimisation off"
+    proto = inner_graph(file, form, prepared, classes, weights=True)
+    if weight_bytes(proto) > EVALUATED:
+        return f"{export} (too large for ONNX's reference evaluator)"
+    try:
+        with np.errstate(all="ignore"):  # what overflows is what is looked for
+            got = np.asarray(ReferenceEvaluator(proto).run(["logits"], {"input": images})[0])
+    except Exception as error:  # operators it does not know, above all ONNX Runtime's own
+        return f"{export} (ONNX's reference evaluator does not run it: {type(error).__name__})"
+    if right(got):
+        return "a runtime bug: ONNX's reference evaluator computes the right numbers from the same file"
+    return f"{export} and ONNX's reference evaluator has them too"
+
+
+def _values(
+    file: Path, form: Form, prepared: Preprocessing, images: np.ndarray, classes: int, *, provider: str, optimise: bool
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """All values inside the network, a part at a time."""
+    proto = inner_graph(file, form, prepared, classes)
+    yield {"input": images}
+    names = [name for node in proto.graph.node for name in node.output if name and node.op_type != "Constant"]
+    for start in range(0, len(names), AT_ONCE):
+        part = names[start : start + AT_ONCE]
+        yield tapped_session(proto, file.parent, part, provider=provider, optimise=optimise).outputs(images)

@@ -115,6 +115,11 @@ def form_of(props: Mapping[str, str]) -> Form:
         unknown = sorted(set(stored) - {f.name for f in fields(Form)})
         if unknown:
             raise ValueError(f"{unknown[0]} is unknown")
+        for f in fields(Form):
+            value = stored.get(f.name, f.default)
+            if type(value) not in ((int, type(None)) if f.default is None else (type(f.default),)):
+                raise ValueError(f"{f.name} is {value!r}")
         return Form(**stored)
-    except (TypeError, ValueError, GrowkitError) as error:
-        raise GrowkitError(f"the file's metadata {KEY} is not readable ({error}); export it again") from None
+    except (TypeError, ValueError, AttributeError, RecursionError, GrowkitError) as error:
+        line = f"the file's metadata {KEY} is not readable ({str(error)[:160]}); export it again"
+        raise GrowkitError(line) from None

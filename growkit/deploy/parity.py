@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from growkit.deploy.accuracy import accuracy_checks
 from growkit.deploy.checks import Check, check
 from growkit.deploy.data_sets import model_answers, off_from_stored, read_reference
-from growkit.deploy.diagnose import diagnose
+from growkit.deploy.diagnose import diagnose, failing_run, told
 from growkit.deploy.form import Form, form_of
-from growkit.deploy.inputs import MODES, as_model_takes, extremes, made_pictures
+from growkit.deploy.inputs import as_model_takes, extremes, made_pictures
 from growkit.deploy.limits import LIMITS, Limits
 from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
 from growkit.deploy.parts import core_session, front_session, whole_session
+from growkit.deploy.pixels import CHANNELS
 from growkit.deploy.reference import (
     Preprocessing,
     at_image_size,
@@ -32,8 +33,8 @@ from growkit.deploy.reference import (
     truth_of,
 )
 from growkit.deploy.runtime import Session
-from growkit.deploy.store import files_of, read_graph
-from growkit.deploy.structure import structure_checks
+from growkit.deploy.store import bytes_unread, files_of, read_graph
+from growkit.deploy.structure import sizes_claimed, structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
 from growkit.deploy.yardstick import in_precision
@@ -104,7 +105,7 @@ def check_parity(
         raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
     try:
         files = files_of(file)
-        proto = read_graph(file)
+        proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
         form = form_of({p.key: p.value for p in proto.metadata_props})
         session = whole_session(file, form, provider=provider)
@@ -114,6 +115,9 @@ def check_parity(
         broken = check("structure", "valid ONNX", False, "refused", "accepted", _first_line(error))
         return Parity((broken,), {}, "none", Form())
 
+    sizes = sizes_claimed(proto, form)
+    if sizes.verdict == "fail":  # images of a size that is only claimed may fill the memory
+        return Parity((sizes,), {}, session.provider, form, files)
     limits = LIMITS[form.precision]
     if max_accuracy_drop is not None:
         limits = replace(limits, accuracy_drop=max_accuracy_drop)
@@ -135,6 +139,7 @@ def check_parity(
     checks = [
         check("structure", "valid ONNX", True, "accepted", "accepted"),
         check("structure", "files", len(files) <= 2, ", ".join(f.name for f in files), "one, or two with weights"),
+        check("structure", "bytes beside it that are no weights", unread == 0, unread, 0),
         check("structure", "precision", form.precision == wanted, form.precision, wanted),
         *structure_checks(proto, form, prepared, classes, weights_sha256=weights_sha256, labels=labels),
         *weight_checks(proto, plain, form),
@@ -151,20 +156,20 @@ def check_parity(
         return Parity(tuple(checks), {}, session.provider, form, files)
 
     numbers, figures = number_checks(core, known, limits)
-    if any(c.verdict == "fail" and c.group == "numbers" for c in numbers):
-        figures["diagnosis"] = diagnose(
-            lambda: core_session(file, form, prepared, classes, provider=session.provider, optimise=False),
-            known,
-            limits,
-        )
-        numbers.append(check("numbers", "where it comes from", False, "see line", "-", figures["diagnosis"]))
+    failing = failing_run(numbers, known)
+    if failing is not None:
+        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=session.provider)
+        figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
+        numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
     if form.precision == "fp16" and session.provider == "cpu":
         # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
         rounded = core_session(file, form, prepared, classes, rounded=True)
         got = in_batches(rounded, known.images, batches[0])
         numbers += compared("every node rounded", got, known.expected, known.spread, limits)[0]
     checks += numbers
-    if front is not None and prepared.input_size[0] in MODES:
+    if front is not None and prepared.input_size[0] not in CHANNELS:
+        checks.append(check("pixels", "channels", False, prepared.input_size[0], "1 or 3"))
+    elif front is not None:
         shown = {**made_pictures(prepared, seed), **(pictures or {})}
         made, figures["pixels"] = pixel_checks(session, front, core, prepared, form, shown)
         checks += made

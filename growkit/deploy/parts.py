@@ -1,6 +1,7 @@
 """Parts of a file as sessions of their own: the network between pixels and probabilities, and what lies in front."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: A
         if provider == "auto":
             with contextlib.suppress(GrowkitError):
                 return open_session(file, provider="cuda", **options)
-        return _session(file, read_graph(file), form, provider="cpu", **options)
+        return _session(read_graph(file), file.parent, form, provider="cpu", **options)
     return open_session(file, provider=provider, **options)
 
 
@@ -41,13 +42,33 @@ def core_session(
     """
     if not form.pixels and form.output == "logits" and not rounded:
         return whole_session(file, form, **options)
+    graph = inner_graph(file, form, prepared, classes, weights=rounded or form.precision == "bf16")
+    if rounded:
+        return open_session(emulated(graph).SerializeToString(), **{**options, "optimise": False})
+    return _session(graph, file.parent, form, **options)
+
+
+def inner_graph(
+    file: Path, form: Form, prepared: Preprocessing, classes: int | str, *, weights: bool = False
+) -> onnx.ModelProto:
+    """The graph from normalised images 'input' to 'logits'; weights beside the file only where asked for.
+
+    Raises:
+        ValueError: the graph has no such values in it.
+    """
     count = form.batch or "batch"
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
     made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
-    if rounded:
-        part = emulated(between(read_graph(file), given, made))
-        return open_session(part.SerializeToString(), **{**options, "optimise": False})
-    return _session(file, between(_graph(file, form), given, made), form, **options)
+    return between(read_graph(file, weights=weights), given, made)
+
+
+def tapped_session(graph: onnx.ModelProto, folder: Path, values: Sequence[str], **options: Any) -> Session:
+    """`graph` with these values inside it as its outputs; its weights may lie in `folder`."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(graph)
+    del tapped.graph.output[:]
+    tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)  # ONNX Runtime infers the types
+    return open_session(tapped.SerializeToString(), folder=folder, **options)
 
 
 def front_session(file: Path, form: Form, prepared: Preprocessing, **options: Any) -> Session:
@@ -56,9 +77,9 @@ def front_session(file: Path, form: Form, prepared: Preprocessing, **options: An
     Raises:
         ValueError: the graph has no such values in it.
     """
-    proto = _graph(file, form)
+    proto = read_graph(file, weights=form.precision == "bf16")
     made = helper.make_tensor_value_info("input", TensorProto.FLOAT, [form.batch or "batch", *prepared.input_size])
-    return _session(file, between(proto, proto.graph.input[0], made), form, **options)
+    return _session(between(proto, proto.graph.input[0], made), file.parent, form, **options)
 
 
 def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
@@ -99,12 +120,7 @@ def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.Value
     return part
 
 
-def _graph(file: Path, form: Form) -> onnx.ModelProto:
-    # what is emulated is rewritten, weights and all; else ONNX Runtime reads them from beside the file
-    return read_graph(file, weights=form.precision == "bf16")
-
-
-def _session(file: Path, part: onnx.ModelProto, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
+def _session(graph: onnx.ModelProto, folder: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
     if form.precision == "bf16" and provider == "cpu":
-        part, options = emulated(part), {**options, "optimise": False}
-    return open_session(part.SerializeToString(), folder=file.parent, provider=provider, **options)
+        graph, options = emulated(graph), {**options, "optimise": False}
+    return open_session(graph.SerializeToString(), folder=folder, provider=provider, **options)

@@ -18,6 +18,7 @@ INPUT = "image"
 CUBIC = -0.5  # Pillow's coefficient of bicubic interpolation
 MODES = {"bicubic": f'mode="cubic", cubic_coeff_a={CUBIC}', "bilinear": 'mode="linear"'}
 PREFIX = "pixels_"
+CHANNELS = (1, 3)
 
 
 def with_pixels(core: onnx.ModelProto, prepared: Preprocessing, batch: int | None) -> onnx.ModelProto:
@@ -47,12 +48,17 @@ def resized(prepared: Preprocessing) -> tuple[int, int]:
     return math.floor(height / prepared.crop_pct), math.floor(width / prepared.crop_pct)
 
 
+# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize of `axes` behind a Transpose
 def _source(prepared: Preprocessing, batch: int | None) -> str:
     channels, height, width = prepared.input_size
     if prepared.interpolation not in MODES:
         raise GrowkitError(
             f"--pixels: {prepared.interpolation} interpolation has no place in a graph; "
             "it can be bicubic or bilinear: leave --pixels out and prepare images as preprocessing in the file says"
+        )
+    if channels not in CHANNELS:  # Pillow weighs colours by a fourth channel, and there are no pictures of two
+        raise GrowkitError(
+            f"--pixels: the model takes {channels} channels, pictures as files have 1 or 3; leave it out"
         )
     if prepared.crop_mode not in ("center", "squash") or (prepared.crop_mode == "center" and height != width):
         raise GrowkitError(

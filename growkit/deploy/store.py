@@ -84,6 +84,17 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path, *(path.with_name(name) for name in sorted(names)))
 
 
+def bytes_unread(path: Path) -> int:
+    """Bytes in the files beside `path` after the last that a tensor lies in."""
+    ends: dict[str, int] = {}
+    for tensor in tensors(read_graph(path, weights=False)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            ends[_location(tensor)] = max(ends.get(_location(tensor), 0), end)
+    return sum(max(0, path.with_name(name).stat().st_size - end) for name, end in ends.items())
+
+
 def sha256_of_files(paths: tuple[Path, ...]) -> str:
     """SHA-256 over the bytes of all files, as hex; of one file it is the file's own."""
     digest = hashlib.sha256()

@@ -18,6 +18,17 @@ from growkit.deploy.pixels import INPUT
 from growkit.deploy.reference import Preprocessing
 from growkit.deploy.store import without_weights
 
+RANDOM = {
+    "Bernoulli",
+    "Dropout",  # exporters leave it out of what is only run
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
+
 
 def structure_checks(
     proto: onnx.ModelProto,
@@ -30,8 +41,7 @@ def structure_checks(
 ) -> list[Check]:
     """Hold the graph and its metadata to the form, and to the model's preprocessing, weights and labels."""
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
-    stored = {i.name for i in proto.graph.initializer}
-    inputs = [_signature(v) for v in proto.graph.input if v.name not in stored]
+    inputs = [_signature(v) for v in proto.graph.input]  # a weight among them could be replaced by a caller
     outputs = [_signature(v) for v in proto.graph.output]
     channels, height, width = prepared.input_size
     batch = str(form.batch) if form.batch else "batch"
@@ -58,9 +68,21 @@ def structure_checks(
         exactly("opset", opsets.get("ai.onnx"), form.opset),
         exactly("IR version", proto.ir_version, form.ir),
         exactly("operators from elsewhere", sorted(set(_domains(proto)) - domains_of(form)), []),
+        exactly("operators that have no place", _misplaced(proto, form), []),
+        exactly("read by nobody", _unread(proto), []),
         exactly("paths of the exporting machine", _leaks(proto), []),
         *_metadata(proto, dataclasses.asdict(prepared), weights_sha256, labels),
     ]
+
+
+def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
+    """Whether the batch and image size that the form claims, where it claims any, are those of the graph."""
+    given = [_signature(v) for v in proto.graph.input]
+    shape = [d.dim_value for v in proto.graph.input[:1] for d in v.type.tensor_type.shape.dim]
+    right = form.batch is None or shape[:1] == [form.batch]
+    right &= form.image_size is None or form.pixels or shape[2:] == [form.image_size] * 2
+    told = f"batch {form.batch or 'any'}, image size {form.image_size or 'its own'}"
+    return check("structure", "sizes", right, ", ".join(given), told, f"sizes: {', '.join(given)}, but claimed: {told}")
 
 
 def domains_of(form: Form) -> set[str]:
@@ -72,8 +94,39 @@ def _domains(proto: onnx.ModelProto) -> list[str]:
     return sorted({node.domain or "ai.onnx" for node in proto.graph.node})
 
 
+def _misplaced(proto: onnx.ModelProto, form: Form) -> list[str]:
+    """Operators whose answers change from run to run, or that do one thing to a check and another to a user."""
+    found = {node.op_type for node in proto.graph.node} | {n.op_type for f in proto.functions for n in f.node}
+    fused = {"Attention"} if any(n.op_type == "Attention" and not n.domain for n in proto.graph.node) else set()
+    return sorted(found & (RANDOM | BRANCHES)) + sorted(fused if form.attention != "standard" else ())
+
+
+def _unread(proto: onnx.ModelProto) -> list[str]:
+    """Stored tensors that no operator reads, and operators whose values lead to no output."""
+    wanted = {value.name for value in proto.graph.output}
+    unread = []
+    for node in reversed(proto.graph.node):  # sorted: who reads comes after who makes
+        if wanted.isdisjoint(node.output):
+            unread.append(f"{node.op_type} {node.output[0]}" if node.output else node.op_type)
+        else:
+            wanted.update(node.input)
+            wanted.update(_read_inside(node))
+    unread += [tensor.name for tensor in proto.graph.initializer if tensor.name not in wanted]
+    return unread[::-1][:3] + ([f"{len(unread) - 3} more"] if len(unread) > 3 else [])
+
+
+def _read_inside(node: onnx.NodeProto) -> set[str]:
+    """Values that the branches of a node read."""
+    graphs = [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
+    inside = [inner for graph in graphs for inner in graph.node]
+    names = {name for inner in inside for name in inner.input} | {v.name for g in graphs for v in g.output}
+    return names.union(*(_read_inside(inner) for inner in inside))
+
+
 def _signature(value: onnx.ValueInfoProto) -> str:
     """'name: dtype d0 x d1'; a symbolic first dimension reads 'batch', any other '?'."""
+    if not value.type.HasField("tensor_type"):
+        return f"{value.name}: {value.type.WhichOneof('value') or 'nothing'}"
     tensor = value.type.tensor_type
     dims = [
         str(d.dim_value) if d.HasField("dim_value") else ("batch" if index == 0 else "?")
@@ -129,7 +182,7 @@ def _metadata(
 def _json(text: str | None) -> Any:
     try:
         return json.loads(text) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets in brackets
         return text
 
 

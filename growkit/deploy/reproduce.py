@@ -1,0 +1,142 @@
+"""A script that shows again what a failed verification found: it loads model and file and runs the failing input."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from growkit.deploy.parity import Parity
+from growkit.deploy.settings import VerifySettings
+
+_SCRIPT = Template('''\
+"""Show again what `growkit verify` said no to, and exit 1 while it is so:
+
+$findings
+
+    python reproduce.py [--model MODEL] [--onnx FILE]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from growkit.deploy.inputs import extremes
+from growkit.deploy.limits import LIMITS
+from growkit.deploy.parity import check_parity
+from growkit.deploy.parts import core_session
+from growkit.deploy.reference import at_image_size, logits_of, noise_images, preprocessing, truth_of
+from growkit.deploy.store import form_in
+from growkit.source import load_source
+
+HERE = Path(__file__).resolve().parent
+MODEL = $model
+FILE = $file
+REFERENCE = $reference
+FAILING = $failing  # the first run whose numbers were wrong
+PROVIDER = $provider
+
+
+def failing_input_is_wrong(network, file: Path) -> bool:
+    """Run the failing input and say how far the file is off, in standard deviations of the logits."""
+    form = form_in(file)
+    network = at_image_size(network, form.image_size)
+    prepared, truth = preprocessing(network), truth_of(network)
+    made = noise_images(prepared, FAILING["made"], FAILING["seed"])
+    spread = logits_of(truth, made).std()
+    images = extremes(prepared, FAILING["seed"]).get(FAILING["run"], made[: FAILING["used"]])
+    wanted = logits_of(truth, images)
+    session = core_session(file, form, prepared, wanted.shape[1], provider=PROVIDER)
+    batch, got = FAILING["batch"], []
+    for start in range(0, len(images), batch):
+        fed = images[start : start + batch]
+        lacking = batch - len(fed)  # a file of one batch size takes no less
+        fed = np.concatenate([fed, np.repeat(fed[-1:], lacking, axis=0)])
+        try:
+            got.append(session.run(fed))
+        except Exception as error:
+            print(f"{FAILING['run']}: refused: {error}")
+            return True
+    got = np.concatenate(got)[: len(images)]
+    if got.shape != wanted.shape:
+        print(f"{FAILING['run']}: logits {got.shape}, expected {wanted.shape}")
+        return True
+    difference = got.astype(np.float64) - wanted
+    off, most = np.sqrt(np.mean(difference**2)) / spread, np.abs(difference).max() / spread
+    limits = LIMITS[form.precision]
+    print(f"{FAILING['run']}: relative RMS error {off:.3g}, allowed {limits.relative_rms:.3g}")
+    print(f"{FAILING['run']}: largest error / std {most:.3g}, at image {int(np.abs(difference).max(axis=1).argmax())}")
+    return not (off <= limits.relative_rms and (limits.largest is None or most <= limits.largest))
+
+
+def main() -> int:
+    """0 when the file answers like the model, 1 when not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="model folder, .pth, .safetensors or timm:NAME")
+    parser.add_argument("--onnx", type=Path, default=HERE / FILE, help="the ONNX file")
+    given = parser.parse_args()
+    model = given.model if given.model != MODEL or MODEL.startswith("timm:") else str(HERE / MODEL)
+    source = load_source(model, $from_, $sets)
+    network = source.model()
+    if FAILING is not None and failing_input_is_wrong(network, given.onnx):
+        return 1
+    parity = check_parity(
+        network,
+        given.onnx,
+        provider=PROVIDER,
+        max_batch=$max_batch,
+        seed=$seed,
+        weights_sha256=source.sha256 or None,
+        labels=list(source.labels) if source.labels is not None else None,
+        reference=HERE / REFERENCE if REFERENCE is not None else None,
+    )
+    for check in parity.failed:
+        print(f"FAILED {check.group}: {check.line}")
+    if parity.passed:
+        print("no check says no; what needs your images or labels is seen by `growkit verify` alone")
+    return 0 if parity.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+''')
+
+
+def reproduction(
+    parity: Parity,
+    folder: Path,
+    *,
+    model: str,
+    file: Path,
+    settings: VerifySettings,
+    reference: Path | None = None,
+    from_: str | None = None,
+    sets: Sequence[str] = (),
+) -> str:
+    """The text of a script in `folder` that shows what failed in `parity`; it takes other paths as arguments.
+
+    model, from_, sets  as source.load_source takes them
+    """
+    findings = "\n".join(f"    {c.group}: {c.line}" for c in parity.failed[:12])
+    if len(parity.failed) > 12:
+        findings += f"\n    and {len(parity.failed) - 12} more"
+    return _SCRIPT.substitute(
+        # it stands in a docstring
+        findings=findings.replace("\\", "/").replace('"""', "'''"),
+        model=repr(model if model.startswith("timm:") else _seen_from(folder, Path(model))),
+        file=repr(_seen_from(folder, file)),
+        reference=repr(_seen_from(folder, reference) if reference is not None else None),
+        failing=repr(parity.figures.get("failing")),
+        provider=repr(parity.provider if parity.provider != "none" else settings.provider),
+        from_=repr(from_),
+        sets=repr(tuple(sets)),
+        max_batch=settings.max_batch,
+        seed=settings.seed,
+    )
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    """Relative where both lie in one run folder, which may move as a whole."""
+    path, folder = path.resolve(), folder.resolve()
+    return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)

@@ -1,0 +1,147 @@
+"""The gate tested by mutation: no to every seeded fault, in the groups that must see it; yes to clean files."""
+
+import shutil
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from clean import ARCHITECTURES, CLEAN
+from deploy_models import make_model, tensors
+from faults import BASES, FAULTS, LABELS, LAYERS, OF_FP16, OF_INT8, SHA256
+from onnxruntime.quantization import quantize_dynamic
+from torch import nn
+
+from growkit.deploy.data_sets import write_reference
+from growkit.deploy.export import export_onnx
+from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.runtime import open_session
+from growkit.errors import GrowkitError
+
+
+@cache
+def model_of(base: str) -> nn.Module:
+    return make_model(**dict(BASES[base].model))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory):
+    """The clean file of a base."""
+    folder = tmp_path_factory.mktemp("clean")
+
+    @cache
+    def made(base: str) -> Path:
+        path = folder / base / "model.onnx"
+        export_onnx(
+            model_of(base),
+            path,
+            BASES[base].form,
+            external=BASES[base].external,
+            labels=LABELS,
+            provenance={"weights_sha256": SHA256},
+        )
+        return path
+
+    return made
+
+
+def verdict(base: str, path: Path) -> tuple[set[str], Parity | str]:
+    """The groups that say no, predictions aside."""
+    try:
+        parity = check_parity(model_of(base), path, weights_sha256=SHA256, labels=LABELS)
+    except GrowkitError as error:
+        return {"refused"}, str(error)
+    return {c.group for c in parity.failed} - {"predictions"}, parity
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_clean_base_passes(base: str, clean) -> None:
+    says_no, parity = verdict(base, clean(base))
+    assert not says_no, parity
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found_by_the_groups_that_must_see_it(name: str, clean, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    folder = tmp_path / "export"
+    shutil.copytree(clean(fault.base).parent, folder)
+    path, before = folder / "model.onnx", content(folder)
+    if fault.proto is not None:
+        proto = onnx.load(str(path), load_external_data=True)
+        fault.proto(proto)
+        path.write_bytes(proto.SerializeToString())
+    if fault.files is not None:
+        fault.files(path)
+    assert content(folder) != before, "the fault changes nothing"
+    says_no, parity = verdict(fault.base, path)
+    lines = parity if isinstance(parity, str) else "\n".join(c.line for c in parity.failed)
+    assert says_no == fault.says_no, lines
+    if name in LAYERS:
+        assert isinstance(parity, Parity)
+        assert parity.figures["layer"] == LAYERS[name], parity.figures["diagnosis"]
+
+
+def test_every_group_alone_catches_some_fault() -> None:
+    alone = Counter(next(iter(f.says_no)) for f in FAULTS.values() if len(f.says_no) == 1)
+    assert {"structure", "weights", "numbers", "pixels", "answers"} <= set(alone), alone
+    assert set(LAYERS) <= set(FAULTS)
+    assert len(FAULTS) >= 40
+
+
+@pytest.mark.parametrize("name", OF_INT8)
+def test_fault_of_int8_changes_the_answers_of_a_quantised_file(name: str, clean, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    quantize_dynamic(clean("torchscript"), path, per_channel=True, op_types_to_quantize=["MatMul"])
+    images = noise_images(preprocessing(model_of("torchscript")), 4, 0)
+    before = open_session(path).run(images)
+    proto = onnx.load(str(path))
+    OF_INT8[name](proto)
+    after = open_session(proto.SerializeToString()).run(images)
+    assert np.abs(after - before).max() > 0
+
+
+@pytest.mark.parametrize("name", OF_FP16)
+def test_fault_of_fp16_changes_weights(name: str) -> None:
+    weights = np.linspace(0.1, 1, 50, dtype=np.float16)
+    proto = onnx.ModelProto()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    OF_FP16[name](proto)
+    changed = tensors(proto)["w"]
+    assert changed.dtype == np.float16
+    assert (changed != weights).any()
+
+
+# clean exports ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name if one.fast else pytest.param(name, marks=pytest.mark.slow) for name, one in CLEAN.items()]
+)
+def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
+    one = CLEAN[name]
+    model = make_model(one.seed, **ARCHITECTURES[one.architecture])
+    export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external)
+    write_reference(model, tmp_path, seed=one.seed, form=one.form)
+    parity = check_parity(model, tmp_path / "model.onnx", seed=one.seed, reference=tmp_path)
+    assert parity.passed, "\n".join(c.line for c in parity.failed)
+
+
+def test_clean_exports_are_many_and_different() -> None:
+    assert len(CLEAN) >= 50
+    assert len({(one.architecture, one.form, one.external) for one in CLEAN.values()}) == len(CLEAN)
+    assert {one.architecture for one in CLEAN.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 21))
+@pytest.mark.parametrize("base", ["plain", "standard", "contrib", "pixels"])
+def test_other_images_raise_no_false_alarm(base: str, seed: int, clean) -> None:
+    parity = check_parity(model_of(base), clean(base), seed=seed)
+    assert parity.passed, "\n".join(c.line for c in parity.failed)
