@@ -57,7 +57,7 @@ def test_bigger_rank_costs_more(planned: Plan) -> None:
         assert lower.operator_parameters < higher.operator_parameters
         assert lower.flops_per_step < higher.flops_per_step
         assert lower.slice_bytes <= higher.slice_bytes
-    assert planned.ranks[0].slice_bytes < planned.ranks[-1].slice_bytes
+    assert planned.ranks[0].slice_bytes <= planned.ranks[-1].slice_bytes  # a share of the model at any rank
     assert planned.ranks[0].flops_per_step > planned.flops_per_step[1]
 
 

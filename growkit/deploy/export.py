@@ -5,7 +5,7 @@ opset 18 with IR 8, the default, loads on ONNX Runtime 1.15 and newer; the expor
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ def export_onnx(
     if others:
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
     prepared = preprocessing(model)
-    proto = in_precision(captured(model, prepared.input_size, form), prepared, form, calibration)
+    core = captured(model, prepared.input_size, form)
+    if not any(node.op_type == "Attention" for node in core.graph.node):  # the model's has no place in the operator
+        form = replace(form, attention="unfused")
+    proto = in_precision(core, prepared, form, calibration)
     if form.pixels:
         proto = with_pixels(proto, prepared, form.batch)
     proto = with_output(proto, form)

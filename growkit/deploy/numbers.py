@@ -35,6 +35,7 @@ class Truth:
         return float(self.expected.std())
 
 
+@np.errstate(invalid="ignore", over="ignore")  # NaN and infinities are told by their checks
 def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[Check], dict[str, Any]]:
     """Run every batch size and every extreme; checks of the groups numbers and predictions, and the figures.
 

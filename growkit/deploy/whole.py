@@ -18,7 +18,7 @@ from growkit.deploy.runtime import Session
 
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside
 LEVELS = 4  # of 255: how far one pixel may be off; seen: 2 with bicubic, 4 with bilinear
-SHARE = 0.15  # of the pixels may be off at all; see pixels.py
+SHARE = 0.10  # of the pixels may be off at all; see pixels.py
 ROUNDING = 0.5  # of a level: a smaller difference is none
 
 

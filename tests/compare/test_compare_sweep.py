@@ -205,7 +205,7 @@ def test_commands_keep_a_recipe_in_steps_and_train_no_operator_that_was_not(sour
 def test_every_setting_of_the_recipe_is_tried_in_a_command():
     left = {f.name for f in fields(FitSettings)} - set(UNLIKE)
     # cached images are not jittered, so these two are tried with another recipe; a sweep has not the last four
-    assert left == {"epochs", "steps", "cache", "compile", "lr", "eval_every", "tensorboard", "shard"}
+    assert left == {"epochs", "steps", "cache", "compile", "lr", "eval_every", "tensorboard", "shard", "tf32"}
     plain = asdict(FitSettings())
     assert all(value != plain[name] for name, value in UNLIKE.items())
 
