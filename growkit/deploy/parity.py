@@ -146,7 +146,8 @@ def check_parity(
     ]
     del proto
     try:
-        core = core_session(file, form, prepared, classes, provider=provider)
+        around = form.pixels or form.output != "logits"
+        core = core_session(file, form, prepared, classes, provider=provider) if around else session
         front = front_session(file, form, prepared, provider=provider) if form.pixels else None
     except GrowkitError:
         raise
@@ -193,7 +194,7 @@ def check_parity(
 
 def _yardstick(model: nn.Module, form: Form, images: np.ndarray, batches: tuple[int, ...]) -> dict[int, np.ndarray]:
     """What PyTorch says in the file's precision, in batches as the file gets them: int8 scales are a batch's own."""
-    network = in_precision(model, form.precision.removesuffix("-static"))
+    network = model if form.precision == "fp32" else in_precision(model, form.precision.removesuffix("-static"))
     if form.precision != "int8":
         every = logits_of(network, images)
         return {batch: every[: len(images) if batch == batches[0] else batch] for batch in batches}
