@@ -10,6 +10,7 @@ from growkit.compare.settings import CompareSettings
 from growkit.deploy.checks import check
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
 from growkit.deploy.settings import ExportSettings, VerifySettings
+from growkit.deploy.throughput import Rate, Throughput
 from growkit.files import write_json
 from growkit.record import RunFolder
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
@@ -105,6 +106,16 @@ def verification(**changes: Any) -> dict[str, Any]:
             "accuracy": {"samples": 1000, "top1": 0.85, "torch_top1": 0.85, "n01": 0, "n10": 0},
         },
         "latency": told,
+        "throughput": asdict(
+            Throughput(
+                tuple(Rate(batch, 37.0 * batch, Percentiles(27.0, 28.0, 29.0), 20, 155.0, 0.47) for batch in (1, 8)),
+                macs_per_image=2_100_000_000,
+                peak_gflops=331.0,
+                peak_size=1024,
+                provider="cpu",
+                threads=2,
+            )
+        ),
         **changes,
     }
     return json.loads(json.dumps(content))

@@ -45,6 +45,15 @@ def verdict(run: RunFolder) -> Gate:
     return found
 
 
+def test_page_tells_throughput_and_what_the_files_precision_allows(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    checks = [{**one, "limit": 0.056} if "relative RMS" in one["name"] else one for one in verification()["checks"]]
+    write_json(run.verify / "report.json", verification(checks=checks))
+    told = text(run)
+    for words in ("Throughput, as a server runs it", "47%", "296", "The peak is 331 GFLOP/s", "spread, allowed 0.056"):
+        assert words in told, words
+
+
 def test_page_tells_the_whole_way(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", compared=True)
     report, told = run_report(run), text(run)

@@ -14,8 +14,13 @@ GROUPS = {  # the groups of checks known by now, as a reader asks
     "weights": "It holds the model's weights",
     "numbers": "It gives the model's numbers",
     "predictions": "It gives the model's answers",
+    "pixels": "It prepares pictures as the model was trained",
+    "answers": "Its answers follow from its logits",
+    "pictures": "It agrees on pictures of yours",
     "accuracy": "It scores like the model",
     "reference": "It reproduces its reference data",
+    "golden": "It answers as when it was accepted",
+    "provider": "It runs where it was asked to",
     "latency": "It is as fast as its architecture allows",
 }
 TOLD = {"comparisons", "checks", "provider", "threads"}  # of the latency report
@@ -60,17 +65,21 @@ def parity_section(facts: Facts) -> Section:
     if facts.export:
         size = number(facts.export.get("bytes"))
         large = f"{size / 1e6:.1f} MB, " if size else ""
-        lines.append(f"model.onnx: {large}opset {facts.export.get('opset')}, IR {facts.export.get('ir')}.")
+        precision = mapping(facts.export.get("form")).get("precision")
+        kind = f"{precision}, " if precision else ""
+        lines.append(f"model.onnx: {kind}{large}opset {facts.export.get('opset')}, IR {facts.export.get('ir')}.")
     if content is not facts.verify:
         lines.append("These are the export's own checks; `growkit verify` makes more, with data and times.")
     batches = mapping(figures.get("batches"))
     worst = [number(mapping(one).get("relative_rms")) for one in batches.values()]
     known = [one for one in worst if one is not None]
     if known:
-        lines.append(f"Its numbers differ from the float64 model by {max(known):.1e} of their spread, allowed 1e-05.")
+        allowed = _allowed(groups, "relative RMS error")
+        lines.append(f"Its numbers differ from the float64 model by {max(known):.1e} of their spread{allowed}.")
     ratio = number(figures.get("noise_ratio"))
     if ratio is not None:
-        lines.append(f"That is {ratio:.2f} times PyTorch's own float32 rounding, allowed 3.")
+        allowed = _allowed(groups, "error / PyTorch's own")
+        lines.append(f"That is {ratio:.2f} times PyTorch's own error in the file's precision{allowed}.")
     accuracy = mapping(figures.get("accuracy"))
     if accuracy:
         lines.append(
@@ -80,6 +89,13 @@ def parity_section(facts: Facts) -> Section:
     lines += earlier_line(facts.all("verify" if content is facts.verify else "export"))
     parts = [_group(group, checks) for group, checks in groups.items()]
     return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
+
+
+def _allowed(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:
+    """What the checks of that name allow, as the end of a sentence."""
+    limits = [one.get("limit") for one in groups.get("numbers", ()) if str(one.get("name")).endswith(name)]
+    limit = number(limits[0]) if limits else None
+    return f", allowed {limit:.3g}" if limit is not None else ""
 
 
 def _batches(batches: Mapping[str, Any]) -> Table | None:
@@ -145,7 +161,7 @@ def latency_section(facts: Facts) -> Section:
         Dots("Time of the file against others", ratios, "ratio of times", ("as fast", 1.0)),
         Bars("Time per call, median", bars, "ms"),
     ]
-    parts = [Section("Times in ms", table=_times(compared), folded=True)]
+    parts = [Section("Times in ms", table=_times(compared), folded=True), *_throughput(facts)]
     checks = checks_of(facts.verify).get("latency")
     if checks:
         parts.insert(0, _group("latency", checks))
@@ -155,6 +171,31 @@ def latency_section(facts: Facts) -> Section:
             Section(one.title, one.text, one.table, one.plots) for one in figure_sections("Further figures", more)
         ]
     return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
+
+
+def _throughput(facts: Facts) -> list[Section]:
+    """Images per second by batch size, and how much of the machine that is."""
+    measured = mapping(facts.verify.get("throughput"))
+    body = []
+    for one in rows(measured.get("rates")):
+        milliseconds, share = mapping(one.get("ms")), number(one.get("share"))
+        body.append(
+            (
+                cell(one.get("batch")),
+                *(_digits(one.get(key)) for key in ("images_per_second", "gflops")),
+                "–" if share is None else f"{share:.0%}",
+                *(_digits(milliseconds.get(key)) for key in ("p50", "p90", "p99")),
+            )
+        )
+    if not body:
+        return []
+    size, foreign = cell(measured.get("peak_size")), number(measured.get("foreign"))
+    peak = _digits(measured.get("peak_gflops"))
+    text = f"The peak is {peak} GFLOP/s, of one float32 product of {size} x {size} matrices."
+    if foreign is not None and foreign > 0.15:
+        text += f" Other programs took {foreign:.0%} of the processors meanwhile."
+    columns = ("batch", "images/s", "GFLOP/s", "of the peak", "p50 ms", "p90", "p99")
+    return [Section("Throughput, as a server runs it", text, Table(columns, body))]
 
 
 def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
