@@ -24,6 +24,8 @@ from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
 from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_graph
 from growkit.errors import GrowkitError
 
+OUTER_SEEDS = range(1000, 1008)  # of the extremes that int8-static is calibrated with, beside the user's images
+
 
 @dataclass(frozen=True)
 class Export:
@@ -117,7 +119,9 @@ def in_precision(
     if form.precision == "int8-static":
         if calibration is None:
             raise GrowkitError("--precision int8-static takes its ranges from images: give --data")
-        return int8_static(core, calibration)
+        # black, white or noisy images come in service, too; they widen the ranges a little and cost nothing to speak of
+        outer = [image for seed in OUTER_SEEDS for image in extremes(prepared, seed).values()]
+        return int8_static(core, np.concatenate([calibration, *outer]))
     if form.precision == "bf16":
         return brain(core)[0]
     made = np.concatenate([noise_images(prepared, 8, 0), *extremes(prepared, 0).values()])

@@ -216,7 +216,7 @@ def _pictures(
     for name, picture in given.items():
         image = as_model_takes(prepared, [picture])
         got = in_batches(core, image, known.batches[0])
-        checks += compared(name, got, logits_of(truth, image), known.spread, limits, group="pictures")[0]
+        checks += compared(name, got, logits_of(truth, image), known.spread, limits, "pictures", noise=known.own())[0]
     return checks
 
 

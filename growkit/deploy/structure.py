@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import CONTRIB, Form
@@ -27,6 +29,17 @@ RANDOM = {
     "RandomUniform",
     "RandomUniformLike",
 }
+OF_INT8 = {"int8": {"DynamicQuantizeLinear", "MatMulInteger"}, "int8-static": {"QuantizeLinear", "DequantizeLinear"}}
+QUANTISERS = {
+    "ConvInteger",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "QuantizeLinear",
+}
+HALVES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
 
 
@@ -69,6 +82,7 @@ def structure_checks(
         exactly("IR version", proto.ir_version, form.ir),
         exactly("operator domains", _domains(proto), domains_of(form)),
         exactly("operators that have no place", _misplaced(proto, form), []),
+        exactly(f"not {form.precision}", _not_in_precision(proto, form.precision), []),
         exactly("read by nobody", _unread(proto), []),
         exactly("paths of the exporting machine", _leaks(proto), []),
         *_metadata(proto, dataclasses.asdict(prepared), weights_sha256, labels),
@@ -99,6 +113,48 @@ def _misplaced(proto: onnx.ModelProto, form: Form) -> list[str]:
     found = {node.op_type for node in proto.graph.node} | {n.op_type for f in proto.functions for n in f.node}
     fused = {"Attention"} if any(n.op_type == "Attention" and not n.domain for n in proto.graph.node) else set()
     return sorted(found & (RANDOM | BRANCHES)) + sorted(fused if form.attention != "standard" else ())
+
+
+def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
+    """What a file of this precision does not hold, or holds too little of: limits loosen with what is claimed.
+
+    float16 may leave layers in float32, where they overflow, but not most weights. int8 leaves no product with a
+    weight, and takes none of two activations.
+    """
+    graph = proto.graph
+    weights = {t.name: t for t in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+    types = {t.data_type for t in (*weights.values(), *(a.t for n in graph.node for a in n.attribute))}
+    types |= {a.i for n in graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to"}
+    found = [f"a {kind} value" for value, kind in HALVES.items() if value in types and kind != precision]
+    quantisers = {n.op_type for n in graph.node} & QUANTISERS
+    found += sorted(quantisers - OF_INT8.get(precision, set()))
+    if precision in HALVES.values():
+        sizes = {kind: sum(_size(t) for t in weights.values() if t.data_type == kind) for kind in (1, *HALVES)}
+        found += [f"{sizes[1]} float32 weights"] if 2 * sizes[1] > sum(sizes.values()) else []
+    elif precision in OF_INT8:
+        by_weight, products = set(weights), {"MatMulInteger"} if precision == "int8" else {"MatMul", "Gemm"}
+        if precision == "int8-static":
+            by_weight = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights}
+        right = 0
+        for node in graph.node:
+            if node.op_type not in ("MatMul", "Gemm", "MatMulInteger"):
+                continue
+            makers = [maker[name].op_type if name in maker else "" for name in node.input[:2]]
+            low = node.op_type == "MatMulInteger" or "DequantizeLinear" in makers
+            if low and (node.op_type not in products or node.input[1] not in by_weight):
+                found.append(f"{node.op_type} {node.name} of two activations")
+            elif low and precision == "int8-static" and makers[0] != "DequantizeLinear":
+                found.append(f"{node.op_type} {node.name} of a float32 activation")
+            elif not low and node.input[1] in weights:
+                found.append(f"{node.op_type} {node.name} in float32")
+            right += low
+        found += [] if right else ["no product in int8"]
+    return found[:3] + ([f"{len(found) - 3} more"] if len(found) > 3 else [])
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims)
 
 
 def _unread(proto: onnx.ModelProto) -> list[str]:

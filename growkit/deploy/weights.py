@@ -72,7 +72,7 @@ def _whole(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
     # the exporter leaves a bias out that is all zeros
     missing = [n for n in missing if state[n].ndim != 1 or state[n].any()]
 
-    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, known)], len(state), len(stored))
+    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, model, known)], len(state), len(stored))
 
 
 def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
@@ -100,7 +100,7 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
     same = {_bits(state[name]) for name in found}
     missing = [n for n in wanted if n not in found and _bits(state[n]) not in same]
     missing = sorted(n for n in missing if state[n].ndim != 1 or state[n].any())
-    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, known)], len(wanted), len(stored))
+    return _told(missing, unexplained, [*constants, *_odd_attributes(proto, model, known)], len(wanted), len(stored))
 
 
 def _once(array: np.ndarray) -> np.ndarray:
@@ -109,8 +109,9 @@ def _once(array: np.ndarray) -> np.ndarray:
     return array[:1] if repeated else array
 
 
-def _odd_attributes(proto: onnx.ModelProto, known: set[np.float32]) -> list[str]:
-    return [
+def _odd_attributes(proto: onnx.ModelProto, model: nn.Module, known: set[np.float32]) -> list[str]:
+    tanh = [f"Gelu {n.name} by tanh" for n in proto.graph.node for a in n.attribute if a.s == b"tanh"]
+    return ([] if _tanh_gelu(model) else tanh) + [
         f"{node.op_type} {node.name}: {a.name} = {a.f:.9g}"
         for node in proto.graph.node
         for a in node.attribute
@@ -163,12 +164,22 @@ def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | 
     return None
 
 
+def _tanh_gelu(model: nn.Module) -> bool:
+    """Whether some activation of the model is the approximation of GELU by tanh; below float32 its error is noise."""
+    names = ("gelutanh", "newgelu", "fastgelu")
+    return any(
+        getattr(m, "approximate", None) == "tanh" or any(name in type(m).__name__.lower() for name in names)
+        for m in model.modules()
+    )
+
+
 def _known_constants(model: nn.Module, form: Form) -> set[np.float32]:
     """Numbers a file may hold beside weights: those of the operators' formulas, and every float
     that a module carries (scale, eps), with its square root: fused attention scales q and k by it.
     """
     formulas = {0.0, 0.5, 1.0, 2.0, math.sqrt(2), math.sqrt(0.5), -math.inf}
-    formulas |= {math.sqrt(2 / math.pi), 0.044715, 1.702}  # tanh and quick GELU
+    formulas |= {math.sqrt(2 / math.pi), 0.044715} if _tanh_gelu(model) else set()
+    formulas |= {1.702} if any("quickgelu" in type(m).__name__.lower() for m in model.modules()) else set()
     carried = {v for m in model.modules() for v in vars(m).values() if type(v) is float}
     carried |= {math.sqrt(v) for v in carried if v > 0}
     pixels = {255.0, CUBIC} if form.pixels else set()

@@ -1,6 +1,6 @@
 """Clean exports, architectures x forms: the gate must pass every one. A precision is one more form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from growkit.deploy.form import Form
@@ -51,6 +51,26 @@ DYNAMO = {
     "dynamo, ort-1.23, batch 5": Form(target="ort-1.23", batch=5),
     "dynamo, pixels, top-1": Form(pixels=True, output="top-1"),
 }
+LOW = {
+    f"{precision}, {kind}": replace(form, precision=precision)
+    for kind, form in {
+        "any batch": Form(exporter="torchscript"),
+        "batch 1": Form(exporter="torchscript", batch=1),
+        "batch 3, ort-1.18": Form(exporter="torchscript", batch=3, target="ort-1.18"),
+        "pixels, top-1": Form(exporter="torchscript", pixels=True, output="top-1"),
+        "probabilities, weights beside it": Form(exporter="torchscript", output="probabilities"),
+    }.items()
+    for precision in ("fp16", "bf16", "int8", "int8-static")
+}
+LOW_DYNAMO = {
+    "dynamo, fp16": Form(precision="fp16", target="ort-1.18"),
+    "dynamo, bf16": Form(precision="bf16"),
+    "dynamo, int8": Form(precision="int8"),
+    "dynamo, int8-static": Form(precision="int8-static"),
+    "dynamo, fp16, standard attention": Form(precision="fp16", target="ort-1.23", attention="standard"),
+    "dynamo, bf16, standard attention": Form(precision="bf16", target="ort-1.23", attention="standard"),
+    "dynamo, int8, standard attention": Form(precision="int8", target="ort-1.23", attention="standard"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,10 @@ def _table() -> dict[str, Clean]:
         add(architecture, SCRIPT, index + 3, fast=False)
         add(architecture, DYNAMO, index, fast=False)
         add(architecture, DYNAMO, index + 1, fast=False)
+    for index, architecture in enumerate(ARCHITECTURES):
+        for step in range(4):  # every precision, each in another form
+            add(architecture, LOW, 5 * index + 5 * step, fast=index % 12 == 0)
+        add(architecture, LOW_DYNAMO, index, fast=False)
     return table
 
 

@@ -1,7 +1,7 @@
 """Seeded faults: what can go wrong in an ONNX file, and which groups of the gate's checks must say so.
 
 A fault changes a graph (`proto`) or the files of an export (`files`); `says_no` is exactly the groups that catch it,
-predictions aside, which follow the numbers. A precision is one more base and its faults are more rows.
+predictions aside, which follow the numbers.
 """
 
 import json
@@ -54,6 +54,10 @@ BASES = {
     "served": Base(Form(exporter="torchscript", output="top-3", pixels=True), external=True, model=DEIT),
     "batch 3": Base(Form(exporter="torchscript", batch=3)),
     "square": Base(Form(exporter="torchscript"), model=(("mlp_ratio", 1.0),)),
+    **{
+        precision: Base(Form(exporter="torchscript", target="ort-1.18", precision=precision))
+        for precision in ("fp16", "bf16", "int8", "int8-static")
+    },
     "distilled": Base(Form(exporter="torchscript"), model=(("name", "deit_tiny_distilled_patch16_224"),)),
 }
 
@@ -541,7 +545,7 @@ def rows_turned(name: str) -> Change:
     return behind(name, ("Slice", [start, end, axis, step], {}))
 
 
-# faults of lower precision: rows of FAULTS where their bases are -----------------------------------
+# faults of lower precision -----------------------------------------------------------------------
 
 
 def quantised(proto: onnx.ModelProto) -> str:
@@ -583,13 +587,88 @@ def through_bfloat16(proto: onnx.ModelProto) -> None:
             replace(proto, name, torch.from_numpy(value.copy()).bfloat16().half().numpy())
 
 
-OF_INT8 = {
-    "channels swapped": channels_swapped,
-    "one step off": one_step_off,
-    "one scale for all channels": scale_of_the_largest,
-    "scales one channel off": scales_one_off,
-}
-OF_FP16 = {"rounded to bfloat16 before": through_bfloat16}
+def zero_moved(proto: onnx.ModelProto) -> None:
+    """The zero of the weights of an int8 product is one step off."""
+    replace(proto, nodes(proto, "MatMulInteger")[0].input[3], np.full(192, 1, dtype=np.int8))
+
+
+def zero_of_activation_moved(proto: onnx.ModelProto) -> None:
+    name = nodes(proto, "QuantizeLinear")[0].input[2]
+    stored(name, lambda zero: zero - 64 if zero > 128 else zero + 64)(proto)
+
+
+def ranges(factor: float, index: int = 1) -> Change:
+    """One activation's range is so many times as wide, there and back."""
+    return lambda proto: stored(nodes(proto, "QuantizeLinear")[index].input[1], lambda v: v * np.float32(factor))(proto)
+
+
+def scales(factor: float) -> Change:
+    return stored(lambda name, v: name.endswith("_scale") and v.ndim == 1 and v.size > 1, lambda v: v * factor)
+
+
+def channels_swapped_with_scales(proto: onnx.ModelProto) -> None:
+    order = np.r_[1, 0, 2:192]
+    stored(quantised(proto), lambda value: value[:, order])(proto)
+    stored(lambda name, v: name.endswith("_scale") and v.shape == (192,), lambda v: v[order])(proto)
+
+
+def heads_of_int8(proto: onnx.ModelProto) -> None:
+    """Two heads of q change places, scales and all; the bias stays."""
+    stored(quantised(proto), lambda value: value[:, HEADS_OF_Q])(proto)
+    stored(lambda name, v: name.endswith("_scale") and v.shape == (192,), lambda v: v[HEADS_OF_Q])(proto)
+
+
+def half_weight(factor: float) -> Change:
+    return element("head.weight", (2, 5), factor)
+
+
+def casts(there: int, back: int) -> Change:
+    return behind(output_of("Gelu"), ("Cast", [], {"to": there}), ("Cast", [], {"to": back}))
+
+
+def overflow(proto: onnx.ModelProto) -> None:
+    """A factor beyond what float16 holds, there and back."""
+    large = [np.float16(60000)]
+    behind(output_of("Gelu"), ("Mul", large, {}), ("Div", large, {}))(proto)
+
+
+def hotter(proto: onnx.ModelProto) -> None:
+    """Attention scaled by 1/sqrt(31) in place of 1/sqrt(32)."""
+    behind(nodes(proto, "Softmax")[0].input[0], ("Mul", [np.float32((32 / 31) ** 0.5)], {}))(proto)
+
+
+def attention_in_int8(proto: onnx.ModelProto) -> None:
+    """The product of q and k through eight bits."""
+    eights = {node.output[0] for node in nodes(proto, "DequantizeLinear")}
+    node = next(n for n in nodes(proto, "MatMul") if eights.isdisjoint(n.input))
+    for side in (0, 1):
+        behind(
+            node.input[side],
+            ("QuantizeLinear", [np.float32(0.05), np.array(128, dtype=np.uint8)], {}),
+            ("DequantizeLinear", [np.float32(0.05), np.array(128, dtype=np.uint8)], {}),
+        )(proto)
+
+
+def head_left(proto: onnx.ModelProto) -> None:
+    """The head's weights in float32, as the library leaves them unless told: better numbers than were claimed."""
+    integer = nodes(proto, "MatMulInteger")[-1]
+    cast = next(n for n in proto.graph.node if n.input and n.input[0] == integer.output[0])
+    product = next(n for n in proto.graph.node if cast.output[0] in n.input)
+    source = maker(proto, integer.input[0])
+    model = make_model()
+    constant(proto, model.state_dict()["head.weight"].numpy().T.copy(), "plain_head")
+    product.op_type = "MatMul"
+    scale = maker(proto, next(name for name in product.input if name != cast.output[0]))
+    del product.input[:]
+    product.input.extend([source.input[0], "plain_head"])
+    gone = {integer.input[1], integer.input[3], *scale.input}
+    for node in (integer, cast, source, scale):
+        proto.graph.node.remove(node)
+    kept = [
+        t for t in proto.graph.initializer if t.name not in gone or any(t.name in n.input for n in proto.graph.node)
+    ]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
 
 
 # faults of files --------------------------------------------------------------------------------
@@ -638,11 +717,12 @@ def of(*groups: str) -> frozenset[str]:
 
 
 BOTH, NUMBERS, WEIGHTS, STRUCTURE = of("weights", "numbers"), of("numbers"), of("weights"), of("structure")
+ALL = of("structure", "weights", "numbers")
 PIXELS, ANSWERS = of("pixels"), of("answers")
 
 FAULTS: dict[str, Fault] = {
     # deployment.md B.2
-    "tanh GELU": Fault(NUMBERS, "torchscript", attribute("Gelu", "approximate", "tanh")),
+    "tanh GELU": Fault(BOTH, "torchscript", attribute("Gelu", "approximate", "tanh")),
     "layer norm epsilon 1e-5": Fault(BOTH, proto=epsilon(1e-5)),
     "layer norm epsilon 1e-12": Fault(BOTH, proto=epsilon(1e-12)),
     "attention scale 1/sqrt(31)": Fault(BOTH, proto=attention_scale(31**-0.5)),
@@ -681,7 +761,7 @@ FAULTS: dict[str, Fault] = {
     "one of two heads left out": Fault(of("numbers", "structure"), "distilled", one_head_left_out),
     "junk among the weights": Fault(of("weights", "structure"), proto=junk),
     # what the graph computes, with every weight and constant in place
-    "quick GELU": Fault(NUMBERS, "torchscript", quick_gelu),
+    "quick GELU": Fault(BOTH, "torchscript", quick_gelu),
     "ReLU for GELU": Fault(NUMBERS, "torchscript", becomes("Gelu", "Relu", 1)),
     "attention without scale": Fault(NUMBERS, proto=lambda p: replace(p, scalar(p, HEAD**-0.5), np.float32(1))),
     "attention without softmax": Fault(NUMBERS, proto=skipped("Softmax", 0)),
@@ -720,8 +800,8 @@ FAULTS: dict[str, Fault] = {
     "logits twice as large": Fault(NUMBERS, proto=behind("logits", ("Mul", [np.float32(2)], {}))),
     "logits all raised": Fault(NUMBERS, proto=behind("logits", ("Add", [np.float32(0.5)], {}))),
     "clipped where only extremes go": Fault(NUMBERS, proto=behind("input", ("Min", [np.float32(2)], {}))),
-    "one layer in fp16": Fault(NUMBERS, proto=half_and_back(output_of("MatMul", 4))),
-    "fp16 overflow": Fault(BOTH, proto=half_and_back(output_of("Conv"), 1e6)),
+    "one layer in fp16": Fault(of("structure", "numbers"), proto=half_and_back(output_of("MatMul", 4))),
+    "fp16 overflow": Fault(ALL, proto=half_and_back(output_of("Conv"), 1e6)),
     # batches
     "fixed batch": Fault(of("structure", "numbers"), proto=fixed_batch),
     "batch baked into the class token": Fault(of("numbers", "structure"), proto=baked_batch),
@@ -846,6 +926,59 @@ FAULTS: dict[str, Fault] = {
     "file of nothing": Fault(STRUCTURE, files=lambda path: path.write_bytes(b"")),
     "file that is none": Fault(STRUCTURE, files=lambda path: path.write_bytes(b"no ONNX at all")),
     "another model's file": Fault(BOTH, "torchscript", files=another_models),
+    "claims a precision that there is not": Fault(of("refused"), proto=claims(precision="fp8")),
+    "claims a precision that is no word": Fault(of("refused"), proto=claims(precision=8)),
+    # float16
+    "fp16: rounded to bfloat16 before": Fault(BOTH, "fp16", through_bfloat16),
+    "fp16: one weight +1 %": Fault(WEIGHTS, "fp16", half_weight(1.01)),
+    "fp16: bias dropped": Fault(BOTH, "fp16", zeroed("blocks.0.attn.qkv.bias")),
+    "fp16: layer norm epsilon 1e-3": Fault(NUMBERS, "fp16", epsilon(1e-3)),
+    "fp16: positions shifted": Fault(BOTH, "fp16", stored("pos_embed", lambda v: np.roll(v, 1, axis=1))),
+    "fp16: tanh GELU": Fault(WEIGHTS, "fp16", attribute("Gelu", "approximate", "tanh")),
+    "fp16: a layer in bfloat16": Fault(STRUCTURE, "fp16", casts(TensorProto.BFLOAT16, TensorProto.FLOAT16)),
+    "fp16: overflow": Fault(BOTH, "fp16", overflow),
+    "fp16: claims bf16": Fault(STRUCTURE, "fp16", claims(precision="bf16")),
+    "fp16: claims fp32": Fault(ALL, "fp16", claims(precision="fp32")),
+    "fp16: claims int8": Fault(STRUCTURE, "fp16", claims(precision="int8")),
+    # bfloat16
+    "bf16: one weight +1 %": Fault(WEIGHTS, "bf16", half_weight(1.01)),
+    "bf16: positions shifted": Fault(BOTH, "bf16", stored("pos_embed", lambda v: np.roll(v, 1, axis=1))),
+    "bf16: bias dropped": Fault(BOTH, "bf16", zeroed("blocks.0.attn.qkv.bias")),
+    "bf16: layer norm epsilon 1e-5": Fault(WEIGHTS, "bf16", epsilon(1e-5)),
+    "bf16: claims fp16": Fault(STRUCTURE, "bf16", claims(precision="fp16")),
+    # int8
+    "int8: channels swapped": Fault(BOTH, "int8", channels_swapped),
+    "int8: channels swapped with their scales": Fault(BOTH, "int8", channels_swapped_with_scales),
+    "int8: one step off": Fault(WEIGHTS, "int8", one_step_off),
+    "int8: one scale for all channels": Fault(BOTH, "int8", scale_of_the_largest),
+    "int8: scales one channel off": Fault(BOTH, "int8", scales_one_off),
+    "int8: scale +1 %": Fault(WEIGHTS, "int8", scales(1.01)),
+    "int8: zero moved": Fault(WEIGHTS, "int8", zero_moved),
+    "int8: heads swapped": Fault(BOTH, "int8", heads_of_int8),
+    "int8: bias dropped": Fault(BOTH, "int8", zeroed("blocks.0.attn.qkv.bias")),
+    "int8: positions shifted": Fault(BOTH, "int8", stored("pos_embed", lambda v: np.roll(v, 1, axis=1))),
+    "int8: layer norm epsilon 1e-5": Fault(WEIGHTS, "int8", epsilon(1e-5)),
+    "int8: attention scale 1/sqrt(31)": Fault(WEIGHTS, "int8", hotter),
+    "int8: head left in float32": Fault(STRUCTURE, "int8", head_left),
+    "int8: claims fp32": Fault(ALL, "int8", claims(precision="fp32")),
+    "int8: claims fp16": Fault(of("structure", "numbers"), "int8", claims(precision="fp16")),
+    "int8: claims int8-static": Fault(of("structure", "numbers"), "int8", claims(precision="int8-static")),
+    "float32 claims int8": Fault(STRUCTURE, "torchscript", claims(precision="int8")),
+    "float32 claims fp16": Fault(STRUCTURE, "torchscript", claims(precision="fp16")),
+    "float32 with a small defect claims int8": Fault(
+        of("structure", "weights"), "torchscript", together(epsilon(1e-5), claims(precision="int8"))
+    ),
+    # int8 by calibration
+    "static: one step off": Fault(WEIGHTS, "int8-static", one_step_off),
+    "static: channels swapped": Fault(BOTH, "int8-static", channels_swapped),
+    "static: one scale for all channels": Fault(BOTH, "int8-static", scale_of_the_largest),
+    "static: range halved": Fault(NUMBERS, "int8-static", ranges(0.5)),
+    "static: range sixteen times as wide": Fault(NUMBERS, "int8-static", ranges(16)),
+    "static: saturating scale": Fault(NUMBERS, "int8-static", ranges(0.1)),
+    "static: zero of an activation moved": Fault(NUMBERS, "int8-static", zero_of_activation_moved),
+    "static: bias dropped": Fault(BOTH, "int8-static", zeroed("blocks.0.attn.qkv.bias")),
+    "static: product of q and k in int8": Fault(ALL, "int8-static", attention_in_int8),
+    "static: claims int8": Fault(STRUCTURE, "int8-static", claims(precision="int8")),
 }
 
 LAYERS: dict[str, str] = {
@@ -919,4 +1052,13 @@ LAYERS: dict[str, str] = {
     "two tensors read each other's bytes": "blocks.0.attn.qkv",
     "another model's file": "patch_embed.proj",
     "fp16 overflow": "patch_embed.norm",
+    "fp16: bias dropped": "blocks.0.attn.qkv",
+    "fp16: positions shifted": "pos_drop",
+    "fp16: layer norm epsilon 1e-3": "blocks.0.norm1",
+    "bf16: bias dropped": "",
+    "int8: bias dropped": "blocks.0.attn.qkv",
+    "int8: heads swapped": "blocks.0.attn.qkv",
+    "int8: scales one channel off": "blocks.0.attn.qkv",
+    "static: bias dropped": "blocks.0.attn.qkv",
+    "static: saturating scale": "blocks.0.attn.proj",
 }

@@ -9,22 +9,26 @@ import numpy as np
 import onnx
 import pytest
 from clean import ARCHITECTURES, CLEAN
-from deploy_models import make_model, tensors
-from faults import BASES, FAULTS, LABELS, LAYERS, OF_FP16, OF_INT8, SHA256
-from onnxruntime.quantization import quantize_dynamic
+from deploy_models import make_model
+from faults import BASES, FAULTS, LABELS, LAYERS, SHA256
 from torch import nn
 
 from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import export_onnx
+from growkit.deploy.form import PRECISIONS
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.reference import noise_images, preprocessing
-from growkit.deploy.runtime import open_session
 from growkit.errors import GrowkitError
 
 
 @cache
 def model_of(base: str) -> nn.Module:
     return make_model(**dict(BASES[base].model))
+
+
+def calibration(model: nn.Module) -> np.ndarray:
+    """Images that the gate does not try."""
+    return noise_images(preprocessing(model), 32, 99)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory):
             path,
             BASES[base].form,
             external=BASES[base].external,
+            calibration=calibration(model_of(base)) if BASES[base].form.precision == "int8-static" else None,
             labels=LABELS,
             provenance={"weights_sha256": SHA256},
         )
@@ -88,34 +93,20 @@ def test_fault_is_found_by_the_groups_that_must_see_it(name: str, clean, tmp_pat
         assert parity.figures["layer"] == LAYERS[name], parity.figures["diagnosis"]
 
 
+@pytest.mark.parametrize(("base", "wanted"), [("int8", "fp32"), ("int8", "fp16"), ("bf16", "fp16"), ("plain", "int8")])
+def test_file_of_another_precision_than_was_asked_for_is_said_so(base: str, wanted: str, clean) -> None:
+    failed = check_parity(model_of(base), clean(base), precision=wanted).failed
+    assert [(c.group, c.name, c.measured, c.limit) for c in failed] == [
+        ("structure", "precision", BASES[base].form.precision, wanted)
+    ]
+
+
 def test_every_group_alone_catches_some_fault() -> None:
     alone = Counter(next(iter(f.says_no)) for f in FAULTS.values() if len(f.says_no) == 1)
     assert {"structure", "weights", "numbers", "pixels", "answers"} <= set(alone), alone
     assert set(LAYERS) <= set(FAULTS)
     assert len(FAULTS) >= 40
-
-
-@pytest.mark.parametrize("name", OF_INT8)
-def test_fault_of_int8_changes_the_answers_of_a_quantised_file(name: str, clean, tmp_path: Path) -> None:
-    path = tmp_path / "int8.onnx"
-    quantize_dynamic(clean("torchscript"), path, per_channel=True, op_types_to_quantize=["MatMul"])
-    images = noise_images(preprocessing(model_of("torchscript")), 4, 0)
-    before = open_session(path).run(images)
-    proto = onnx.load(str(path))
-    OF_INT8[name](proto)
-    after = open_session(proto.SerializeToString()).run(images)
-    assert np.abs(after - before).max() > 0
-
-
-@pytest.mark.parametrize("name", OF_FP16)
-def test_fault_of_fp16_changes_weights(name: str) -> None:
-    weights = np.linspace(0.1, 1, 50, dtype=np.float16)
-    proto = onnx.ModelProto()
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
-    OF_FP16[name](proto)
-    changed = tensors(proto)["w"]
-    assert changed.dtype == np.float16
-    assert (changed != weights).any()
+    assert {BASES[fault.base].form.precision for fault in FAULTS.values()} == set(PRECISIONS)
 
 
 # clean exports ----------------------------------------------------------------------------------
@@ -127,7 +118,8 @@ def test_fault_of_fp16_changes_weights(name: str) -> None:
 def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
     one = CLEAN[name]
     model = make_model(one.seed, **ARCHITECTURES[one.architecture])
-    export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external)
+    images = calibration(model) if one.form.precision == "int8-static" else None
+    export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external, calibration=images)
     write_reference(model, tmp_path, seed=one.seed, form=one.form)
     parity = check_parity(model, tmp_path / "model.onnx", seed=one.seed, reference=tmp_path)
     assert parity.passed, "\n".join(c.line for c in parity.failed)
@@ -137,11 +129,12 @@ def test_clean_exports_are_many_and_different() -> None:
     assert len(CLEAN) >= 50
     assert len({(one.architecture, one.form, one.external) for one in CLEAN.values()}) == len(CLEAN)
     assert {one.architecture for one in CLEAN.values()} == set(ARCHITECTURES)
+    assert {one.form.precision for one in CLEAN.values()} == set(PRECISIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 21))
-@pytest.mark.parametrize("base", ["plain", "standard", "contrib", "pixels"])
+@pytest.mark.parametrize("base", ["plain", "standard", "contrib", "pixels", "fp16", "int8"])
 def test_other_images_raise_no_false_alarm(base: str, seed: int, clean) -> None:
     parity = check_parity(model_of(base), clean(base), seed=seed)
     assert parity.passed, "\n".join(c.line for c in parity.failed)
