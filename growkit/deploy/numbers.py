@@ -147,6 +147,8 @@ def compared(
         *(check(group, f"{name}: {w}", v <= limit, v, limit) for w, v, limit in limited if limit is not None),
     ]
     figures["cosine_min"] = float(cosines(got, wanted).min())
+    if wanted.shape[1] < 2:  # one class has no angle but a sign, which noise turns where the logit is near 0
+        return checks, figures
     smallest = float(cosines(got, wanted, spread).min())
     checks.append(check(group, f"{name}: smallest cosine", smallest >= limits.cosine_min, smallest, limits.cosine_min))
     return checks, figures
@@ -185,16 +187,16 @@ def predictions(
 def cosines(got: np.ndarray, wanted: np.ndarray, spread: float = 0.0) -> np.ndarray:
     """Cosine of the angle between the logits, image by image.
 
-    spread  standard deviation of all logits. An image whose logits happen to be shorter than that makes them, as is
-            common among few classes, has no direction to speak of: noise turns it far. Its angle counts for less,
-            as far as noise of the same size would turn logits of the usual length.
+    spread  standard deviation of all logits. An image whose logits happen to be shorter than that makes them, in the
+            model and in the file, as is common among few classes, has no direction to speak of: noise turns it far.
+            Its angle counts for less, as far as noise of the same size would turn logits of the usual length.
     """
     a, b = got.astype(np.float64), wanted.astype(np.float64)
-    own = np.linalg.norm(b, axis=1)
-    length = np.linalg.norm(a, axis=1) * own
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    length, longer = lengths[0] * lengths[1], np.maximum(*lengths)
     cosine = np.where(length > 0, (a * b).sum(axis=1) / np.where(length > 0, length, 1), 1.0)
     usual = spread * math.sqrt(wanted.shape[1])
-    share = np.where(own < usual, own / usual, 1.0) if usual > 0 else 1.0
+    share = np.minimum(longer / usual, 1.0) if usual > 0 else 1.0
     return 1 - (1 - cosine) * share**2
 
 

@@ -16,6 +16,7 @@ from growkit.deploy import parity as parity_module
 from growkit.deploy.accuracy import mcnemar_p
 from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import export_onnx
+from growkit.deploy.numbers import by_chance, cosines
 from growkit.deploy.parity import check_parity
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.errors import GrowkitError, ParityError
@@ -201,3 +202,19 @@ def test_empty_data_is_refused(model: nn.Module, exported: Path) -> None:
 def test_mcnemar_p_is_the_exact_binomial(n01: int, n10: int, p: float) -> None:
     assert mcnemar_p(n01, n10) == pytest.approx(p)
     assert mcnemar_p(n10, n01) == pytest.approx(p)
+
+
+@pytest.mark.parametrize("values", [1, 2, 7, 30])
+def test_noise_of_few_values_is_over_its_limit_once_in_ten_thousand(values: int) -> None:
+    drawn = np.random.default_rng(0).normal(size=(500_000, values))
+    over = float((np.sqrt((drawn**2).mean(axis=1)) > by_chance(values)).mean())
+    assert 2e-5 < over < 2e-4
+
+
+def test_angle_counts_less_only_for_logits_shorter_than_usual() -> None:
+    long, short = np.array([[3.0, 0.0]]), np.array([[0.01, 0.0]])
+    turned = [cosines(logits @ [[0.8, 0.6], [-0.6, 0.8]], logits, 1.0)[0] for logits in (long, short)]
+    assert turned[0] == pytest.approx(0.8)
+    assert turned[1] > 0.9999
+    wrong = cosines(np.array([[0.0, 3.0]]), short, 1.0)[0]  # short in the model alone
+    assert wrong == pytest.approx(0.0)
