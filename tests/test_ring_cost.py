@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.core import ring as ring_module
-from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
+from growkit.core.ring import AXES, ContractionPlan, RingOperator, cheapest_path, contraction_plan
 from growkit.train.memory import Alive
 
 ORDERS = ["B" + "".join(rest) for rest in permutations("OLI")]
@@ -118,3 +118,29 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     slice_bytes = ring_module.SLICE_SHARE * model
     assert forward <= 2 * model + cores + 3 * slice_bytes
     assert alive.peak <= 2 * model + 4 * cores + 8 * slice_bytes
+
+
+@pytest.mark.parametrize(
+    ("grown", "plans", "taken"),  # of each plan its arithmetic, slices and largest intermediate
+    [
+        (2**24, [(100, 2, 2**22), (104, 4, 2**21)], 1),  # an eighth of what is grown
+        (2**24, [(100, 2, 2**21), (104, 4, 2**20)], 0),  # no smaller than that at a price
+        (2**24, [(100, 2, 2**22), (106, 4, 2**21)], 0),  # at most 5 % more arithmetic
+        (2**24, [(100, 2, 2**24), (100, 4, 2**23)], 1),  # none so small: the smallest
+        (2**10, [(100, 1, 2**18), (100, 4, 2**16)], 0),  # below 1 MB nothing is gained
+        (2**30, [(100, 2, 2**26), (200, 4, 2**25)], 1),  # 128 MB whatever the arithmetic
+        (2**24, [(100, 8, 2**20), (100, 4, 2**21)], 1),  # few slices
+    ],
+)
+def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, taken, monkeypatch):
+    made = [ContractionPlan("O", 1, slices, flops, largest) for flops, slices, largest in plans]
+    monkeypatch.setattr(ring_module, "_plans_along", lambda position, *_: made if position == 0 else [])
+    cores = ((1, 1, grown, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1))
+    assert contraction_plan.__wrapped__("", (1,) * 4, cores, AXES) is made[taken]
+
+
+@pytest.mark.parametrize(("largest", "most_slices"), [(2**25, 256), (2**25 + 1, 1024)])
+def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest, most_slices, monkeypatch):
+    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: ((), 1, largest))
+    plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES)
+    assert max(plan.slices for plan in plans) == most_slices

@@ -21,6 +21,7 @@ from train_samples import Net
 
 from growkit.errors import GrowkitError
 from growkit.train.data import Data, train_batches, val_batches
+from growkit.train.flops import StepCost
 from growkit.train.loop import StepRecord, fit
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
@@ -428,3 +429,17 @@ def test_compiled_network_learns_the_same_to_rounding() -> None:
         block.drop_path1.drop_prob = block.drop_path2.drop_prob = 0.0
     usual = fit(plain, data, settings)
     assert fit(compiled, data, replace(settings, compile="default")).losses == pytest.approx(usual.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(("chosen", "inside"), [(True, "tf32"), (False, "ieee")])
+def test_updates_alone_multiply_in_tf32(chosen: bool, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = torch.backends.cuda.matmul
+    outside = place.fp32_precision
+    seen: dict[bool, set[str]] = {True: set(), False: set()}  # by whether the model trains
+    monkeypatch.setattr("growkit.train.loop.refuse_tf32", lambda *_: None)  # the setting is there without a GPU
+    model, data = Net(), blobs()
+    monkeypatch.setattr("growkit.train.loop.count_step", lambda *_: StepCost(1, 1, 1.0))  # it runs a step of its own
+    model.register_forward_pre_hook(lambda module, _: seen[module.training].add(place.fp32_precision))
+    fit(model, data, replace(PLAIN, tf32=chosen), evaluate=scorer(data, PLAIN))
+    assert seen == {True: {inside}, False: {outside}}
+    assert place.fp32_precision == outside

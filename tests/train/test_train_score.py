@@ -117,6 +117,9 @@ def test_products_are_in_tf32_by_choice_alone_and_torch_is_left_as_it_was(chosen
         with multiplying(chosen):
             assert [place.fp32_precision for place in places] == ["tf32" if chosen else "ieee"] * 2
         assert [place.fp32_precision for place in places] == was
+        with pytest.raises(ZeroDivisionError), multiplying(chosen):
+            raise ZeroDivisionError
+        assert [place.fp32_precision for place in places] == was
     finally:
         for place, precision in zip(places, found, strict=True):
             place.fp32_precision = precision
