@@ -14,6 +14,7 @@ KEY = "growkit.form"  # in the file's metadata
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
+LARGEST_IMAGE = 2048  # a file may claim any size, and a check makes images of it
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
@@ -63,8 +64,8 @@ class Form:
                 raise GrowkitError(f"{option} {value}: unknown; choose {', '.join(known[:-1])} or {known[-1]}")
         if self.batch is not None and self.batch < 1:
             raise GrowkitError(f"--batch {self.batch}: expected 1 or more; leave it out for any batch size")
-        if self.image_size is not None and self.image_size < 1:
-            raise GrowkitError(f"--image-size {self.image_size}: expected 1 or more")
+        if self.image_size is not None and not 1 <= self.image_size <= LARGEST_IMAGE:
+            raise GrowkitError(f"--image-size {self.image_size}: expected 1 to {LARGEST_IMAGE}")
         if self.output not in ("logits", "probabilities") and self.top is None:
             raise GrowkitError(f"--output {self.output}: unknown; choose logits, probabilities or top-K as in top-5")
         if self.attention == "standard" and self.opset < 23:

@@ -265,6 +265,7 @@ def test_unreadable_form_is_refused_in_one_line(claim: str) -> None:
         ({"output": "top-"}, "--output top-: unknown"),
         ({"batch": 0}, "--batch 0: expected 1 or more"),
         ({"image_size": -1}, "--image-size -1"),
+        ({"image_size": 8 * 10**6}, "--image-size 8000000: expected 1 to 2048"),
         ({"exporter": "torchscript", "target": "ort-1.23"}, "up to opset 20"),
         ({"attention": "standard"}, "--target ort-1.23"),
         ({"precision": "int8-static", "target": "ort-1.23"}, "int8-static: not for --target ort-1.23; ort-1.18 loads"),
