@@ -144,3 +144,16 @@ def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest
     monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: ((), 1, largest))
     plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES)
     assert max(plan.slices for plan in plans) == most_slices
+
+
+@pytest.mark.parametrize(
+    ("ranks", "equation"),
+    [((1, 1, 1, 1), "boli,bB,oO,lL,iI->BOLI"), ((1, 4, 1, 2), "boli,bBq,qoO,lLs,siI->BOLI")],
+)
+def test_bonds_of_one_index_are_left_out_of_the_products(ranks, equation, monkeypatch):
+    ring, x = on_meta(*SMALL_TO_BASE, ranks, "BOLI")
+    asked, contract = [], opt_einsum.contract
+    monkeypatch.setattr(opt_einsum, "contract", lambda *args, **kw: asked.append(args[0]) or contract(*args, **kw))
+    with torch.no_grad():
+        ring.layer(x, 0)
+    assert asked == [equation]
