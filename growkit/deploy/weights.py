@@ -93,7 +93,8 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
             found.add(own)
         elif one.array.size == 1 and one.scale is None:
             value = float(one.array.reshape(()))
-            if value not in {float(constant.astype(one.array.dtype)) for constant in known}:
+            low = one.array.dtype
+            if low.kind in "iu" or value not in {float(constant.astype(low)) for constant in known}:
                 constants.append(f"{one.name} = {value:.9g}")
         else:
             unexplained.append(f"{one.name} {one.array.dtype} {list(one.array.shape)}")

@@ -210,3 +210,15 @@ def test_served_file_names_no_folder_of_the_machine() -> None:
         "a": ["source.pth", "x/y"],
         "b": 3,
     }
+
+
+def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path) -> None:
+    made = call("export", run / "grown", "--precision", "int8", "--run", tmp_path)
+    assert made.exit_code == 0, made.output
+    file = tmp_path / "onnx" / "model.onnx"
+    asked = ("verify", run / "grown", "--onnx-file", file, "--no-latency", "--run", tmp_path)
+    assert call(*asked).exit_code == 0
+    result = call(*asked, "--precision", "fp32")
+    assert result.exit_code == 1
+    failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
+    assert failed == ["FAILED structure: precision: int8, allowed fp32"]
