@@ -122,7 +122,7 @@ def subject(name: str, model: nn.Module, images: np.ndarray, calibration: np.nda
     """Export a model and run it in float64."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(model, torch.zeros(2, *images.shape[1:]), file)
+        export_onnx(model, file)
         proto = onnx.load(str(file))
     truth = truth_of(model)
     expected = batched(lambda x: logits_of(truth, x), images)
