@@ -13,13 +13,24 @@ from typing import Any
 from growkit.errors import GrowkitError
 
 
+def refuse_foreign(path: Path, known: str, force: bool) -> None:
+    """Raise GrowkitError when `path` is to be replaced and is not a folder with a file `known` in it.
+
+    --force replaces what growkit wrote, not whatever lies there.
+    """
+    if not (force and path.exists()):
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / known).is_file()):
+        raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known}; name another folder")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise GrowkitError when `path` exists and `force` was not given.
 
     Called before the work starts, so that nobody waits an hour for a refusal.
     """
     if path.exists() and not force:
-        raise GrowkitError(f"{path} already exists; --force replaces it, --run writes elsewhere")
+        raise GrowkitError(f"{path} already exists; --force replaces it, --run or --out writes elsewhere")
 
 
 @contextmanager

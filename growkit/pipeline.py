@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit import __version__
-from growkit.arch import find_target
+from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, PREPROCESSING, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.deploy.runtime import open_session
@@ -208,6 +208,7 @@ def grow_model(
         "stage": "grown",
         **_origin(source),
         "to": target.name,
+        "sizes": {"source": _sizes(source.architecture), "target": _sizes(target)},
         "settings": asdict(settings),
         "step0_gap": gap,
         "operator": _fit_figures(fitted, operator),
@@ -250,6 +251,17 @@ def grow_model(
 
     by_leader(write)
     return result
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    """What grows, whether an argument says it or the architecture's name."""
+    model = build(architecture.name, architecture.arguments, device="meta")
+    return {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def step0_line(gap: float, *, lossless: bool = True) -> str:

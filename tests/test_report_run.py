@@ -398,3 +398,18 @@ def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(TUNED)
     with pytest.raises(GrowkitError, match="holds nothing of a run"):
         run_report(RunFolder(tmp_path))
+
+
+def test_depth_that_only_the_architectures_name_says_is_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = json.loads((run.grown / "growkit.json").read_text())
+    del content["source"]["arguments"]["depth"]
+    config = json.loads((run.finetuned / "config.json").read_text())
+    del config["model_args"]["depth"]
+    for side, depth, parameters in (("source", 4, 58_000), ("target", 12, 614_090)):
+        content.setdefault("sizes", {})[side] = {"depth": depth, "parameters": parameters}
+    write_json(run.grown / "growkit.json", content)
+    write_json(run.finetuned / "config.json", config)
+    told = text(run)
+    assert "layers 4 to 12" in told
+    assert "58,000" in told

@@ -50,7 +50,7 @@ def export(
 
     from growkit.deploy.folder import write_export
     from growkit.deploy.limits import LIMITS
-    from growkit.files import refuse_existing, whole_folder
+    from growkit.files import refuse_existing, refuse_foreign, whole_folder
     from growkit.record import RunFolder
     from growkit.source import load_source
 
@@ -59,7 +59,14 @@ def export(
     folder.refuse_unusable()
     chosen = model or folder.furthest()
     target = out or folder.onnx
+    if target.resolve() == Path.cwd():
+        raise GrowkitError(f"--out {target}: the folder you stand in cannot be replaced; name another")
     refuse_existing(target, force)
+    refuse_foreign(target, "export.json", force)
+    if settings.max_accuracy_drop is not None and data is None:
+        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    if triton is None and serving != TritonSettings():
+        raise GrowkitError("the --triton-... options describe a model repository: give --triton DIR")
     console.say(f"exporting {chosen}")
     source = load_source(str(chosen), from_, from_sets or ())
     for note in source.notes:

@@ -90,6 +90,8 @@ def verify(
     folder = RunFolder(run)
     folder.refuse_unusable()
     chosen = model or folder.furthest()
+    if settings.max_accuracy_drop is not None and data is None:
+        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     file_only = chosen.suffix == ".onnx"
     if file_only and (onnx_file or model_only or data or images or update_reference):
         raise GrowkitError(

@@ -15,7 +15,6 @@ from growkit.deploy.checks import plain
 from growkit.deploy.data_sets import write_reference
 from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
-from growkit.deploy.form import Form
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.parts import whole_session
 from growkit.deploy.reference import at_image_size, preprocessing
@@ -57,15 +56,7 @@ def write_export(
     Raises:
         GrowkitError: as export_onnx.
     """
-    form = Form(
-        target=settings.target,
-        precision=settings.precision,
-        exporter=settings.exporter,
-        batch=settings.batch,
-        image_size=settings.image_size,
-        pixels=settings.pixels,
-        output=settings.output,
-    )
+    form = settings.form()
     model, provenance = at_image_size(model, form.image_size), dict(provenance or {})
     choices: tuple[Choice, ...] = ()
     if settings.for_ is not None:
@@ -78,6 +69,8 @@ def write_export(
             seed=settings.seed,
             say=say,
         )
+        if not choices:
+            say(f"--for {settings.for_}: there is no other graph to try; the portable one is written")
     say("exporting")
     export = export_onnx(
         model,

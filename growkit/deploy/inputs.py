@@ -10,7 +10,7 @@ from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, 
 from growkit.errors import GrowkitError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-SIZES = ((97, 61), (61, 97), (1, 1), (480, 640), (333, 500))  # height, width of made pictures
+SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 

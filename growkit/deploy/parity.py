@@ -112,7 +112,8 @@ def check_parity(
     except GrowkitError:
         raise
     except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
-        broken = check("structure", "valid ONNX", False, "refused", "accepted", _first_line(error))
+        line = f"{file.name} is no whole ONNX file, or none that opens here: {_first_line(error)}"
+        broken = check("structure", "valid ONNX", False, "refused", "accepted", line)
         return Parity((broken,), {}, "none", Form())
 
     sizes = sizes_claimed(proto, form)

@@ -1,6 +1,21 @@
 """What `growkit export` and `growkit verify` can be told; nothing heavy is imported here."""
 
+import math
 from dataclasses import dataclass
+
+from growkit.deploy.form import PRECISIONS, Form
+from growkit.errors import GrowkitError
+
+
+def _refuse_numbers(seed: int, max_batch: int, latency_seconds: float, max_accuracy_drop: float | None) -> None:
+    if seed < 0:
+        raise GrowkitError(f"--seed {seed}: expected 0 or more")
+    if max_batch < 1:
+        raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
+    if not latency_seconds > 0:
+        raise GrowkitError(f"--latency-seconds {latency_seconds:g}: expected more than 0")
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop < math.inf:
+        raise GrowkitError(f"--max-accuracy-drop {max_accuracy_drop:g}: expected points, 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +49,26 @@ class ExportSettings:
     seed: int = 0
     """Seed of the images it is checked with and of the reference data."""
 
+    def __post_init__(self) -> None:
+        self.form()
+        _refuse_numbers(self.seed, self.max_batch, self.latency_seconds, self.max_accuracy_drop)
+
+    def form(self) -> Form:
+        """The form asked for, before a faster graph is looked for.
+
+        Raises:
+            GrowkitError: there is no such form.
+        """
+        return Form(
+            target=self.target,
+            precision=self.precision,
+            exporter=self.exporter,
+            batch=self.batch,
+            image_size=self.image_size,
+            pixels=self.pixels,
+            output=self.output,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
@@ -63,6 +98,12 @@ class VerifySettings:
     """Time for the images per second of each batch size 1, 2, 4, ...; 0 leaves them out."""
     throughput_batch: int | None = None
     """Largest batch size of the images per second; --max-batch when left out."""
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            known = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+            raise GrowkitError(f"--precision {self.precision}: unknown; choose {known}")
+        _refuse_numbers(self.seed, self.max_batch, self.latency_seconds, self.max_accuracy_drop)
 
 
 @dataclass(frozen=True, kw_only=True)

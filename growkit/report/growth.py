@@ -39,12 +39,14 @@ def _trained(facts: Facts) -> Section:
 
 
 def sizes_of(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Arguments of source and target, as far as they are on record."""
-    origin = mapping(mapping(facts.grown.get("source")).get("arguments"))
+    """Arguments of source and target, as far as they are on record; sizes also where the name alone says them."""
+    sizes = mapping(facts.grown.get("sizes"))
+    old, new = ({k: v for k, v in mapping(sizes.get(side)).items() if k in SIZES} for side in ("source", "target"))
+    origin = {**old, **mapping(mapping(facts.grown.get("source")).get("arguments"))}
     target = mapping(facts.config.get("model_args")) or mapping(
         mapping(facts.export.get("provenance")).get("arguments")
     )
-    return origin, target
+    return origin, {**new, **target}
 
 
 def grown_sizes(facts: Facts) -> str:
@@ -66,7 +68,8 @@ def _sizes(facts: Facts) -> Table:
             body.append((SIZES.get(key, words(key)), _plain(old[key]), _plain(new.get(key))))
     step = facts.latest("grow")
     if step is not None and number(step.figures.get("parameters")):
-        body.append(("parameters", None, _many(step.figures["parameters"])))
+        before = number(mapping(mapping(facts.grown.get("sizes")).get("source")).get("parameters"))
+        body.append(("parameters", None if before is None else _many(before), _many(step.figures["parameters"])))
     return Table(("", "source", "grown"), [[cell(value) for value in row] for row in body])
 
 

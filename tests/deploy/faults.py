@@ -865,8 +865,15 @@ FAULTS: dict[str, Fault] = {
     "pixels: no antialias": Fault(PIXELS, "pixels", attribute("Resize", "antialias", 0)),
     "pixels: bilinear": Fault(PIXELS, "pixels", attribute("Resize", "mode", "linear")),
     "pixels: nearest": Fault(
-        PIXELS, "pixels", together(attribute("Resize", "mode", "nearest"), attribute("Resize", "antialias", 0))
+        PIXELS,
+        "pixels",
+        together(
+            attribute("Resize", "mode", "nearest"),
+            attribute("Resize", "antialias", 0),
+            attribute("Resize", "exclude_outside", 0),
+        ),
     ),
+    "pixels: edges repeated outside the picture": Fault(PIXELS, "pixels", attribute("Resize", "exclude_outside", 0)),
     "pixels: coefficient -0.75": Fault(of("pixels", "weights"), "pixels", attribute("Resize", "cubic_coeff_a", -0.75)),
     "pixels: corners aligned": Fault(
         PIXELS, "pixels", attribute("Resize", "coordinate_transformation_mode", "align_corners")

@@ -150,7 +150,7 @@ def test_more_answers_than_classes_are_refused(model: nn.Module, tmp_path: Path)
 
 # pixels -----------------------------------------------------------------------------------------
 
-SMOOTH = [(300, 400), (77, 33), (33, 77), (256, 256), (501, 333), (20, 20), (255, 254)]
+SMOOTH = [(3, 4), (40, 9), (300, 400), (77, 33), (33, 77), (256, 256), (501, 333), (20, 20), (255, 254)]
 
 
 def photograph(height: int, width: int, seed: int) -> Image.Image:
@@ -187,9 +187,9 @@ def test_pixels_are_prepared_as_timm_prepares_them(interpolation: str, crop_pct:
         got = session.run(None, {"image": np.asarray(picture)[None]})[0][0]
         wanted = transform(picture).numpy()
         levels = np.abs(got - wanted) * np.reshape(prepared.std, (3, 1, 1)) * 255
-        assert levels.max() <= (2.01 if interpolation == "bicubic" else 4.01), (height, width)
+        assert levels.max() <= 1.01, (height, width)
         differing.append((levels > 0.5).mean())
-    assert max(differing) < 0.1, differing
+    assert max(differing) < 0.02, differing
 
 
 @pytest.mark.parametrize("size", [62, 63])
@@ -217,7 +217,7 @@ def test_whole_file_with_pixels_answers_pictures_like_the_model(model: nn.Module
         picture = photograph(height, width, index)
         got = session.run(None, {"image": np.asarray(picture)[None]})[0]
         wanted = torch.from_numpy(answers(model, transform(picture)[None].numpy())).softmax(1).numpy()
-        np.testing.assert_allclose(got, wanted, atol=2e-2)  # two of 255 in some pixels of 16 x 16
+        np.testing.assert_allclose(got, wanted, atol=5e-3)
     parity = check_parity(model, tmp_path / "m.onnx")
     assert parity.passed, [c.line for c in parity.failed]
     assert {"pixels", "answers"} <= {c.group for c in parity.checks}
