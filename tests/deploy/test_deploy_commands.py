@@ -222,3 +222,47 @@ def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path)
     assert result.exit_code == 1
     failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
     assert failed == ["FAILED structure: precision: int8, allowed fp32"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("export", "--seed", "-1"), "--seed -1: expected 0 or more"),
+        (("export", "--max-batch", "0"), "--max-batch 0: expected 1 or more"),
+        (("export", "--latency-seconds", "-1"), "--latency-seconds -1: expected more than 0"),
+        (("export", "--precision", "fp61"), "--precision fp61: unknown"),
+        (("export", "--max-accuracy-drop", "1"), "--max-accuracy-drop is judged on labelled images: give --data"),
+        (("export", "--triton-version", "2"), "give --triton DIR"),
+        (("verify", "--precision", "fp61"), "--precision fp61: unknown; choose fp32"),
+        (("verify", "--seed", "-1"), "--seed -1: expected 0 or more"),
+        (("verify", "--max-accuracy-drop", "-3"), "--max-accuracy-drop -3: expected points"),
+        (("verify", "--max-accuracy-drop", "nan"), "--max-accuracy-drop nan: expected points"),
+        (("verify", "--max-accuracy-drop", "1"), "give --data"),
+    ],
+)
+def test_nonsense_is_refused_before_the_work(given: tuple[str, ...], said: str, run: Path, tmp_path: Path) -> None:
+    command, *options = given
+    result = call(command, run / "grown", *options, "--run", tmp_path / "new")
+    assert isinstance(result.exception, GrowkitError)
+    assert said in str(result.exception)
+    assert "holding" not in result.output
+
+
+def test_force_replaces_only_what_growkit_wrote(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("mine")
+    for target in ("own", "file"):
+        result = call("export", run / "grown", "-o", tmp_path / target, "--force", "--run", tmp_path / "run")
+        assert "is not growkit's to replace" in str(result.exception)
+    assert (tmp_path / "own" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.chdir(tmp_path / "own")
+    result = call("export", run / "grown", "-o", ".", "--force", "--run", tmp_path / "run")
+    assert "the folder you stand in" in str(result.exception)
+
+
+def test_place_with_no_other_graph_is_said(run: Path, tmp_path: Path) -> None:
+    result = call("export", run / "grown", "--for", "tensorrt", "--run", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "--for tensorrt: there is no other graph to try" in result.output
