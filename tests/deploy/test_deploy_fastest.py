@@ -103,12 +103,18 @@ def test_faster_but_unfaithful_graph_is_left(model: nn.Module, monkeypatch: pyte
     assert choice.verdict == "not faithful"
 
 
-def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(model: nn.Module) -> None:
-    import torch
+def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(file: Path, *, provider: str) -> None:
+        raise GrowkitError(f"provider {provider} does not run here: libcuda.so.1 is missing")
 
-    if torch.cuda.is_available():
-        pytest.skip("CUDA runs here")
+    calls = faked(monkeypatch, 0.5)
+    monkeypatch.setattr(module, "open_session", missing)
     form, (choice,) = fastest(model, Form(), "cuda")
     assert form == Form()
-    assert choice.verdict == "not measured"
-    assert "cuda" in choice.why
+    assert (choice.verdict, choice.why) == (
+        "not measured",
+        "provider cuda does not run here: libcuda.so.1 is missing",
+    )
+    assert calls == []
