@@ -122,7 +122,7 @@ def export(
     worst = max(batch["relative_rms"] for batch in figures["batches"].values())
     allowed = LIMITS[made.form.precision].relative_rms
     console.say(
-        f"it answers like PyTorch: relative error {worst:.1e} (allowed {allowed:.0e}), "
+        f"it answers like PyTorch: relative error {worst:.1e} (allowed {allowed:g}), "
         f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
     )
     if "accuracy" in figures:
