@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from growkit import __version__
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, PREPROCESSING, WEIGHTS, replace_model, write_model, write_tensors
-from growkit.deploy.runtime import open_session
+from growkit.deploy.golden import onnx_subject
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
 from growkit.grow import grow, lossless_gap
@@ -501,26 +502,29 @@ def _answering_onnx(path: Path, provider: str) -> Answering:
     if not path.is_file():
         raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
     try:
-        session = open_session(path, provider=provider)
+        subject = onnx_subject(path, provider=provider)
+        prepared = subject.identity.preprocessing
+        # the network inside says how many classes there are, whatever the file makes of them
+        blank = np.zeros((1, *prepared["input_size"]), np.float32) if prepared else None
+        outputs = subject.run(blank).shape[1] if blank is not None else 0
     except GrowkitError:
         raise
     except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
-    stored = session.inner.get_modelmeta().custom_metadata_map
-    if "preprocessing" not in stored:
+    if not prepared:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
 
     def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(images.numpy()))
+        return torch.from_numpy(subject.run(images.numpy()))
 
     return Answering(
         path=str(path),
         predict=predict,
-        preprocessing=json.loads(stored["preprocessing"]),
-        labels=tuple(json.loads(stored["labels"])) if "labels" in stored else None,
-        outputs=session.inner.get_outputs()[0].shape[-1],
-        sha256=sha256_of(path),
+        preprocessing=prepared,
+        labels=subject.labels,
+        outputs=outputs,
+        sha256=subject.identity.onnx_sha256 or "",
     )
 
 

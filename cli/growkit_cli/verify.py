@@ -50,7 +50,7 @@ def verify(
     val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
     batch_size: Annotated[int, typer.Option(help="Images per batch of --data.")] = FitSettings.batch_size,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = FitSettings.workers,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail too when the machine was too noisy to tell.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail too what noise or lack of data leaves open.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
     from_: From = None,
     from_sets: FromSets = None,
@@ -211,7 +211,7 @@ def with_file(
         batches = val_batches(labelled(data, source, reading, image_size=form.image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
     with console.progress("latency") as bar:
-        total = timing_steps(settings)
+        total = timing_steps(settings, form)
         return verify_onnx(
             network,
             file,

@@ -14,7 +14,7 @@ class Check:
     group     provider, structure, weights, numbers, predictions, pixels, answers, pictures, accuracy, reference, golden
               or latency
     name      unique inside the group, as in 'batch 5: relative RMS error'
-    verdict   'inconclusive' only where the machine was too noisy to tell
+    verdict   'inconclusive' where noise, or too little data or time, leaves it open
     measured  a number, or a word where there is none
     limit     what `measured` was held against
     line      the finding as a sentence

@@ -50,7 +50,7 @@ def write_export(
     The checks are made of the finished bytes; whether the folder may stay is the caller's to say,
     by `Exported.parity`.
 
-    calibration  normalised images (N, C, H, W) for precision int8-static
+    calibration  normalised images (N, C, H, W) for int8-static, and for what overflows in fp16
     data         labelled batches for the accuracy of what is not float32
 
     Raises:
@@ -67,6 +67,7 @@ def write_export(
             batches=(1, settings.max_batch),
             seconds=settings.latency_seconds,
             seed=settings.seed,
+            calibration=calibration,
             say=say,
         )
         if not choices:

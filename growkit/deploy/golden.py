@@ -89,6 +89,7 @@ class Subject:
     run: Callable[[np.ndarray], np.ndarray]
     answers: Callable[[np.ndarray], np.ndarray]
     provider: str | None = None
+    labels: tuple[str, ...] | None = None  # class names in a file's metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         run=run,
         answers=run,
         provider=session.provider,
+        labels=tuple(json.loads(props["labels"])) if "labels" in props else None,
     )
 
 

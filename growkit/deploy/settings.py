@@ -45,7 +45,7 @@ class ExportSettings:
     max_accuracy_drop: float | None = None
     """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     max_batch: int = 8
-    """Largest batch size the finished file is checked at, beside 1, 2 and 5."""
+    """Largest batch size the finished file is checked at, beside 1, 2, 3 and 5."""
     seed: int = 0
     """Seed of the images it is checked with and of the reference data."""
 
@@ -81,7 +81,7 @@ class VerifySettings:
     provider: str = "cpu"
     """Where ONNX Runtime runs: cpu, cuda, tensorrt, or auto (CUDA if it really runs)."""
     max_batch: int = 8
-    """Largest batch size, checked beside 1, 2 and 5, and timed beside 1."""
+    """Largest batch size, checked beside 1, 2, 3 and 5, and timed beside 1."""
     seed: int = 0
     """Seed of the images, of the order of the timed runs and of the bootstrap."""
     latency: bool = True

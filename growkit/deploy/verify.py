@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from growkit.deploy.checks import Check, Verdict, check, plain
+from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
@@ -86,7 +87,8 @@ def verify_onnx(
             subject = model_subject(model, weights_sha256=weights_sha256, architecture=stock[0])
             held += check_golden(golden, subject)
         if parity.figures:  # else the file does not even open
-            held += check_golden(golden, onnx_subject(file, provider=parity.provider))
+            subject_of_file, valid = _open(file, parity.provider)
+            held += check_golden(golden, subject_of_file) if subject_of_file else (valid,)
     facts = environment()
     chosen, placed = "", None
     if parity.figures:  # it opens
@@ -106,7 +108,7 @@ def verify_onnx(
             stock=stock,
             form=parity.form,
             provider=parity.provider,
-            batches=(parity.form.batch,) if parity.form.batch else batches_timed(settings),
+            batches=batches_timed(settings, parity.form),
             seconds=settings.latency_seconds,
             margin=settings.latency_margin,
             max_ratio=settings.max_latency_ratio,
@@ -114,14 +116,14 @@ def verify_onnx(
             seed=settings.seed,
             progress=progress,
         )
-        before = comparisons_made(settings)
-        if batches := throughput_batches(settings):
+        before = comparisons_made(settings, parity.form)
+        if batches := throughput_batches(settings, parity.form):
             throughput = measure_throughput(
                 model,
                 file,
                 form=parity.form,
                 provider=parity.provider,
-                batches=(parity.form.batch,) if parity.form.batch else batches,
+                batches=batches,
                 seconds=settings.throughput_seconds,
                 seed=settings.seed,
                 progress=lambda done, note: progress(before + done, note),
@@ -190,7 +192,7 @@ def verify_alone(
     report = {
         "schema": 1,
         "verdict": verdict,
-        "onnx_sha256": sha256_of(subject) if isinstance(subject, Path) else None,
+        "onnx_sha256": _sha256(subject, opened) if isinstance(subject, Path) else None,
         "weights_sha256": opened.identity.weights_sha256 if opened else None,
         "provider": _provider(settings, opened.provider if opened else None),
         "settings": asdict(settings),
@@ -201,6 +203,11 @@ def verify_alone(
         "throughput": None,
     }
     return Verification(tuple(checks), None, None, None, None, verdict, plain(report))
+
+
+def _sha256(file: Path, opened: Subject | None) -> str | None:
+    """Of all its files; of one that does not open, its own."""
+    return opened.identity.onnx_sha256 if opened else sha256_of(file)
 
 
 def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
@@ -222,23 +229,23 @@ def verdict_of(checks: Iterable[Check]) -> Verdict:
     return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
-def batches_timed(settings: VerifySettings) -> tuple[int, ...]:
+def batches_timed(settings: VerifySettings, form: Form) -> tuple[int, ...]:
     """The batch sizes that latency is measured at."""
-    return tuple(sorted({1, settings.max_batch}))
+    return (form.batch,) if form.batch else tuple(sorted({1, settings.max_batch}))
 
 
-def comparisons_made(settings: VerifySettings) -> int:
+def comparisons_made(settings: VerifySettings, form: Form) -> int:
     """How many latency comparisons there are."""
-    return (3 + settings.compiled) * len(batches_timed(settings))
+    return (3 + settings.compiled) * len(batches_timed(settings, form))
 
 
-def throughput_batches(settings: VerifySettings) -> tuple[int, ...]:
+def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:
     """The batch sizes that images per second are measured at; none when they are left out."""
     if settings.throughput_seconds <= 0:
         return ()
-    return batches_up_to(settings.throughput_batch or settings.max_batch)
+    return (form.batch,) if form.batch else batches_up_to(settings.throughput_batch or settings.max_batch)
 
 
-def timing_steps(settings: VerifySettings) -> int:
+def timing_steps(settings: VerifySettings, form: Form) -> int:
     """Total of what verify_onnx reports as progress."""
-    return comparisons_made(settings) + len(throughput_batches(settings))
+    return comparisons_made(settings, form) + len(throughput_batches(settings, form))

@@ -4,8 +4,10 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 import typer
 from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
 from PIL import Image
@@ -14,11 +16,15 @@ from typer.testing import CliRunner, Result
 
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
+from growkit.deploy.form import Form
+from growkit.deploy.golden import onnx_subject
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
+from growkit.deploy.reference import Preprocessing, noise_images
 from growkit.deploy.runtime import Assignment, Node
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import Rate, Throughput
 from growkit.errors import GrowkitError
+from growkit.pipeline import _answering_onnx
 from growkit_cli.export import export, without_folders
 from growkit_cli.verify import verify
 
@@ -194,9 +200,10 @@ def test_batch_below_one_is_refused(run: Path) -> None:
 
 
 def test_steps_of_timing_count_every_comparison_and_batch_size() -> None:
-    assert verify_module.timing_steps(VerifySettings()) == 6 + 4
-    assert verify_module.timing_steps(VerifySettings(compiled=True, throughput_batch=20)) == 8 + 6
-    assert verify_module.timing_steps(VerifySettings(max_batch=1, throughput_seconds=0)) == 3
+    assert verify_module.timing_steps(VerifySettings(), Form()) == 6 + 4
+    assert verify_module.timing_steps(VerifySettings(compiled=True, throughput_batch=20), Form()) == 8 + 6
+    assert verify_module.timing_steps(VerifySettings(max_batch=1, throughput_seconds=0), Form()) == 3
+    assert verify_module.timing_steps(VerifySettings(), Form(batch=3)) == 3 + 1
 
 
 def test_verify_without_a_file_names_the_remedy(run: Path, tmp_path: Path) -> None:
@@ -266,3 +273,25 @@ def test_place_with_no_other_graph_is_said(run: Path, tmp_path: Path) -> None:
     result = call("export", run / "grown", "--for", "tensorrt", "--run", tmp_path)
     assert result.exit_code == 0, result.output
     assert "--for tensorrt: there is no other graph to try" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--pixels", "--output", "top-2"),
+        ("--output", "probabilities"),
+        ("--batch", "3"),
+        ("--precision", "bf16"),
+        ("--external-data",),
+    ],
+)
+def test_every_form_is_evaluated_as_the_plain_file_is(options: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    made = call("export", run / "grown", *options, "--run", tmp_path)
+    assert made.exit_code == 0, made.output
+    plain = onnx_subject(run / "onnx" / "model.onnx")
+    answering = _answering_onnx(tmp_path / "onnx" / "model.onnx", "cpu")
+    assert (answering.outputs, answering.labels) == (7, tuple("abcdefg"))
+    assert answering.sha256 == json.loads((tmp_path / "onnx" / "export.json").read_text())["sha256"]
+    images = noise_images(Preprocessing(**plain.identity.preprocessing), 4, 2)
+    got, wanted = answering.predict(torch.from_numpy(images)).numpy(), plain.run(images)
+    assert np.abs(got - wanted).max() < (0.1 if "bf16" in options else 1e-5)
