@@ -7,3 +7,8 @@ class GrowkitError(Exception):
 
 class ParityError(GrowkitError):
     """A check of a grown or exported model said no."""
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """What an error of somebody else says first, up to `most` characters; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -16,7 +16,7 @@ from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, PREPROCESSING, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.deploy.golden import onnx_subject
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
 from growkit.grow import grow, lossless_gap
 from growkit.record import RunFolder, versions
@@ -510,7 +510,7 @@ def _answering_onnx(path: Path, provider: str) -> Answering:
     except GrowkitError:
         raise
     except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error, 200)
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
     if not prepared:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")

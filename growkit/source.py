@@ -14,7 +14,7 @@ from torch import Tensor
 from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import PREPROCESSING, read_checkpoint
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 
 TIMM = "timm:"
 
@@ -131,7 +131,7 @@ def _load_timm(path: str) -> Source:
         # a tag, as in deit_small_patch16_224.fb_in1k, picks among published weights
         model = timm.create_model(name if "." in name else architecture.name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
     config = {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING}
     return Source(

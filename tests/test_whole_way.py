@@ -72,6 +72,9 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     assert grown["scores"]["step0"] == pytest.approx(grown["scores"]["source"], abs=1e-5)
     assert len(grown["losses"]) == 3
     assert grown["parameters"] == planned["parameters"][1]
+    sizes = json.loads(Path("run/grown/growkit.json").read_text())["sizes"]
+    assert [list(sizes[side].values())[:3] for side in ("source", "target")] == [[32, 2, 2], [64, 3, 4]]
+    assert sizes["target"]["parameters"] == grown["parameters"]
     tuned = run("finetune", "--data", images, "--epochs", 1, *QUICK)
     assert tuned["steps"] == 6
     run("export", "--onnx")

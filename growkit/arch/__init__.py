@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from growkit.arch import vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
 
@@ -76,7 +76,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
         with torch.device(device):
             model = timm.create_model(name, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
     if type(model) is not VisionTransformer:

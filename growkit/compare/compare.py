@@ -18,7 +18,7 @@ from growkit.compare.bench import Bench, Watch
 from growkit.compare.figures import ArmFigures, arm_figures
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, SweepSettings, numbers
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_existing, whole_file, write_json
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import OPERATOR_DEFAULTS
@@ -226,7 +226,7 @@ class Comparison:
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from growkit.deploy.numbers import relative, rms
 from growkit.deploy.pixels import INPUT, resized
 from growkit.deploy.reference import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
 from growkit.deploy.whole import answer
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 
 BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has one batch size
 
@@ -115,5 +115,5 @@ def _read(path: Path) -> tuple[str, np.ndarray]:
         tensor = onnx.load_tensor(str(path))
         return tensor.name, numpy_helper.to_array(tensor).copy()  # its own is read-only
     except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise GrowkitError(f"{path}: not a readable ONNX tensor ({reason}); export again") from None

@@ -17,6 +17,7 @@ from growkit.deploy.numbers import Truth, in_batches, relative, rms
 from growkit.deploy.parts import core_session, inner_graph, tapped_session
 from growkit.deploy.reference import Preprocessing
 from growkit.deploy.store import weight_bytes
+from growkit.errors import first_line
 
 EVALUATED = 200 * 2**20  # bytes of weights: ONNX's own evaluator is slow
 CLEARLY = 3  # times less wrong is another number, not the same with other noise
@@ -130,7 +131,7 @@ def diagnose(
         errors = nearest(trace.values, values)
         found = first_wrong(trace, errors, allowed)
     except Exception as error:  # a damaged file fails in a dozen ways; its own checks tell of it
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         return Diagnosis("", f"not found: the file does not run ({line[:160]})")
     if found is None:
         last = errors[trace.seen[-1].value]

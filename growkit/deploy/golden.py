@@ -27,12 +27,12 @@ from torch import nn
 from growkit import __version__
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import form_of
-from growkit.deploy.numbers import in_batches
+from growkit.deploy.numbers import in_batches, relative, rms
 from growkit.deploy.parts import core_session
 from growkit.deploy.reference import Preprocessing, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.runtime import open_session
 from growkit.deploy.store import files_of, read_graph, sha256_of_files
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, whole_folder, write_json
 from growkit.record import versions
 
@@ -272,7 +272,6 @@ def update_golden(folder: Path, golden: Golden, subject: Subject) -> str:
     Raises:
         GrowkitError: as write_golden.
     """
-    refuse_unreplaceable(folder)
     try:
         change = f"replaced {folder}: {change_since(read_golden(folder), subject)}"
     except GrowkitError:
@@ -306,14 +305,14 @@ def change_since(old: Golden, subject: Subject) -> str:
         weights = f"it was of a {_word(was)}, is of a {_word(now)}; {weights}"
     if _size(was) != _size(now):
         return f"{weights}; images were {_shape(_size(was))}, are {_shape(_size(now))}"
-    largest, relative = 0.0, 0.0
+    largest, moved = 0.0, 0.0
     for data_set in old.data_sets:
         got = subject.answers(data_set.images).astype(np.float32)
         if got.shape != data_set.logits.shape:
             return f"{weights}; {data_set.logits.shape[1]} classes before, {got.shape[1]} now"
         largest = max(largest, float(np.abs(got - data_set.logits.astype(np.float64)).max()))
-        relative = max(relative, relative_rms(got, data_set.logits, old.spread))
-    return f"{weights}; logits move by up to {largest:.3g} (relative RMS {relative:.3g})"
+        moved = max(moved, relative(rms(got.astype(np.float64) - data_set.logits), old.spread))
+    return f"{weights}; logits move by up to {largest:.3g} (relative RMS {moved:.3g})"
 
 
 # reading -------------------------------------------------------------------------------------
@@ -445,7 +444,7 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
         got = subject.run(data_set.images)
     except Exception as error:  # timm, torch and ONNX Runtime each have their own kinds
         shape = _shape(data_set.images.shape[1:])
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         line = f"{label} refuses the stored images of {shape}: the reference is another model's ({reason})"
         return [check("golden", label, False, "refused", "ok", line)]
     wanted = data_set.logits
@@ -454,7 +453,7 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
             f"{label} answers {_shape(got.shape)}, stored is {_shape(wanted.shape)}: the reference is another model's"
         )
         return [check("golden", label, False, _shape(got.shape), _shape(wanted.shape), line)]
-    off = relative_rms(got, wanted, spread)
+    off = relative(rms(got.astype(np.float64) - wanted), spread)
     line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}"
     top = np.sort(wanted.astype(np.float64), axis=1)
     lead = top[:, -1] - top[:, -2] if wanted.shape[1] > 1 else np.zeros(len(wanted))
@@ -465,14 +464,6 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
         check("golden", label, off <= limit, off, limit, line),  # `not >` would let NaN pass
         check("golden", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
     ]
-
-
-def relative_rms(got: np.ndarray, wanted: np.ndarray, spread: float) -> float:
-    """Root mean square of the difference, over `spread`."""
-    difference = float(np.sqrt(np.mean(np.square(got.astype(np.float64) - wanted))))
-    if spread > 0:
-        return difference / spread
-    return 0.0 if difference == 0 else math.inf
 
 
 def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:

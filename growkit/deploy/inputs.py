@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, normalised
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
@@ -58,7 +58,7 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
             with Image.open(path) as picture:
                 found[str(path.relative_to(folder))] = picture.convert(MODES[channels])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise GrowkitError(f"{path}: not a readable picture ({reason[:160]}); take it out of --images") from None
     return found
 

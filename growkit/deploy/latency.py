@@ -27,6 +27,7 @@ from growkit.deploy.contention import CONTENDED, Contention
 from growkit.deploy.form import Form
 from growkit.deploy.parts import core_session, whole_session
 from growkit.deploy.reference import noise_images, preprocessing
+from growkit.errors import first_line
 
 SESSIONS = 3  # fresh ones per side before an interval is believed
 PAIRS = 20  # per session
@@ -302,7 +303,7 @@ def measure_latency(
                     call, compile_seconds[batch] = _compile(model, tensor, device)
                     sides["PyTorch compiled"] = functools.partial(_same, call)
                 except Exception as error:  # dynamo, the compiler and the driver each raise their own kinds
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    reason = first_line(error)
                     notes.append(f"PyTorch compiled was not timed, it does not compile here: {reason}")
             found = {}
             for name, baseline in sides.items():

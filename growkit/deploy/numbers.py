@@ -10,6 +10,7 @@ import numpy as np
 from growkit.deploy.checks import Check, check
 from growkit.deploy.limits import Limits
 from growkit.deploy.runtime import Session
+from growkit.errors import first_line
 
 RARE = 3.719  # normal quantile of 1 - 1/10,000
 
@@ -223,7 +224,7 @@ def relative(value: float, spread: float) -> float:
 
 
 def _refused(name: str, error: Exception) -> Check:
-    line = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    line = f"{name}: {first_line(error)}"
     return check("numbers", f"{name}: runs", False, "refused", "ok", line)
 
 

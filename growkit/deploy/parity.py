@@ -38,7 +38,7 @@ from growkit.deploy.structure import sizes_claimed, structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
 from growkit.deploy.yardstick import in_precision
-from growkit.errors import GrowkitError, ParityError
+from growkit.errors import GrowkitError, ParityError, first_line
 
 IMAGES = 8  # at 224 x 224; small images come cheaper and steady the noise ratio
 
@@ -112,7 +112,7 @@ def check_parity(
     except GrowkitError:
         raise
     except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
-        line = f"{file.name} is no whole ONNX file, or none that opens here: {_first_line(error)}"
+        line = f"{file.name} is no whole ONNX file, or none that opens here: {first_line(error)}"
         broken = check("structure", "valid ONNX", False, "refused", "accepted", line)
         return Parity((broken,), {}, "none", Form())
 
@@ -153,7 +153,7 @@ def check_parity(
     except GrowkitError:
         raise
     except Exception as error:
-        line = f"the network inside is not to be found: {_first_line(error)}"
+        line = f"the network inside is not to be found: {first_line(error)}"
         checks.append(check("structure", "the network inside", False, "missing", "input -> logits", line))
         return Parity(tuple(checks), {}, session.provider, form, files)
 
@@ -230,7 +230,7 @@ def _reference(session: Session, model: nn.Module, form: Form, limits: Limits, f
             try:
                 got = run(fed)
             except Exception as error:  # a reference of another model does not even fit
-                line = f"{label} refuses the stored input: {_first_line(error)}"
+                line = f"{label} refuses the stored input: {first_line(error)}"
                 checks.append(check("reference", label, False, "refused", "ok", line))
                 continue
             if list(got) != list(wanted) or any(got[key].shape != value.shape for key, value in wanted.items()):
@@ -240,7 +240,3 @@ def _reference(session: Session, model: nn.Module, form: Form, limits: Limits, f
             off = off_from_stored(got, wanted)
             checks.append(check("reference", label, off <= limits.relative_rms, off, limits.relative_rms))
     return checks
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

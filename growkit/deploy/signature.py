@@ -1,12 +1,11 @@
 """What an ONNX file takes and gives, in the words of KServe's protocol, without running it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from growkit.deploy.store import read_graph
 from growkit.errors import GrowkitError
 
 
@@ -39,7 +38,9 @@ def load_graph(file: Path) -> onnx.ModelProto:
         GrowkitError: the file is missing or unreadable.
     """
     try:
-        return onnx.load(str(file), load_external_data=False)
+        return read_graph(file, weights=False)
+    except GrowkitError:
+        raise
     except FileNotFoundError:
         raise GrowkitError(f"{file}: no such file; `growkit export` writes it") from None
     except Exception as error:  # protobuf's own kinds
@@ -74,8 +75,3 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 def props_of(proto: onnx.ModelProto) -> dict[str, str]:
     """The file's own metadata."""
     return {entry.key: entry.value for entry in proto.metadata_props}
-
-
-def external_files(proto: onnx.ModelProto) -> Iterator[str]:
-    """Names of the files that hold weights beside the model, once for each tensor."""
-    return (ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t))

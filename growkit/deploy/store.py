@@ -14,7 +14,7 @@ import onnx
 from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
 
 from growkit.deploy.form import Form, form_of
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import whole_file
 
 LIMIT = 2**31 - 1 - 2**24  # bytes of weights in one file; the graph itself needs a few MB
@@ -55,7 +55,7 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         try:
             load_external_data_for_model(proto, str(path.parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            line = _line(error)
+            line = first_line(error, 160)
             raise GrowkitError(f"{path}: its weights beside it are unreadable ({line}); export again") from None
     return proto
 
@@ -156,7 +156,3 @@ def _refuse_outside(path: Path, tensor: onnx.TensorProto) -> None:
             f"{path}: tensor {tensor.name[:80]!r} says its weights lie in {name[:80]!r}, outside the file's folder; "
             "not read: get the file from someone you trust, or export it again"
         )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -18,7 +18,8 @@ import onnx
 from onnx import numpy_helper
 
 from growkit.deploy.settings import TritonSettings
-from growkit.deploy.signature import Signature, Tensor, external_files, load_graph, props_of, signature_of
+from growkit.deploy.signature import Signature, Tensor, load_graph, props_of, signature_of
+from growkit.deploy.store import files_of
 from growkit.deploy.triton_check import (
     MODEL,
     VERSIONS_SERVED,
@@ -68,7 +69,7 @@ def write_model_repository(
     if set(versions_in(target)) - {version}:
         _refuse_another(target, signature, labels)
         with whole_folder(target / str(version)) as partial:
-            _copy_model(exported, proto, partial)
+            _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(read_config(target), versions_in(target)))
         return ModelRepository(target, version, configured=False)
     samples = _samples(signature, exported)
@@ -82,7 +83,7 @@ def write_model_repository(
         (partial / "warmup").mkdir()
         for index, sample in enumerate(samples):  # raw little-endian bytes
             (partial / "warmup" / f"input_{index}.bin").write_bytes(np.ascontiguousarray(sample).tobytes())
-        _copy_model(exported, proto, partial / str(version))
+        _copy_model(exported, partial / str(version))
         problems = check_model_repository(partial, name)
         if problems:
             raise GrowkitError(f"{target} was not written, Triton would refuse it: {'; '.join(problems)}")
@@ -197,16 +198,17 @@ def _fits(array: np.ndarray, tensor: Tensor) -> bool:
     return same and np_to_triton_dtype(array.dtype) == tensor.datatype and all(w in (-1, d) for d, w in dims)
 
 
-def _copy_model(exported: Path, proto: onnx.ModelProto, version: Path) -> None:
+def _copy_model(exported: Path, version: Path) -> None:
     """One file as VERSION/model.onnx; a model of several files as VERSION/model.onnx/, a folder of that name."""
-    external = sorted(set(external_files(proto)))
-    folder = version / MODEL if external else version
+    files = files_of(exported / MODEL)
+    folder = version / MODEL if files[1:] else version
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, *external):
-        source = exported / name
-        if Path(name).name != name or not source.is_file():
-            raise GrowkitError(f"{exported / MODEL} keeps weights in {name!r}, which is not beside it; export again")
-        shutil.copyfile(source, folder / name)
+    for file in files:
+        if not file.is_file():
+            raise GrowkitError(
+                f"{exported / MODEL} keeps weights in {file.name!r}, which is not beside it; export again"
+            )
+        shutil.copyfile(file, folder / file.name)
 
 
 def _refuse_another(target: Path, signature: Signature, labels: list[str] | None) -> None:

@@ -23,7 +23,7 @@ from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.store import sha256_of_files
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import sha256_of
 
 
@@ -218,7 +218,7 @@ def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
     except GrowkitError:
         raise
     except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return None, check("structure", "valid ONNX", False, "refused", "accepted", f"{file}: not valid ONNX: {reason}")
     return subject, check("structure", "valid ONNX", True, "accepted", "accepted")
 

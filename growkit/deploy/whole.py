@@ -15,6 +15,7 @@ from growkit.deploy.inputs import as_file_takes, as_model_takes
 from growkit.deploy.numbers import in_batches
 from growkit.deploy.reference import Preprocessing
 from growkit.deploy.runtime import Session
+from growkit.errors import first_line
 
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside
 LEVELS = 2  # of 255: how far one pixel may be off; seen: 1, and 2 where noise is enlarged a hundredfold
@@ -81,7 +82,7 @@ def pixel_checks(
             answers = whole.outputs(levels)
             logits = in_batches(core, got, batch)
         except Exception as error:  # ONNX Runtime has its own kinds
-            line = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            line = f"{name}: {first_line(error)}"
             checks.append(check("pixels", f"{name}: runs", False, "refused", "ok", line))
             continue
         if got.shape[1:] != wanted.shape[1:]:

@@ -18,7 +18,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.train.distributed import part, rank, size
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import AUTO, FitSettings
@@ -195,7 +195,7 @@ def _timm_dataset(data: str, split: str, settings: FitSettings) -> Any:
             download=settings.dataset_download,
         )
     except Exception as error:  # every dataset library has its own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise GrowkitError(
             f"--data {data}, split {split}: {reason} (files are looked for in --data-dir"
             f" {settings.data_dir}; --dataset-download fetches them, --val-split names the split)"

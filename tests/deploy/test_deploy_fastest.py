@@ -118,3 +118,14 @@ def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(
         "provider cuda does not run here: libcuda.so.1 is missing",
     )
     assert calls == []
+
+
+def test_noise_at_one_batch_size_leaves_everything_open(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(subject, baseline, *, names=("subject", "baseline"), batch=1, **more):  # type: ignore[no-untyped-def]
+        if names == ("subject", "baseline"):
+            return measured(1.0, 0.9, 1.1, batch) if batch == 1 else measured(1.0, 0.999, 1.001, batch)
+        return measured(0.9, 0.89, 0.91, batch)
+
+    monkeypatch.setattr(module, "compare", compare)
+    form, (choice,) = fastest(model, Form(), "cpu", batches=(1, 2))
+    assert (form, choice.verdict) == (Form(), "not measured")

@@ -24,7 +24,9 @@ from growkit.train.data import (
     labels_of,
     open_data,
     seeded,
+    size_of,
     train_batches,
+    unaugmented,
     val_batches,
 )
 from growkit.train.settings import FitSettings
@@ -294,8 +296,8 @@ def test_no_image_is_both_trained_on_and_evaluated_and_evaluation_is_not_augment
     chosen, tested = hold_out(opened(settings), share=0.5, keep=0.5, seed=1)
     still = replace(settings, scale_min=1.0, hflip=0.0)
     for_still = hold_out(opened(still), share=0.5, keep=0.5, seed=1)
-    for part, unaugmented in zip((chosen, tested), for_still, strict=True):
-        assert same(list(val_batches(part, settings)), list(val_batches(unaugmented, still)))
+    for part, plain in zip((chosen, tested), for_still, strict=True):
+        assert same(list(val_batches(part, settings)), list(val_batches(plain, still)))
     trained = [image for batch, _ in train_batches(for_still[0], still, 0, 3) for image in batch]
     assert len(trained) == 12
     assert not any(among(image, shown(part, settings)) for image in trained for part in (chosen, tested))
@@ -383,3 +385,23 @@ def test_labels_are_read_off_the_images_where_no_list_is_kept() -> None:
     assert all((part % 3).bincount().tolist() == [2, 2, 2] for part in parts)
     with pytest.raises(GrowkitError, match=r"^class 0: too few"):
         hold_out(data, share=0.9, seed=0)
+
+
+def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
+    opened: Callable[[FitSettings], Data],
+) -> None:
+    data = opened(HARD)
+    got = unaugmented(data, 5, seed=1)
+    assert len(got) == 5
+    assert len(unaugmented(data, 10**6, seed=1)) == size_of(data.train)
+    assert torch.equal(got, unaugmented(data, 5, seed=1))
+    assert not torch.equal(got, unaugmented(data, 5, seed=2))
+    paths = [data.train.reader[index][0] for index in range(size_of(data.train))]
+    plain = {data.val.transform(Image.open(path).convert("RGB")).numpy().tobytes() for path in paths}
+    assert all(one.numpy().tobytes() in plain for one in got)
+
+
+def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings], Data]) -> None:
+    data = opened(FitSettings(batch_size=8, workers=0, cache="ram", color_jitter=0.0))
+    with pytest.raises(GrowkitError, match="--cache"):
+        unaugmented(data, 5, seed=1)
