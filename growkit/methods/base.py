@@ -9,8 +9,6 @@ from growkit.arch.spec import LAYERS, Architecture, Weights
 from growkit.errors import GrowkitError
 from growkit.settings import GrowSettings
 
-WIDTHS = ("embed", "attn", "mlp")
-
 
 class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
@@ -46,10 +44,10 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
     """Growing only adds.
 
     Raises:
-        GrowkitError: a space of the target is smaller, a head's size differs, or other tensors are there.
+        GrowkitError: a space of the target is smaller, a head's size differs, or it is a network of another kind.
     """
     for name, old in source.spaces.items():
-        new = target.spaces[name]
+        new = target.spaces.get(name, old)
         if new.group != old.group:
             heads, size = new.size // old.group, old.group
             fits = f"--set num_heads={heads}" if new.size % size == 0 else f"a width that is a multiple of {size}"
@@ -62,6 +60,9 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
                 f"{name}: {old.size} -> {new.size} would shrink; choose a target of at least {old.size} "
                 f"(growkit plan shows sizes)"
             )
+    for what, old_kind in source.kind.items():
+        if old_kind != (new_kind := target.kind.get(what)):
+            raise GrowkitError(f"{what}: {old_kind} -> {new_kind}; growing keeps it, choose a target of the same kind")
     keys = {row.key for row in source.tensors} ^ {row.key for row in target.tensors}
     if keys:
         raise GrowkitError(
@@ -74,6 +75,28 @@ def growing(source: Architecture, target: Architecture) -> tuple[str, ...]:
     return tuple(name for name, space in source.spaces.items() if target.spaces[name].size != space.size)
 
 
+def whole(source: Architecture, target: Architecture, *spaces: str) -> bool:
+    """Whether each of these spaces grows to a whole multiple of its size."""
+    return all(target.spaces[name].size % source.spaces[name].size == 0 for name in spaces)
+
+
+def normed_inside(architecture: Architecture) -> tuple[str, ...]:
+    """The spaces inside a layer over which a norm is taken: it sees the same only where all units are copied alike."""
+    return tuple(space for space, slot in (("attn", "norm_attn"), ("mlp", "norm_mlp")) if architecture.has(slot))
+
+
+def averages(source: Architecture, target: Architecture) -> bool:
+    """Whether the residual's tail can be kept at the mean of the rest, or need not be: see `maps.residual`.
+
+    Only what is linear in the channels keeps a mean: not a norm that writes the residual, nor a maximum over tokens
+    before the last norm. An RMSNorm asks for zeros, which all of them keep.
+    """
+    if whole(source, target, "embed") or not source.centred:
+        return True
+    pooled = "max" in source.kind.get("pooling", "") and "fc_norm.weight" in source.shapes
+    return not (source.has("norm_pre") or source.has("norm_patch") or pooled)
+
+
 def same_size(source: Architecture, target: Architecture) -> bool:
     """Whether nothing grows."""
     return not growing(source, target)
@@ -81,7 +104,7 @@ def same_size(source: Architecture, target: Architecture) -> bool:
 
 def grows_width(source: Architecture, target: Architecture) -> str | None:
     """Why a method that grows depth alone cannot: the first width that grows, in words."""
-    for name in WIDTHS:
+    for name in source.widths:
         if name in growing(source, target):
             sizes = f"{source.spaces[name].size} -> {target.spaces[name].size}"
             return f"{name} grows ({sizes}), and this method grows depth alone"
