@@ -60,6 +60,8 @@ PAIRS: dict[str, tuple[Architecture, Architecture]] = {
     "no head, no positions, odd": kin((32, 2, 2), (80, 3, 5), num_classes=0, pos_embed="none"),
 }
 # Where the width is a whole multiple, LayerNorm's eps does no harm and the start is exact.
+# A norm before the blocks gets the mean of its new channels all but exactly.
+NEARLY = ("pre-norm, odd",)
 EXACT = tuple(name for name, (s, t) in PAIRS.items() if t.spaces["embed"].size % s.spaces["embed"].size == 0)
 
 

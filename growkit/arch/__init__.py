@@ -85,7 +85,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise GrowkitError(f"{name} is a {type(model).__name__}; growkit grows timm's plain VisionTransformer")
+        raise GrowkitError(f"{name} is timm's {type(model).__name__}; growkit grows its plain VisionTransformer")
     return model
 
 

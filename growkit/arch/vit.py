@@ -215,7 +215,7 @@ def input_arguments(model: VisionTransformer) -> dict[str, Any]:
         "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else None,
         "class_token": model.has_class_token,
         "pos_embed": "learn" if positions is not None else "none",
-        "no_embed_class": not prefix and bool(model.num_prefix_tokens),
+        "no_embed_class": positions is not None and not prefix and bool(model.num_prefix_tokens),
         "reg_tokens": model.num_reg_tokens,
         "pre_norm": there(model.norm_pre),
         "final_norm": there(model.norm) or there(model.fc_norm),

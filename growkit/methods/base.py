@@ -88,13 +88,14 @@ def normed_inside(architecture: Architecture) -> tuple[str, ...]:
 def averages(source: Architecture, target: Architecture) -> bool:
     """Whether the residual's tail can be kept at the mean of the rest, or need not be: see `maps.residual`.
 
-    Only what is linear in the channels keeps a mean: not a norm that writes the residual, nor a maximum over tokens
-    before the last norm. An RMSNorm asks for zeros, which all of them keep.
+    Only what is linear in the channels keeps a mean: not a norm over patches, nor a maximum over tokens before the last
+    norm. A norm before the blocks does where `carry_mean` helps it. An RMSNorm asks for zeros, which all of them keep.
     """
     if whole(source, target, "embed") or not source.centred:
         return True
+    alone = target.spaces["embed"].size % source.spaces["embed"].size == 1 and source.has("norm_pre")
     pooled = "max" in source.kind.get("pooling", "") and "fc_norm.weight" in source.shapes
-    return not (source.has("norm_pre") or source.has("norm_patch") or pooled)
+    return not (source.has("norm_patch") or alone or pooled)
 
 
 def same_size(source: Architecture, target: Architecture) -> bool:

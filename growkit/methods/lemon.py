@@ -13,20 +13,25 @@ docs/architecture.md.
 
 import torch
 
-from growkit.arch.spec import LAYERS
+from growkit.arch.spec import LAYERS, Weights
 from growkit.core import maps
 from growkit.methods.base import averages, normed_inside, whole
+from growkit.methods.carried_mean import carry_mean
 from growkit.methods.expand import Expansion, Maps, SpaceMap, read_maps, residual_vectors, silent, vector_maps
 
 
 class Lemon(Expansion):
-    """Keeps the function at every width and depth, but where a norm writes the residual (see `averages`)."""
+    """Keeps the function at every width and depth, as far as norms outside the plain ViT's let it (see `averages`)."""
 
     @property
     def lossless(self) -> bool:
         """Wherever the residual's mean can be kept, and norms inside a layer see whole copies."""
         pair = self.source, self.target
         return averages(*pair) and whole(*pair, *normed_inside(self.source))
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        return carry_mean(self.source, self.target, weights, super().forward(weights))
 
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Average expansion of the residual, duplicated hidden units, silent new layers."""

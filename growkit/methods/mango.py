@@ -18,6 +18,7 @@ from growkit.core import maps
 from growkit.core.ring import RingOperator
 from growkit.errors import GrowkitError
 from growkit.methods.base import GrowthMethod, averages, normed_inside, whole
+from growkit.methods.carried_mean import carry_mean
 from growkit.methods.expand import BRANCHES, SpaceMap, expand, read_maps, residual_vectors, vector_maps
 from growkit.settings import GrowSettings
 
@@ -120,6 +121,7 @@ class Mango(GrowthMethod):
         vectors = {slot: w.unflatten(1, (k, -1)) if slot in in_blocks else w for slot, w in weights.items()}
         grown = expand(self.vectors, vectors, self._maps_by_slot())
         grown |= {slot: grown[slot].flatten(1) for slot in in_blocks}
+        grown = carry_mean(self.source, self.target, weights, grown)
         return grown | unpack(self.ring(pack(weights)), gated="gate.weight" in weights)
 
     def _maps_by_slot(self) -> dict[str | tuple[str, str], SpaceMap]:
