@@ -11,7 +11,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from growkit.arch import vit
+from growkit.arch import recognise, vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GrowkitError, first_line
 
@@ -107,14 +107,14 @@ def detect(
     Raises:
         GrowkitError: the tensors are no plain ViT's, or do not fit the name; the message names them.
     """
-    shapes = vit.arguments_of(state)
+    shapes = recognise.arguments_of(state)
     chosen = parse_sets(sets)
     if name is not None:
         name, how = full_name(name), f"--from {name}"
     elif named := _named_by(hint, shapes):
         name, how = named, f"{named}, from the file's name"
     else:
-        if marked := vit.telltale(state):
+        if marked := recognise.telltale(state):
             key, kind, example = marked
             raise GrowkitError(
                 f"the weights hold {key}: {kind}, whose norms and activation leave no trace in them; "
@@ -147,7 +147,7 @@ def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
 def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) -> tuple[str, str]:
     """The timm name for the shapes and the line that says how it was found."""
     embed, depth = shapes["embed_dim"], shapes["depth"]
-    fitting = [known for (e, d, _), known in vit.KNOWN.items() if (e, d) == (embed, depth)]
+    fitting = [known for (e, d, _), known in recognise.KNOWN.items() if (e, d) == (embed, depth)]
     if distilled:
         fitting = [known.replace("_patch16", "_distilled_patch16") for known in fitting if known.startswith("deit")]
     assumed = f"{HEAD_SIZE}-wide heads assumed (--from-set num_heads=N says otherwise)"
