@@ -18,7 +18,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.files import read_json, sha256_of, write_json
+from growkit.files import read_json, sha256_of, without_folders, write_json
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "model.safetensors",
@@ -26,6 +26,7 @@ WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "growkit.json",
     "operator.safetensors",
 )
+LARGEST_HISTORY, LONGEST_WORD = 64 * 2**20, 10_000  # bytes and characters: what growkit.json never reaches
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
 # What a model expects of its images; it goes with the weights, from the source to the grown model.
@@ -55,15 +56,13 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     """
     if not path.exists():
         raise GrowkitError(f"{path}: no such file or folder")
-    config = history = None
+    config, folder = None, path
     if path.is_dir():
         if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
             raise GrowkitError(f"{path}: no model folder; expected {CONFIG} and {WEIGHTS} in it")
         config = read_json(path / CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
-        if (path / HISTORY).exists():
-            history = read_json(path / HISTORY)
         path = path / WEIGHTS
     raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
     state = clean_state_dict({str(key): value for key, value in raw.items()})
@@ -76,7 +75,37 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
         notes = (*notes, f"weights are {', '.join(kinds)}; read as float32")
         state = {key: value.float() for key, value in state.items()}
-    return Checkpoint(path, state, sha256_of(path), config, history, notes)
+    sha256 = sha256_of(path)
+    history, said = (None, ()) if config is None else _read_history(folder / HISTORY, sha256)
+    return Checkpoint(path, state, sha256, config, history, (*notes, *said))
+
+
+def _read_history(path: Path, sha256: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """growkit.json, where there is one that tells of these weights, else what is to be said to the user.
+
+    It decides nothing about the weights, so a damaged one does not stop anybody.
+    """
+    if not path.exists():
+        return None, ()
+    try:
+        content = read_json(path) if path.stat().st_size <= LARGEST_HISTORY else None
+    except (GrowkitError, RecursionError):
+        content = None
+    unknown = "was left out: where these weights come from is not known"
+    if not isinstance(content, dict) or not _sound(content):
+        return None, (f"{path} is damaged and {unknown}",)
+    if content.get("weights_sha256", sha256) != sha256:
+        return None, (f"{path} tells of other weights and {unknown}",)
+    return content, ()
+
+
+def _sound(value: object, levels: int = 16) -> bool:
+    """Whether JSON is no deeper and its words no longer than growkit writes them, so that it may be passed on."""
+    if isinstance(value, dict):
+        return levels > 0 and all(_sound(key) and _sound(entry, levels - 1) for key, entry in value.items())
+    if isinstance(value, list):
+        return levels > 0 and all(_sound(entry, levels - 1) for entry in value)
+    return not isinstance(value, str) or len(value) <= LONGEST_WORD
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -140,7 +169,8 @@ def write_model(
     # Where the weights came from is growkit.json's to say; timm's tag would name other weights.
     config["pretrained_cfg"].pop("tag", None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_json(folder / HISTORY, {**history, "weights_sha256": sha256_of(folder / WEIGHTS)})
+    told = without_folders({**history, "weights_sha256": sha256_of(folder / WEIGHTS)})
+    write_json(folder / HISTORY, told)
 
 
 def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:

@@ -87,6 +87,15 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
+def without_folders(value: object) -> object:
+    """`value` with absolute paths cut to their last part: a served file tells no machine's."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from growkit import __version__
+from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, PREPROCESSING, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.deploy.golden import onnx_subject
 from growkit.errors import GrowkitError, first_line
-from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, write_json
+from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import grow, lossless_gap
+from growkit.lineage import ancestors, name_of
 from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
-from growkit.source import TIMM, Source, fresh, load_source, with_classes
+from growkit.source import TIMM, Source, fresh, load_source
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, size_of, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
@@ -160,17 +162,13 @@ def grow_model(
         )
     resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume)
     chosen = pick_device(device)
-    opened = None
+    source, opened = with_input(source, sets), None
     if data is not None:
         operator = replace(operator or FitSettings(), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator)
-        labels = opened.classes or [str(i) for i in range(source.architecture.classes)]
-        adapted = with_classes(source, labels, seed=settings.seed)
-        for note in adapted.notes[len(source.notes) :]:
-            say(note)
-        source = adapted
+    source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
-    for note in notes:
+    for note in (*source.adapted, *notes):
         say(note)
     small = source.model()
     grown = grow(source.architecture, target, source.state, settings)
@@ -246,6 +244,7 @@ def grow_model(
                 "operator_parameters": operator_parameters,
                 "operator": _told(history["operator"]),
                 "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
+                "adapted": list(source.adapted),
             },
             hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
         )
@@ -291,7 +290,8 @@ def train_model(
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
     draft = fresh(name, sets, ["?"], seed=settings.seed)
     opened = open_data(data, draft.preprocessing, settings)
-    source = fresh(name, sets, _labels(opened, draft), seed=settings.seed)
+    labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
+    source = fresh(name, sets, labels, seed=settings.seed)
     return _fit_into(
         run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch, scoring
     )
@@ -312,8 +312,8 @@ def finetune_model(
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
     opened = open_data(data, source.preprocessing, settings)
-    adapted = with_classes(source, _labels(opened, source), seed=settings.seed)
-    for note in adapted.notes[len(source.notes) :]:
+    adapted = with_classes(source, opened.classes, seed=settings.seed)
+    for note in adapted.adapted:
         say(note)
     return _fit_into(
         run,
@@ -330,10 +330,6 @@ def finetune_model(
         watch,
         scoring,
     )
-
-
-def _labels(opened: Data, source: Source) -> list[str]:
-    return opened.classes or [str(index) for index in range(source.architecture.classes)]
 
 
 def _fit_into(
@@ -397,11 +393,16 @@ def _fit_into(
         if fitted.best_scores is None:
             _replace(folder, last, source, final)
         else:
-            write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": final["fit"]})
+            told = {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])}
+            write_json(folder / HISTORY, told)
         run.add(
             command,
             options={"model": source.path, "data": data, **asdict(settings)},
-            figures={"start": asdict(start) if start else None, **(_told(final["fit"]) or {})},
+            figures={
+                "start": asdict(start) if start else None,
+                **(_told(final["fit"]) or {}),
+                "adapted": list(source.adapted),
+            },
             hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
         )
 
@@ -437,14 +438,23 @@ def _origin(source: Source) -> dict[str, Any]:
     return {
         "growkit": __version__,
         "source": {
-            "name": source.path if source.path.startswith("timm:") else Path(source.path).name,
+            "name": name_of(source),
             "sha256": source.sha256,
             "architecture": source.architecture.name,
             "arguments": dict(source.architecture.arguments),
-            "history": source.history,
+            "adapted": list(source.adapted),
+            "history": _training(source),
         },
+        "ancestors": ancestors(source),
         "versions": versions(),
     }
+
+
+def _training(source: Source) -> dict[str, Any] | None:
+    """What growkit knows of the source's own training, with its curve; of those before it, `ancestors` has the sums."""
+    history = source.history or {}
+    trained = next((key for key in ("fit", "operator") if isinstance(history.get(key), dict)), None)
+    return {"stage": history.get("stage"), trained: _told(history[trained])} if trained else None
 
 
 def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[str, Any] | None:
@@ -452,6 +462,7 @@ def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict
         return None
     return {
         "steps": fitted.steps,
+        "images": fitted.images_per_step * fitted.steps,
         "interrupted": fitted.interrupted,
         "processes": size(),
         "losses": [round(loss, 6) for loss in fitted.losses],
@@ -471,8 +482,9 @@ def _told(fit: dict[str, Any] | None) -> dict[str, Any] | None:
     """What of a fit the run's record holds: the options stand there already, and a curve needs few points."""
     if fit is None:
         return None
-    every = -(-len(fit["losses"]) // 200) or 1
-    curve = [{"step": step, "loss": loss} for step, loss in enumerate(fit["losses"], 1) if step % every == 0]
+    losses = fit["losses"] if isinstance(fit.get("losses"), list) else []
+    every = -(-len(losses) // 200) or 1
+    curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1) if step % every == 0]
     rest = {name: value for name, value in fit.items() if name not in ("losses", "settings")}
     return {**rest, "training": curve}
 

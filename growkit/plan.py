@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
+from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import contraction_plan
@@ -74,6 +75,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     """
     if batch_size < 1:
         raise GrowkitError(f"--batch-size {batch_size}: must be above 0")
+    source = with_classes(with_input(source, sets), None, sets, seed=0)
     target, notes = find_target(source.architecture, to, sets)
     refuse_shrinking(source.architecture, target)
     methods = tuple(_method_cost(name, source, target, batch_size) for name in METHODS)
@@ -101,7 +103,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     both = (source.architecture, target)
     return Plan(
         target=target.name,
-        notes=tuple(notes),
+        notes=(*source.adapted, *notes),
         sizes=tuple(
             Size(name, space.size, target.spaces[name].size) for name, space in source.architecture.spaces.items()
         ),

@@ -1,7 +1,7 @@
 """SOURCE and MODEL arguments: a file, a model folder or timm:NAME becomes an architecture with weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Source:
     labels: tuple[str, ...] | None
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
     notes: tuple[str, ...]
+    adapted: tuple[str, ...] = ()  # what was changed so that it fits (see adapt.py), a line each
 
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
@@ -83,29 +84,6 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
     )
 
 
-def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
-    """The source fit for data with these classes: its head is made anew, as timm does, where the count differs.
-
-    A head that fits is kept, and the labels are remembered with it.
-    """
-    count = source.architecture.classes
-    if count == len(labels):
-        return replace(source, labels=tuple(labels))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = source.model()
-        model.reset_classifier(len(labels))
-    architecture = find(source.architecture.name, {**source.architecture.arguments, "num_classes": len(labels)})
-    note = f"the source has {count} classes, the data {len(labels)}: a new head starts from nothing"
-    return replace(
-        source,
-        architecture=architecture,
-        state=model.state_dict(),
-        labels=tuple(labels),
-        notes=(*source.notes, note),
-    )
-
-
 def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
     """A network with timm's random weights, for training from nothing.
 
@@ -150,6 +128,11 @@ def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[st
     """timm's data config of the architecture with `given` on top; small images are not cropped."""
     model = build(architecture.name, architecture.arguments, device="meta")
     config = {**resolve_model_data_config(model), **given}
+    for what, (height, width) in (("images", model.patch_embed.img_size), ("patches", model.patch_embed.patch_size)):
+        if height != width:
+            raise GrowkitError(
+                f"{architecture.name} reads {what} of {height} x {width}; growkit grows square ones alone"
+            )
     channels, size = model.in_chans, model.patch_embed.img_size[0]
     config["input_size"] = (channels, size, size)
     if not given and size < 64:

@@ -13,7 +13,7 @@ from torch import Tensor
 from growkit.arch import build, detect, find, find_target, full_name, parse_sets, vit
 from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
-from growkit.source import Source, load_source, with_classes
+from growkit.source import load_source
 
 ARCHITECTURES = {
     f"{name}, {side}": pair[i] for name, pair in PAIRS.items() for i, side in enumerate(("small", "large"))
@@ -435,7 +435,7 @@ def test_target_keeps_the_sources_input_and_says_so() -> None:
     source = tiny(64, 2, 1, in_chans=1, num_classes=5)
     target, notes = find_target(source, "deit_base")
     (note,) = notes
-    assert note.startswith("target takes the source's img_size 16 (deit_base_patch16_224 has 224)")
+    assert note.startswith("target takes the source's img_size 16 (deit_base_patch16_224 has 224; --set img_size=224")
     for said in ("patch_size 8", "in_chans 1", "num_classes 5"):
         assert said in note
     kept, has = (build(a.name, a.arguments, device="meta") for a in (source, target))
@@ -459,35 +459,3 @@ def test_set_that_contradicts_the_source_is_refused(item: str) -> None:
 def build_tiny() -> torch.nn.Module:
     architecture = tiny(64, 2, 1)
     return build(architecture.name, architecture.arguments, device="meta")
-
-
-# Classes
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Source:
-    torch.save(zeros(64, 2), tmp_path / "source.pth")
-    return load_source(str(tmp_path / "source.pth"))
-
-
-def test_head_that_fits_is_kept_with_the_datas_labels(source: Source) -> None:
-    adapted = with_classes(source, list("abcdefg"), seed=0)
-    assert adapted.labels == tuple("abcdefg")
-    assert adapted.notes == source.notes
-    assert all(adapted.state[name] is source.state[name] for name in source.state)
-
-
-def test_other_classes_get_a_new_head_by_the_seed_and_it_is_said(source: Source) -> None:
-    before = torch.random.get_rng_state()
-    adapted = with_classes(source, ["cat", "dog"], seed=5)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert adapted.notes[-1] == "the source has 7 classes, the data 2: a new head starts from nothing"
-    assert adapted.labels == ("cat", "dog")
-    assert adapted.architecture.shapes["head.weight"] == (2, 64)
-    assert adapted.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
-    rest = [name for name in source.state if not name.startswith("head.")]
-    assert [name for name in rest if not torch.equal(adapted.state[name], source.state[name])] == []
-    again, other = (with_classes(source, ["cat", "dog"], seed=seed) for seed in (5, 6))
-    assert torch.equal(again.state["head.weight"], adapted.state["head.weight"])
-    assert not torch.equal(other.state["head.weight"], adapted.state["head.weight"])
-    assert source.state["head.weight"].shape == (7, 64)

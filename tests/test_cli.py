@@ -116,7 +116,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--set of a word": (("grow", "small", *TO, "--set", "depth=deep"), "depth=deep"),
     "--set of a negative number": (("grow", "small", *TO, "--set", "depth=-1"), "depth"),
     "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "with depth 0 has no layers"),
-    "--set against the source": (("grow", "small", *TO, "--set", "img_size=32"), "growing keeps it"),
+    "--set against the source": (("grow", "small", *TO, "--set", "class_token=False"), "growing keeps it"),
     "shallower target": (("grow", "small", *TO, "--set", "depth=1"), "blocks: 2 -> 1 would shrink"),
     "--method close to nothing": ((*GROW, "--method", "zzz"), "nearest: stackbert"),
     "--rank below zero": ((*GROW, "--rank", "-1"), "--rank -1"),

@@ -7,6 +7,7 @@ import typer
 
 from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.errors import GrowkitError
+from growkit.files import without_folders
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
@@ -144,15 +145,6 @@ def export(
     )
     if triton:
         serve_by_triton(console, target, triton, serving, force)
-
-
-def without_folders(value: object) -> object:
-    """`value` with absolute paths cut to their last part: a served file tells no machine's."""
-    if isinstance(value, dict):
-        return {key: without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_folders(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def serve_by_triton(console: Console, target: Path, repository: Path, serving: TritonSettings, force: bool) -> None:

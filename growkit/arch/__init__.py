@@ -179,7 +179,8 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
             raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
     own = vit.input_arguments(_as_named(name))
     taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
-    said = ", ".join(f"{key} {value} ({name} has {own[key]})" for key, value in taken.items())
+    remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
+    said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
     return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
 
 

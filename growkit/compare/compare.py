@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from growkit import __version__
+from growkit.adapt import with_classes, with_input
 from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.compare.arms import Arm, parse_arms
@@ -20,9 +21,10 @@ from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, SweepSettings, numbers
 from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_existing, whole_file, write_json
+from growkit.lineage import flops_of
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import OPERATOR_DEFAULTS
-from growkit.source import TIMM, Source, with_classes
+from growkit.source import Source
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import Scoring, amp_dtype, silent
@@ -297,6 +299,7 @@ def compare_methods(
     )
     content = {
         **identity_of(bench),
+        "adapted": bench.source.adapted,
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
@@ -328,22 +331,16 @@ def bench_of(
     say: Say,
     scoring: Scoring = silent,
 ) -> Bench:
-    """What all arms share: the source with a head for the data, the target, and the images split by `split`."""
-    opened = open_data(data, source.preprocessing, recipe)
-    labels = opened.classes or [str(i) for i in range(source.architecture.classes)]
-    adapted = with_classes(source, labels, seed=recipe.seed)
+    """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
+    adapted = with_input(source, sets)
+    opened = open_data(data, adapted.preprocessing, recipe)
+    adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
     target, notes = find_target(adapted.architecture, to, sets)
-    for note in (*adapted.notes[len(source.notes) :], *notes):
+    for note in (*adapted.adapted, *notes):
         say(note)
-    if source.labels is not None and len(source.labels) == len(labels) and list(source.labels) != list(labels):
-        say(f"the source calls its classes {_some(source.labels)}, the data {_some(labels)}: they are taken in order")
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, scoring)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
@@ -386,23 +383,6 @@ def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str
             raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
         shutil.rmtree(folder)
     write_json(path, own)
-
-
-def flops_of(source: Source) -> float | None:
-    """FLOPs that went into a model that growkit trained, through everything it was grown from; None where unknown."""
-    total, history = 0.0, source.history
-    while history is not None:
-        spent = history.get("fit") or history.get("operator")
-        if history.get("stage") != "grown" and not spent:
-            return None
-        total += spent["flops"] if spent else 0
-        origin = history.get("source") or {}
-        if str(origin.get("name", "")).startswith(TIMM):
-            return None  # published weights
-        if not origin.get("sha256"):
-            return total  # it began as random weights
-        history = origin.get("history")
-    return None
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:

@@ -463,6 +463,7 @@ def _conclude(
     commands = _commands(best, bench, settings, pilot.budget, what, data, where)
     content = {
         **identity_of(bench),
+        "adapted": bench.source.adapted,
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),

@@ -139,6 +139,11 @@ def rows(value: object) -> list[Content]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
 
 
+def texts(value: object) -> list[str]:
+    """The words in `value`, a list; none where it is no list."""
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
+
+
 def number(value: object) -> float | None:
     """`value` where it is a number, be it spelled out as 'nan' or 'inf'; else None."""
     if isinstance(value, str) and value.strip("-") in ("nan", "inf"):

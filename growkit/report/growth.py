@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, percent, rows, short, words
+from growkit.report.facts import Facts, Step, mapping, number, percent, rows, short, texts, words
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
@@ -23,10 +23,31 @@ def source_section(facts: Facts) -> Section:
     history = mapping(origin.get("history"))
     fit = mapping(history.get("fit") or history.get("operator"))
     lines.append(_spent("growkit trained it", fit) if fit else "How it was trained is not on record.")
+    lines += [f"{line}." for line in texts(origin.get("adapted"))]
     table = _sizes(facts)
     plots = _curves(fit, "Training the source") if fit else []
     parts = [Section("Its training", plots=plots, folded=True)] if plots else []
+    line = rows(facts.grown.get("ancestors"))
+    if len(line) > 1:
+        parts.insert(0, Section("What it comes from, oldest first", table=_ancestors(line)))
     return Section("Source", "\n".join(lines), table, parts=parts)
+
+
+def _ancestors(line: Sequence[Mapping[str, Any]]) -> Table:
+    """The models a grown one comes from, with how each was made and what its training took."""
+    body = []
+    for entry in line:
+        how = [str(entry.get("stage", "given"))]
+        how += [f"by {entry['method']}"] if entry.get("method") else []
+        how += [f"rank {entry['rank']}"] if entry.get("rank") else []
+        how += [f"seed {entry['seed']}"] if "seed" in entry else []
+        how += [str(entry["adapted"])] if entry.get("adapted") else []
+        size = f"{entry.get('architecture')}, {cell(entry.get('width'))} wide, {cell(entry.get('layers'))} layers"
+        flops = number(entry.get("flops"))
+        spent = None if flops is None else flops / 1e12
+        cost = (entry.get("steps"), entry.get("images"), spent)
+        body.append((entry.get("name"), short(entry.get("sha256")), size, ", ".join(how), *map(cell, cost)))
+    return Table(("model", "SHA-256", "architecture", "made", "updates", "images", "TFLOP"), body)
 
 
 def _trained(facts: Facts) -> Section:

@@ -60,6 +60,8 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     if settings.cache != "none":
         refuse_other_augmentation(settings)
     config = channel_config(data_config)
+    if (channels := config["input_size"][0]) not in (1, 3):
+        raise GrowkitError(f"--data {data}: the model reads {channels} channels, and images have 1 or 3")
     if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
         train = _timm_dataset(data, "train", settings)
         val = _timm_dataset(data, settings.val_split, settings)

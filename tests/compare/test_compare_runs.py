@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
 from growkit.compare.bench import Bench
-from growkit.compare.compare import compare_methods, flops_of
+from growkit.compare.compare import compare_methods
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.train import loop
@@ -433,21 +433,3 @@ def test_other_class_names_are_told(source, digits, tmp_path):
     named = replace(source, labels=tuple("abcdefghij"))
     run_compare(tmp_path, named, digits, options(methods="lemon", share=0.2), say=lines.append)
     assert "the source calls its classes a, b, c, ..., the data 0, 1, 2, ...: they are taken in order" in lines
-
-
-@pytest.mark.parametrize(
-    ("origin", "known"),
-    [
-        ({"name": "deit_tiny", "sha256": "", "history": None}, 7.0),
-        ({"name": "timm:deit_tiny", "sha256": "", "history": None}, None),
-        ({"name": "deit_tiny.pth", "sha256": "ab", "history": None}, None),
-    ],
-)
-def test_cost_of_a_source_is_known_only_where_growkit_trained_it_from_nothing(source, origin, known):
-    trained = {"stage": "trained", "source": origin, "fit": {"flops": 5.0}}
-    grown = {
-        "stage": "grown",
-        "source": {"name": "trained", "sha256": "cd", "history": trained},
-        "operator": {"flops": 2.0},
-    }
-    assert flops_of(replace(source, history=grown)) == known

@@ -1,0 +1,191 @@
+"""A source made to fit other images or other classes, the way timm's own loading makes published weights fit.
+
+timm.models.vision_transformer.checkpoint_filter_fn and timm.models._builder.load_pretrained say what that is. timm has
+no way to keep part of a head; the rows of the classes that are still wanted are kept here by their labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.layers.patch_embed import resample_patch_embed
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from growkit.arch import build, find, parse_sets, vit
+from growkit.arch.spec import Architecture
+from growkit.errors import GrowkitError
+from growkit.source import Source
+
+INPUT = ("img_size", "patch_size", "in_chans")
+STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+HEADS = ("head.", "head_dist.")
+
+
+def with_input(source: Source, sets: Sequence[str]) -> Source:
+    """The source for images of another size, cut into other patches or of other channels, where `--set` asks for it.
+
+    Position embeddings are resampled on their grid, class, distillation and register tokens kept; kernels of patches
+    are resampled by the pseudo-inverse of resizing; channels are summed into one, or repeated and scaled down.
+
+    Raises:
+        GrowkitError: a size that is no whole number above 0, or images that the patches do not fit.
+    """
+    old = build(source.architecture.name, source.architecture.arguments, device="meta")
+    own, chosen = vit.input_arguments(old), parse_sets(sets)
+    asked = {key: _whole_number(key, chosen[key]) for key in INPUT if key in chosen and chosen[key] != own[key]}
+    if not asked:
+        return source
+    size, patch, channels = (asked.get(key, own[key]) for key in INPUT)
+    if size < patch:
+        raise GrowkitError(f"images {size} wide hold no patch of {patch}; choose --set img_size={patch} or more")
+    if size % patch and old.dynamic_img_size:
+        whole = -(-size // patch) * patch
+        raise GrowkitError(f"this network takes whole patches of {patch} alone; choose --set img_size={whole}")
+    architecture = find(source.architecture.name, {**source.architecture.arguments, **asked})
+    new = build(architecture.name, architecture.arguments, device="meta")
+    state = dict(source.state)
+    kernels = resample_patch_embed(state[STEM], list(new.patch_embed.patch_size))
+    state[STEM] = adapt_input_conv(channels, kernels, base_chans=own["in_chans"])
+    grids = old.patch_embed.grid_size, new.patch_embed.grid_size
+    if POSITIONS in state:
+        prefix = state[POSITIONS].shape[1] - old.patch_embed.num_patches
+        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], grids[1], grids[0], num_prefix_tokens=prefix)
+    architecture.check(state)
+    prepared = {**source.preprocessing, "input_size": (channels, size, size)}
+    for name in ("mean", "std"):
+        prepared[name] = _per_channel(prepared[name], channels)
+    lines = [f"source adapted: {key} {own[key]} -> {asked[key]}, {_done(key, old, new, asked)}" for key in asked]
+    return replace(
+        source,
+        architecture=architecture,
+        state=state,
+        preprocessing=prepared,
+        adapted=(*source.adapted, *lines),
+    )
+
+
+def _whole_number(key: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, tuple | list):
+        raise GrowkitError(f"--set {key}={value}: growkit grows networks for square images; give one number")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise GrowkitError(f"--set {key}={value}: expected a whole number of at least {least}")
+    return value
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or deviation for each channel, as `adapt_input_conv` treats channels: one for all, or repeated."""
+    if channels == len(values):
+        return tuple(values)
+    return (sum(values) / len(values),) if channels == 1 else tuple(values[at % len(values)] for at in range(channels))
+
+
+def _done(key: str, old: VisionTransformer, new: VisionTransformer, asked: dict[str, int]) -> str:
+    """What adapting one argument meant, in words."""
+    if key == "in_chans":
+        return "channels of the patch kernels " + ("summed" if asked[key] == 1 else "repeated and scaled")
+    (was, _), (now, _) = old.patch_embed.grid_size, new.patch_embed.grid_size
+    told = ["patch kernels resampled"] if key == "patch_size" else []
+    if key == "img_size" or "img_size" not in asked:  # of the two, one tells of the grid
+        if was == now:
+            told.append(f"the grid of {now} x {now} patches stays")
+        elif old.pos_embed is None:
+            told.append(f"{was} x {was} patches become {now} x {now}")
+        else:
+            told.append(f"position embeddings resampled from {was} x {was} to {now} x {now}")
+        if unread := new.patch_embed.img_size[0] % new.patch_embed.patch_size[0]:
+            told.append(f"the last {unread} pixels of rows and columns fill no patch and are not read")
+    return ", ".join(told)
+
+
+def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str] = (), *, seed: int) -> Source:
+    """The source for the classes of the data, or for as many as `--set num_classes=N` asks for.
+
+    A head whose labels hold all of `names` keeps the rows of these, in their order. One that only fits by its count
+    is kept as it is, any other is made anew by `seed`, as timm does; both heads of a distilled model alike.
+
+    Args:
+        names: the data's class names; empty where it does not tell them, None where there is no data.
+
+    Raises:
+        GrowkitError: another number of classes than the data's was asked for, or nothing says how many there are.
+    """
+    own = source.architecture.classes
+    chosen = parse_sets(sets)
+    count = _whole_number("num_classes", chosen["num_classes"], least=0) if "num_classes" in chosen else own
+    if names:
+        if "num_classes" in chosen and count != len(names):
+            raise GrowkitError(f"--set num_classes={count}: the data has {len(names)} classes; leave it out")
+        count = len(names)
+    elif names is not None and not count:
+        raise GrowkitError(
+            "the model has no head and the data names no classes; grow it with --set num_classes=N first"
+        )
+    if names and _distinct(source.labels, own) and set(names) <= set(source.labels or ()):
+        return _with_rows(source, names)
+    if count == own:
+        return _as_it_is(source, names or source.labels)
+    return _with_new_head(source, count, names, seed)
+
+
+def _distinct(labels: Sequence[str] | None, count: int) -> bool:
+    """Whether there is one label for each class, and each names one."""
+    return labels is not None and len(set(labels)) == len(labels) == count
+
+
+def _with_rows(source: Source, names: Sequence[str]) -> Source:
+    """The source with the head's rows of these classes alone, in this order."""
+    labels = source.labels or ()
+    if tuple(names) == labels:
+        return source
+    rows = [labels.index(name) for name in names]
+    state = {key: tensor[rows] if key.startswith(HEADS) else tensor for key, tensor in source.state.items()}
+    line = f"source adapted: of the head's {len(labels)} classes the data's {len(names)} are kept, by their names"
+    if len(names) == len(labels):
+        line = f"source adapted: the head's {len(labels)} classes are put into the data's order, by their names"
+    return _other_head(source, state, names, len(names), line)
+
+
+def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
+    """The source with its own head, and the names that its classes go by from now on."""
+    kept = replace(source, labels=tuple(names) if names else None)
+    if not names or not source.labels or tuple(names) == source.labels:
+        return kept
+    line = f"the source calls its classes {_some(source.labels)}, the data {_some(names)}: they are taken in order"
+    return replace(kept, adapted=(*source.adapted, line))
+
+
+def _with_new_head(source: Source, count: int, names: Sequence[str] | None, seed: int) -> Source:
+    own = source.architecture.classes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = source.model()
+        model.reset_classifier(count)
+    has = f"{own} classes" if own else "no head"
+    asked = f"the data {count}{'' if own else ' classes'}" if names else f"--set num_classes={count}"
+    line = f"the source has {has}, {asked}: a new head starts from nothing"
+    if not count:
+        line = f"the source has {has}, {asked}: its head is left out, and the model gives features"
+    return _other_head(source, dict(model.state_dict()), names, count, line)
+
+
+def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] | None, count: int, line: str) -> Source:
+    return replace(
+        source,
+        architecture=_counting(source.architecture, count),
+        state=state,
+        labels=tuple(names) if names else None,
+        adapted=(*source.adapted, line),
+    )
+
+
+def _counting(architecture: Architecture, count: int) -> Architecture:
+    """The architecture with a head for `count` classes."""
+    return find(architecture.name, {**architecture.arguments, "num_classes": count})
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

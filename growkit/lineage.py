@@ -1,0 +1,102 @@
+"""What a model was made from: every model before it, as growkit.json keeps it under "ancestors"."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from growkit.source import TIMM, Source
+
+MOST = 100  # ancestors that are kept, the latest
+LONGEST = 200  # characters of a name
+LARGEST = 1e100  # numbers; infinity is above it, and NaN is not below
+KEYS = (
+    "stage",  # trained, grown or finetuned by growkit; given where it comes from elsewhere
+    "name",  # of its file or folder, or timm:NAME
+    "sha256",  # of its weights; empty for timm:NAME
+    "source",  # the sha256 of what it was made from; empty where that were random weights
+    "architecture",
+    "width",
+    "layers",
+    "adapted",  # how what it was made from was made to fit
+    "method",
+    "rank",
+    "seed",
+    "steps",  # of its training, the operator's where it was grown
+    "images",
+    "flops",
+)
+Entry = dict[str, Any]  # some of KEYS
+
+
+def name_of(source: Source) -> str:
+    """What a source goes by in records: no folder of this machine, for they are served with the model."""
+    return source.path if source.path.startswith(TIMM) else Path(source.path).name
+
+
+def ancestors(source: Source) -> list[Entry]:
+    """The models that whatever is made from `source` comes from: oldest first, `source` itself last.
+
+    None are there where `source` is random weights. What is not known of one is left out.
+    """
+    history = source.history or {}
+    if not (history or source.sha256 or source.path.startswith(TIMM)):
+        return []
+    listed = history.get("ancestors")
+    earlier = [_plain(entry) for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
+    return [*earlier, _plain(_own(source, history))][-MOST:]
+
+
+def flops_of(source: Source) -> float | None:
+    """FLOPs that went into a model that growkit trained, through everything it was grown from; None where unknown."""
+    line = ancestors(source)
+    if not line or line[0].get("stage") != "trained" or line[0].get("source"):
+        return None  # it does not begin with random weights, as far as is known
+    spent = [entry["flops"] for entry in line if "flops" in entry]
+    return float(sum(spent)) if len(spent) == len(line) else None
+
+
+def _own(source: Source, history: Mapping[str, Any]) -> Entry:
+    """What the source's own growkit.json says of it."""
+    spaces = source.architecture.spaces
+    entry = {
+        "stage": "given",
+        "name": name_of(source),
+        "sha256": source.sha256,
+        "architecture": source.architecture.name,
+        "width": spaces["embed"].size,
+        "layers": spaces["blocks"].size,
+    }
+    if not history:
+        return entry
+    origin, settings = _mapping(history.get("source")), _mapping(history.get("settings"))
+    grown = history.get("stage") == "grown"
+    fit = _mapping(history.get("operator" if grown else "fit"))
+    adapted = origin.get("adapted")
+    return {
+        **entry,
+        "stage": history.get("stage"),
+        "source": origin.get("sha256"),
+        "adapted": "; ".join(map(str, adapted)) if isinstance(adapted, list) and adapted else None,
+        "method": settings.get("method") if grown else None,
+        "rank": (settings.get("ranks") or settings.get("rank")) if settings.get("method") == "mango" else None,
+        "seed": settings.get("seed"),
+        "steps": fit.get("steps", 0 if grown else None),
+        "images": fit.get("images", 0 if grown and not fit else None),
+        "flops": fit.get("flops", 0 if grown and not fit else None),
+    }
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain(entry: Mapping[str, Any]) -> Entry:
+    """An entry with nothing in it but short text and numbers under known names, whoever wrote it."""
+    found: Entry = {}
+    for key in KEYS:
+        value = entry.get(key)
+        if isinstance(value, str):
+            found[key] = value[:LONGEST]
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
+            found[key] = value
+    return found
