@@ -430,15 +430,21 @@ def test_alternating_numbers_cancel_and_none_is_zero(count):
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        ((tiny(32, 2, 2), tiny(64, 2, 4, act_layer="relu")), "activation: GELU -> ReLU"),
-        ((tiny(32, 2, 2), tiny(64, 2, 4, name="test_vit4")), "norm: LayerNorm eps 1e-06 -> RmsNorm eps 1e-06"),
-        ((tiny(32, 2, 2), tiny(64, 2, 4, global_pool="avg", fc_norm=False)), "pooling: token -> avg"),
-        ((tiny(32, 2, 2), tiny(64, 2, 4, name="deit_tiny_distilled_patch16_224")), "heads: one -> two, distilled"),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, act_layer="relu")), "differ in activation GELU -> ReLU;"),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, name="test_vit4")), "differ in norm LayerNorm eps 1e-06 -> RmsNorm eps 1e-06"),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, global_pool="avg", fc_norm=False)), "differ in pooling token -> avg"),
+        (
+            (tiny(32, 2, 2), tiny(64, 2, 4, name="deit_tiny_distilled_patch16_224")),
+            "differ in heads one -> two, distilled",
+        ),
         ((tiny(32, 2, 2), tiny(64, 2, 4, init_values=1e-5)), "differ in blocks.{l}.ls1.gamma"),
     ],
     ids=["activation", "norm", "pooling", "distilled", "layer scale"],
 )
 def test_target_of_another_kind_is_refused_by_what_differs(pair, said):
     source, target = pair
-    with pytest.raises(GrowkitError, match=re.escape(said)):
+    with pytest.raises(GrowkitError, match=re.escape(said)) as refused:
         grow(source, target, randomised(source).state_dict(), GrowSettings())
+    assert str(refused.value).endswith(
+        "as --to vit_tiny_patch16_224 --set embed_dim=64 --set num_heads=4 --set depth=2"
+    )

@@ -60,13 +60,19 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
                 f"{name}: {old.size} -> {new.size} would shrink; choose a target of at least {old.size} "
                 f"(growkit plan shows sizes)"
             )
-    for what, old_kind in source.kind.items():
-        if old_kind != (new_kind := target.kind.get(what)):
-            raise GrowkitError(f"{what}: {old_kind} -> {new_kind}; growing keeps it, choose a target of the same kind")
-    keys = {row.key for row in source.tensors} ^ {row.key for row in target.tensors}
-    if keys:
+    differs = [
+        f"{what} {old} -> {target.kind.get(what)}" for what, old in source.kind.items() if old != target.kind.get(what)
+    ]
+    differs += sorted({row.key for row in source.tensors} ^ {row.key for row in target.tensors})
+    if differs:
+        sizes = {
+            "embed_dim": target.spaces["embed"].size,
+            "num_heads": target.spaces["attn"].size // source.spaces["attn"].group,
+            "depth": target.spaces[LAYERS].size,
+        }
+        same_kind = " ".join([f"--to {source.name}", *(f"--set {name}={size}" for name, size in sizes.items())])
         raise GrowkitError(
-            f"source and target differ in {', '.join(sorted(keys)[:3])}; choose a target of the same kind"
+            f"source and target differ in {', '.join(differs[:3])}; choose a target of the same kind, as {same_kind}"
         )
 
 
