@@ -1,7 +1,7 @@
 """One picture file: read as timm reads it, or refused with its name and the reason."""
 
+import os
 import warnings
-from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -10,12 +10,16 @@ from growkit.errors import GrowkitError, first_line, printable
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL knows more, and starts Ghostscript for one of them
-REMEDY = "replace it or take it away"
 LONGEST = 1000  # times the short side: resizing that to 224 pixels makes 150 MB of the long one
 
 
 class UnreadablePictureError(GrowkitError):
     """A file that gives no picture; the message is one line with its name and the reason."""
+
+
+def unreadable(name: str, reason: str) -> str:
+    """What is said of it."""
+    return f"{printable(name)}: not a readable picture ({printable(reason)}); replace it or take it away"
 
 
 def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:
@@ -44,33 +48,33 @@ def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:
                 picture.load()  # decodes: an error after this line is no error of the file
                 return picture if picture.mode == mode else picture.convert(mode)
     except UnidentifiedImageError:
-        reason = f"what is inside is none of {', '.join(FORMATS)}"
+        empty = file.seek(0, os.SEEK_END) == 0
+        reason = "the file is empty" if empty else f"what is inside is none of {', '.join(FORMATS)}"
     except Exception as error:  # PIL has a dozen kinds for damaged files, MemoryError among them
         reason = first_line(error, 160)
-    raise UnreadablePictureError(f"{printable(name)}: not a readable picture ({printable(reason)}); {REMEDY}")
+    raise UnreadablePictureError(unreadable(name, reason))
 
 
-def open_picture(path: Path | str, mode: str) -> Image.Image:
+def open_picture(path: str, mode: str) -> Image.Image:
     """`read_picture` of a file by its path; a folder or a pipe is refused, too.
 
     Raises:
         UnreadablePictureError: what `read_picture` refuses, and what cannot be opened.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
             raise OSError("not a file")
         with open(path, "rb") as file:
-            return read_picture(file, mode, str(path))
+            return read_picture(file, mode, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UnreadablePictureError(f"{printable(str(path))}: not a readable picture ({reason}); {REMEDY}") from None
+        raise UnreadablePictureError(unreadable(path, error.strerror or str(error))) from None
 
 
 def _unfit(picture: Image.Image) -> str | None:
     short, long = sorted(picture.size)
     if long > LONGEST * short:
         wide, high = picture.size
-        return f"{wide} x {high} pixels are more than {LONGEST} times as long as thin; crop it"
+        return f"of {wide} x {high} pixels, one side is more than {LONGEST} times the other; crop it"
     if picture.mode[0] in "IF":
         return f"its levels of grey have more than 8 bits, PIL's mode {picture.mode}; save it with 8"
     return None

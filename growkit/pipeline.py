@@ -372,6 +372,9 @@ def _fit_into(
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen, progress=scoring("start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
+    elif not resume:  # an unreadable image is better told now than at the first evaluation, hours on
+        for _ in followed(val_batches(opened, settings), -(-size_of(opened.val) // size()), scoring("images read")):
+            pass
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 

@@ -54,7 +54,7 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
     shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)][:most]
     if not shown:
         raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
-    return {printable(str(name)): open_picture(path, MODES[channels]) for name, path in shown}
+    return {printable(str(name)): open_picture(str(path), MODES[channels]) for name, path in shown}
 
 
 def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.ndarray:

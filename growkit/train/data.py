@@ -19,8 +19,8 @@ from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
-from growkit.errors import GrowkitError, first_line, printable
-from growkit.pictures import REMEDY, UnreadablePictureError
+from growkit.errors import GrowkitError, first_line
+from growkit.pictures import UnreadablePictureError, unreadable
 from growkit.train.distributed import part, rank, size
 from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
@@ -28,7 +28,8 @@ from growkit.train.settings import AUTO, FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
-MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and another data set
+MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
+FEW = 2  # unreadable ones are no share yet
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Data:
             return []
         count, first = len(self.unreadable), next(iter(self.unreadable))
         return [
-            f"warning: {count} training image{'s' if count > 1 else ''} could not be read, trained on the next in their"
-            f" place; the first: {first}"
+            f"warning: training images that could not be read: {count}, the next took their place; the first: {first}"
         ]
 
 
@@ -79,7 +79,8 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         refuse_other_augmentation(settings)
     config = channel_config(data_config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
+    prefix, slash, _ = data.partition("/")
+    if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
         train = _timm_dataset(data, "train", settings, mode)
         val = _timm_dataset(data, settings.val_split, settings, mode)
         classes = _class_names(train)
@@ -283,10 +284,10 @@ def _seed(*parts: int | str, device: torch.device | None = None) -> None:
 
 
 class _Read(Dataset[Any]):
-    """`dataset` for loaders: gives samples with what is said of those that could not be read.
+    """`dataset` for loaders: gives samples, each with the reason where another one stands in for it.
 
     An error that a worker raised would reach the user as a page of traceback, so reasons travel with the batch. In the
-    place of an unreadable image come the next ones, up to `stand_ins` of them: which, depends on the image alone.
+    place of an unreadable image comes the next one, up to `stand_ins` further on: which, depends on the image alone.
     """
 
     def __init__(self, dataset: Any, stand_ins: int):
@@ -296,17 +297,17 @@ class _Read(Dataset[Any]):
         """A whole batch, as loaders ask for it."""
         return [self._read(place) for place in places]
 
-    def _read(self, index: int) -> tuple[Any, list[str]]:
-        told: list[str] = []
+    def _read(self, index: int) -> tuple[Any, str | None]:
+        why = None
         for step in range(1 + self.stand_ins):
             place = (index + step) % len(self.dataset)
             try:
-                return self.dataset[place], told
+                return self.dataset[place], why
             except UnreadablePictureError as error:
-                told.append(str(error))
+                why = why or str(error)
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, in torchvision's hands
-                told.append(f"image {place}: not a readable picture ({printable(first_line(error, 160))}); {REMEDY}")
-        return None, told
+                why = why or unreadable(f"image {place}", first_line(error, 160))
+        return None, why
 
 
 class _Augmented(_Read):
@@ -317,7 +318,8 @@ class _Augmented(_Read):
         self.seed = seed
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
-        with _random_kept():  # NumPy takes 0.2 ms to give its state back
+        """A whole batch; NumPy takes 0.2 ms to give its state back."""
+        with _random_kept():
             return [self._draw(epoch, index) for epoch, index in places]
 
     def _draw(self, epoch: int, index: int) -> Any:
@@ -325,28 +327,25 @@ class _Augmented(_Read):
         return self._read(index)
 
 
-def _collated(read: list[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
-    """Samples as one batch, and what was said of them; no batch where one is missing, and what was said of that."""
-    missing = next((told for sample, told in read if sample is None), None)
-    if missing is not None:
+def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
+    """Samples as one batch, and why some are others than asked for; no batch where one is missing, and why."""
+    missing = [why for sample, why in read if sample is None and why]
+    if missing:
         return None, missing
-    return default_collate([sample for sample, _ in read]), [line for _, told in read for line in told]
+    return default_collate([sample for sample, _ in read]), [why for _, why in read if why]
 
 
 def _loaded(dataset: _Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
-    """Batches, with what is said of images that could not be read in them.
+    """Batches, with the reasons of those images in them that another one stands in for.
 
     Raises:
-        GrowkitError: an image could not be read, and none may stand in for it, or none of those could be read.
+        UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
     """
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=_collated, **_loading(settings, pin_memory))
     for batch, told in loader:
-        if batch is None and dataset.stand_ins:
-            raise UnreadablePictureError(f"{told[0]}, and so with the {dataset.stand_ins} images after it")
         if batch is None:
-            raise UnreadablePictureError(
-                f"{told[0]}; replace it or take it away: figures must be of all images or of none"
-            )
+            more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
+            raise UnreadablePictureError(told[0] + more)
         yield batch, told
 
 
@@ -356,11 +355,11 @@ def _in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[A
     return _loaded(_Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
 
 
-def _refuse_many(unreadable: int, read: int, first: str) -> None:
+def _refuse_many(failed: int, read: int, first: str) -> None:
     """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
-    if unreadable >= STAND_INS and unreadable > MOST_UNREADABLE * read:
+    if failed > FEW and failed > MOST_UNREADABLE * read:
         raise UnreadablePictureError(
-            f"{unreadable} of the first {read} training images could not be read; the first: {first}"
+            f"{failed} of the first {read} training images could not be read; the first: {first}"
         )
 
 
@@ -412,8 +411,8 @@ def train_batches(
     with other images than it was given.
 
     Raises:
-        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and at least STAND_INS of them,
-            or one and all STAND_INS after it; the message names one and the reason.
+        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and more than FEW of them; or
+            one and all STAND_INS after it. The message names one and the reason.
     """
     device = torch.device(device)
     sampler = _Places(data, settings, first, last)

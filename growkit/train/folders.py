@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from growkit.errors import GrowkitError, first_line, printable
-from growkit.pictures import REMEDY, SUFFIXES, UnreadablePictureError, open_picture, read_picture
+from growkit.pictures import SUFFIXES, UnreadablePictureError, open_picture, read_picture, unreadable
 from growkit.train.settings import FitSettings
 
 
@@ -27,10 +27,8 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
     names = ("train", _val_folder(path, val_split))
     for name in names:
         if not (path / name).is_dir():
-            raise GrowkitError(
-                f"{shown}/{name}: no such folder; put training images in {shown}/train/CLASS/ and images"
-                f" for evaluation in {shown}/{names[1]}/CLASS/{_meant(path, name)}"
-            )
+            put = f"put training images in {shown}/train/CLASS/ and images for evaluation in {shown}/{names[1]}/CLASS/"
+            raise GrowkitError(f"{shown}/{name}: no such folder; {_meant(path, name) or put}")
     train, val = (Pictures(FolderReader(path / name), mode) for name in names)
     classes, others = (list(pictures.reader.class_to_idx) for pictures in (train, val))
     if classes != others:
@@ -53,17 +51,15 @@ def _val_folder(path: Path, val_split: str) -> str:
     return val_split
 
 
-def _meant(path: Path, missing: str) -> str:
-    """Where else a person may have meant."""
-    near = [folder for folder in (path.absolute().parent, *_folders_in(path)) if (folder / "train").is_dir()]
-    if missing == "train" and near:
-        return f"; or give --data {printable(str(near[0]))}"
-    others = sorted(folder.name for folder in _folders_in(path) if folder.name != "train")
-    return f"; or name another folder with --val-split ({printable(', '.join(others[:5]))})" if others else ""
-
-
-def _folders_in(path: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in _listed(path) if entry.is_dir())
+def _meant(path: Path, missing: str) -> str | None:
+    """What a person may have meant, going by the folders around `path`."""
+    within = sorted(entry.name for entry in _listed(path) if _is_folder(entry))
+    near = (folder for folder in (*path.absolute().parents[:2], *map(path.joinpath, within)))
+    whole = next((folder for folder in near if missing == "train" and (folder / "train").is_dir()), None)
+    if whole:
+        return f"give --data {printable(str(whole))}"
+    others = [printable(name) for name in within if name != "train"]
+    return f"make it, or name the one to evaluate on with --val-split: {', '.join(others[:5])}" if others else None
 
 
 class FolderReader:
@@ -84,13 +80,13 @@ class FolderReader:
         self.root = str(folder)
         shown = printable(self.root)
         entries = _listed(folder)
-        loose = [entry.name for entry in entries if not entry.is_dir() and _is_picture(entry)]
+        loose = [entry.name for entry in entries if _is_picture(entry)]
         if loose:
             raise GrowkitError(
                 f"{shown}/{printable(min(loose))}: belongs to no class; put images into one folder per class,"
                 f" as in {shown}/cat/"
             )
-        classes = sorted((entry.name for entry in entries if entry.is_dir()), key=_natural)
+        classes = sorted((entry.name for entry in entries if _is_folder(entry)), key=_natural)
         if not classes:
             raise GrowkitError(f"{shown}: holds no images; put them into one folder per class, as in {shown}/cat/")
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
@@ -111,7 +107,7 @@ def _pictures(folder: Path) -> list[str]:
     """Paths of the pictures of one class, in timm's order."""
     shown = printable(str(folder))
     entries = _listed(folder)
-    within = [entry.name for entry in entries if entry.is_dir()]
+    within = [entry.name for entry in entries if _is_folder(entry)]
     if within:
         raise GrowkitError(
             f"{shown}/{printable(min(within))}: a folder within a class; put its images into {shown}/ or remove it"
@@ -131,9 +127,16 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
         raise GrowkitError(f"{printable(str(folder))}: cannot be listed ({error.strerror})") from None
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _is_picture(entry: os.DirEntry[str]) -> bool:
-    """By its suffix; a link that leads nowhere is one, for reading it says so."""
-    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink())
+    """By its suffix: a link that leads nowhere, or a pipe, is one that cannot be read, and reading it says so."""
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and not _is_folder(entry)
 
 
 def _natural(text: str) -> tuple[list[int | str], str]:
@@ -159,9 +162,7 @@ class Pictures(Dataset[Any]):
         try:
             source, label = self.reader[index]  # a path, or from timm's readers an open file
         except OSError as error:
-            raise UnreadablePictureError(
-                f"image {index}: not a readable picture ({first_line(error, 160)}); {REMEDY}"
-            ) from None
+            raise UnreadablePictureError(unreadable(f"image {index}", first_line(error, 160))) from None
         if isinstance(source, str):
             picture = open_picture(source, self.mode)
         else:
