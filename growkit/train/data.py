@@ -5,7 +5,7 @@ import hashlib
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from growkit.train.settings import AUTO, FitSettings
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
-FEW = 2  # unreadable ones are no share yet
+FEW = 2  # unreadable images are no share yet
 
 
 @dataclass(frozen=True)
@@ -355,9 +355,10 @@ def _in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[A
     return _loaded(_Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
 
 
-def _refuse_many(failed: int, read: int, first: str) -> None:
+def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
     """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
-    if failed > FEW and failed > MOST_UNREADABLE * read:
+    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
+        first = next(iter(lines))
         raise UnreadablePictureError(
             f"{failed} of the first {read} training images could not be read; the first: {first}"
         )
@@ -420,8 +421,7 @@ def train_batches(
         data.train.decoded.on(device)
         told = data.train.decoded.told
         data.unreadable.update(dict.fromkeys(told))
-        if told:
-            _refuse_many(len(told), data.train.decoded.shape[0], told[0])
+        _refuse_many(len(told), data.train.decoded.shape[0], told)
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
             generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
@@ -433,8 +433,7 @@ def train_batches(
     for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
         read, failed = read + len(batch[-1]), failed + len(told)
         data.unreadable.update(dict.fromkeys(told))
-        if told:
-            _refuse_many(failed, read, next(iter(data.unreadable)))
+        _refuse_many(failed, read, data.unreadable)
         yield batch
 
 
