@@ -28,7 +28,18 @@ from growkit.train.distributed import by_leader, leads, local_rank, restarted, s
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
-from growkit.train.score import Done, Scores, Scoring, evaluate, followed, predictor, refuse_tf32, score_model, silent
+from growkit.train.score import (
+    Done,
+    Scores,
+    Scoring,
+    evaluate,
+    followed,
+    predictor,
+    read_through,
+    refuse_tf32,
+    score_model,
+    silent,
+)
 from growkit.train.settings import FitSettings
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -372,9 +383,8 @@ def _fit_into(
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen, progress=scoring("start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
-    elif not resume:  # an unreadable image is better told now than at the first evaluation, hours on
-        for _ in followed(val_batches(opened, settings), -(-size_of(opened.val) // size()), scoring("images read")):
-            pass
+    elif not resume:
+        read_through(opened, settings, chosen, progress=scoring("validation images' readability"))
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 

@@ -26,7 +26,7 @@ from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import TIMM, Source, with_classes
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import Scoring, amp_dtype, silent
+from growkit.train.score import Scoring, amp_dtype, read_through, silent
 from growkit.train.settings import FitSettings
 
 BEGUN = "begun.json"
@@ -342,6 +342,7 @@ def bench_of(
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.notes[len(source.notes) :], *notes):
         say(note)
+    read_through(opened, recipe, device, progress=scoring("validation images' readability"))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, scoring)

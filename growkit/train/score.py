@@ -131,6 +131,19 @@ def score_model(
     return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
 
 
+def read_through(
+    data: Data, settings: FitSettings, device: torch.device, *, progress: Done = lambda done, total: None
+) -> None:
+    """Read the validation images once, for nothing but to be told now of one that cannot be read.
+
+    Raises:
+        GrowkitError: there is one; else that would end a run at its first evaluation, hours on.
+    """
+    batches = val_batches(data, settings, device=device)
+    for _ in followed(batches, -(-size_of(data.val) // size()), progress):
+        pass
+
+
 def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
     """The batches, labels last in each; `progress` is told how many of `total` images are done."""
     done = 0
