@@ -78,7 +78,20 @@ REFUSING = {
     "evaluate with workers": ("evaluate", "small", *DATA, "--workers", "2", "--device", "cpu"),
     "evaluate against": ("evaluate", "small", "--against", "small", *DATA, *QUICK),
     "finetune": ("finetune", "small", *DATA, "--steps", "3", *QUICK),
-    "train": ("train", "vit_tiny", "--set", "depth=1", "--set", "img_size=16", *DATA, "--steps", "3", *QUICK),
+    "train": (
+        "train",
+        "vit_tiny",
+        "--set",
+        "depth=1",
+        "--set",
+        "img_size=16",
+        *DATA,
+        "--steps",
+        "3",
+        "--log-every",
+        "1",
+        *QUICK,
+    ),
     "grow": ("grow", "small", *TO, *DATA, "--steps", "3", *QUICK),
     "compare": (
         "compare",
@@ -110,6 +123,7 @@ def test_unreadable_image_to_evaluate_on_is_refused_by_name_and_nothing_is_left(
     assert (status, err.count("\n")) == (2, 1), (out, err)
     assert err.startswith("error: images/val/dog/2.png: not a readable picture (")
     assert "top-1" not in out
+    assert "1/3 loss" not in out  # no update before the refusal
     left = files(place / "run") if (place / "run").exists() else set()
     assert not [name for name in left if name.endswith((".safetensors", ".onnx", "record.json", ".partial"))]
 
