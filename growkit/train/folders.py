@@ -54,10 +54,10 @@ def _val_folder(path: Path, val_split: str) -> str:
 def _meant(path: Path, missing: str) -> str | None:
     """What a person may have meant, going by the folders around `path`."""
     within = sorted(entry.name for entry in _listed(path) if _is_folder(entry))
-    near = (folder for folder in (*path.absolute().parents[:2], *map(path.joinpath, within)))
-    whole = next((folder for folder in near if missing == "train" and (folder / "train").is_dir()), None)
-    if whole:
-        return f"give --data {printable(str(whole))}"
+    if missing == "train":
+        near = (*path.absolute().parents[:2], *map(path.joinpath, within))
+        whole = next((folder for folder in near if (folder / "train").is_dir()), None)
+        return f"give --data {printable(str(whole))}" if whole else None
     others = [printable(name) for name in within if name != "train"]
     return f"make it, or name the one to evaluate on with --val-split: {', '.join(others[:5])}" if others else None
 
