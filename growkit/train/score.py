@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.data import Data, size_of, val_batches
+from growkit.train.data import Data, images_per_batch, size_of, val_batches
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.settings import FitSettings
 
@@ -137,8 +137,10 @@ def read_through(
     """Read the validation images once, for nothing but to be told now of one that cannot be read.
 
     Raises:
-        GrowkitError: there is one; else that would end a run at its first evaluation, hours on.
+        GrowkitError: there is one; else that would end a run at its first evaluation, hours on. Or the size of a batch
+            is still to be found.
     """
+    images_per_batch(data, settings)
     batches = val_batches(data, settings, device=device)
     for _ in followed(batches, -(-size_of(data.val) // size()), progress):
         pass
