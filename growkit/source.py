@@ -86,11 +86,17 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
 def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
     """The source fit for data with these classes: its head is made anew, as timm does, where the count differs.
 
-    A head that fits is kept, and the labels are remembered with it.
+    A head that fits is kept, and the labels are remembered with it. Where the source had others, a note says so.
     """
     count = source.architecture.classes
     if count == len(labels):
-        return replace(source, labels=tuple(labels))
+        notes = source.notes
+        if source.labels is not None and source.labels != tuple(labels):
+            at = next(at for at in range(count) if source.labels[at : at + 1] != (labels[at],))
+            was, now = (_some(names[at:]) for names in (source.labels, labels))
+            where = f" from {at} on" if at else ""
+            notes += (f"the source calls its classes{where} {was}, the data {now}: they are taken in order",)
+        return replace(source, labels=tuple(labels), notes=notes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = source.model()
@@ -104,6 +110,10 @@ def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
         labels=tuple(labels),
         notes=(*source.notes, note),
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
