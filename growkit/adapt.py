@@ -154,7 +154,11 @@ def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
     kept = replace(source, labels=tuple(names) if names else None)
     if not names or not source.labels or tuple(names) == source.labels:
         return kept
-    line = f"the source calls its classes {_some(source.labels)}, the data {_some(names)}: they are taken in order"
+    differ = (at for at, name in enumerate(names) if source.labels[at : at + 1] != (name,))
+    at = next(differ, len(names))
+    where = f" from {at} on" if at else ""
+    was, now = (_some(each[at:]) for each in (source.labels, names))
+    line = f"the source calls its classes{where} {was}, the data {now}: they are taken in order"
     return replace(kept, adapted=(*source.adapted, line))
 
 

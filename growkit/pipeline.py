@@ -30,7 +30,18 @@ from growkit.train.distributed import by_leader, leads, local_rank, restarted, s
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
-from growkit.train.score import Done, Scores, Scoring, evaluate, followed, predictor, refuse_tf32, score_model, silent
+from growkit.train.score import (
+    Done,
+    Scores,
+    Scoring,
+    evaluate,
+    followed,
+    predictor,
+    read_through,
+    refuse_tf32,
+    score_model,
+    silent,
+)
 from growkit.train.settings import FitSettings
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -105,12 +116,22 @@ def labelled(data: str, source: Source, settings: FitSettings, *, image_size: in
     if image_size is not None:
         prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
     opened = open_data(data, prepared, settings)
-    if source.labels and opened.classes and list(source.labels) != opened.classes:
-        raise GrowkitError(
-            f"--data {data}: its {len(opened.classes)} classes are not the model's "
-            f"{len(source.labels)}; give data with the model's classes"
-        )
+    _refuse_other_labels(data, opened.classes, source.labels)
     return opened
+
+
+def _refuse_other_labels(
+    data: str, classes: Sequence[str], labels: Sequence[str] | None, whose: str = "the model's"
+) -> None:
+    """Raise GrowkitError where both are named and differ: every figure would be of wrong answers."""
+    if not classes or not labels or list(labels) == list(classes):
+        return
+    told = f"classes are not {whose} {len(labels)}"
+    if len(classes) == len(labels):
+        at, (one, other) = _first_difference(classes, labels)
+        told = f"class {at} is {one} and {whose} is {other}"
+    count = f"{len(classes)} " if len(classes) != len(labels) else ""
+    raise GrowkitError(f"--data {data}: its {count}{told}; give data with {whose} classes")
 
 
 def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool) -> bool:
@@ -197,6 +218,8 @@ def grow_model(
                 resume=resume,
                 on_step=watch,
             )
+            for line in opened.remarks:
+                say(line)
             scores["operator"] = score_model(
                 grown.materialize(), opened, operator, chosen, progress=scoring("grown model")
             )
@@ -356,6 +379,8 @@ def _fit_into(
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen, progress=scoring("start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
+    elif not resume:
+        read_through(opened, settings, chosen, progress=scoring("validation images' readability"))
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 
@@ -384,6 +409,8 @@ def _fit_into(
         on_step=watch,
         on_best=keep,
     )
+    for line in opened.remarks:
+        say(line)
     final = {**history, "fit": _fit_figures(fitted, settings)}
 
     last = plain(model)
@@ -427,7 +454,7 @@ def evaluate_model(
     source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = lambda done, total: None
 ) -> Scores:
     """Scores of a model on the validation images of `data`."""
-    opened, chosen = open_data(data, source.preprocessing, settings), pick_device(device)
+    opened, chosen = labelled(data, source, settings), pick_device(device)
     predict = predictor(source.model().to(chosen), chosen, settings.precision)
     batches = val_batches(opened, settings, device=chosen)
     return evaluate(predict, followed(batches, size_of(opened.val), progress))
@@ -507,6 +534,7 @@ def evaluate_onnx(
     """
     answering = _answering_onnx(path, provider)
     opened = open_data(data, answering.preprocessing, settings)
+    _refuse_other_labels(data, opened.classes, answering.labels)
     return evaluate(answering.predict, followed(val_batches(opened, settings), size_of(opened.val), progress))
 
 
@@ -644,12 +672,7 @@ def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new
             f"--data {data}: its {len(classes)} classes are not the models' {new.outputs}; "
             "give data with the models' classes"
         )
-    labels = new.labels or old.labels
-    if classes and labels and list(labels) != list(classes):
-        at, (one, other) = _first_difference(classes, labels)
-        raise GrowkitError(
-            f"--data {data}: its class {at} is {one} and the models' is {other}; give data with the models' classes"
-        )
+    _refuse_other_labels(data, classes, new.labels or old.labels, "the models'")
 
 
 def _first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, tuple[str, str]]:

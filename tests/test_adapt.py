@@ -281,6 +281,8 @@ def test_other_names_of_as_many_classes_are_taken_in_order_and_it_is_said() -> N
     assert adapted.state is source.state
     (line,) = adapted.adapted
     assert line == "the source calls its classes a, b, c, ..., the data t, u, v, ...: they are taken in order"
+    (line,) = with_classes(source, list("abcdxyz"), seed=0).adapted
+    assert line == "the source calls its classes from 4 on e, f, g, the data x, y, z: they are taken in order"
 
 
 def test_number_of_classes_without_data_makes_the_head_new_or_leaves_it_out() -> None:

@@ -31,7 +31,9 @@ def export(
     ] = None,
     data: Data = None,
     data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
-    val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
+    val_split: Annotated[
+        str, typer.Option(help="Split of a timm dataset, or folder beside train/.")
+    ] = FitSettings.val_split,
     from_: From = None,
     from_sets: FromSets = None,
     run: Run = Path("run"),

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from growkit import __version__
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, printable
 from growkit_cli import (
     compare,
     demo,
@@ -98,7 +98,9 @@ def main() -> None:
             raise
         from rich.console import Console
 
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {printable(str(error))}", style="red", markup=False
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -47,7 +47,9 @@ def verify(
     ] = None,
     data: Data = None,
     data_dir: Annotated[str, typer.Option(help="Folder with the files of a timm dataset.")] = FitSettings.data_dir,
-    val_split: Annotated[str, typer.Option(help="Split of a timm dataset.")] = FitSettings.val_split,
+    val_split: Annotated[
+        str, typer.Option(help="Split of a timm dataset, or folder beside train/.")
+    ] = FitSettings.val_split,
     batch_size: Annotated[int, typer.Option(help="Images per batch of --data.")] = FitSettings.batch_size,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = FitSettings.workers,
     strict: Annotated[bool, typer.Option("--strict", help="Fail too what noise or lack of data leaves open.")] = False,

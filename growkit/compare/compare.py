@@ -22,12 +22,13 @@ from growkit.compare.settings import CompareSettings, SweepSettings, numbers
 from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_existing, whole_file, write_json
 from growkit.lineage import flops_of
+from growkit.pictures import UnreadablePictureError
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import Source
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import Scoring, amp_dtype, silent
+from growkit.train.score import Scoring, amp_dtype, read_through, silent
 from growkit.train.settings import FitSettings
 
 BEGUN = "begun.json"
@@ -171,6 +172,8 @@ class Comparison:
                 folder=folder,
                 watch=self._watch(cell.name),
             )
+        except UnreadablePictureError:
+            raise  # it would fail the other runs, too
         except FAILURES as error:
             write_json(folder / "result.json", {**facts, "failed": reason_of(error)})
             self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason_of(error)})")
@@ -201,6 +204,8 @@ class Comparison:
             try:
                 watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
                 start = self.bench.start(arm, self.seeds[0], lr, watch)
+            except UnreadablePictureError:
+                raise  # it would fail the other runs, too
             except FAILURES as error:
                 self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason_of(error)})")
                 continue
@@ -286,6 +291,8 @@ def compare_methods(
     comparison = Comparison(bench, settings, say=say, follow=follow)
     comparison.prepare(resume=resume)
     runs = comparison.run()
+    for line in bench.data.remarks:
+        say(line)
     for left in comparison.left_out():
         say(f"not in these figures, though run here: {left}; name it again to have it in")
     known = settings.source_flops if settings.source_flops is not None else flops_of(source)
@@ -338,6 +345,7 @@ def bench_of(
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.adapted, *notes):
         say(note)
+    read_through(opened, recipe, device, progress=scoring("validation images' readability"))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, scoring)

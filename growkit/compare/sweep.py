@@ -28,6 +28,7 @@ from growkit.files import refuse_existing, write_json
 from growkit.methods import find
 from growkit.methods.base import growing
 from growkit.methods.mango import bond_ranks
+from growkit.pictures import UnreadablePictureError
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
@@ -120,6 +121,8 @@ def sweep_settings(
     pilot.prepare(resume=resume)
     nothing = pilot.from_nothing()
     tried = [_tried(trial) for trial in pilot.run(nothing)]
+    for line in bench.data.remarks:
+        say(line)
     what = [source.path, "--to", to]
     what += ["--from", from_] if from_ else []
     for option, items in (("--from-set", from_sets), ("--set", sets)):
@@ -194,6 +197,8 @@ class Pilot:
                 folder=folder,
                 watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
             )
+        except UnreadablePictureError:
+            raise  # it would fail the other runs, too
         except FAILURES as error:
             found = {"failed": reason_of(error)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
@@ -220,6 +225,8 @@ class Pilot:
                 score = self._score_of(trial, arm, options["lr"], nothing, watch)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
+            except UnreadablePictureError:
+                raise  # it would fail the other runs, too
             except FAILURES as error:
                 trial.set_user_attr("reason", reason_of(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)

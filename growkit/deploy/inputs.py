@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, normalised
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GrowkitError, printable
+from growkit.pictures import SUFFIXES, open_picture
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -42,25 +42,19 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
     """The first `most` pictures below `folder` in order of name, in the model's colour mode.
 
     Raises:
-        GrowkitError: there are none, one cannot be read, or the model takes no pictures.
+        GrowkitError: there are none, one cannot be read, or the model takes no pictures; the message names it.
     """
     channels = prepared.input_size[0]
     if channels not in MODES:
         raise GrowkitError(f"--images {folder}: the model takes {channels} channels, pictures have 1, 3 or 4")
     if not folder.is_dir():
         raise GrowkitError(f"--images {folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:most]
-    if not paths:
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    within = sorted((path.relative_to(folder), path) for path in paths)
+    shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)][:most]
+    if not shown:
         raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
-    found = {}
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                found[str(path.relative_to(folder))] = picture.convert(MODES[channels])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = first_line(error)
-            raise GrowkitError(f"{path}: not a readable picture ({reason[:160]}); take it out of --images") from None
-    return found
+    return {printable(str(name)): open_picture(str(path), MODES[channels]) for name, path in shown}
 
 
 def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.ndarray:

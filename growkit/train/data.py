@@ -2,28 +2,34 @@
 
 import copy
 import hashlib
+import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
 from growkit.errors import GrowkitError, first_line
+from growkit.pictures import UnreadablePictureError, unreadable
 from growkit.train.distributed import part, rank, size
+from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import AUTO, FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
+STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
+MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
+FEW = 2  # unreadable images are no share yet
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,24 @@ class Data:
     train, val   map-style datasets of (image tensor (C, H, W), label), or both resident
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
+    unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order
     """
 
     train: Dataset[Any]
     val: Dataset[Any]
     classes: list[str]
     identity: Mapping[str, Any] = field(default_factory=dict)
+    unreadable: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said after training: at most one line, about unreadable images."""
+        if not self.unreadable:
+            return []
+        count, first = len(self.unreadable), next(iter(self.unreadable))
+        return [
+            f"warning: training images that could not be read: {count}, the next took their place; the first: {first}"
+        ]
 
 
 def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) -> Data:
@@ -62,15 +80,16 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     config = channel_config(data_config)
     if (channels := config["input_size"][0]) not in (1, 3):
         raise GrowkitError(f"--data {data}: the model reads {channels} channels, and images have 1 or 3")
-    if data.partition("/")[0].lower() in TIMM_DATASETS and not Path(data).is_dir():
-        train = _timm_dataset(data, "train", settings)
-        val = _timm_dataset(data, settings.val_split, settings)
+    mode = "L" if channels == 1 else "RGB"
+    prefix, slash, _ = data.partition("/")
+    if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
+        train = _timm_dataset(data, "train", settings, mode)
+        val = _timm_dataset(data, settings.val_split, settings, mode)
         classes = _class_names(train)
         files: dict[str, str] = {"dataset": data}
     else:
-        train, val, classes = _folders(Path(data))
+        train, val, classes = open_folders(Path(data), settings.val_split, mode)
         files = {"files": _digest(train.reader.samples, train.reader.root)}
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
     try:
         augment = create_transform(
@@ -95,8 +114,10 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         return Data(train=train, val=val, classes=classes, identity=identity)
     train.transform = val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
     size, mean, std = config["input_size"], config["mean"], config["std"]
-    loaders = (DataLoader(split, batch_size=256, **_loading(settings, False)) for split in (train, val))
-    kept, judged = (Resident(Decoded(loader, size, settings.cache), mean, std) for loader in loaders)
+    kept, judged = (
+        Resident(Decoded(split, partial(_in_order, split, stand_ins, settings), size, settings.cache), mean, std)
+        for split, stand_ins in ((train, STAND_INS), (val, 0))
+    )
     return Data(train=kept, val=judged, classes=classes, identity=identity)
 
 
@@ -128,7 +149,9 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
     kept = [place for _, own in _by_class(data.train, seed, "keep") for place in own[: max(1, round(keep * len(own)))]]
     train = data.train if keep == 1 else _part(data.train, sorted(kept))
     identity = {**data.identity, "hold_out": f"share {share}, keep {keep}, seed {seed}"}
-    by, on = (Data(train, _part(data.val, sorted(part)), data.classes, identity) for part in (chosen, tested))
+    by, on = (
+        Data(train, _part(data.val, sorted(part)), data.classes, identity, data.unreadable) for part in (chosen, tested)
+    )
     return by, on
 
 
@@ -155,7 +178,7 @@ def labels_of(dataset: Any) -> list[int]:
         inner = labels_of(dataset.dataset)
         return [inner[place] for place in dataset.indices]
     reader = getattr(dataset, "reader", None)
-    if isinstance(reader, ReaderImageFolder):
+    if isinstance(reader, FolderReader):
         return [int(label) for _, label in reader.samples]
     known = np.asarray(getattr(dataset, "targets", []))
     if known.shape == (len(dataset),):  # QMNIST's have eight columns
@@ -187,7 +210,7 @@ class _Converted:
         return self.transform(image if image.mode == self.mode else image.convert(self.mode))
 
 
-def _timm_dataset(data: str, split: str, settings: FitSettings) -> Any:
+def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> Any:
     try:
         dataset = create_dataset(
             data,
@@ -207,7 +230,7 @@ def _timm_dataset(data: str, split: str, settings: FitSettings) -> Any:
             f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
             " random access (an image folder, torch/..., hfds/...)"
         )
-    return dataset
+    return Pictures(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _class_names(dataset: Any) -> list[str]:
@@ -217,58 +240,10 @@ def _class_names(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "classes", [])]
 
 
-def _folders(path: Path) -> tuple[Any, Any, list[str]]:
-    """Datasets without transforms of path/train and path/val, and their common class names."""
-    if not path.is_dir():
-        raise GrowkitError(
-            f"--data {path}: no such folder; give one that holds train/ and val/,"
-            " or a timm dataset such as torch/cifar10"
-        )
-    found: dict[str, Any] = {}
-    for split in ("train", "val"):
-        folder = path / split
-        if not folder.is_dir():
-            raise GrowkitError(
-                f"{folder}: no such folder; put training images in {path}/train/CLASS/ and images"
-                f" for evaluation in {path}/val/CLASS/"
-            )
-        found[split] = _folder(folder)
-    train, val = (_class_names(found[split]) for split in ("train", "val"))
-    if train != val:
-        only = sorted(set(train) ^ set(val))[0]
-        has, lacks = ("train", "val") if only in train else ("val", "train")
-        raise GrowkitError(
-            f"{path}: {has}/ and {lacks}/ must hold the same classes,"
-            f" but {lacks}/ has no images of {only}; add some or remove {has}/{only}"
-        )
-    return found["train"], found["val"], train
-
-
-def _folder(folder: Path) -> Any:
-    try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=None)
-    except RuntimeError:
-        raise GrowkitError(
-            f"{folder}: holds no images; put them into one folder per class, as in {folder}/cat/"
-        ) from None
-    reader: ReaderImageFolder = dataset.reader
-    first_parts = {Path(name).relative_to(folder).parts[0] for name, _ in reader.samples}
-    loose = sorted(part for part in first_parts if (folder / part).is_file())
-    if loose:
-        raise GrowkitError(
-            f"{folder / loose[0]}: belongs to no class; put images into one folder per class, as in {folder}/cat/"
-        )
-    folders = {part.name for part in folder.iterdir() if part.is_dir() and part.name[0] != "."}
-    empty = sorted(folders - first_parts)
-    if empty:
-        raise GrowkitError(f"{folder / empty[0]}: holds no images; add some or remove the folder")
-    return dataset
-
-
 def _digest(samples: list[tuple[str, int]], root: str) -> str:
     """Hash of the list of files and labels; the same after the folder was moved."""
     lines = (f"{Path(name).relative_to(root).as_posix()}\t{label}\n" for name, label in samples)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
 
 @contextmanager
@@ -310,21 +285,85 @@ def _seed(*parts: int | str, device: torch.device | None = None) -> None:
             torch.cuda.manual_seed(seed)
 
 
-class _Augmented(Dataset[Any]):
+class _Read(Dataset[Any]):
+    """`dataset` for loaders: gives samples, each with the reason where another one stands in for it.
+
+    An error that a worker raised would reach the user as a page of traceback, so reasons travel with the batch. In the
+    place of an unreadable image comes the next one, up to `stand_ins` further on: which, depends on the image alone.
+    """
+
+    def __init__(self, dataset: Any, stand_ins: int):
+        self.dataset, self.stand_ins = dataset, stand_ins
+
+    def __getitems__(self, places: list[Any]) -> list[Any]:
+        """A whole batch, as loaders ask for it."""
+        return [self._read(place) for place in places]
+
+    def _read(self, index: int) -> tuple[Any, str | None]:
+        why = None
+        for step in range(1 + self.stand_ins):
+            place = (index + step) % len(self.dataset)
+            try:
+                return self.dataset[place], why
+            except UnreadablePictureError as error:
+                why = why or str(error)
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, in torchvision's hands
+                why = why or unreadable(f"image {place}", first_line(error, 160))
+        return None, why
+
+
+class _Augmented(_Read):
     """`dataset`, asked for (epoch, index): what is drawn for an image depends on these alone."""
 
     def __init__(self, dataset: Any, seed: int):
-        self.dataset = dataset
+        super().__init__(dataset, STAND_INS)
         self.seed = seed
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
-        """A whole batch, as loaders ask for it; NumPy takes 0.2 ms to give its state back."""
+        """A whole batch; NumPy takes 0.2 ms to give its state back."""
         with _random_kept():
             return [self._draw(epoch, index) for epoch, index in places]
 
     def _draw(self, epoch: int, index: int) -> Any:
         _seed(self.seed, "image", epoch, index)
-        return self.dataset[index]
+        return self._read(index)
+
+
+def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
+    """Samples as one batch, and why some are others than asked for; no batch where one is missing, and why."""
+    missing = [why for sample, why in read if sample is None and why]
+    if missing:
+        return None, missing
+    return default_collate([sample for sample, _ in read]), [why for _, why in read if why]
+
+
+def _loaded(dataset: _Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
+    """Batches, with the reasons of those images in them that another one stands in for.
+
+    Raises:
+        UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
+    """
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=_collated, **_loading(settings, pin_memory))
+    for batch, told in loader:
+        if batch is None:
+            more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
+            raise UnreadablePictureError(told[0] + more)
+        yield batch, told
+
+
+def _in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[Any]:
+    """All images of `dataset` once, and what is said of those that could not be read."""
+    places = torch.arange(size_of(dataset)).split(256)
+    return _loaded(_Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
+
+
+def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
+    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
+    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
+        first = next(iter(lines))
+        raise UnreadablePictureError(
+            f"{failed} of the first {read} training images could not be read; the first: {first}"
+        )
 
 
 class _Places(Sampler[list[tuple[int, int]]]):
@@ -369,20 +408,35 @@ def train_batches(
     On several processes each gets its part of every batch, the same images with the same augmentation as a single
     process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
     used; resident images are there already.
+
+    Where an image cannot be read, the next one that can stands in for it, as timm has it, so that one bad file of a
+    million does not end a run at night; but it is told, in data.unreadable, and many are refused: training would go on
+    with other images than it was given.
+
+    Raises:
+        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and more than FEW of them; or
+            one and all STAND_INS after it. The message names one and the reason.
     """
     device = torch.device(device)
     sampler = _Places(data, settings, first, last)
     if isinstance(data.train, Resident):
+        data.train.decoded.on(device)
+        told = data.train.decoded.told
+        data.unreadable.update(dict.fromkeys(told))
+        _refuse_many(len(told), data.train.decoded.shape[0], told)
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
             generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
             cropped = crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole))
             yield data.train.normalised(cropped), labels
         return
-    loader = DataLoader(
-        _Augmented(data.train, settings.seed), batch_sampler=sampler, **_loading(settings, device.type == "cuda")
-    )
-    yield from loader
+    read = failed = 0
+    images_of = _Augmented(data.train, settings.seed)
+    for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
+        read, failed = read + len(batch[-1]), failed + len(told)
+        data.unreadable.update(dict.fromkeys(told))
+        _refuse_many(failed, read, data.unreadable)
+        yield batch
 
 
 def val_batches(
@@ -390,21 +444,26 @@ def val_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
 
-    On several processes each gets its part of them, in as many batches as the others.
+    On several processes each gets its part of them, in as many batches as the others. Nothing stands in for an image
+    that cannot be read: the figure would be of other images than it says.
+
+    Raises:
+        GrowkitError: an image cannot be read; the message names it and the reason.
     """
     device = torch.device(device)
     shares = _shares(size_of(data.val), settings.batch_size)
     if isinstance(data.val, Resident):
         yield from data.val.evaluation(shares, device)
         return
-    yield from DataLoader(data.val, batch_sampler=shares, **_loading(settings, device.type == "cuda"))
+    for batch, _ in _loaded(_Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda"):
+        yield batch
 
 
 def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
     """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
 
     Raises:
-        GrowkitError: the images are cached, which keeps no way to them without augmentation.
+        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
     """
     if isinstance(data.train, Resident):
         raise GrowkitError("--cache: training images in memory are not read again; leave it out")

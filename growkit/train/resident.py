@@ -7,14 +7,14 @@ image as evaluation sees it, not of a larger original.
 
 import math
 import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
@@ -25,18 +25,20 @@ ROOM = 0.8  # of the free memory that images may take
 
 
 class Decoded:
-    """All images of `loader`, decoded when first needed.
+    """All images of `dataset`, decoded when first needed.
 
-    loader   gives batches of uint8 images (n, C, H, W) and labels (n,), in order
+    read     gives batches of uint8 images (n, C, H, W) and labels (n,), in order, and lines about unreadable images
     size     (C, H, W) of an image
     cache    where they stay: "device", the one that asked last, or "ram"
     labels   (N,) on the CPU, where the training loop looks at them; empty before the images are decoded
+    told     the lines, likewise
     """
 
-    def __init__(self, loader: DataLoader[Any], size: Sequence[int], cache: str):
-        assert isinstance(loader.dataset, Sized)
-        self.loader, self.dataset, self.cache = loader, loader.dataset, cache
-        self.shape = (len(self.dataset), *size)
+    def __init__(self, dataset: Dataset[Any], read: Callable[[], Iterator[Any]], size: Sequence[int], cache: str):
+        assert isinstance(dataset, Sized)
+        self.dataset, self.read, self.cache = dataset, read, cache
+        self.shape = (len(dataset), *size)
+        self.told: list[str] = []
         self.labels = torch.empty(0, dtype=torch.long)
         self._images: Tensor | None = None
 
@@ -64,7 +66,8 @@ class Decoded:
         images = torch.empty(self.shape, dtype=torch.uint8, device=device)
         labels: list[Tensor] = []
         done = 0
-        for batch, found in self.loader:
+        for (batch, found), told in self.read():
+            self.told += told
             images[done : done + len(batch)] = batch
             labels.append(found)
             done += len(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.data import Data, size_of, val_batches
+from growkit.train.data import Data, images_per_batch, size_of, val_batches
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.settings import FitSettings
 
@@ -129,6 +129,21 @@ def score_model(
     predict = predictor(model.to(device), device, settings.precision)
     batches = val_batches(data, settings, device=device)
     return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
+
+
+def read_through(
+    data: Data, settings: FitSettings, device: torch.device, *, progress: Done = lambda done, total: None
+) -> None:
+    """Read the validation images once, for nothing but to be told now of one that cannot be read.
+
+    Raises:
+        GrowkitError: there is one; else that would end a run at its first evaluation, hours on. Or the size of a batch
+            is still to be found.
+    """
+    images_per_batch(data, settings)
+    batches = val_batches(data, settings, device=device)
+    for _ in followed(batches, -(-size_of(data.val) // size()), progress):
+        pass
 
 
 def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:

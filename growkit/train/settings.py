@@ -113,7 +113,7 @@ class FitSettings:
     """Fetch a timm dataset that is not in --data-dir."""
 
     val_split: str = "validation"
-    """Split of a timm dataset to evaluate on."""
+    """Split of a timm dataset to evaluate on, or the folder beside train/: val/ when left out."""
 
     eval_every: float = 1.0
     """Epochs between evaluations; the end is always evaluated, 0 evaluates only there."""

@@ -140,7 +140,7 @@ UNLIKE = {
     "workers": 1,
     "data_dir": "else where",
     "dataset_download": True,
-    "val_split": "test",
+    "val_split": "train",
     "log_every": 7,
     "save_seconds": 61.5,
     "color_jitter": 0.2,

@@ -1,0 +1,171 @@
+"""Image folders, one folder per class: what is listed, and what is read of a listed file."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from growkit.errors import GrowkitError, first_line, printable
+from growkit.pictures import SUFFIXES, UnreadablePictureError, open_picture, read_picture, unreadable
+from growkit.train.settings import FitSettings
+
+
+def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pictures", list[str]]:
+    """Pictures, without transforms, of path/train and of the folder that `val_split` means, and their common classes.
+
+    Raises:
+        GrowkitError: a folder is missing or unusable, classes differ, or there is only one.
+    """
+    shown = printable(str(path))
+    if not path.is_dir():
+        lies = "is a file" if path.exists() else "no such folder"
+        raise GrowkitError(
+            f"--data {shown}: {lies}; give one that holds train/ and val/, or a timm dataset such as torch/cifar10"
+        )
+    names = ("train", _val_folder(path, val_split))
+    for name in names:
+        if not (path / name).is_dir():
+            put = f"put training images in {shown}/train/CLASS/ and images for evaluation in {shown}/{names[1]}/CLASS/"
+            raise GrowkitError(f"{shown}/{name}: no such folder; {_meant(path, name) or put}")
+    train, val = (Pictures(FolderReader(path / name), mode) for name in names)
+    classes, others = (list(pictures.reader.class_to_idx) for pictures in (train, val))
+    if classes != others:
+        only = next(name for name in (*classes, *others) if (name in classes) != (name in others))
+        has, lacks = names if only in classes else names[::-1]
+        alike = [name for name in (*classes, *others) if name != only and name.lower() == only.lower()]
+        remedy = f"rename {alike[0]} there" if alike else f"add some or remove {has}/{only}"
+        raise GrowkitError(
+            f"{shown}: {has}/ and {lacks}/ must hold the same classes, but {lacks}/ has no images of {only}; {remedy}"
+        )
+    if len(classes) == 1:
+        raise GrowkitError(f"{shown}: all images are of one class, {classes[0]}; add another to tell it from")
+    return train, val, classes
+
+
+def _val_folder(path: Path, val_split: str) -> str:
+    """--val-split names the folder as it names a dataset's split; left out, it means val/, or validation/."""
+    if val_split == FitSettings.val_split and ((path / "val").is_dir() or not (path / val_split).is_dir()):
+        return "val"
+    return val_split
+
+
+def _meant(path: Path, missing: str) -> str | None:
+    """What a person may have meant, going by the folders around `path`."""
+    within = sorted(entry.name for entry in _listed(path) if _is_folder(entry))
+    if missing == "train":
+        near = (*path.absolute().parents[:2], *map(path.joinpath, within))
+        whole = next((folder for folder in near if (folder / "train").is_dir()), None)
+        return f"give --data {printable(str(whole))}" if whole else None
+    others = [printable(name) for name in within if name != "train"]
+    return f"make it, or name the one to evaluate on with --val-split: {', '.join(others[:5])}" if others else None
+
+
+class FolderReader:
+    """Lists the pictures folder/CLASS/*, class by class and in timm's natural order; gives (path, label), reads none.
+
+    Hidden files and those without one of SUFFIXES are passed over. Unlike timm's reader it refuses folders within
+    classes, whose names timm would take for classes and whose links may lead back up.
+
+    samples        (path, label) of each picture
+    class_to_idx   label of each class
+
+    Raises:
+        GrowkitError: a picture outside a class, a class without pictures, a name that cannot be printed, a folder that
+            cannot be listed, or none at all; the message names it.
+    """
+
+    def __init__(self, folder: Path):
+        self.root = str(folder)
+        shown = printable(self.root)
+        entries = _listed(folder)
+        loose = [entry.name for entry in entries if _is_picture(entry)]
+        if loose:
+            raise GrowkitError(
+                f"{shown}/{printable(min(loose))}: belongs to no class; put images into one folder per class,"
+                f" as in {shown}/cat/"
+            )
+        classes = sorted((entry.name for entry in entries if _is_folder(entry)), key=_natural)
+        if not classes:
+            raise GrowkitError(f"{shown}: holds no images; put them into one folder per class, as in {shown}/cat/")
+        self.class_to_idx = {name: label for label, name in enumerate(classes)}
+        self.samples: list[tuple[str, int]] = []
+        for name, label in self.class_to_idx.items():
+            if not name.isprintable():  # it would become a label, in files of one label per line, too
+                raise GrowkitError(f"{shown}/{printable(name)}: a class whose name cannot be printed; rename it")
+            self.samples += [(path, label) for path in _pictures(folder / name)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.samples[index]
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Paths of the pictures of one class, in timm's order."""
+    shown = printable(str(folder))
+    entries = _listed(folder)
+    within = [entry.name for entry in entries if _is_folder(entry)]
+    if within:
+        raise GrowkitError(
+            f"{shown}/{printable(min(within))}: a folder within a class; put its images into {shown}/ or remove it"
+        )
+    found = sorted((entry.path for entry in entries if _is_picture(entry)), key=_natural)
+    if not found:
+        raise GrowkitError(f"{shown}: holds no images; add some or remove the folder ({' '.join(SUFFIXES)} are read)")
+    return found
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in `folder` and is not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise GrowkitError(f"{printable(str(folder))}: cannot be listed ({error.strerror})") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    """By its suffix: a link that leads nowhere, or a pipe, is one that cannot be read, and reading it says so."""
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and not _is_folder(entry)
+
+
+def _natural(text: str) -> tuple[list[int | str], str]:
+    """timm's order, 9 before 10, with names that it holds for equal (cat, Cat) told apart."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())], text
+
+
+class Pictures(Dataset[Any]):
+    """(transform(picture), label) of what a reader lists: a FolderReader, or timm's of a dataset such as hfds/...
+
+    timm's own dataset puts the next image in the place of one that cannot be read, and says so only in a log; here that
+    raises UnreadablePictureError, and whoever asked decides.
+    """
+
+    def __init__(self, reader: Any, mode: str):
+        self.reader, self.mode = reader, mode
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            source, label = self.reader[index]  # a path, or from timm's readers an open file
+        except OSError as error:
+            raise UnreadablePictureError(unreadable(f"image {index}", first_line(error, 160))) from None
+        if isinstance(source, str):
+            picture = open_picture(source, self.mode)
+        else:
+            with source:
+                picture = read_picture(source, self.mode, f"image {index}")
+        return self.transform(picture) if self.transform else picture, label
