@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "config of an unknown name": (("grow", "other-name", *TO), "unknown architecture 'vit_tinny'"),
     "config of other sizes": (("grow", "other-args", *TO), "weights do not fit"),
     "config with odd arguments": (("grow", "odd-args", *TO), "wings"),
-    "config of another kind": (("grow", "other-kind", *TO), "resnet18 is a ResNet"),
+    "config of another kind": (("grow", "other-kind", *TO), "resnet18 is timm's ResNet"),
     "config with a list": (("grow", "list-args", *TO), "list-args"),
     "timm:NAME unknown": (("grow", "timm:deit_tinny", *TO), "nearest: "),
     "--set without value": (("grow", "small", *TO, "--set", "depth"), "expected KEY=VALUE"),
