@@ -111,8 +111,10 @@ def labelled(data: str, source: Source, settings: FitSettings, *, image_size: in
     return opened
 
 
-def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool) -> bool:
+def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool, say: Say) -> bool:
     """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+
+    A run that ended before it saved anything is begun anew.
 
     Raises:
         GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
@@ -123,6 +125,10 @@ def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: 
         run.refuse_unusable()
         if not (resume or anew):
             refuse_existing(output, force)
+        begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
+        if resume and begun and not state.exists():
+            say("nothing was saved before it ended: it begins anew")
+            return False
         return resume or (anew and state.exists())
 
     return by_leader(look)
@@ -158,7 +164,7 @@ def grow_model(
             "--shard: every process grows the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
-    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume)
+    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
     opened = None
     if data is not None:
@@ -351,7 +357,7 @@ def _fit_into(
     watch: Watch | None,
     scoring: Scoring,
 ) -> Trained:
-    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume)
+    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say)

@@ -24,6 +24,7 @@ from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, Scoring, refuse_tf32, score_model, silent
 from growkit.train.settings import FitSettings
+from growkit.train.watch import interruption
 
 Watch = Callable[[StepRecord], None]
 
@@ -269,7 +270,7 @@ def _fit(
     resume = state is not None and state.exists()
     fitted = fit(model, data, recipe, device=device, evaluate=evaluate, folder=folder, resume=resume, on_step=watch)
     if fitted.interrupted:
-        raise KeyboardInterrupt
+        raise interruption(fitted.stopped_by)
     if state is not None:
         state.unlink(missing_ok=True)
     return fitted

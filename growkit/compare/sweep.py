@@ -23,7 +23,7 @@ from growkit.compare.compare import FAILURES, SCHEMA, Follow, Say, begin, bench_
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import refuse_existing, write_json
 from growkit.methods import find
 from growkit.methods.base import growing
@@ -194,6 +194,8 @@ class Pilot:
                 folder=folder,
                 watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
             )
+        except UnwritableError:
+            raise  # no run would fare better
         except FAILURES as error:
             found = {"failed": reason_of(error)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
@@ -220,6 +222,8 @@ class Pilot:
                 score = self._score_of(trial, arm, options["lr"], nothing, watch)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
+            except UnwritableError:
+                raise  # no run would fare better
             except FAILURES as error:
                 trial.set_user_attr("reason", reason_of(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)
