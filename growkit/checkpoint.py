@@ -141,8 +141,8 @@ def write_model(
 
 
 def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
-    """As write_model, into a folder that is in use: each file is swapped in whole, the weights first."""
-    with whole_files(folder, WEIGHTS, CONFIG, HISTORY) as staged:
+    """As write_model, into a folder that is in use: each file is swapped in whole, the weights last: with them it is a model."""
+    with whole_files(folder, CONFIG, HISTORY, WEIGHTS) as staged:
         write_model(staged, model, **described)
 
 
