@@ -141,7 +141,10 @@ def write_model(
 
 
 def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
-    """As write_model, into a folder that is in use: each file is swapped in whole, the weights last: with them it is a model."""
+    """As write_model, into a folder that is in use: each file is swapped in whole, the weights last.
+
+    So a folder that has weights is a model, whatever ended the one who wrote it.
+    """
     with whole_files(folder, CONFIG, HISTORY, WEIGHTS) as staged:
         write_model(staged, model, **described)
 

@@ -65,7 +65,9 @@ def refuse_unwritable(path: Path, *, file: bool = False) -> None:
     if file and path.is_dir():
         raise _unwritable(path, *REMEDIES[errno.EISDIR])
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    probe = _beside((there.parent if file and there.is_file() else there) / path.name)
+    if file and there == path.absolute():  # one that is to be replaced
+        there = there.parent
+    probe = _beside(there / path.name)
     try:
         probe.mkdir()
     except OSError as error:

@@ -7,6 +7,8 @@ It reads one JSON job per line and answers with one: {"status", "points", "out",
     point      ends the process just before the so-manieth change of the disk or update of a model, from 0; none, never
     after      ends the process after so many seconds
     signal     what ends it, by name
+    remove     a folder that goes at the point, instead of the process
+    limit      bytes that a file may have, as on a disk that is full
     forget     what a resumed run is made to lose: "ema", "optimizer" or "random"; the twin that must be found out
 
 The points are counted in the process itself: what Python's audit events tell of renaming, removing, making folders and
@@ -17,6 +19,7 @@ place in every run, and all kinds of place are reached, however short they last.
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,14 +33,18 @@ NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class Points:
     """Counts the points of this process and ends it at one of them."""
 
-    def __init__(self, at: int | None, number: int, said: int):
-        self.at, self.number, self.said, self.seen, self.process = at, number, said, 0, os.getpid()
+    def __init__(self, job: dict[str, Any], number: int):
+        self.job, self.number, self.seen, self.process = job, number, 0, os.getpid()
 
     def __call__(self, *_: Any, **__: Any) -> None:
         if os.getpid() != self.process:  # a reader of images
             return
         self.seen += 1
-        if self.seen - 1 == self.at:
+        if self.seen - 1 != self.job.get("point"):
+            return
+        if "remove" in self.job:
+            shutil.rmtree(self.job["remove"])
+        else:
             os.kill(self.process, self.number)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -72,7 +79,7 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     if job.get("forget"):
         forget(job["forget"])
     number = getattr(signal, job.get("signal", "SIGKILL"))
-    points = Points(job.get("point"), number, said)
+    points = Points(job, number)
     if job.get("after"):
         signal.setitimer(signal.ITIMER_REAL, job["after"])
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))

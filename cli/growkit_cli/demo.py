@@ -24,10 +24,11 @@ def demo(
     """
     import shutil
 
-    from growkit.files import refuse_existing
+    from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
     refuse_existing(out, force)
+    refuse_unwritable(out)
     with holding(out):
         for old in out.iterdir():
             if old.is_dir() and not old.is_symlink():
