@@ -26,6 +26,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import growkit_cli.main
+
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate")
 NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -91,9 +93,7 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     sys.addaudithook(points.audit)
     status = 1
     try:
-        from growkit_cli.main import main
-
-        main()
+        growkit_cli.main.main()
         status = 0
     except SystemExit as left:
         status = int(left.code or 0)

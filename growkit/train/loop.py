@@ -31,7 +31,7 @@ __all__ = ["FitResult", "StepRecord", "fit"]
 SGD = ("sgd", "momentum", "nesterov")
 FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
-SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts; one good update in two would hold it
+SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
