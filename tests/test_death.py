@@ -474,6 +474,22 @@ def test_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
         assert seen == [*["content"] * (1 if writer is whole_file else 2), "rename", "folder"]
 
 
+def test_sweep_does_not_wait_for_the_lock_of_one_that_was_killed(server: Server, new: Callable[[], Path]) -> None:
+    folder = new()
+    sweep = (
+        *("sweep", "small", *TO, "--data", "images", "--share", 1, "--steps", 2, "--batch-size", 4, "--workers", 0),
+        *("--trials", 1, "--methods", "net2net", "--lrs", "1e-3", "--evals", 1, "--device", "cpu"),
+    )
+    ended = server.run(folder, sweep)
+    assert ended.status == 0, ended.err
+    (folder / "run" / "sweep" / "study.log.lock").symlink_to("study.log")
+    began = time.monotonic()
+    ended = server.run(folder, (*sweep, "--resume"))
+    assert ended.status == 0, ended.err
+    assert time.monotonic() - began < 25  # Optuna would wait for 30 seconds
+    assert not (folder / "run" / "sweep" / "study.log.lock").is_symlink()
+
+
 # ---- what cannot be written
 
 

@@ -210,6 +210,8 @@ class Pilot:
             KeyboardInterrupt: stopped; the trials that ended are kept.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # of a killed process: Optuna would wait for it; who lives is told apart by the lock of the run folder
+        (self.bench.folder / f"{STUDY}.lock").unlink(missing_ok=True)
         kept = self._study(
             seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
         )
