@@ -24,6 +24,7 @@ STATES = {  # where a stopped command goes on from, inside the run folder
     "compare": "compare/begun.json",
     "sweep": "sweep/begun.json",
 }
+_at_work: list[str] = []  # commands of this process; the demo runs others
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,14 +32,17 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **given: Any) -> Any:
-        folder = written(command.__name__, given)
+        _at_work.append(command.__name__)
         try:
+            folder = written(command.__name__, given)
             with nullcontext() if folder is None else holding(folder):
                 return command(*args, **given)
         except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
                 sys.stderr.write(f"interrupted; {left(command.__name__, given)}\n")
             raise typer.Exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)) from None
+        finally:
+            _at_work.pop()
 
     return run
 
@@ -94,6 +98,9 @@ def stoppable() -> Iterator[None]:
             os.write(2, b"stopped at once\n")
             os._exit(128 + number)
         asked = True
+        if not _at_work:  # Typer would swallow the exception while it reads options
+            sys.stderr.write("interrupted; nothing was at work\n")
+            raise SystemExit(128 + number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}

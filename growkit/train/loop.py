@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class FitResult:
     images_per_second: float
     seconds: float
     stopped_by: int | None = None  # the signal that interrupted it, where one did
+    judged: nn.Module | None = field(default=None, compare=False, repr=False)  # the model, or its moving average
 
 
 def fit(
@@ -220,6 +221,7 @@ def fit(
         images_per_second=(len(losses) - start) * plan.images_per_update / (training_seconds or 1.0),
         seconds=seconds_before + time.perf_counter() - began,
         stopped_by=stop.number,
+        judged=training.judged,
     )
 
 
