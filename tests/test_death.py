@@ -263,8 +263,7 @@ def die_and_finish(
     assert differing == [], (command, deaths)
 
 
-@pytest.mark.parametrize("command", ["train", "export"])
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(("command", "name"), [("train", "SIGKILL"), ("train", "SIGTERM"), ("export", "SIGKILL")])
 def test_command_that_died_ends_as_if_it_had_not(
     server: Server, new: Callable[[], Path], unbroken: Callable[[str], Any], command: str, name: str
 ) -> None:
