@@ -393,7 +393,7 @@ def test_file_system_without_locks_is_told_of_and_used(tmp_path: Path, monkeypat
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "60"]) as living:
+    with subprocess.Popen(["sleep", "5"]) as living:
         mine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1, check=True, text=True)
         names = {

@@ -93,6 +93,6 @@ def test_writing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(onnx, "save_model", full)
-    with pytest.raises(UnwritableError, match="m.onnx.*the disk is full"):
+    with pytest.raises(UnwritableError, match=r"m\.onnx.*the disk is full"):
         write_graph(read_graph(exported), tmp_path / "m.onnx", external=True)
     assert list(tmp_path.iterdir()) == []
