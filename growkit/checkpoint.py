@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import shutil
-import uuid
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.files import read_json, sha256_of, without_folders, write_json
+from growkit.files import read_json, sha256_of, whole_files, without_folders, write_json
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "model.safetensors",
@@ -174,16 +171,12 @@ def write_model(
 
 
 def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
-    """As write_model, into a folder that is in use: each file is swapped in whole, the weights first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".{uuid.uuid4().hex[:8]}.partial"
-    staged.mkdir()
-    try:
+    """As write_model, into a folder that is in use: each file is swapped in whole, the weights last.
+
+    So a folder that has weights is a model, whatever ended the one who wrote it.
+    """
+    with whole_files(folder, CONFIG, HISTORY, WEIGHTS) as staged:
         write_model(staged, model, **described)
-        for name in (WEIGHTS, CONFIG, HISTORY):
-            os.replace(staged / name, folder / name)
-    finally:
-        shutil.rmtree(staged)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

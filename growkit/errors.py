@@ -5,6 +5,14 @@ class GrowkitError(Exception):
     """Bad usage or bad input. The message is one line: what, got, expected, what to do."""
 
 
+class UnwritableError(GrowkitError):
+    """A file or folder cannot be written: a full disk, no permission, a folder that is gone."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked for an end, as Ctrl-C does by KeyboardInterrupt."""
+
+
 class ParityError(GrowkitError):
     """A check of a grown or exported model said no."""
 

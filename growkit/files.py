@@ -1,16 +1,42 @@
 """Files and folders that appear whole or not at all, and the hashes that identify them."""
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
+
+LEFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+ELSEWHERE = "name another place"
+KEPT = "what was complete before is as it was"
+REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free some space there and try again; what was complete before is as it was"),
+    errno.EDQUOT: (
+        "your quota is used up",
+        "free some space there and try again; what was complete before is as it was",
+    ),
+    errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f) or name another place"),
+    errno.EIO: ("the disk reports an error", f"see to the disk; {KEPT}"),
+    errno.EROFS: ("read-only file system", ELSEWHERE),
+    errno.EACCES: ("permission denied", "allow it or name another place"),
+    errno.EPERM: ("not permitted", "allow it or name another place"),
+    errno.ENOENT: ("its folder is gone", "was it removed meanwhile? Start anew"),
+    errno.ENOTDIR: ("not a directory", "what should hold it is a file: name another place"),
+    errno.EEXIST: ("a file lies where a folder is needed", ELSEWHERE),
+    errno.EISDIR: ("it is a folder", "name a file"),
+    errno.ENAMETOOLONG: ("the name is too long", "name it shorter"),
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_open: set[str] = set()  # hidden names this process is writing under
 
 
 def refuse_foreign(path: Path, known: str, force: bool) -> None:
@@ -29,56 +55,210 @@ def refuse_existing(path: Path, force: bool) -> None:
 
     Called before the work starts, so that nobody waits an hour for a refusal.
     """
+    clear_left(path.parent, path.name)  # it may lie under a hidden name
     if path.exists() and not force:
         raise GrowkitError(f"{path} already exists; --force replaces it, --run or --out writes elsewhere")
 
 
+def refuse_unwritable(path: Path, *, file: bool = False) -> None:
+    """Raise UnwritableError where `path`, a folder or a file, could not be written; leaves nothing behind."""
+    if file and path.is_dir():
+        raise _unwritable(path, *REMEDIES[errno.EISDIR])
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if file and there == path.absolute():  # one that is to be replaced
+        there = there.parent
+    probe = _beside(there / path.name)
+    try:
+        probe.mkdir()
+    except OSError as error:
+        other = (error.strerror or "unknown error").lower(), ELSEWHERE
+        raise _unwritable(path, *REMEDIES.get(error.errno or 0, other)) from error
+    finally:
+        _remove(probe)
+
+
+def _unwritable(path: Path, reason: str, remedy: str) -> UnwritableError:
+    return UnwritableError(f"{path}: cannot be written ({reason}); {remedy}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write that failed into UnwritableError: one line with `path` and the remedy.
+
+    Errors about other files pass as they are.
+    """
+    try:
+        yield
+    except GrowkitError:
+        raise
+    except Exception as error:  # torch and safetensors wrap the system's errors in their own
+        reason = _refusal(error, path)
+        if reason is None:
+            raise
+        raise _unwritable(path, *reason) from error
+
+
+def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
+    """Why `path` was not written, and the remedy; None where `error` tells of something else."""
+    if isinstance(error, OSError):
+        name = error.filename2 or error.filename
+        inside = name is None or Path(os.fsdecode(name)).absolute().is_relative_to(path.parent.absolute())
+        # making parents and renaming tell of folders above
+        inside = inside or path.absolute().is_relative_to(Path(os.fsdecode(name)).absolute())
+        return REMEDIES.get(error.errno or 0) if inside else None
+    told = re.search(r"os error (\d+)", str(error))  # as Rust says it
+    if told is not None:
+        return REMEDIES.get(int(told[1]))
+    under = error.__context__
+    return REMEDIES.get(under.errno or 0) if isinstance(under, OSError) and under.errno in FULL else None
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Yield a temporary name beside `path`; rename it when the block ends without error.
+
+    The file is on the disk before it gets its name: after a power cut `path` is the old one or the new one.
+
+    Raises:
+        UnwritableError: the disk is full, or `path` cannot be written there.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_left(path.parent, path.name)
+        partial = _beside(path)
+        try:
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+        finally:
+            _remove(partial)
+
+
+@contextmanager
+def whole_files(folder: Path, *names: str) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`; swap its files `names` in, whole and in this order, when the block ends.
+
+    Raises:
+        UnwritableError: the disk is full, or `folder` cannot be written.
+    """
+    with writing(folder / names[0]):
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_left(folder, names[0])
+        partial = _beside(folder / names[0])
+        partial.mkdir()
+        try:
+            yield partial
+            for name in names:
+                _sync(partial / name)
+            for name in names:
+                os.replace(partial / name, folder / name)
+            _sync(folder)
+        finally:
+            _remove(partial)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; swap it in when the block ends without error.
 
-    A process killed between the two renames of a swap leaves the old folder beside `path`, under
-    a hidden name that ends in .partial.
+    A process killed between the two renames of a swap leaves the old folder beside `path`, under a hidden name that
+    ends in .old; `clear_left` gives it back its own.
+
+    Raises:
+        UnwritableError: the disk is full, or `path` cannot be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = _partial(path), _partial(path)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            os.rename(path, old)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_left(path.parent, path.name)
+        partial, old = _beside(path), _beside(path, "old")
+        partial.mkdir()
         try:
+            yield partial
+            for part in (*partial.rglob("*"), partial):
+                _sync(part)
+            if path.exists():
+                os.rename(path, old)
             os.rename(partial, path)
-        except OSError:
-            if old.exists():
+            _sync(path.parent)
+        finally:
+            if old.exists() and not path.exists():
                 os.rename(old, path)
+            _remove(old)
+            _remove(partial)
+
+
+def clear_left(folder: Path, name: str | None = None, *, alone: bool = False) -> None:
+    """Clear away in `folder` what writers of `name`, or of anything, left when they were killed.
+
+    An unfinished file or folder goes; an old folder that was to be replaced comes back where the new one is not there.
+    Whatever a process that lives on this machine writes stays, and what other machines wrote too, unless no other
+    process can be writing there (`alone`).
+    """
+    try:
+        entries = [(entry, found) for entry in folder.iterdir() if (found := LEFT.fullmatch(entry.name))]
+        for entry, found in entries:
+            ours = found["host"] == _host()
+            if name not in (None, found["name"]) or (ours and _lives(entry, int(found["pid"]))):
+                continue
+            if not (ours or alone):
+                continue
+            target = folder / found["name"]
+            if found["kind"] == "old" and not target.exists():
+                os.rename(entry, target)
+            else:
+                _remove(entry)
+    except OSError:  # unreadable or read-only; whoever writes there is told
+        return
+
+
+def _lives(entry: Path, pid: int) -> bool:
+    if pid == os.getpid():  # in a container the next process often gets the number of the one before
+        return entry.name in _open
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until `path` is on the disk, where the file system can tell."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
-        _remove(old)
     finally:
-        _remove(partial)
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    _open.discard(path.name)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+def _beside(path: Path, kind: str = "partial") -> Path:
+    """A hidden name beside `path` that says who writes there."""
+    beside = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
+    _open.add(beside.name)
+    return beside
+
+
+def _host() -> str:
+    """This machine in six digits: process numbers mean nothing on another."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -134,8 +134,10 @@ def _refuse_other_labels(
     raise GrowkitError(f"--data {data}: its {count}{told}; give data with {whose} classes")
 
 
-def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool) -> bool:
+def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool, say: Say) -> bool:
     """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+
+    A run that ended before it saved anything is begun anew.
 
     Raises:
         GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
@@ -146,6 +148,10 @@ def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: 
         run.refuse_unusable()
         if not (resume or anew):
             refuse_existing(output, force)
+        begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
+        if resume and begun and not state.exists():
+            say("nothing was saved before it ended: it begins anew")
+            return False
         return resume or (anew and state.exists())
 
     return by_leader(look)
@@ -181,7 +187,7 @@ def grow_model(
             "--shard: every process grows the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
-    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume)
+    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
     source, opened = with_input(source, sets), None
     if data is not None:
@@ -370,7 +376,7 @@ def _fit_into(
     watch: Watch | None,
     scoring: Scoring,
 ) -> Trained:
-    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume)
+    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say)

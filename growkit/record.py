@@ -5,11 +5,10 @@ import platform
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from growkit.errors import GrowkitError
-from growkit.files import read_json, write_json
+from growkit.errors import GrowkitError, UnwritableError
+from growkit.files import clear_left, read_json, refuse_unwritable, write_json
 
 PACKAGES = (
     "growkit",
@@ -26,6 +25,9 @@ PACKAGES = (
     "scipy",
     "matplotlib",
 )
+
+
+STAGES = ("trained", "operator", "grown", "finetuned", "onnx", "verify", "reference", "compare", "sweep")
 
 
 class RunFolder:
@@ -69,14 +71,19 @@ class RunFolder:
         """Raise GrowkitError where the run cannot be written to its end, before the work starts."""
         if self.path.exists() and not self.path.is_dir():
             raise GrowkitError(f"{self.path} is a file; --run names a folder")
-        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         try:
-            with TemporaryDirectory(dir=there, prefix=".growkit"):
-                pass
-        except OSError as error:
-            reason = (error.strerror or "no folder can be made there").lower()
-            raise GrowkitError(f"--run {self.path}: cannot be written ({reason}); name another folder") from None
+            refuse_unwritable(self.path)
+        except UnwritableError as error:
+            raise UnwritableError(f"--run {error}") from None
         self.steps()
+
+    def clear_left(self) -> None:
+        """Clear away what killed commands left; nobody else may be writing here (`lock.held`)."""
+        clear_left(self.path.absolute().parent, self.path.name)
+        clear_left(self.path, alone=True)
+        for stage in STAGES:
+            for folder, _, _ in os.walk(self.path / stage):
+                clear_left(Path(folder), alone=True)
 
     def steps(self) -> list[dict[str, Any]]:
         """Every step so far, oldest first; none when the run is new.

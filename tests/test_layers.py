@@ -13,6 +13,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "errors": "",
     "settings": "errors",
     "files": "errors",
+    "lock": "errors",
     "record": "errors files",
     "checkpoint": "errors files record",
     "core": "errors core",

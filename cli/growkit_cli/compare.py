@@ -53,27 +53,23 @@ def compare(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    try:
-        with following(console, "comparing") as follow, telling(console) as scoring:
-            compared = compare_methods(
-                RunFolder(run),
-                loaded,
-                to,
-                data,
-                settings,
-                recipe,
-                sets=sets or (),
-                device=pick_device(device),
-                force=force,
-                resume=resume,
-                command=shlex.join(["growkit", *sys.argv[1:]]),
-                say=console.say,
-                follow=follow,
-                scoring=scoring,
-            )
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished runs are kept, --resume goes on\n")
-        raise typer.Exit(130) from None
+    with following(console, "comparing") as follow, telling(console) as scoring:
+        compared = compare_methods(
+            RunFolder(run),
+            loaded,
+            to,
+            data,
+            settings,
+            recipe,
+            sets=sets or (),
+            device=pick_device(device),
+            force=force,
+            resume=resume,
+            command=shlex.join(["growkit", *sys.argv[1:]]),
+            say=console.say,
+            follow=follow,
+            scoring=scoring,
+        )
     console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
     console.table("cost", *cost_table(compared.arms))
     for arm in compared.arms:

@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
+from growkit.lock import LOCK
 from growkit_cli.console import Console
+from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
+
+INTERRUPTED = (130, 143)
 
 
 def demo(
@@ -18,8 +22,24 @@ def demo(
 
     Example: growkit demo
     """
-    import shlex
     import shutil
+
+    from growkit.files import refuse_existing, refuse_unwritable
+
+    console = Console(as_json)
+    refuse_existing(out, force)
+    refuse_unwritable(out)
+    with holding(out):
+        for old in out.iterdir():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            elif old.name != LOCK:
+                old.unlink()
+        _demo(console, out)
+
+
+def _demo(console: Console, out: Path) -> None:
+    import shlex
     import time
 
     from growkit.demo import (
@@ -33,14 +53,10 @@ def demo(
         equal_compute,
         write_digits,
     )
-    from growkit.files import refuse_existing
     from growkit.record import RunFolder
     from growkit.report.page import write_report
     from growkit_cli.main import app
 
-    console = Console(as_json)
-    refuse_existing(out, force)
-    shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
     run, baseline = RunFolder(out / "run"), RunFolder(out / "from-nothing")
     digits = str(out / "digits")
@@ -48,7 +64,9 @@ def demo(
 
     def growkit(*arguments: str) -> None:
         console.say(f"\n$ growkit {shlex.join(arguments)}")
-        app([*arguments], standalone_mode=False)
+        status = app([*arguments], standalone_mode=False)
+        if status in INTERRUPTED:
+            raise typer.Exit(status)
 
     here = ("--run", str(run.path))
     data = ("--data", digits)

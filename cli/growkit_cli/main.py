@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from growkit import __version__
-from growkit.errors import GrowkitError, printable
+from growkit.errors import GrowkitError, Terminated, printable
 from growkit_cli import (
     compare,
     demo,
@@ -23,6 +23,7 @@ from growkit_cli import (
     train,
     verify,
 )
+from growkit_cli.guard import guarded, stoppable
 
 app = typer.Typer(
     name="growkit",
@@ -86,13 +87,17 @@ for command in (
     report.report,
     demo.demo,
 ):
-    app.command(no_args_is_help=False)(prompt(command))
+    app.command(no_args_is_help=False)(prompt(guarded(command)))
 
 
 def main() -> None:
-    """Run the program. Exit status: 0 done, 1 a check said no, 2 bad usage or input, 130 interrupted."""
+    """Run the program.
+
+    Exit status: 0 done, 1 a check said no, 2 bad usage or input, 130 ended by Ctrl-C, 143 by SIGTERM.
+    """
     try:
-        app()
+        with stoppable():
+            app()
     except (GrowkitError, OSError) as error:  # a full disk or a read-only folder is the user's to mend, too
         if os.environ.get("GROWKIT_DEBUG"):
             raise
@@ -102,9 +107,9 @@ def main() -> None:
             f"error: {printable(str(error))}", style="red", markup=False
         )
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(143 if isinstance(error, Terminated) else 130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Training progress as a person reads it: rate, loss, score, time left."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -108,8 +109,8 @@ def tell_trained(console: Console, trained: "Trained") -> None:
 
 
 def ended(console: Console, fitted: "FitResult | None") -> None:
-    """Leave with status 130 when training was interrupted: everything learned is saved by then."""
+    """Leave with status 130, or 143 after SIGTERM, when training was interrupted: all that was learned is saved."""
     if fitted is not None and fitted.interrupted:
         if not console.rich.quiet:
             sys.stderr.write("interrupted; what was learned is saved, --resume goes on\n")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (fitted.stopped_by or signal.SIGINT))

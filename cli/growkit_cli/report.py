@@ -26,6 +26,7 @@ def report(
     from dataclasses import asdict
 
     from growkit.errors import GrowkitError
+    from growkit.files import refuse_unwritable
     from growkit.record import RunFolder
     from growkit.report.page import write_report
     from growkit.report.run import run_report
@@ -35,6 +36,7 @@ def report(
     page = out or folder.report
     if page.is_dir():
         raise GrowkitError(f"--out {page} is a folder; name a file, as {page / 'report.html'}")
+    refuse_unwritable(page, file=True)
     made = run_report(folder)
     write_report(page, made)
     assert made.verdict is not None

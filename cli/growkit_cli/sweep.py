@@ -52,29 +52,25 @@ def sweep(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    try:
-        with following(console, "sweeping") as follow, telling(console) as scoring:
-            swept = sweep_settings(
-                RunFolder(run),
-                loaded,
-                to,
-                data,
-                settings,
-                recipe,
-                sets=sets or (),
-                from_=from_,
-                from_sets=from_sets or (),
-                device=pick_device(device),
-                force=force,
-                resume=resume,
-                command=shlex.join(["growkit", *sys.argv[1:]]),
-                say=console.say,
-                follow=follow,
-                scoring=scoring,
-            )
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished trials are kept, --resume goes on\n")
-        raise typer.Exit(130) from None
+    with following(console, "sweeping") as follow, telling(console) as scoring:
+        swept = sweep_settings(
+            RunFolder(run),
+            loaded,
+            to,
+            data,
+            settings,
+            recipe,
+            sets=sets or (),
+            from_=from_,
+            from_sets=from_sets or (),
+            device=pick_device(device),
+            force=force,
+            resume=resume,
+            command=shlex.join(["growkit", *sys.argv[1:]]),
+            say=console.say,
+            follow=follow,
+            scoring=scoring,
+        )
     console.table(f"trials, best first; {settings.metric} on held-out images", *trials_table(swept.tried))
     console.say(f"recommended: trial {swept.best.number}")
     for reason in swept.reasons:

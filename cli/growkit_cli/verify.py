@@ -83,7 +83,7 @@ def verify(
     from growkit.deploy.junit import junit_xml
     from growkit.deploy.verify import verify_alone
     from growkit.errors import GrowkitError
-    from growkit.files import whole_file, write_json
+    from growkit.files import refuse_unwritable, whole_file, write_json
     from growkit.record import RunFolder
     from growkit.source import load_source
 
@@ -91,6 +91,8 @@ def verify(
     started, clock = datetime.now(UTC), time.monotonic()
     folder = RunFolder(run)
     folder.refuse_unusable()
+    if junit is not None:
+        refuse_unwritable(junit, file=True)
     chosen = model or folder.furthest()
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")

@@ -24,6 +24,7 @@ from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, Scoring, refuse_tf32, score_model, silent
 from growkit.train.settings import FitSettings
+from growkit.train.watch import interruption
 
 Watch = Callable[[StepRecord], None]
 
@@ -223,16 +224,9 @@ class Bench:
         if warmup is not None:  # the same share of every run, however short
             warmup *= steps / self.full_steps
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
-        judged = start.model
-
-        def evaluate(model: nn.Module) -> Scores:
-            nonlocal judged
-            judged = model
-            return self.score(model)
-
-        fitted = _fit(start.model, self.data, recipe, self.device, folder, evaluate, watch)
-        if judged is not start.model:
-            start.model.load_state_dict(judged.state_dict())
+        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, watch)
+        if fitted.judged is not None and fitted.judged is not start.model:
+            start.model.load_state_dict(fitted.judged.state_dict())
         first = start.after_operator or start.step0
         curve = [] if start.step0 is None else [(0, start.step0)]
         if start.after_operator is not None:
@@ -269,7 +263,7 @@ def _fit(
     resume = state is not None and state.exists()
     fitted = fit(model, data, recipe, device=device, evaluate=evaluate, folder=folder, resume=resume, on_step=watch)
     if fitted.interrupted:
-        raise KeyboardInterrupt
+        raise interruption(fitted.stopped_by)
     if state is not None:
         state.unlink(missing_ok=True)
     return fitted

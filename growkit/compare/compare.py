@@ -19,7 +19,7 @@ from growkit.compare.bench import Bench, Watch
 from growkit.compare.figures import ArmFigures, arm_figures
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, SweepSettings, numbers
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GrowkitError, UnwritableError, first_line
 from growkit.files import read_json, refuse_existing, whole_file, write_json
 from growkit.lineage import flops_of
 from growkit.pictures import UnreadablePictureError
@@ -172,8 +172,8 @@ class Comparison:
                 folder=folder,
                 watch=self._watch(cell.name),
             )
-        except UnreadablePictureError:
-            raise  # it would fail the other runs, too
+        except (UnreadablePictureError, UnwritableError):
+            raise  # no run would fare better
         except FAILURES as error:
             write_json(folder / "result.json", {**facts, "failed": reason_of(error)})
             self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason_of(error)})")
@@ -204,8 +204,8 @@ class Comparison:
             try:
                 watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
                 start = self.bench.start(arm, self.seeds[0], lr, watch)
-            except UnreadablePictureError:
-                raise  # it would fail the other runs, too
+            except (UnreadablePictureError, UnwritableError):
+                raise  # no run would fare better
             except FAILURES as error:
                 self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason_of(error)})")
                 continue

@@ -23,7 +23,7 @@ from growkit.compare.compare import FAILURES, SCHEMA, Follow, Say, begin, bench_
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import refuse_existing, write_json
 from growkit.methods import find
 from growkit.methods.base import growing
@@ -197,8 +197,8 @@ class Pilot:
                 folder=folder,
                 watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
             )
-        except UnreadablePictureError:
-            raise  # it would fail the other runs, too
+        except (UnreadablePictureError, UnwritableError):
+            raise  # no run would fare better
         except FAILURES as error:
             found = {"failed": reason_of(error)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
@@ -213,6 +213,8 @@ class Pilot:
             KeyboardInterrupt: stopped; the trials that ended are kept.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # of a killed process: Optuna would wait for it; who lives is told apart by the lock of the run folder
+        (self.bench.folder / f"{STUDY}.lock").unlink(missing_ok=True)
         kept = self._study(
             seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
         )
@@ -225,8 +227,8 @@ class Pilot:
                 score = self._score_of(trial, arm, options["lr"], nothing, watch)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
-            except UnreadablePictureError:
-                raise  # it would fail the other runs, too
+            except (UnreadablePictureError, UnwritableError):
+                raise  # no run would fare better
             except FAILURES as error:
                 trial.set_user_attr("reason", reason_of(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)

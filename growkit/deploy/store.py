@@ -5,8 +5,6 @@ believed: only plain names beside it are read.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -15,7 +13,7 @@ from onnx.external_data_helper import convert_model_to_external_data, load_exter
 
 from growkit.deploy.form import Form, form_of
 from growkit.errors import GrowkitError, first_line
-from growkit.files import whole_file
+from growkit.files import whole_file, whole_files
 
 LIMIT = 2**31 - 1 - 2**24  # bytes of weights in one file; the graph itself needs a few MB
 SUFFIX = ".data"
@@ -30,13 +28,10 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
         with whole_file(path) as partial:
             partial.write_bytes(proto.SerializeToString(deterministic=True))
         return (path,)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(path.name + SUFFIX)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
+    with whole_files(path.parent, data.name, path.name) as folder:
         convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
         onnx.save_model(proto, f"{folder}/{path.name}")
-        for file in (data, path):
-            os.replace(f"{folder}/{file.name}", file)
     return path, data
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from growkit.errors import GrowkitError
 from growkit.train import distributed
@@ -23,12 +24,14 @@ from growkit.train.flops import count_step
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import FitSettings
-from growkit.train.watch import StepRecord, board, stop_signals
+from growkit.train.watch import StepRecord, board, ending, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
 SGD = ("sgd", "momentum", "nesterov")
 FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
+REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
+SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
@@ -53,6 +56,8 @@ class FitResult:
     images_per_step: int
     images_per_second: float
     seconds: float
+    stopped_by: int | None = None  # the signal that interrupted it, where one did
+    judged: nn.Module | None = field(default=None, compare=False, repr=False)  # the model, or its moving average
 
 
 def fit(
@@ -151,7 +156,7 @@ def fit(
     with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
         saved_at = mark = time.perf_counter()
         for step in range(start + 1, plan.total + 1):
-            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
+            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32), ending(stop):
                 pending.append(training.update(step, batches))
             last = step == plan.total
             judge = evaluate is not None and (last or plan.evaluates_at(step))
@@ -162,8 +167,10 @@ def fit(
                 continue
 
             means = distributed.summed(torch.stack(pending)) / distributed.size()
-            losses += _finite(means.tolist(), len(losses), saved, folder)
+            losses += _finite(means.tolist(), len(losses), _kept_in(saved, folder))
             pending.clear()
+            if judge or due or stopping:  # nothing that is not finite is scored, kept or saved
+                training.refuse_broken(step, _kept_in(saved, folder))
             window += time.perf_counter() - mark
             if report:
                 scores = evaluate(training.judged) if judge and evaluate is not None else None
@@ -213,6 +220,8 @@ def fit(
         images_per_step=plan.images_per_update,
         images_per_second=(len(losses) - start) * plan.images_per_update / (training_seconds or 1.0),
         seconds=seconds_before + time.perf_counter() - began,
+        stopped_by=stop.number,
+        judged=training.judged,
     )
 
 
@@ -368,6 +377,21 @@ class _Training:
             self.ema.update(self.model, step=step)
         return loss
 
+    def refuse_broken(self, step: int, kept: str) -> None:
+        """Raise GrowkitError where weights are not finite after update `step`, or float16 holds no gradient any more.
+
+        A loss is that of the weights before its update: a gradient that is not finite shows in the next one.
+        """
+        own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained)
+        (broken,) = distributed.agreed(not all(bool(torch.isfinite(tensor).all()) for tensor in own))
+        if broken:
+            raise GrowkitError(f"weights are not finite after update {step}; {REMEDY}{kept}")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise GrowkitError(
+                f"float16 overflows in update after update (loss scale {self.scaler.get_scale():.1e} at update {step});"
+                f" try --precision bf16 or fp32, or a lower --lr{kept}"
+            )
+
     def state(self) -> dict[str, Any]:
         """What `load` takes; the schedule is a function of the step and needs none."""
         return {
@@ -427,13 +451,14 @@ def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
     return max(history, key=lambda entry: (entry[1].top1, -entry[1].loss))
 
 
-def _finite(losses: list[float], done: int, saved: int, folder: Path | None) -> list[float]:
+def _kept_in(saved: int, folder: Path | None) -> str:
+    """Where the last good weights are, as the end of a line."""
+    return f"; the state of update {saved} is in {folder}" if folder and saved else ""
+
+
+def _finite(losses: list[float], done: int, kept: str) -> list[float]:
     """`losses` of the updates after `done`; GrowkitError where one is not finite."""
     for step, loss in enumerate(losses, start=done + 1):
         if not math.isfinite(loss):
-            kept = f"; the state of update {saved} is in {folder}" if folder and saved else ""
-            raise GrowkitError(
-                f"the loss is {loss} at update {step}; try a lower --lr, a longer"
-                f" --warmup-epochs or --precision fp32{kept}"
-            )
+            raise GrowkitError(f"the loss is {loss} at update {step}; {REMEDY}{kept}")
     return losses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.files import whole_file
+from growkit.files import whole_file, writing
 from growkit.train.distributed import laid_out
 
 STATE = "state.pt"
@@ -54,8 +54,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, and lists and dicts of them) to `folder`."""
-    with whole_file(folder / STATE) as partial:
-        torch.save(dict(state), partial)
+    # through a stream of Python's: torch's own does not say why it failed
+    with whole_file(folder / STATE) as partial, partial.open("wb") as stream:
+        torch.save(dict(state), stream)
 
 
 def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,14 +86,15 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def clear(folder: Path) -> None:
     """Make `folder` ready for a new run: no state and no metrics in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (STATE, METRICS):
-        (folder / name).unlink(missing_ok=True)
+    with writing(folder / STATE):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (STATE, METRICS):
+            (folder / name).unlink(missing_ok=True)
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON line to the folder's metrics."""
-    with (folder / METRICS).open("a", encoding="utf-8") as stream:
+    with writing(folder / METRICS), (folder / METRICS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line, allow_nan=False) + "\n")
 
 

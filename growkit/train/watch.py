@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, Terminated
+from growkit.files import writing
+from growkit.train import distributed
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
@@ -34,11 +36,17 @@ class Stop:
     """A signal handler that asks for a stop; asked again, it stops at once."""
 
     asked = False
+    number: int | None = None  # of the signal
 
-    def __call__(self, _: int, __: FrameType | None) -> None:
+    def __call__(self, number: int, _: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            raise interruption(number)
+        self.asked, self.number = True, number
+
+
+def interruption(number: int | None) -> KeyboardInterrupt:
+    """What a signal that asks for an end is raised as."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager
@@ -57,6 +65,17 @@ def stop_signals() -> Iterator[Stop]:
 
 
 @contextmanager
+def ending(stop: Stop) -> Iterator[None]:
+    """Around an update: readers of images that a signal to all processes of a job ended are no error of theirs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.asked and "DataLoader worker" in str(error) and distributed.size() == 1:
+            raise interruption(stop.number) from error
+        raise
+
+
+@contextmanager
 def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Callable[[StepRecord], None]]:
     """Yield what shows a record in TensorBoard, or does nothing when that was not asked for."""
     if not settings.tensorboard or folder is None:
@@ -66,7 +85,8 @@ def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Ca
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise GrowkitError("--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'") from None
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as writer:
+    place = folder / "tensorboard"
+    with writing(place), SummaryWriter(str(place), purge_step=start + 1) as writer:
 
         def show(record: StepRecord) -> None:
             scalars = {name: getattr(record, name) for name in ("loss", "lr", "images_per_second")}

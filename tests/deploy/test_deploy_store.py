@@ -14,7 +14,7 @@ from growkit.deploy.export import export_onnx
 from growkit.deploy.parity import check_parity
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.deploy.store import files_of, read_graph, sha256_of_files, write_graph
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
 
 
 @pytest.fixture
@@ -93,6 +93,6 @@ def test_writing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(onnx, "save_model", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UnwritableError, match=r"m\.onnx.*the disk is full"):
         write_graph(read_graph(exported), tmp_path / "m.onnx", external=True)
     assert list(tmp_path.iterdir()) == []

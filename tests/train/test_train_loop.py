@@ -326,6 +326,51 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: P
     assert all(value.isfinite().all() for value in state["training"]["model"].values())
 
 
+class Overflowing(Net):
+    """Has infinite gradients in the training passes that `when` names, from 1; the one that counts FLOPs is none."""
+
+    def __init__(self, when: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.passes = -1
+        self.when = when
+        self.head.weight.register_hook(lambda grad: grad * (math.inf if self.when(self.passes) else 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("model_ema", [False, True])
+def test_weights_that_are_not_finite_are_never_scored_kept_or_saved(tmp_path: Path, model_ema: bool) -> None:
+    """The loss of the update that breaks them is still finite, and it is where the run evaluates."""
+    settings = replace(PLAIN, steps=9, save_seconds=0.0, eval_every=1 / 8, model_ema=model_ema)
+    seen: list[bool] = []
+
+    def look(model: nn.Module, *_: Scores) -> Scores:
+        seen.append(all(bool(value.isfinite().all()) for value in model.state_dict().values()))
+        return Scores(top1=len(seen) / 100, top5=1.0, loss=1.0, ece=0.0, count=1)
+
+    message = f"^weights are not finite after update 3; try a lower --lr.*update 2 is in {tmp_path}$"
+    with pytest.raises(GrowkitError, match=message):
+        fit(Overflowing(lambda n: n == 3), blobs(), settings, folder=tmp_path, evaluate=look, on_best=look)
+    assert seen == [True] * 4
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    held = {**state["training"]["model"], **state["training"]["ema"]}
+    assert all(value.isfinite().all() for value in held.values())
+
+
+def test_float16_may_skip_updates_but_not_all_of_them(tmp_path: Path) -> None:
+    settings = replace(PLAIN, steps=60, precision="fp16", save_seconds=0.0)
+    result = fit(Overflowing(lambda n: n % 4 == 0), blobs(), replace(settings, steps=40))
+    assert not result.interrupted
+    assert all(math.isfinite(loss) for loss in result.losses)
+    message = r"^float16 overflows in update after update \(loss scale 2.0e-03 at update 25\); try --precision bf16"
+    with pytest.raises(GrowkitError, match=message):
+        fit(Overflowing(lambda n: True), blobs(), settings, folder=tmp_path)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 24
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns_and_leaves_float32_weights(precision: str) -> None:
     dtypes: set[torch.dtype] = set()

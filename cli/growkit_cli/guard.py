@@ -1,0 +1,111 @@
+"""Around every command: its run folder is held, and Ctrl-C and SIGTERM end it with a line that says what was kept."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+from growkit.errors import Terminated
+from growkit.lock import held
+
+STATES = {  # where a stopped command goes on from, inside the run folder
+    "train": "trained/last",
+    "finetune": "finetuned/last",
+    "grow": "operator",
+    "compare": "compare/begun.json",
+    "sweep": "sweep/begun.json",
+}
+_at_work: list[str] = []  # commands of this process; the demo runs others
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, alone in the run folder it writes, and with a last line when it is interrupted."""
+
+    @wraps(command)
+    def run(*args: Any, **given: Any) -> Any:
+        _at_work.append(command.__name__)
+        try:
+            folder = written(command.__name__, given)
+            with nullcontext() if folder is None else holding(folder):
+                return command(*args, **given)
+        except KeyboardInterrupt as error:
+            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+                sys.stderr.write(f"interrupted; {left(command.__name__, given)}\n")
+            raise typer.Exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)) from None
+        finally:
+            _at_work.pop()
+
+    return run
+
+
+def written(command: str, given: Mapping[str, Any]) -> Path | None:
+    """The run folder that a command with these arguments writes; None where it only reads."""
+    reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
+    if reads or os.environ.get("RANK", "0") != "0":  # torchrun's processes share a run: the first one holds it
+        return None
+    return given.get("run")
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a run folder, cleared of what killed commands left there.
+
+    Raises:
+        GrowkitError: another process holds it.
+    """
+    from growkit.record import RunFolder
+
+    with held(folder, shlex.join(["growkit", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr)) as alone:
+        if alone:
+            RunFolder(folder).clear_left()
+        yield
+
+
+def left(command: str, given: Mapping[str, Any]) -> str:
+    """What an interrupted command leaves, and how to go on."""
+    if command in STATES and (given["run"] / STATES[command]).exists():
+        return "what is finished and the state saved last are kept, --resume goes on"
+    return "what was complete before is as it was; give the same command again"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM raises as Ctrl-C does, so that what is half-written is cleared away; a second one ends at once.
+
+    Processes of torchrun are left to it.
+    """
+    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    asked = False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            from multiprocessing import active_children
+
+            for child in active_children():
+                child.kill()
+            os.write(2, b"stopped at once\n")
+            os._exit(128 + number)
+        asked = True
+        if not _at_work:  # Typer would swallow the exception while it reads options
+            sys.stderr.write("interrupted; nothing was at work\n")
+            raise SystemExit(128 + number)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

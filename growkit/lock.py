@@ -1,0 +1,109 @@
+"""Two commands on one run folder are told apart: the first holds its lock, the second says who does."""
+
+import errno
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from growkit.errors import GrowkitError
+
+LOCK = ".growkit.lock"
+BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems call a lock that another process holds
+UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_held: set[Path] = set()  # by this process, to which the system would give its own lock again
+
+
+@contextmanager
+def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: None) -> Iterator[bool]:
+    """Hold `folder` for this process, making it where it is not there; yield whether it could be.
+
+    The system lets go when the process ends, however it ends. Its children, as those that read images, never hold it.
+    Where the file system has no locks, `say` gets a line and work goes on; so it does where nothing can be written,
+    for then the command has to say so.
+
+    Raises:
+        GrowkitError: another process holds it; the message says which.
+    """
+    path = folder.absolute() / LOCK
+    if path in _held:
+        yield True
+        return
+    made = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
+    descriptor = _take(path, say)
+    if descriptor is None:
+        yield False
+        return
+    _held.add(path)
+    try:
+        holder = {
+            "process": os.getpid(),
+            "host": platform.node(),
+            "command": command,
+            "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        }
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(holder).encode())
+        yield True
+    finally:
+        _held.discard(path)
+        with suppress(OSError):
+            path.unlink()  # before it is let go: who gets it then sees that it has no name any more
+        os.close(descriptor)
+        for place in made:
+            with suppress(OSError):  # something was written there
+                place.rmdir()
+
+
+def _take(path: Path, say: Callable[[str], None]) -> int | None:
+    """The open, locked file; None where there can be no lock."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the one before let go and removed the folder
+        except OSError:
+            return None
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            holder = _holder(path)
+            os.close(descriptor)
+            if error.errno in BUSY:
+                raise GrowkitError(
+                    f"{path.parent} is in use by {holder}; wait until it has ended, or give another --run"
+                ) from None
+            if error.errno in UNABLE:
+                say(f"note: {path.parent} is on a file system without locks; nothing stops a second command there")
+                return None
+            raise
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # it was removed between opening and locking
+
+
+def _lock(descriptor: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(descriptor, 2**20, os.SEEK_SET)  # past what it says, which others may read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which children would share
+
+
+def _holder(path: Path) -> str:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return f"`{told['command']}` (process {told['process']} on {told['host']}, since {told['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another growkit"

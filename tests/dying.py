@@ -1,0 +1,145 @@
+"""A server that runs growkit commands in forked processes and ends them where it is told: torch is loaded once.
+
+It reads one JSON job per line and answers with one: {"status", "points", "out", "err"}. A job's keys:
+
+    arguments  of growkit
+    cwd        to run it in
+    point      ends the process just before the so-manieth change of the disk or update of a model, from 0; none, never
+    after      ends the process after so many seconds
+    signal     what ends it, by name
+    remove     a folder that goes at the point, instead of the process
+    limit      bytes that a file may have, as on a disk that is full
+    forget     what a resumed run is made to lose: "ema", "optimizer" or "random"; the twin that must be found out
+
+The points are counted in the process itself: what Python's audit events tell of renaming, removing, making folders and
+opening files for writing, what is put on the disk by fsync, and updates of optimizers. So a seeded point is the same
+place in every run, and all kinds of place are reached, however short they last.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import growkit_cli.main
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate")
+NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Points:
+    """Counts the points of this process and ends it at one of them."""
+
+    def __init__(self, job: dict[str, Any], number: int):
+        self.job, self.number, self.seen, self.process = job, number, 0, os.getpid()
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        if os.getpid() != self.process:  # a reader of images
+            return
+        self.seen += 1
+        if self.seen - 1 != self.job.get("point"):
+            return
+        if "remove" in self.job:
+            shutil.rmtree(self.job["remove"])
+        else:
+            os.kill(self.process, self.number)
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & NEW):
+            self()
+
+
+def forget(what: str) -> None:
+    from growkit.train import loop
+
+    if what == "random":
+        real = loop.seeded
+        loop.seeded = lambda *parts, device=None: real("another", *parts, device=device)
+        return
+    load = loop._Training.load
+
+    def forgetful(self: Any, state: dict[str, Any]) -> None:
+        fresh = self.state()
+        load(self, {**state, what: fresh[what]})
+
+    loop._Training.load = forgetful
+
+
+def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
+    os.setsid()
+    os.chdir(job["cwd"])
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["growkit", *map(str, job["arguments"])]
+    if job.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    if job.get("forget"):
+        forget(job["forget"])
+    number = getattr(signal, job.get("signal", "SIGKILL"))
+    points = Points(job, number)
+    if job.get("after"):
+        signal.setitimer(signal.ITIMER_REAL, job["after"])
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    register_optimizer_step_pre_hook(points)
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (points(), fsync(descriptor))[1]
+    sys.addaudithook(points.audit)
+    status = 1
+    try:
+        growkit_cli.main.main()
+        status = 0
+    except SystemExit as left:
+        status = int(left.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(said, str(points.seen).encode())
+        os._exit(status)
+
+
+def serve() -> None:
+    import timm.optim  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    import growkit.compare.compare
+    import growkit.deploy.folder
+    import growkit.pipeline
+    import growkit.report.run  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = f"{folder}/out", f"{folder}/err"
+        for line in sys.stdin:
+            for path in (out, err):
+                Path(path).unlink(missing_ok=True)
+            hear, said = os.pipe()
+            process = os.fork()
+            if not process:
+                child(json.loads(line), out, err, said)
+            os.close(said)
+            _, status = os.waitpid(process, 0)
+            told = os.read(hear, 20) if os.set_blocking(hear, False) is None and os.WIFEXITED(status) else b""
+            os.close(hear)
+            answer = {
+                "process": process,
+                "status": os.waitstatus_to_exitcode(status),
+                "points": int(told or 0),
+                "out": Path(out).read_text(errors="replace") if Path(out).exists() else "",
+                "err": Path(err).read_text(errors="replace") if Path(err).exists() else "",
+            }
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
