@@ -47,7 +47,8 @@ def demo(
     console.say(f"{write_digits(out / 'digits')} digits, 8 x 8 pixels, in {digits}")
 
     def growkit(*arguments: str) -> None:
-        console.say(f"\n$ growkit {shlex.join(arguments)}")
+        console.say("")
+        console.say(f"$ growkit {shlex.join(arguments)}")
         app([*arguments], standalone_mode=False)
 
     here = ("--run", str(run.path))
@@ -82,7 +83,8 @@ def demo(
     growkit("export", "--onnx", *here)
     growkit("evaluate", *data, "--against", str(run.trained), "--workers", "0", *here)
     growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
-    console.say("\nThe same bigger model from nothing, for the same compute:")
+    console.say("")
+    console.say("The same bigger model from nothing, for the same compute:")
     steps = str(equal_compute(run))
     beside = ("--run", str(baseline.path))
     growkit(

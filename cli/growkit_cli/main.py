@@ -98,7 +98,10 @@ def main() -> None:
             raise
         from rich.console import Console
 
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        from growkit.text import visible
+
+        line = f"error: {visible(error)}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

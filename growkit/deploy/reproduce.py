@@ -7,6 +7,9 @@ from string import Template
 
 from growkit.deploy.parity import Parity
 from growkit.deploy.settings import VerifySettings
+from growkit.text import clipped, visible
+
+LINE = 500  # characters of a finding
 
 _SCRIPT = Template('''\
 """Show again what `growkit verify` said no to, and exit 1 while it is so:
@@ -118,7 +121,7 @@ def reproduction(
 
     model, from_, sets  as source.load_source takes them
     """
-    findings = "\n".join(f"    {c.group}: {c.line}" for c in parity.failed[:12])
+    findings = "\n".join(f"    {clipped(visible(f'{c.group}: {c.line}'), LINE)}" for c in parity.failed[:12])
     if len(parity.failed) > 12:
         findings += f"\n    and {len(parity.failed) - 12} more"
     return _SCRIPT.substitute(

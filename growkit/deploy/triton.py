@@ -34,6 +34,7 @@ from growkit.deploy.triton_check import (
 )
 from growkit.errors import GrowkitError
 from growkit.files import whole_folder, write_json
+from growkit.text import visible
 
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -126,7 +127,7 @@ def _text(config: Any) -> str:
 def _labels(proto: onnx.ModelProto) -> list[str] | None:
     """Class names of the file's metadata, each on one line, for Triton reads them line by line."""
     stored = props_of(proto).get("labels")
-    return [" ".join(str(label).split()) for label in json.loads(stored)] if stored else None
+    return [visible(" ".join(str(label).split())) for label in json.loads(stored)] if stored else None
 
 
 def _configured(
