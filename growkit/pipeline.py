@@ -21,7 +21,7 @@ from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, w
 from growkit.grow import grow, lossless_gap
 from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
-from growkit.source import TIMM, Source, fresh, load_source, with_classes
+from growkit.source import FETCHED, Source, fresh, load_source, with_classes
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, size_of, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
@@ -437,7 +437,7 @@ def _origin(source: Source) -> dict[str, Any]:
     return {
         "growkit": __version__,
         "source": {
-            "name": source.path if source.path.startswith("timm:") else Path(source.path).name,
+            "name": source.path if source.path.startswith(FETCHED) else Path(source.path).name,
             "sha256": source.sha256,
             "architecture": source.architecture.name,
             "arguments": dict(source.architecture.arguments),
@@ -609,7 +609,7 @@ def evaluate_against(
 
 def _is_bare(path: str) -> bool:
     """Whether this is a checkpoint file, for which --from and --from-set were made."""
-    return not path.startswith(TIMM) and Path(path).suffix != ".onnx" and Path(path).is_file()
+    return not path.startswith(FETCHED) and Path(path).suffix != ".onnx" and Path(path).is_file()
 
 
 def _prepares_alike(old: Answering, new: Answering) -> bool:

@@ -76,10 +76,10 @@ def failing_input_is_wrong(network, file: Path) -> bool:
 def main() -> int:
     """0 when the file answers like the model, 1 when not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="model folder, .pth, .safetensors or timm:NAME")
+    parser.add_argument("--model", default=MODEL, help="model folder, checkpoint, timm:NAME or hf-hub:OWNER/NAME")
     parser.add_argument("--onnx", type=Path, default=HERE / FILE, help="the ONNX file")
     given = parser.parse_args()
-    model = given.model if given.model != MODEL or MODEL.startswith("timm:") else str(HERE / MODEL)
+    model = given.model if given.model != MODEL or not (HERE / MODEL).exists() else str(HERE / MODEL)
     source = load_source(model, $from_, $sets)
     network = source.model()
     if FAILING is not None and failing_input_is_wrong(network, given.onnx):
@@ -127,7 +127,7 @@ def reproduction(
     return _SCRIPT.substitute(
         # it stands in a docstring
         findings=findings.replace("\\", "/").replace('"""', "'''"),
-        model=repr(model if model.startswith("timm:") else _seen_from(folder, Path(model))),
+        model=repr(_seen_from(folder, Path(model)) if os.path.exists(model) else model),
         file=repr(_seen_from(folder, file)),
         reference=repr(_seen_from(folder, reference) if reference is not None else None),
         failing=repr(parity.figures.get("failing")),
