@@ -35,6 +35,7 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
         convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
         onnx.save_model(proto, f"{folder}/{path.name}")
+        Path(folder, data.name).chmod(Path(folder, path.name).stat().st_mode)  # onnx makes it its owner's alone
         for file in (data, path):
             os.replace(f"{folder}/{file.name}", file)
     return path, data
