@@ -14,7 +14,8 @@ from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
 from growkit.errors import GrowkitError
 from growkit.methods import check
-from growkit.methods.base import GrowthMethod
+from growkit.methods.base import GrowthMethod, whole
+from growkit.methods.expand import even_scales
 from growkit.methods.staged import Staged
 from growkit.settings import GrowSettings
 
@@ -97,7 +98,10 @@ def grow(source: Architecture, target: Architecture, state: StateDict, settings:
     Raises:
         GrowkitError: unknown method, or sizes that it cannot grow; the message says what would work.
     """
-    return GrownModel(target, make_method(source, target, settings), source.split(state))
+    weights = source.split(state)
+    if not whole(source, target, "embed"):
+        weights = even_scales(weights)
+    return GrownModel(target, make_method(source, target, settings), weights)
 
 
 def make_method(source: Architecture, target: Architecture, settings: GrowSettings) -> GrowthMethod:
@@ -119,7 +123,8 @@ def make_method(source: Architecture, target: Architecture, settings: GrowSettin
 def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: int, images: int = 4) -> float:
     """Largest absolute difference of the two networks' logits on `images` standard-normal inputs.
 
-    Both are used in eval mode, on the device and in the precision of their own parameters.
+    Both are used in eval mode, on the device and in the precision of their own parameters. Where they have no head
+    and give features, the source's are held against the first of the grown ones, which are their copies.
     """
     first = next(source.parameters())
     config = source.patch_embed
@@ -128,7 +133,8 @@ def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: i
     batch = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
     was = source.training, grown.training
     try:
-        return float((source.eval()(batch) - grown.eval()(batch)).abs().max())
+        wanted, got = source.eval()(batch), grown.eval()(batch)
+        return float((wanted - got[..., : wanted.shape[-1]]).abs().max())
     finally:
         source.train(was[0])
         grown.train(was[1])

@@ -164,7 +164,7 @@ def grow_model(
     if data is not None:
         operator = replace(operator or FitSettings(), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator)
-        labels = opened.classes or [str(i) for i in range(source.state["head.weight"].shape[0])]
+        labels = opened.classes or [str(i) for i in range(source.architecture.classes)]
         adapted = with_classes(source, labels, seed=settings.seed)
         for note in adapted.notes[len(source.notes) :]:
             say(note)
@@ -333,7 +333,7 @@ def finetune_model(
 
 
 def _labels(opened: Data, source: Source) -> list[str]:
-    return opened.classes or [str(index) for index in range(source.state["head.weight"].shape[0])]
+    return opened.classes or [str(index) for index in range(source.architecture.classes)]
 
 
 def _fit_into(
@@ -575,7 +575,7 @@ def evaluate_against(
             predict=predictor(loaded.model().to(chosen), chosen, settings.precision),
             preprocessing=loaded.preprocessing,
             labels=loaded.labels,
-            outputs=loaded.state["head.weight"].shape[0],
+            outputs=loaded.architecture.classes,
             sha256=loaded.sha256,
         )
 

@@ -91,7 +91,7 @@ def with_classes(source: Source, labels: Sequence[str], *, seed: int) -> Source:
 
     A head that fits is kept, and the labels are remembered with it.
     """
-    count = source.state["head.weight"].shape[0]
+    count = source.architecture.classes
     if count == len(labels):
         return replace(source, labels=tuple(labels))
     with torch.random.fork_rng():

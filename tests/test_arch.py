@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from pairs import PAIRS, randomised, tiny
 from torch import Tensor
@@ -100,12 +101,103 @@ def test_line_about_the_source_reaches_the_user(tmp_path: Path) -> None:
     assert source.notes == ("source is deit_tiny_patch16_224, from the file's name",)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def traceless(architecture: Architecture) -> bool:
+    """Whether norms or activations differ from a plain ViT's, said here once more; these leave no trace in weights."""
+    plain = {"norm": "LayerNorm eps 1e-06", "activation": "GELU", "MLP": "Mlp"}
+    other = any(architecture.kind[what] != kind for what, kind in plain.items())
+    return other or architecture.kind["pooling"] in ("max", "map") or architecture.has("norm_pre")
+
+
+@pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if not traceless(known)])
 def test_shapes_rebuild_the_architecture(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    found, _ = detect(state_of(architecture), sets=[f"num_heads={heads(architecture)}"])
+    state, sets = state_of(architecture), [f"num_heads={heads(architecture)}"]
+    if architecture.has("norm_mlp"):
+        with pytest.raises(GrowkitError, match="--from NAME says which"):
+            detect(state, sets=sets)
+        return
+    found, _ = detect(state, sets=sets)
     assert found.shapes == architecture.shapes
     assert found.spaces == architecture.spaces
+    assert found.kind == architecture.kind
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shapes_and_name_rebuild_the_architecture(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    sets = [f"num_heads={heads(architecture)}"]
+    if architecture.kind["pooling"] == "max":  # of no name, and without a trace
+        sets.append("global_pool=max")
+    if "pos_embed" not in architecture.shapes:  # which would show the size
+        sets.append("img_size=16")
+    found, how = detect(state_of(architecture), name=architecture.name, sets=sets)
+    assert how == f"--from {architecture.name}"
+    assert found.shapes == architecture.shapes
+    assert found.spaces == architecture.spaces
+    assert found.kind == architecture.kind
+    built, wanted = (build(a.name, a.arguments) for a in (found, architecture))
+    weights = {key: torch.randn(shape) for key, shape in architecture.shapes.items()}
+    images = torch.randn(2, 3, 16, 16)
+    for model in (built, wanted):
+        model.load_state_dict(weights)
+    assert torch.equal(built.eval()(images), wanted.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        (tiny(64, 2, 1, pre_norm=True), "norm_pre.weight: a CLIP-like ViT"),
+        (tiny(64, 2, 1, name="vit_base_patch16_siglip_224"), "attn_pool.latent: a SigLIP-like ViT"),
+        (tiny(64, 2, 1, name="test_vit4"), "blocks.0.norm1 without a bias: a ViT with RMSNorm"),
+        (tiny(64, 2, 1, name="vit_giant_patch14_dinov2", mlp_ratio=4), "fc1 twice as wide as fc2: a ViT with SwiGLU"),
+    ],
+    ids=["pre-norm", "pooled by attention", "RMSNorm", "SwiGLU"],
+)
+def test_kind_that_shapes_do_not_show_in_full_asks_for_its_name(
+    architecture: Architecture, said: str, tmp_path: Path
+) -> None:
+    state = state_of(architecture)
+    with pytest.raises(
+        GrowkitError, match=rf"{re.escape(said)}, .* --from NAME says which, as in --from (\w+)"
+    ) as asked:
+        detect(state)
+    example = str(asked.value).rpartition(" ")[2]
+    assert find(example).kind["norm"]  # a name that there is, and that grows
+
+
+def test_files_name_says_a_kind_that_shapes_do_not_show() -> None:
+    name = "vit_base_patch16_clip_224"
+    state = {key: torch.zeros(shape) for key, shape in find(name).shapes.items()}
+    found, how = detect(state, hint=f"{name}.openai")
+    assert (found.name, how) == (name, f"{name}, from the file's name")
+    assert found.kind["norm"] == "LayerNorm eps 1e-05"
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [
+        ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+        ("stages.0.blocks.0.conv_dw.weight", "ConvNeXt"),
+        ("bert.encoder.layer.0.attention.self.query.weight", "BERT"),
+        ("vit.encoder.layer.0.attention.attention.query.weight", "Hugging Face ViT"),
+        ("blocks.0.attn.q_proj.weight", "EVA"),
+        ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision"),
+        ("layer1.0.conv1.weight", "ResNet"),
+        ("h.0.attn.c_attn.weight", "GPT-2"),
+    ],
+)
+def test_weights_of_another_family_are_refused_by_its_name(key: str, family: str) -> None:
+    with pytest.raises(GrowkitError, match=f"these are the weights of .*{family}.*; growkit grows timm's plain ViT"):
+        detect({key: torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_tiny", "eva02_tiny_patch14_224"])
+def test_weights_of_timms_other_families_are_told_by_their_tensors(name: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    with pytest.raises(GrowkitError, match="these are the weights of") as refused:
+        detect(state)
+    assert name[:3] in str(refused.value).lower()
 
 
 @pytest.mark.parametrize(
@@ -145,8 +237,8 @@ def test_missing_and_unknown_tensors_are_named() -> None:
 
 
 def test_many_missing_tensors_are_counted() -> None:
-    state = {name: tensor for name, tensor in zeros(64, 2).items() if "norm" not in name}
-    with pytest.raises(GrowkitError, match=r"lacks blocks\.0\.norm1\.weight, .*, .* and 7 more"):
+    state = {name: tensor for name, tensor in zeros(64, 2).items() if "norm2" not in name and "fc1.bias" not in name}
+    with pytest.raises(GrowkitError, match=r"lacks blocks\.0\.norm2\.weight, .*, .* and 3 more"):
         detect(state)
 
 
@@ -164,10 +256,16 @@ def test_tensor_that_is_not_finite_is_named(value: float) -> None:
         detect(state)
 
 
-@pytest.mark.parametrize("token", ["dist_token", "head_dist.weight"])
-def test_distilled_deit_is_refused_by_name(token: str) -> None:
-    with pytest.raises(GrowkitError, match=f"{token}: a distilled DeiT"):
-        detect(zeros(64, 2) | {token: torch.zeros(1, 1, 64)})
+@pytest.mark.parametrize(
+    ("embed", "depth", "name"),
+    [(192, 12, "deit_tiny_distilled_patch16_224"), (64, 2, "deit_small_distilled_patch16_224")],
+)
+def test_distilled_deit_is_told_by_its_token(embed: int, depth: int, name: str) -> None:
+    architecture = tiny(embed, depth, embed // 64, name="deit_base_distilled_patch16_224")
+    found, how = detect(state_of(architecture))
+    assert found.name == name
+    assert found.shapes == architecture.shapes
+    assert "64-wide heads assumed" in how
 
 
 def test_weights_of_something_else_are_refused_by_what_they_lack() -> None:
@@ -211,16 +309,37 @@ def test_typo_is_offered_the_nearest_names(typo: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "deit_base_distilled_patch16_224", "vit_base_r50_s16_224", "beit_base_patch16_224"]
+    "name",
+    [
+        "resnet18",
+        "swin_tiny_patch4_window7_224",
+        "eva02_tiny_patch14_224",
+        "vit_base_r50_s16_224",
+        "beit_base_patch16_224",
+    ],
 )
 def test_network_of_another_kind_is_refused_by_name(name: str) -> None:
     with pytest.raises(GrowkitError, match=name):
         find(name)
 
 
-def test_plain_vit_with_parameters_outside_the_table_is_refused_by_their_names() -> None:
-    with pytest.raises(GrowkitError, match=r"blocks\.0\.ls1\.gamma"):
-        find("vit_tiny", {"init_values": 1e-5, "depth": 1})
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vit_base_patch16_rpn_224", "ResPostBlock"),  # whose tensors have a plain block's names
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
+        ("vit_small_r26_s32_224", "HybridEmbed"),
+    ],
+)
+def test_vit_with_a_part_outside_the_table_is_refused_by_that_part(name: str, part: str) -> None:
+    with pytest.raises(GrowkitError, match=f"{name} has .* of its own \\({part}\\)"):
+        find(name)
+    with pytest.raises(GrowkitError, match=part):
+        find_target(tiny(64, 2, 1), name)
+    with pytest.raises(GrowkitError, match=part):
+        detect(zeros(64, 2), name=name)
 
 
 def test_set_values_are_python_literals_or_words() -> None:
@@ -286,13 +405,18 @@ def test_every_parameter_of_published_models_is_covered(name: str) -> None:
                 assert shape[axis] == times * architecture.spaces[space].size, row.key
 
 
-@pytest.mark.parametrize(
-    "dropped", [row.key for row in vit.ROWS if row.key not in ("reg_token", "fc_norm.weight", "fc_norm.bias")]
-)
+@pytest.mark.parametrize("dropped", [row.key for row in vit.ROWS])
 def test_dropped_table_row_is_reported_by_name(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
+    rare = (
+        tiny(32, 2, 2, name="aimv2_large_patch14_224", proj_bias=True),
+        tiny(32, 2, 2, embed_norm_layer="layernorm"),
+        tiny(32, 2, 2, global_pool="avg"),
+    )
+    key = dropped.format(l=0)
+    architecture = next(known for known in (*ARCHITECTURES.values(), *rare) if key in known.shapes)
     monkeypatch.setattr(vit, "ROWS", tuple(row for row in vit.ROWS if row.key != dropped))
-    with pytest.raises(GrowkitError, match=dropped.format(l=0).replace(".", r"\.")):
-        find("deit_tiny")
+    with pytest.raises(GrowkitError, match=key.replace(".", r"\.")):
+        find(architecture.name, architecture.arguments)
 
 
 def test_row_with_a_wrong_space_does_not_join_back() -> None:

@@ -18,6 +18,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "checkpoint": "errors files record",
     "core": "errors core",
     "arch.spec": "errors",
+    "arch.recognise": "errors arch.spec arch.vit",
     "arch.*": "errors arch.spec",
     "arch": "errors arch",
     "methods": "errors settings core arch.spec methods",

@@ -1,12 +1,13 @@
 """The conformance matrix: every method on every tiny pair, and identities between methods."""
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from pairs import EXACT, PAIRS, can_grow, published_scale, randomised, tiny
+from pairs import EXACT, NEARLY, PAIRS, can_grow, published_scale, randomised, tiny
 from torch.nn.functional import cross_entropy
 
 from growkit.arch import find
@@ -14,7 +15,8 @@ from growkit.core import maps
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.methods import METHODS
-from growkit.methods.expand import SpaceMap, expand
+from growkit.methods.carried_mean import alternating
+from growkit.methods.expand import SCALED, SpaceMap, even_scales, expand
 from growkit.methods.mango import Mango, pack, unpack
 from growkit.methods.staged import Staged
 from growkit.settings import GrowSettings
@@ -37,9 +39,9 @@ BEYOND = [
 
 
 def eps_at(model, eps):
-    """The network with its LayerNorms' eps replaced; growing changes their input's scale, not the eps."""
+    """The network with its norms' eps replaced; growing changes their input's scale, not the eps."""
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
+        if hasattr(module, "eps"):
             module.eps = eps
     return model
 
@@ -55,7 +57,7 @@ def test_lossless_is_claimed_where_the_function_is_kept_and_nowhere_else(pair, s
         return
     assert gap < (1e-12 if pair in EXACT else 1e-5)
     exact = eps_at(grown.materialize(), 1e-24)
-    assert lossless_gap(eps_at(model, 1e-24), exact, seed=1) < 1e-12
+    assert lossless_gap(eps_at(model, 1e-24), exact, seed=1) < (1e-5 if pair in NEARLY else 1e-12)
 
 
 @pytest.mark.parametrize(("pair", "settings"), MATRIX)
@@ -103,8 +105,15 @@ def test_pair_out_of_reach_is_refused_with_methods_that_can(pair, settings):
     assert offered == [name for name in METHODS if can_grow(name, None, pair)]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("settings", [GrowSettings(rank=2), GrowSettings(method="ligo")], ids=["mango", "ligo"])
+@pytest.mark.parametrize(
+    ("settings", "pair"),
+    [
+        pytest.param(settings, pair, id=f"{settings.method}-{pair}")
+        for settings in (GrowSettings(rank=2), GrowSettings(method="ligo"))
+        for pair in PAIRS
+        if can_grow(settings.method, None, pair)
+    ],
+)
 def test_functional_equals_materialized_away_from_the_start_too(pair, settings):
     source, target = PAIRS[pair]
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -378,3 +387,64 @@ def test_published_pairs_start_where_the_source_stands_in_float32(small, big, ra
     model = published_scale(source)
     grown = grow(source, target, model.state_dict(), GrowSettings(rank=rank)).materialize()
     assert lossless_gap(model, grown, seed=1) <= 1e-5
+
+
+def test_scales_made_even_keep_the_function_and_are_one_number_for_each_layer():
+    source, _ = PAIRS["layer scale, odd"]
+    model = randomised(source)
+    state = model.state_dict()
+    with torch.no_grad():
+        state["blocks.1.ls1.gamma"][:3] = torch.tensor([0.0, -2.0, 5.0], dtype=torch.float64)
+    even = even_scales(source.split(state))
+    assert all(torch.equal(even[scale], even[scale][:, :1].expand_as(even[scale])) for scale in SCALED)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = model(images)
+    model.load_state_dict(source.join(even))
+    assert torch.allclose(model(images), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("embed", "heads"), [(48, 3), (80, 5), (33 * 16, 33)], ids=str)
+@pytest.mark.parametrize("settings", [GrowSettings(method="lemon"), GrowSettings(rank=1)], ids=["lemon", "mango"])
+def test_norm_before_the_blocks_gets_its_mean_carried(embed, heads, settings):
+    """Without what `carry_mean` does, outputs differ by some thousandths."""
+    source, target = tiny(32, 2, 2, pre_norm=True), tiny(embed, 2, heads, pre_norm=True)
+    model = randomised(source)
+    grown = grow(source, target, model.state_dict(), settings).materialize()
+    assert lossless_gap(model, grown, seed=1) < 1e-5
+    if embed % 32:
+        tail = grown.norm_pre.weight[-(embed % 32) :]
+        assert torch.allclose(tail.sum(), torch.zeros(()).to(tail), atol=1e-9)
+        with torch.no_grad():
+            tail.copy_(torch.ones_like(tail))
+        assert lossless_gap(model, grown, seed=1) > 1e-3
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_alternating_numbers_cancel_and_none_is_zero(count):
+    signs = alternating(count)
+    assert len(signs) == count
+    assert signs.sum() == 0
+    assert signs.abs().min() == 1
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ((tiny(32, 2, 2), tiny(64, 2, 4, act_layer="relu")), "differ in activation GELU -> ReLU;"),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, name="test_vit4")), "differ in norm LayerNorm eps 1e-06 -> RmsNorm eps 1e-06"),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, global_pool="avg", fc_norm=False)), "differ in pooling token -> avg"),
+        (
+            (tiny(32, 2, 2), tiny(64, 2, 4, name="deit_tiny_distilled_patch16_224")),
+            "differ in heads one -> two, distilled",
+        ),
+        ((tiny(32, 2, 2), tiny(64, 2, 4, init_values=1e-5)), "differ in blocks.{l}.ls1.gamma"),
+    ],
+    ids=["activation", "norm", "pooling", "distilled", "layer scale"],
+)
+def test_target_of_another_kind_is_refused_by_what_differs(pair, said):
+    source, target = pair
+    with pytest.raises(GrowkitError, match=re.escape(said)) as refused:
+        grow(source, target, randomised(source).state_dict(), GrowSettings())
+    assert str(refused.value).endswith(
+        "as --to vit_tiny_patch16_224 --set embed_dim=64 --set num_heads=4 --set depth=2"
+    )

@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from growkit.arch import vit
+from growkit.arch import recognise, vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GrowkitError, first_line
 
@@ -28,10 +29,14 @@ def full_name(name: str) -> str:
     for candidate in (base, f"{base}_patch16_224", f"{base}_patch14_224"):
         if timm.is_model(candidate):
             return candidate
-    plain = timm.list_models("vit_*") + timm.list_models("deit_*")
-    plain = [known.removesuffix("_patch16_224") for known in plain]
+    plain = [known.removesuffix("_patch16_224") for known in _named()]
     near = difflib.get_close_matches(base, plain, n=3, cutoff=0.5)
     raise GrowkitError(f"unknown architecture {name!r}; nearest: {', '.join(near) or 'deit_small, deit_base'}")
+
+
+def _named() -> list[str]:
+    """timm's names of VisionTransformers and their next of kin."""
+    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
@@ -82,8 +87,15 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
         first = first_line(error)
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
-    if type(model) is not VisionTransformer:
-        raise GrowkitError(f"{name} is a {type(model).__name__}; growkit grows timm's plain VisionTransformer")
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise GrowkitError(f"{name} is timm's {type(model).__name__}; growkit grows its plain VisionTransformer")
+    return model
+
+
+def _as_named(name: str) -> VisionTransformer:
+    """The network of a full timm name, as timm has it, once the table is sure to cover it."""
+    model = build(name, {}, device="meta")
+    vit.describe(model, name, {})
     return model
 
 
@@ -98,32 +110,49 @@ def detect(
     Raises:
         GrowkitError: the tensors are no plain ViT's, or do not fit the name; the message names them.
     """
-    shapes = vit.arguments_of(state)
+    shapes = recognise.arguments_of(state)
     chosen = parse_sets(sets)
-    if name is None:
-        name, how = _name_for(shapes, hint, heads_given="num_heads" in chosen)
-    else:
+    if name is not None:
         name, how = full_name(name), f"--from {name}"
-    base = build(name, {}, device="meta")
-    arguments = {key: value for key, value in shapes.items() if value != _argument(base, key)}
-    head_size = base.blocks[0].attn.head_dim
+    elif named := _named_by(hint, shapes):
+        name, how = named, f"{named}, from the file's name"
+    else:
+        if marked := recognise.telltale(state):
+            key, kind, example = marked
+            raise GrowkitError(
+                f"the weights hold {key}: {kind}, whose norms and activation leave no trace in them; "
+                f"--from NAME says which, as in --from {example}"
+            )
+        name, how = _name_for(shapes, heads_given="num_heads" in chosen, distilled="dist_token" in state)
+    base = _as_named(name)
+    own = {**vit.input_arguments(base), **vit.sizes_of(base)}
+    arguments = {key: value for key, value in shapes.items() if not vit.same_argument(key, value, own[key])}
+    if own["global_pool"] not in ("token", "map") and shapes["global_pool"] != "map":
+        arguments.pop("global_pool", None)  # a mean or a maximum leaves no trace: the name knows
     if "embed_dim" in arguments and "num_heads" not in chosen:
-        arguments["num_heads"] = shapes["embed_dim"] // head_size
+        arguments["num_heads"] = shapes["embed_dim"] // base.blocks[0].attn.head_dim
     architecture = find(name, {**arguments, **chosen})
     architecture.check(state)
     return architecture, how
 
 
-def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tuple[str, str]:
-    """The timm name for the shapes and the line that says how it was found."""
-    embed, depth = shapes["embed_dim"], shapes["depth"]
+def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
+    """The timm name that a file's name begins with, if its network is of that size."""
     words = hint.replace("-", "_").lower()
-    fitting = [known for (e, d, _), known in vit.KNOWN.items() if (e, d) == (embed, depth)]
-    for candidate in sorted(timm.list_models("vit_*") + timm.list_models("deit_*"), key=len, reverse=True):
+    for candidate in sorted(_named(), key=len, reverse=True):
         if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
             model = build(candidate, {}, device="meta")
-            if (model.embed_dim, len(model.blocks)) == (embed, depth):
-                return candidate, f"{candidate}, from the file's name"
+            if (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"]):
+                return candidate
+    return None
+
+
+def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) -> tuple[str, str]:
+    """The timm name for the shapes and the line that says how it was found."""
+    embed, depth = shapes["embed_dim"], shapes["depth"]
+    fitting = [known for (e, d, _), known in recognise.KNOWN.items() if (e, d) == (embed, depth)]
+    if distilled:
+        fitting = [known.replace("_patch16", "_distilled_patch16") for known in fitting if known.startswith("deit")]
     assumed = f"{HEAD_SIZE}-wide heads assumed (--from-set num_heads=N says otherwise)"
     heads = "heads as --from-set" if heads_given else assumed
     if fitting:
@@ -133,17 +162,8 @@ def _name_for(shapes: Mapping[str, Any], hint: str, *, heads_given: bool) -> tup
             f"the weights do not show their head count and {embed} is no multiple of {HEAD_SIZE}; "
             "--from-set num_heads=N says it"
         )
-    return "deit_small_patch16_224", f"a ViT of {depth} layers, {embed} wide, from its shapes; {heads}"
-
-
-def _argument(model: VisionTransformer, key: str) -> Any:
-    """The value of a constructor argument, read off a built VisionTransformer."""
-    sizes = {
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
-    }
-    return {**vit.input_arguments(model), **sizes}[key]
+    plain = "deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224"
+    return plain, f"a ViT of {depth} layers, {embed} wide, from its shapes; {heads}"
 
 
 def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tuple[Architecture, list[str]]:
@@ -158,10 +178,10 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
     chosen = parse_sets(sets)
     kept = vit.input_arguments(build(source.name, source.arguments, device="meta"))
     for key in vit.INPUT_ARGUMENTS:
-        if key in chosen and chosen[key] != kept[key]:
+        if key in chosen and not vit.same_argument(key, chosen[key], kept[key]):
             raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
-    own = vit.input_arguments(build(name, {}, device="meta"))
-    taken = {key: value for key, value in kept.items() if value != own[key]}
+    own = vit.input_arguments(_as_named(name))
+    taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
     said = ", ".join(f"{key} {value} ({name} has {own[key]})" for key, value in taken.items())
     return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
 

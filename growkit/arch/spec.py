@@ -13,6 +13,7 @@ StateDict = Mapping[str, Tensor]  # by checkpoint name
 Weights = dict[str, Tensor]  # by slot; layered tensors stacked, (L, out, in)
 
 LAYERS = "blocks"  # the space that a '{l}' in a key counts
+NORM = "norm"  # how the slot of a norm begins
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,24 @@ class TensorSpec:
     slots   canonical names; more than one means fused along axis 0 (timm qkv -> q, k, v)
     dims    space of each axis in (out, in) order, None for an axis that never grows
     reads   index of the axis contracted with activations; the other axes are written
+    raw     whether it reads the residual as it is, with no norm before it
     """
 
     key: str
     slots: tuple[str, ...]
     dims: tuple[str | None, ...]
     reads: int | None = None
+    raw: bool = False
 
     @property
     def layered(self) -> bool:
         """Whether the checkpoint holds one such tensor per layer."""
         return "{l}" in self.key
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it is the gain or the bias of a norm."""
+        return self.slots[0].startswith(NORM)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,26 @@ class Architecture:
     spaces: Mapping[str, Space]  # embed 384, attn 384/64, mlp 1536, blocks 12
     tensors: tuple[TensorSpec, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every checkpoint tensor
+    kind: Mapping[str, str] = field(default_factory=dict)  # what decides the function but leaves no trace in shapes
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """Names of its spaces but for the layers."""
+        return tuple(name for name in self.spaces if name != LAYERS)
+
+    @property
+    def classes(self) -> int:
+        """How many classes its head tells apart; 0 where it has none and gives features."""
+        return self.shapes["head.weight"][0] if "head.weight" in self.shapes else 0
+
+    @property
+    def centred(self) -> bool:
+        """Whether its norms take the mean away, as LayerNorm does and RMSNorm does not."""
+        return "rms" not in self.kind.get("norm", "").lower()
+
+    def has(self, slot: str) -> bool:
+        """Whether a tensor of this slot is there: 'norm_pre' finds 'norm_pre.weight'."""
+        return any(own.partition(".")[0] == slot for row in self.tensors for own in row.slots)
 
     def check(self, state: StateDict) -> None:
         """Hold a checkpoint against the table.
@@ -104,16 +132,18 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def linear(key: str, *, out: str | None, reads: str | None, slots: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+def linear(
+    key: str, *, out: str | None, reads: str | None, slots: tuple[str, ...], raw: bool = False
+) -> tuple[TensorSpec, ...]:
     """Rows of a linear layer: weight (out, in) and bias (out)."""
     return (
-        TensorSpec(f"{key}.weight", tuple(f"{s}.weight" for s in slots), (out, reads), reads=1),
+        TensorSpec(f"{key}.weight", tuple(f"{s}.weight" for s in slots), (out, reads), reads=1, raw=raw),
         TensorSpec(f"{key}.bias", tuple(f"{s}.bias" for s in slots), (out,)),
     )
 
 
-def norm(key: str, space: str, slot: str) -> tuple[TensorSpec, ...]:
-    """Rows of a LayerNorm: gain and bias."""
+def norm(key: str, space: str | None, slot: str) -> tuple[TensorSpec, ...]:
+    """Rows of a LayerNorm: gain and bias; of an RMSNorm there is no bias."""
     return (
         TensorSpec(f"{key}.weight", (f"{slot}.weight",), (space,)),
         TensorSpec(f"{key}.bias", (f"{slot}.bias",), (space,)),
@@ -128,6 +158,6 @@ def conv(key: str, *, out: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def table(key: str, *dims: str | None) -> tuple[TensorSpec, ...]:
-    """The row of a parameter that is added to activations: tokens, position embeddings."""
-    return (TensorSpec(key, (key,), dims),)
+def table(key: str, *dims: str | None, slot: str | None = None) -> tuple[TensorSpec, ...]:
+    """The row of a parameter that is added to activations or scales them: tokens, position embeddings, layer scale."""
+    return (TensorSpec(key, (slot or key,), dims),)

@@ -331,7 +331,7 @@ def bench_of(
 ) -> Bench:
     """What all arms share: the source with a head for the data, the target, and the images split by `split`."""
     opened = open_data(data, source.preprocessing, recipe)
-    labels = opened.classes or [str(i) for i in range(source.state["head.weight"].shape[0])]
+    labels = opened.classes or [str(i) for i in range(source.architecture.classes)]
     adapted = with_classes(source, labels, seed=recipe.seed)
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.notes[len(source.notes) :], *notes):

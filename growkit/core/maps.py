@@ -58,8 +58,16 @@ def average_tail(old: int, new: int) -> Tensor:
     return copies
 
 
+def residual(old: int, new: int, *, centred: bool) -> Tensor:
+    """How the residual is written so that a norm over it sees the source's statistics.
+
+    A LayerNorm, which is `centred`, sees them with `average_tail`, an RMSNorm with zeros in the tail.
+    """
+    return average_tail(old, new) if centred else whole_copies(old, new)
+
+
 def norm_gain(old: int, new: int) -> float:
-    """LEMON's eta: a LayerNorm over `average_tail` channels divides by eta times the source's deviation."""
+    """LEMON's eta: a norm over the channels of `residual` divides by eta times the source's deviation."""
     return float((new // old * old / new) ** 0.5)
 
 

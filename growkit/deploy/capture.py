@@ -11,14 +11,20 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.onnx.errors import UnsupportedOperatorError
 
 from growkit.deploy.attention import prepared
 from growkit.deploy.form import Form
 from growkit.deploy.store import LIMIT
+from growkit.errors import GrowkitError, first_line
 
 
 def captured(model: nn.Module, input_size: tuple[int, int, int], form: Form) -> onnx.ModelProto:
-    """The graph of `model` at the opset of `form`, in float32, with the exporter's notes still in it."""
+    """The graph of `model` at the opset of `form`, in float32, with the exporter's notes still in it.
+
+    Raises:
+        GrowkitError: the exporter has no words for a part of the network.
+    """
     # traced at batch 2: a size of 1 is a special case to torch.export and may be baked in
     example = torch.zeros(form.batch or 2, *input_size)
     return _exported(
@@ -46,8 +52,17 @@ def _exported(model: nn.Module, example: Tensor, exporter: str, *, dynamic: bool
         if exporter == "torchscript":
             if dynamic:
                 shapes = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
-            torch.onnx.export(model, (example,), file, dynamo=False, **shapes, **names, **options)
-            return onnx.load(file)
+            try:
+                torch.onnx.export(model, (example,), file, dynamo=False, **shapes, **names, **options)
+            except UnsupportedOperatorError as error:
+                # an RMSNorm, to name one
+                raise GrowkitError(f"--exporter torchscript: {first_line(error)}; --exporter dynamo has it") from None
+            proto = onnx.load(file)
+            # what it could not infer: the width of features, where there is no head
+            for dim, size in zip(proto.graph.output[0].type.tensor_type.shape.dim, model(example).shape, strict=True):
+                if not dim.HasField("dim_value") and dim.dim_param != "batch":
+                    dim.dim_value = size
+            return proto
         if dynamic:
             shapes = {"dynamic_shapes": ({0: "batch"},)}
         program = torch.onnx.export(model, (example,), dynamo=True, **shapes, **names, **options)

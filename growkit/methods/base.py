@@ -9,8 +9,6 @@ from growkit.arch.spec import LAYERS, Architecture, Weights
 from growkit.errors import GrowkitError
 from growkit.settings import GrowSettings
 
-WIDTHS = ("embed", "attn", "mlp")
-
 
 class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
@@ -46,10 +44,10 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
     """Growing only adds.
 
     Raises:
-        GrowkitError: a space of the target is smaller, a head's size differs, or other tensors are there.
+        GrowkitError: a space of the target is smaller, a head's size differs, or it is a network of another kind.
     """
     for name, old in source.spaces.items():
-        new = target.spaces[name]
+        new = target.spaces.get(name, old)
         if new.group != old.group:
             heads, size = new.size // old.group, old.group
             fits = f"--set num_heads={heads}" if new.size % size == 0 else f"a width that is a multiple of {size}"
@@ -62,16 +60,48 @@ def refuse_shrinking(source: Architecture, target: Architecture) -> None:
                 f"{name}: {old.size} -> {new.size} would shrink; choose a target of at least {old.size} "
                 f"(growkit plan shows sizes)"
             )
-    keys = {row.key for row in source.tensors} ^ {row.key for row in target.tensors}
-    if keys:
+    differs = [
+        f"{what} {old} -> {target.kind.get(what)}" for what, old in source.kind.items() if old != target.kind.get(what)
+    ]
+    differs += sorted({row.key for row in source.tensors} ^ {row.key for row in target.tensors})
+    if differs:
+        sizes = {
+            "embed_dim": target.spaces["embed"].size,
+            "num_heads": target.spaces["attn"].size // source.spaces["attn"].group,
+            "depth": target.spaces[LAYERS].size,
+        }
+        same_kind = " ".join([f"--to {source.name}", *(f"--set {name}={size}" for name, size in sizes.items())])
         raise GrowkitError(
-            f"source and target differ in {', '.join(sorted(keys)[:3])}; choose a target of the same kind"
+            f"source and target differ in {', '.join(differs[:3])}; choose a target of the same kind, as {same_kind}"
         )
 
 
 def growing(source: Architecture, target: Architecture) -> tuple[str, ...]:
     """Names of the spaces that grow."""
     return tuple(name for name, space in source.spaces.items() if target.spaces[name].size != space.size)
+
+
+def whole(source: Architecture, target: Architecture, *spaces: str) -> bool:
+    """Whether each of these spaces grows to a whole multiple of its size."""
+    return all(target.spaces[name].size % source.spaces[name].size == 0 for name in spaces)
+
+
+def normed_inside(architecture: Architecture) -> tuple[str, ...]:
+    """The spaces inside a layer over which a norm is taken: it sees the same only where all units are copied alike."""
+    return tuple(space for space, slot in (("attn", "norm_attn"), ("mlp", "norm_mlp")) if architecture.has(slot))
+
+
+def averages(source: Architecture, target: Architecture) -> bool:
+    """Whether the residual's tail can be kept at the mean of the rest, or need not be: see `maps.residual`.
+
+    Only what is linear in the channels keeps a mean: not a norm over patches, nor a maximum over tokens before the last
+    norm. A norm before the blocks does where `carry_mean` helps it. An RMSNorm asks for zeros, which all of them keep.
+    """
+    if whole(source, target, "embed") or not source.centred:
+        return True
+    alone = target.spaces["embed"].size % source.spaces["embed"].size == 1 and source.has("norm_pre")
+    pooled = "max" in source.kind.get("pooling", "") and "fc_norm.weight" in source.shapes
+    return not (source.has("norm_patch") or alone or pooled)
 
 
 def same_size(source: Architecture, target: Architecture) -> bool:
@@ -81,7 +111,7 @@ def same_size(source: Architecture, target: Architecture) -> bool:
 
 def grows_width(source: Architecture, target: Architecture) -> str | None:
     """Why a method that grows depth alone cannot: the first width that grows, in words."""
-    for name in WIDTHS:
+    for name in source.widths:
         if name in growing(source, target):
             sizes = f"{source.spaces[name].size} -> {target.spaces[name].size}"
             return f"{name} grows ({sizes}), and this method grows depth alone"

@@ -21,8 +21,8 @@ import torch
 
 from growkit.arch.spec import LAYERS, Architecture, TensorSpec, Weights
 from growkit.core import maps
-from growkit.methods.base import WIDTHS, growing
-from growkit.methods.expand import Expansion, Maps, Place, SpaceMap, as_in, expand
+from growkit.methods.base import growing, normed_inside, whole
+from growkit.methods.expand import SCALE, Expansion, Maps, Place, SpaceMap, as_in, expand
 from growkit.settings import GrowSettings
 
 
@@ -41,15 +41,16 @@ class Bert2BERT(Expansion):
     @property
     def lossless(self) -> bool:
         """FPI, at whole multiples of `embed` and equal depth."""
-        old, new, _ = self.sizes("embed")
         grown = growing(self.source, self.target)
-        return not grown or (self.variant == "fpi" and new % old == 0 and LAYERS not in grown)
+        even = whole(self.source, self.target, "embed", *normed_inside(self.source))
+        return not grown or (self.variant == "fpi" and even and LAYERS not in grown)
 
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Duplicates of every width, and the stack of layers."""
         layers = maps.stacked_layers(*self.sizes(LAYERS)[:2])
         widths: dict[Place, SpaceMap] = {
-            space: self.copied(maps.even_duplicate(*self.sizes(space), generator), generator) for space in WIDTHS
+            space: self.copied(maps.even_duplicate(*self.sizes(space), generator), generator)
+            for space in self.source.widths
         }
         return {**widths, LAYERS: SpaceMap(layers, layers)}
 
@@ -58,7 +59,7 @@ class Bert2BERT(Expansion):
         if self.variant == "fpi":
             return super().forward(weights)
         maps_here = as_in(weights, self.maps)
-        widths: Maps = {space: maps_here[space] for space in WIDTHS}
+        widths: Maps = {space: maps_here[space] for space in self.source.widths}
         wide = expand(self.source.tensors, weights, widths)
         for row in self.source.tensors:
             if _takes_from_above(row):
@@ -71,4 +72,4 @@ class Bert2BERT(Expansion):
 
 
 def _takes_from_above(row: TensorSpec) -> bool:
-    return row.layered and not row.slots[0].startswith("norm")
+    return row.layered and not row.normalises and not row.slots[0].startswith(SCALE)

@@ -13,6 +13,9 @@ from growkit.methods.base import GrowthMethod
 from growkit.settings import GrowSettings
 
 BRANCHES = ("o", "out")  # the slots through which a block writes the residual
+SCALE = "scale"  # how the slot of a layer scale begins
+SCALED = {"scale1.gamma": "o", "scale2.gamma": "out"}  # which branch a layer scale scales
+WRITING_NORMS = ("norm_pre", "norm_patch")  # their output is the residual; that of the others is read
 
 
 class SpaceMap(NamedTuple):
@@ -97,16 +100,54 @@ def silent(branches: Tensor) -> dict[Place, SpaceMap]:
     return {(slot, LAYERS): SpaceMap(branches, branches) for slot in slots}
 
 
-def averaged_norms(old: int, new: int) -> dict[Place, SpaceMap]:
-    """Maps of LayerNorms over channels that `average_tail` writes (LEMON, Wang et al., ICLR 2024, section 4).
+def residual_vectors(source: Architecture) -> dict[Place, str]:
+    """Which of `vector_maps` each norm and each layer scale over the residual takes; other vectors take `embed`."""
+    found: dict[Place, str] = {}
+    for row in source.tensors:
+        module, _, kind = row.slots[0].partition(".")
+        if row.dims != ("embed",):
+            continue
+        if module.startswith(SCALE):
+            found[row.slots[0], "embed"] = "scale"
+        elif row.normalises:
+            written = "embed" if module in WRITING_NORMS else "shift"
+            found[row.slots[0], "embed"] = "gain" if kind == "weight" else written
+    return found
+
+
+def vector_maps(source: Architecture, old: int, new: int) -> dict[str, Tensor]:
+    """(new, old) matrices of vectors over a residual that `maps.residual` writes (LEMON, Wang et al., ICLR 2024, 4).
 
     Copied gains take back eta. The tail's normalised value is zero: its bias stays zero, and a gain there, any
-    gain, lets it learn.
+    gain, lets it learn. So does a layer scale; `even_scales` has made it one number for each layer.
     """
-    copies = maps.whole_copies(old, new)
-    gain = torch.where(copies.any(1, keepdim=True), maps.norm_gain(old, new) * copies, maps.average_tail(old, new))
+    copies, average = maps.whole_copies(old, new), maps.average_tail(old, new)
     return {
-        (f"{norm}.{kind}", "embed"): SpaceMap(matrix, matrix)
-        for norm in ("norm1", "norm2", "norm")
-        for kind, matrix in (("weight", gain), ("bias", copies))
+        "embed": maps.residual(old, new, centred=source.centred),
+        "gain": torch.where(copies.any(1, keepdim=True), maps.norm_gain(old, new) * copies, average),
+        "shift": copies,
+        "scale": average,
     }
+
+
+def read_maps(source: Architecture, copies: Tensor, residual: Tensor) -> list[Tensor]:
+    """What is written for those who read the residual: after a norm its copies, before any its tail as well."""
+    return [copies, residual] if any(row.raw for row in source.tensors) else [copies]
+
+
+def even_scales(weights: Weights) -> Weights:
+    """The same function with a layer scale that is one number for each layer; the branch's output takes the rest.
+
+    The mean over the residual's channels is then that of the branch times a number, which a grown tail can hold.
+    """
+    even = dict(weights)
+    for scale, branch in SCALED.items():
+        if scale in weights:
+            gamma = weights[scale]
+            size = gamma.abs().mean(dim=1, keepdim=True).clamp_min(torch.finfo(gamma.dtype).tiny)
+            share = gamma / size
+            even[scale] = size.expand_as(gamma).clone()
+            even[f"{branch}.weight"] = weights[f"{branch}.weight"] * share[:, :, None]
+            if f"{branch}.bias" in weights:
+                even[f"{branch}.bias"] = weights[f"{branch}.bias"] * share
+    return even

@@ -11,7 +11,7 @@ import torch
 
 from growkit.arch.spec import Architecture
 from growkit.core import maps
-from growkit.methods.base import WIDTHS, grows_depth
+from growkit.methods.base import grows_depth
 from growkit.methods.expand import Expansion, Maps
 from growkit.settings import GrowSettings
 
@@ -22,7 +22,7 @@ class HyperCloning(Expansion):
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
         """Depth, and widths that are no whole multiple."""
-        for name in WIDTHS:
+        for name in source.widths:
             old, new = source.spaces[name].size, target.spaces[name].size
             if new % old:
                 return f"{name} {old} -> {new} is {new / old:.3g} times as wide, and this method tiles whole copies"
@@ -35,4 +35,4 @@ class HyperCloning(Expansion):
 
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Whole tiles of every width."""
-        return {space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in WIDTHS}
+        return {space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in self.source.widths}

@@ -4,7 +4,7 @@ The residual gets whole copies and, where the width is no whole multiple, the me
 (average expansion), so that a LayerNorm sees the source's statistics; its gain takes back eta = sqrt(floor(D2 / D1)
 D1 / D2). Heads and MLP units are duplicated whole, in a circle. Readers share each unit unequally among its copies,
 which parts them: here by noise that cancels over the copies. New layers copy old ones with both output projections
-zero.
+zero. An RMSNorm takes no mean away: there the rest of the residual is zero.
 
 The tail's columns of a reader are free, for the tail normalises to zero; LEMON fills them at random, as the noise
 does here. As for Mango, LayerNorm's eps is not scaled by eta^2, so that the file stays a stock timm model; see
@@ -13,29 +13,38 @@ docs/architecture.md.
 
 import torch
 
-from growkit.arch.spec import LAYERS
+from growkit.arch.spec import LAYERS, Weights
 from growkit.core import maps
-from growkit.methods.expand import Expansion, Maps, SpaceMap, averaged_norms, silent
+from growkit.methods.base import averages, normed_inside, whole
+from growkit.methods.carried_mean import carry_mean
+from growkit.methods.expand import Expansion, Maps, SpaceMap, read_maps, residual_vectors, silent, vector_maps
 
 
 class Lemon(Expansion):
-    """Keeps the function at every width and depth."""
+    """Keeps the function at every width and depth, as far as norms outside the plain ViT's let it (see `averages`)."""
 
     @property
     def lossless(self) -> bool:
-        """Always."""
-        return True
+        """Wherever the residual's mean can be kept, and norms inside a layer see whole copies."""
+        pair = self.source, self.target
+        return averages(*pair) and whole(*pair, *normed_inside(self.source))
+
+    def forward(self, weights: Weights) -> Weights:
+        """Slots of the source -> slots of the target."""
+        return carry_mean(self.source, self.target, weights, super().forward(weights))
 
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Average expansion of the residual, duplicated hidden units, silent new layers."""
         old, new, _ = self.sizes("embed")
-        copies = maps.whole_copies(old, new)
-        noise = self.settings.noise * maps.null_noise((new, old), [copies], generator)
+        vectors = vector_maps(self.source, old, new)
+        copies, residual = vectors["shift"], vectors["embed"]
+        noise = self.settings.noise * maps.null_noise((new, old), read_maps(self.source, copies, residual), generator)
         layers = maps.spread_layers(*self.sizes(LAYERS)[:2])
+        hidden = [space for space in self.source.widths if space != "embed"]
         return {
-            "embed": SpaceMap(maps.average_tail(old, new), (copies + noise) / (new // old)),
-            **averaged_norms(old, new),
-            **{space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in ("attn", "mlp")},
+            "embed": SpaceMap(residual, (copies + noise) / (new // old)),
+            **{place: SpaceMap(vectors[name], vectors[name]) for place, name in residual_vectors(self.source).items()},
+            **{space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in hidden},
             LAYERS: SpaceMap(layers, layers),
             **silent(layers * maps.first_copies(layers)[:, None]),
         }

@@ -26,7 +26,8 @@ from growkit.settings import GrowSettings
 
 TIES = {"q": "attn", "k": "attn", "v": "attn", "in": "mlp"}  # what owns a hidden matrix, and its space
 TIED_NOISE = 0.1
-READERS = {"o": "v", "out": "in"}  # whose matrix a reader of a hidden space takes
+# Whose matrix the others of a hidden space take: what reads it, a norm over it, SwiGLU's gate.
+FOLLOWERS = {"o": "v", "out": "in", "norm_attn": "v", "norm_mlp": "in", "gate": "in"}
 
 
 class LiGO(GrowthMethod):
@@ -50,6 +51,9 @@ class LiGO(GrowthMethod):
                 for slot, space in TIES.items()
             }
         )
+        self.pool = nn.ParameterDict(
+            {space: start(space, shared=True) for space in source.widths if space not in ("embed", "attn", "mlp")}
+        )
         self.modules_in_layers = sorted(
             {slot.split(".")[0] for row in source.tensors if row.layered for slot in row.slots}
         )
@@ -63,9 +67,12 @@ class LiGO(GrowthMethod):
         for slot, space in TIES.items():
             for kind in ("weight", "bias"):
                 by_slot[f"{slot}.{kind}", space] = SpaceMap(self.hidden[slot], self.hidden[slot])
-        for reader, owner in READERS.items():
-            by_slot[f"{reader}.weight", TIES[owner]] = SpaceMap(self.hidden[owner], self.hidden[owner])
-        for module, rows in self.depth.items():
+        for follower, owner in FOLLOWERS.items():
             for kind in ("weight", "bias"):
+                by_slot[f"{follower}.{kind}", TIES[owner]] = SpaceMap(self.hidden[owner], self.hidden[owner])
+        for space, matrix in self.pool.items():
+            by_slot[space] = SpaceMap(matrix, matrix)
+        for module, rows in self.depth.items():
+            for kind in ("weight", "bias", "gamma"):
                 by_slot[f"{module}.{kind}", LAYERS] = SpaceMap(rows, rows)
         return expand(self.source.tensors, weights, by_slot)

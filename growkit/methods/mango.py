@@ -17,33 +17,43 @@ from growkit.arch.spec import LAYERS, Architecture, TensorSpec, Weights
 from growkit.core import maps
 from growkit.core.ring import RingOperator
 from growkit.errors import GrowkitError
-from growkit.methods.base import GrowthMethod
-from growkit.methods.expand import SpaceMap, expand
+from growkit.methods.base import GrowthMethod, averages, normed_inside, whole
+from growkit.methods.carried_mean import carry_mean
+from growkit.methods.expand import BRANCHES, SpaceMap, expand, read_maps, residual_vectors, vector_maps
 from growkit.settings import GrowSettings
 
 ATTENTION = ("q", "k", "v", "o")
-MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, "in", "out"))
+HIDDEN = ("in", "gate")  # what writes the MLP's hidden units; the gate where it is a SwiGLU
+MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, *HIDDEN, "out"))
 FIRST_PATH_NOISE = 0.1  # of --noise, for here nothing cancels it
+READ = "_read"  # how the map's name ends that readers of a space take, where it is not that of its writers
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
 
 
 def pack(weights: Weights) -> Tensor:
-    """Slots -> (B, O, L, I), B = 4 + 2k: q k v o, then the k blocks of in (rows), then those of out (columns)."""
+    """Slots -> (B, O, L, I), B = 4 + 2k: q k v o, then the k blocks of in (rows), then those of out (columns).
+
+    With a gate, whose k blocks of rows come after those of in, B = 4 + 3k.
+    """
     attention = [weights[f"{slot}.weight"] for slot in ATTENTION]
     width = attention[0].shape[1]
-    blocks = (*weights["in.weight"].split(width, dim=1), *weights["out.weight"].split(width, dim=2))
-    return torch.stack([*attention, *blocks]).permute(0, 2, 1, 3)
+    hidden = [weights[f"{slot}.weight"] for slot in HIDDEN if f"{slot}.weight" in weights]
+    blocks = [block for matrix in hidden for block in matrix.split(width, dim=1)]
+    return torch.stack([*attention, *blocks, *weights["out.weight"].split(width, dim=2)]).permute(0, 2, 1, 3)
 
 
-def unpack(stacked: Tensor) -> Weights:
-    """Inverse of pack: (B, O, L, I) -> the six slots, layered."""
+def unpack(stacked: Tensor, *, gated: bool = False) -> Weights:
+    """Inverse of pack: (B, O, L, I) -> the six slots, or seven with a gate, layered."""
     slots = stacked.permute(0, 2, 1, 3)
-    k = (len(slots) - 4) // 2
+    hidden = HIDDEN[: 1 + gated]
+    k = (len(slots) - 4) // (len(hidden) + 1)
     weights = dict(zip(MATRICES[:4], slots[:4].unbind(0), strict=True))
     # A copy, as the others will be when they are joined: a view would keep the whole stack alive.
     weights["o.weight"] = weights["o.weight"].contiguous()
-    weights["in.weight"] = torch.cat(slots[4 : 4 + k].unbind(0), dim=1)
-    weights["out.weight"] = torch.cat(slots[4 + k :].unbind(0), dim=2)
+    *rows, columns = slots[4:].split(k)
+    for slot, blocks in zip(hidden, rows, strict=True):
+        weights[f"{slot}.weight"] = torch.cat(blocks.unbind(0), dim=1)
+    weights["out.weight"] = torch.cat(columns.unbind(0), dim=2)
     return weights
 
 
@@ -71,8 +81,15 @@ class Mango(GrowthMethod):
 
     @property
     def lossless(self) -> bool:
-        """Its variant of that name, always; without noise, the noisy one too."""
-        return self.variant == "lossless" or (self.variant == "noisy" and not self.settings.noise)
+        """Its variant of that name, and without noise the noisy one, wherever the residual's mean can be kept.
+
+        A norm inside a layer has to see whole copies.
+        """
+        pair = self.source, self.target
+        kept = averages(*pair) and (not normed_inside(self.source) or whole(*pair, "embed"))
+        if self.source.has("norm_mlp"):
+            kept &= mlp_blocks(self.target) % mlp_blocks(self.source) == 0
+        return kept and (self.variant == "lossless" or (self.variant == "noisy" and not self.settings.noise))
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
         super().__init__(source, target, settings)
@@ -82,12 +99,14 @@ class Mango(GrowthMethod):
             source, target, two_paths=min(ranks) >= 2, noise=settings.noise, generator=generator
         )
         self.ring = RingOperator.lossless(paths, ranks, settings.ring_order, noise=settings.noise, generator=generator)
-        self.vectors = tuple(_mlp_bias_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES)
-        used = {"embed", "gain", "shift", "head", "layers", "branches"}
-        if any("q.bias" in row.slots for row in self.vectors):
-            used.add("attn")
-        if any("in.bias" in row.slots for row in self.vectors):
-            used |= {"attn", MLP_BLOCKS}
+        self.vectors = tuple(_mlp_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES)
+        self._residual_vectors = residual_vectors(source)
+        spaces = {space for row in self.vectors for space in row.dims if space is not None}
+        reads = {row.dims[row.reads] for row in self.vectors if row.reads is not None}
+        used = {*spaces, "layers", *self._residual_vectors.values()}
+        used |= {"head" if space == "embed" else f"{space}{READ}" for space in reads}
+        if any(f"{branch}.bias" in row.slots for branch in BRANCHES for row in self.vectors):
+            used.add("branches")
         self.maps = nn.ParameterDict({name: matrices[name] for name in sorted(used)})
         self.maps.requires_grad_(settings.vectors)
         if self.variant == "noisy":
@@ -97,28 +116,25 @@ class Mango(GrowthMethod):
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""
-        vectors = dict(weights)
-        if "in.bias" in vectors:
-            k = mlp_blocks(self.source)
-            vectors["in.bias"] = vectors["in.bias"].unflatten(1, (k, -1))
+        k = mlp_blocks(self.source)
+        in_blocks = {slot for row in self.vectors if MLP_BLOCKS in row.dims for slot in row.slots}
+        vectors = {slot: w.unflatten(1, (k, -1)) if slot in in_blocks else w for slot, w in weights.items()}
         grown = expand(self.vectors, vectors, self._maps_by_slot())
-        if "in.bias" in grown:
-            grown["in.bias"] = grown["in.bias"].flatten(1)
-        return grown | unpack(self.ring(pack(weights)))
+        grown |= {slot: grown[slot].flatten(1) for slot in in_blocks}
+        grown = carry_mean(self.source, self.target, weights, grown)
+        return grown | unpack(self.ring(pack(weights)), gated="gate.weight" in weights)
 
     def _maps_by_slot(self) -> dict[str | tuple[str, str], SpaceMap]:
         """Which matrix each axis of each vector takes."""
         write = {name: SpaceMap(matrix, matrix) for name, matrix in self.maps.items()}
         by_slot: dict[str | tuple[str, str], SpaceMap] = {
-            "embed": SpaceMap(self.maps["embed"], self.maps["head"]),
+            **{name: SpaceMap(matrix, self.maps.get(f"{name}{READ}", matrix)) for name, matrix in self.maps.items()},
+            "embed": SpaceMap(self.maps["embed"], self.maps["head" if "head" in self.maps else "embed"]),
             LAYERS: write["layers"],
-            **{space: write[space] for space in ("attn", MLP_BLOCKS) if space in write},
         }
-        for norm in ("norm1", "norm2", "norm"):
-            by_slot[f"{norm}.weight", "embed"] = write["gain"]
-            by_slot[f"{norm}.bias", "embed"] = write["shift"]
-        for branch in ("o.bias", "out.bias"):
-            by_slot[branch, LAYERS] = write["branches"]
+        by_slot |= {place: write[name] for place, name in self._residual_vectors.items()}
+        if "branches" in write:
+            by_slot |= {(f"{branch}.bias", LAYERS): write["branches"] for branch in BRANCHES}
         return by_slot
 
 
@@ -140,9 +156,10 @@ def lossless_start(
     which new layers keep at zero.
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
-    old_k, new_k = mlp_blocks(source), mlp_blocks(target)
+    blocks = mlp_blocks(source), mlp_blocks(target), source.has("gate")
     copies = new // old
-    residual, normed = maps.average_tail(old, new), maps.whole_copies(old, new)
+    vectors = vector_maps(source, old, new)
+    residual, normed = vectors["embed"], vectors["shift"]
     layers = maps.spread_layers(source.spaces[LAYERS].size, target.spaces[LAYERS].size)
     branches = layers * maps.first_copies(layers)[:, None]
 
@@ -153,13 +170,13 @@ def lossless_start(
         hidden = maps.duplicate(old, new, source.spaces["attn"].group)
         paths = [
             {
-                "B": _slots(old_k, new_k, "qkv", reads=False, noise=noise, generator=generator),
+                "B": _slots(*blocks, "qkv", reads=False, noise=noise, generator=generator),
                 "O": hidden,
                 "L": layers,
                 "I": normed / copies + parted([normed]),
             },
             {
-                "B": _slots(old_k, new_k, "o", reads=True, noise=noise, generator=generator),
+                "B": _slots(*blocks, "o", reads=True, noise=noise, generator=generator),
                 "O": residual,
                 "L": branches,
                 "I": maps.shared_read(hidden) + parted([hidden]),
@@ -167,36 +184,48 @@ def lossless_start(
         ]
     else:
         hidden = residual
-        inner = _slots(old_k, new_k, "qkv", reads=False, noise=noise, generator=generator)
-        outer = _slots(old_k, new_k, "o", reads=True, noise=noise, generator=generator)
+        inner = _slots(*blocks, "qkv", reads=False, noise=noise, generator=generator)
+        outer = _slots(*blocks, "o", reads=True, noise=noise, generator=generator)
         reads = normed / copies + parted([normed, residual])
         paths = [{"B": inner + outer, "O": residual, "L": branches, "I": reads}]
-    eta = maps.norm_gain(old, new)
-    return paths, {
-        "embed": residual,
-        # The tail's normalised value is zero; a gain there, any gain, lets it learn.
-        "gain": torch.where(normed.any(1, keepdim=True), eta * normed, residual),
-        "shift": normed,
-        "head": normed / copies + parted([normed]),
+    matrices = {
+        **vectors,
+        "head": normed / copies + parted(read_maps(source, normed, residual)),
         "attn": hidden,
-        MLP_BLOCKS: maps.duplicate(old_k, new_k),
+        MLP_BLOCKS: maps.duplicate(*blocks[:2]),
         "layers": layers,
         "branches": branches,
     }
+    for space in source.widths:
+        if space not in ("embed", "attn", "mlp"):
+            here = source.spaces[space]
+            write = maps.duplicate(here.size, target.spaces[space].size, here.group)
+            share = maps.shared_read(write)
+            matrices[space] = write
+            matrices[f"{space}{READ}"] = share + noise * share.max() * maps.parting_noise(write, generator)
+    return paths, matrices
 
 
-def _slots(old_k: int, new_k: int, attention: str, *, reads: bool, noise: float, generator: torch.Generator) -> Tensor:
-    """core_B of one path, (new B, old B): the named attention matrices, and the blocks of in or, with `reads`, out."""
-    slots = torch.zeros(4 + 2 * new_k, 4 + 2 * old_k, dtype=maps.DTYPE)
+def _slots(
+    old_k: int, new_k: int, gated: bool, attention: str, *, reads: bool, noise: float, generator: torch.Generator
+) -> Tensor:
+    """core_B of one path, (new B, old B): the named attention matrices, and what writes the MLP or, with `reads`, out.
+
+    What writes it is `in`, and with `gated` the gate.
+    """
+    writers = 1 + gated
+    slots = torch.zeros(4 + (writers + 1) * new_k, 4 + (writers + 1) * old_k, dtype=maps.DTYPE)
     for slot in attention:
         index = ATTENTION.index(slot)
         slots[index, index] = 1
     blocks = maps.duplicate(old_k, new_k)
     if reads:
         share = maps.shared_read(blocks)
-        slots[4 + new_k :, 4 + old_k :] = share + noise * maps.null_noise((new_k, old_k), [blocks], generator)
+        slots[-new_k:, -old_k:] = share + noise * maps.null_noise((new_k, old_k), [blocks], generator)
     else:
-        slots[4 : 4 + new_k, 4 : 4 + old_k] = blocks
+        for first in range(writers):
+            new, old = 4 + first * new_k, 4 + first * old_k
+            slots[new : new + new_k, old : old + old_k] = blocks
     return slots
 
 
@@ -250,5 +279,5 @@ def bond_ranks(settings: GrowSettings) -> tuple[int, ...]:
     return ranks
 
 
-def _mlp_bias_in_blocks(row: TensorSpec) -> TensorSpec:
-    return replace(row, dims=(MLP_BLOCKS, "attn")) if row.slots == ("in.bias",) else row
+def _mlp_in_blocks(row: TensorSpec) -> TensorSpec:
+    return replace(row, dims=(MLP_BLOCKS, "attn")) if row.dims == ("mlp",) else row

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from growkit.arch.spec import LAYERS
 from growkit.core import maps
-from growkit.methods.base import growing
+from growkit.methods.base import growing, normed_inside
 from growkit.methods.expand import Expansion, Maps, SpaceMap, silent
+
+IN_LAYERS = ("attn", "mlp")  # the spaces that each layer has for itself
 
 
 class Net2Net(Expansion):
@@ -24,8 +26,8 @@ class Net2Net(Expansion):
 
     @property
     def lossless(self) -> bool:
-        """Unless `embed` grows."""
-        return "embed" not in growing(self.source, self.target)
+        """Unless `embed` grows, or a width over which a norm is taken."""
+        return not {"embed", *normed_inside(self.source)} & {*growing(self.source, self.target)}
 
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Random duplicates; hidden ones for each source layer."""
@@ -36,8 +38,8 @@ class Net2Net(Expansion):
         old, new, _ = self.sizes(LAYERS)
         layers = maps.spread_layers(old, new)
         return {
-            "embed": draw("embed"),
-            **{space: _stacked([draw(space) for _ in range(old)]) for space in ("attn", "mlp")},
+            **{space: draw(space) for space in self.source.widths if space not in IN_LAYERS},
+            **{space: _stacked([draw(space) for _ in range(old)]) for space in IN_LAYERS},
             LAYERS: SpaceMap(layers, layers),
             **silent(layers * maps.first_copies(layers)[:, None]),
         }

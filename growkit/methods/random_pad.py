@@ -1,7 +1,8 @@
 """random-pad, a control: the source in a corner of freshly initialised weights.
 
 Old units and layers keep their weights among themselves; everything new is what timm gives a fresh ViT: normal with
-deviation 0.02, cut at two, for matrices and embeddings, zeros for biases, ones for gains. New layers come last. It
+deviation 0.02, cut at two, for matrices and embeddings, zeros for biases, ones for gains, 1e-5 for layer scales. New
+layers come last. It
 shows what is gained by having the source's numbers anywhere at all.
 """
 
@@ -13,8 +14,9 @@ from torch.nn.init import trunc_normal_
 
 from growkit.arch.spec import LAYERS, TensorSpec, Weights
 from growkit.methods.base import GrowthMethod
+from growkit.methods.expand import SCALE
 
-DEVIATION = 0.02
+DEVIATION, LAYER_SCALE = 0.02, 1e-5
 
 
 class RandomPad(GrowthMethod):
@@ -38,8 +40,10 @@ class RandomPad(GrowthMethod):
         """What timm would start this slot with; `shape` is the source's."""
         spaces = (LAYERS, *row.dims) if row.layered else row.dims
         sizes = [self.target.spaces[s].size if s else old for s, old in zip(spaces, shape, strict=True)]
-        if slot.startswith("norm") and slot.endswith("weight"):
+        if row.normalises and slot.endswith("weight"):
             return torch.ones(sizes)
+        if slot.startswith(SCALE):
+            return torch.full(sizes, LAYER_SCALE)
         if slot.endswith("bias"):
             return torch.zeros(sizes)
         return trunc_normal_(torch.empty(sizes), std=DEVIATION, a=-2 * DEVIATION, b=2 * DEVIATION, generator=generator)

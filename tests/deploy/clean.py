@@ -33,6 +33,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "thirty-three classes": {"num_classes": 33},
 }
 
+KIN: dict[str, dict[str, Any]] = {
+    "highest of the patches": {"global_pool": "max"},
+    "norms inside": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no last norm": {"final_norm": False},
+    "quick GELU": {"name": "vit_base_patch16_clip_quickgelu_224"},
+    "features": {"num_classes": 0},
+    "SwiGLU in one tensor": {"name": "vit_giant_patch14_dinov2", "mlp_ratio": 4.0},
+    "RMSNorm": {"name": "test_vit4"},
+    "SwiGLU": {"name": "aimv2_large_patch14_224", "mlp_ratio": 2.0},
+}
+NO_SCRIPT = ("RMSNorm", "SwiGLU")  # torchscript's exporter has no words for an RMSNorm
 FEW = ("vit", "two classes", "one class")  # few logits are the noisiest
 
 SCRIPT = {
@@ -108,6 +119,14 @@ def _table() -> dict[str, Clean]:
         for step in range(4):  # every precision, each in another form
             add(architecture, LOW, 5 * index + 5 * step, fast=architecture in FEW)
         add(architecture, LOW_DYNAMO, index, fast=False)
+    for index, architecture in enumerate(KIN):
+        if architecture not in NO_SCRIPT:
+            add(architecture, SCRIPT, index, fast=True)
+            add(architecture, LOW, index, fast=False)
+        add(architecture, DYNAMO, index, fast=architecture in NO_SCRIPT)
+        add(architecture, DYNAMO, index + 3, fast=False)
+        add(architecture, LOW_DYNAMO, index, fast=False)
+        add(architecture, LOW_DYNAMO, index + 3, fast=False)
     return table
 
 

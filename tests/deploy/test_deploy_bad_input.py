@@ -346,6 +346,12 @@ def test_reference_of_words_or_of_nothing_is_no_traceback(run: Path) -> None:
     assert verified(run)[0] in (1, 2)
 
 
+def test_exporter_without_words_for_a_part_says_which_one_has_them(tmp_path: Path) -> None:
+    with pytest.raises(GrowkitError, match=r"--exporter torchscript: .*rms_norm.*; --exporter dynamo has it"):
+        export_onnx(make_model(name="test_vit4"), tmp_path / "m.onnx", Form(exporter="torchscript"))
+    assert not list(tmp_path.iterdir())
+
+
 # pixels that have no place in a graph ------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from clean import ARCHITECTURES, CLEAN
+from clean import ARCHITECTURES, CLEAN, KIN
 from deploy_models import make_model
 from faults import BASES, FAULTS, LABELS, LAYERS, SHA256
 from torch import nn
@@ -117,7 +117,7 @@ def test_every_group_alone_catches_some_fault() -> None:
 )
 def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
     one = CLEAN[name]
-    model = make_model(one.seed, **ARCHITECTURES[one.architecture])
+    model = make_model(one.seed, **(ARCHITECTURES | KIN)[one.architecture])
     images = calibration(model) if one.form.precision == "int8-static" else None
     export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external, calibration=images)
     write_reference(model, tmp_path, seed=one.seed, form=one.form)
@@ -128,7 +128,7 @@ def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
 def test_clean_exports_are_many_and_different() -> None:
     assert len(CLEAN) >= 50
     assert len({(one.architecture, one.form, one.external) for one in CLEAN.values()}) == len(CLEAN)
-    assert {one.architecture for one in CLEAN.values()} == set(ARCHITECTURES)
+    assert {one.architecture for one in CLEAN.values()} == {*ARCHITECTURES, *KIN}
     assert {one.form.precision for one in CLEAN.values()} == set(PRECISIONS)
 
 

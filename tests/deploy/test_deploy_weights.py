@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from deploy_models import make_model
 from onnx import numpy_helper
 
@@ -83,3 +84,21 @@ def test_int8_is_measured_in_batches_as_the_file_gets_them() -> None:
     assert np.array_equal(got[1], alone)
     assert np.array_equal(got[3], logits_of(network, images[:3]))
     assert not np.array_equal(got[3], alone[:3])
+
+
+def test_tensors_that_rounding_makes_equal_may_be_stored_once(tmp_path: Path) -> None:
+    """A layer scale that growing made even: two of them round to one bfloat16, and the exporter keeps one."""
+    model = make_model(init_values=1e-5)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ls1.gamma.fill_(0.2585)
+            block.ls2.gamma.fill_(0.2584)
+    form = Form(precision="bf16")
+    export_onnx(model, tmp_path / "m.onnx", form)
+    proto = onnx.load(str(tmp_path / "m.onnx"))
+    assert [check.line for check in weight_checks(proto, model, form) if check.verdict == "fail"] == []
+    with torch.no_grad():
+        model.blocks[1].ls2.gamma.fill_(0.2685)  # another number in bfloat16, so the file lacks it
+    verdicts = {check.name: check for check in weight_checks(proto, model, form) if check.verdict == "fail"}
+    assert set(verdicts) == {"missing from the file"}
+    assert "blocks.1.ls2.gamma" in verdicts["missing from the file"].line

@@ -1,0 +1,60 @@
+"""How the grown residual gets its mean where a norm writes it, as CLIP's norm before the blocks does.
+
+Average expansion (LEMON) needs every new channel to hold the mean of the others. What is linear keeps a mean; a
+LayerNorm with unequal gains g does not: of x it makes g (x - mean) / deviation + b, whose mean over the channels is
+sum((g - mean(g)) x) / (old deviation) + mean(b), another number for each token. So the stem writes that sum into the
+new channels, small and with alternating signs, on top of their mean: the norm's statistics hardly see it, and the gain
+of a new channel makes it large again. No published method does this.
+"""
+
+import torch
+from torch import Tensor
+
+from growkit.arch.spec import Architecture, Weights
+from growkit.core import maps
+
+NORM = "norm_pre"
+STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+DISTURBANCE = 1e-6  # by which share the variance that the norm sees may grow, where x is independent of g
+
+
+def carry_mean(source: Architecture, target: Architecture, weights: Weights, grown: Weights) -> Weights:
+    """`grown` with what the stem and the norm behind it need, or as it is where no such norm is or no tail.
+
+    Exact to `DISTURBANCE`. Gradients pass.
+    """
+    old, new = source.spaces["embed"].size, target.spaces["embed"].size
+    tail = new % old
+    if not (tail and source.centred and source.has(NORM)):
+        return grown
+    gain = weights[f"{NORM}.weight"]
+    spread = gain - gain.mean()
+    if tail < 2 or not spread.any():
+        return grown
+    signs = alternating(tail).to(gain)
+    share = DISTURBANCE * (new - tail) / signs.square().sum()
+    size = (share * old / spread.square().mean()).sqrt()
+    push = torch.cat([gain.new_zeros(new - tail, old), torch.outer(signs * size, spread / old)])
+    carried = dict(grown)
+    for row in source.tensors:
+        (slot, *_) = row.slots
+        if slot in STEM:
+            axis = row.dims.index("embed")
+            pushed = torch.tensordot(push, weights[slot], dims=([1], [axis])).movedim(0, axis)
+            carried[slot] = grown[slot] + pushed
+    start = grown[f"{NORM}.weight"]
+    wanted = maps.norm_gain(old, new) / (signs * size)
+    # Added, so that what a method trains still moves it.
+    change = torch.cat([torch.zeros_like(start[:-tail]), wanted - start[-tail:].detach()])
+    carried[f"{NORM}.weight"] = start + change
+    return carried
+
+
+def alternating(count: int) -> Tensor:
+    """`count` >= 2 numbers of about one that sum to zero, none of them zero."""
+    signs = torch.ones(count)
+    signs[1::2] = -1
+    if count % 2:
+        signs[:3] = torch.tensor([2.0, -1.0, -1.0])
+        signs[3::2], signs[4::2] = 1, -1
+    return signs
