@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -139,6 +140,13 @@ def test_arguments_that_make_timm_fetch_or_read_are_refused(
     edit(tmp_path / "small", model_args=arguments)
     with pytest.raises(GrowkitError, match="is no argument of a VisionTransformer"):
         load_source(str(tmp_path / "small"))
+
+
+def test_onnx_runtime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: told.append(True))
+    runpy.run_path(str(ROOT / "growkit" / "deploy" / "runtime.py"))
+    assert told == [True]
 
 
 # --- hf-hub:

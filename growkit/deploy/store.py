@@ -5,10 +5,12 @@ believed: only plain names beside it are read.
 """
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import onnx
 from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
@@ -61,6 +63,20 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     return proto
 
 
+def props_of(proto: onnx.ModelProto) -> dict[str, str]:
+    """The file's own metadata."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def json_in(props: Mapping[str, str], key: str) -> Any:
+    """What metadata holds under `key` as JSON: None where it holds nothing, the text itself where that is no JSON."""
+    text = props.get(key)
+    try:
+        return json.loads(text) if text is not None else None
+    except (ValueError, RecursionError):  # brackets in brackets in brackets
+        return text
+
+
 def form_in(path: Path) -> Form:
     """The form that a file says it has; the plain one of a file that cannot be read, which its checks will tell.
 
@@ -71,7 +87,7 @@ def form_in(path: Path) -> Form:
         proto = onnx.load_model(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds
         return Form()
-    return form_of({entry.key: entry.value for entry in proto.metadata_props})
+    return form_of(props_of(proto))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
