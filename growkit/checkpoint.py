@@ -3,7 +3,8 @@
 import argparse
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def write_model(
     extra: dict[str, Any] = {"pretrained_cfg": preprocessing}
     if labels:
         extra["label_names"] = list(labels)
-    save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
+    with _readable(folder / WEIGHTS):
+        save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
     config = read_json(folder / CONFIG)
     # Where the weights came from is growkit.json's to say; timm's tag would name other weights.
     config["pretrained_cfg"].pop("tag", None)
@@ -181,4 +183,14 @@ def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write plain tensors as safetensors."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    with _readable(path):
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Give a file that safetensors writes the permissions of any other new file; its own are the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)

@@ -20,8 +20,3 @@ class ParityError(GrowkitError):
 def first_line(error: BaseException, most: int | None = None) -> str:
     """What an error of somebody else says first, up to `most` characters; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
-
-
-def printable(text: str) -> str:
-    """`text` with what would break the line, steer a terminal or not encode written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

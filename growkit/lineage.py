@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from growkit.source import TIMM, Source
+from growkit.source import FETCHED, Source
 
 MOST = 100  # ancestors that are kept, the latest
 LONGEST = 200  # characters of a name
@@ -30,7 +30,7 @@ Entry = dict[str, Any]  # some of KEYS
 
 def name_of(source: Source) -> str:
     """What a source goes by in records: no folder of this machine, for they are served with the model."""
-    return source.path if source.path.startswith(TIMM) else Path(source.path).name
+    return source.path if source.path.startswith(FETCHED) else Path(source.path).name
 
 
 def ancestors(source: Source) -> list[Entry]:
@@ -39,7 +39,7 @@ def ancestors(source: Source) -> list[Entry]:
     None are there where `source` is random weights. What is not known of one is left out.
     """
     history = source.history or {}
-    if not (history or source.sha256 or source.path.startswith(TIMM)):
+    if not (history or source.sha256 or source.path.startswith(FETCHED)):
         return []
     listed = history.get("ancestors")
     earlier = [_plain(entry) for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []

@@ -6,7 +6,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from growkit.errors import GrowkitError, first_line, printable
+from growkit.errors import GrowkitError, first_line
+from growkit.text import visible
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL knows more, and starts Ghostscript for one of them
@@ -19,7 +20,7 @@ class UnreadablePictureError(GrowkitError):
 
 def unreadable(name: str, reason: str) -> str:
     """What is said of it."""
-    return f"{printable(name)}: not a readable picture ({printable(reason)}); replace it or take it away"
+    return f"{visible(name)}: not a readable picture ({visible(reason)}); replace it or take it away"
 
 
 def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:

@@ -23,7 +23,7 @@ from growkit.grow import grow, lossless_gap
 from growkit.lineage import ancestors, name_of
 from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
-from growkit.source import TIMM, Source, fresh, load_source
+from growkit.source import FETCHED, Source, fresh, load_source
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.data import Data, open_data, size_of, val_batches
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
@@ -655,7 +655,7 @@ def evaluate_against(
 
 def _is_bare(path: str) -> bool:
     """Whether this is a checkpoint file, for which --from and --from-set were made."""
-    return not path.startswith(TIMM) and Path(path).suffix != ".onnx" and Path(path).is_file()
+    return not path.startswith(FETCHED) and Path(path).suffix != ".onnx" and Path(path).is_file()
 
 
 def _prepares_alike(old: Answering, new: Answering) -> bool:

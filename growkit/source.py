@@ -1,7 +1,7 @@
-"""SOURCE and MODEL arguments: a file, a model folder or timm:NAME becomes an architecture with weights."""
+"""SOURCE and MODEL arguments: a file, a model folder, timm:NAME or hf-hub:OWNER/NAME as architecture with weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
-from growkit.checkpoint import PREPROCESSING, read_checkpoint
+from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
 
-TIMM = "timm:"
+TIMM, HUB = "timm:", "hf-hub:"
+FETCHED = (TIMM, HUB)  # what these begin is fetched from the network, and nothing else is
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Source:
 
 
 def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
-    """Load a .pth/.pt, a .safetensors, a model folder or `timm:NAME`.
+    """Load a .pth/.pt, a .safetensors, a model folder, `timm:NAME` or `hf-hub:OWNER/NAME[@REVISION]`.
 
     `from_` (--from) and `sets` (--from-set) say what the shapes of a bare checkpoint cannot.
 
@@ -51,6 +52,8 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
     """
     if path.startswith(TIMM):
         return _load_timm(path)
+    if path.startswith(HUB):
+        return replace(load_source(str(_from_hub(path)), from_, sets), path=path)
     checkpoint = read_checkpoint(Path(path), ema=ema)
     if checkpoint.config is not None:
         config = checkpoint.config
@@ -105,6 +108,7 @@ def untrained(architecture: Architecture, *, seed: int) -> dict[str, Tensor]:
 def _load_timm(path: str) -> Source:
     name = path.removeprefix(TIMM)
     architecture = find(name)
+    _ask_quietly()
     try:
         # a tag, as in deit_small_patch16_224.fb_in1k, picks among published weights
         model = timm.create_model(name if "." in name else architecture.name, pretrained=True)
@@ -122,6 +126,32 @@ def _load_timm(path: str) -> Source:
         None,
         (),
     )
+
+
+def _from_hub(path: str) -> Path:
+    """The model folder of `hf-hub:OWNER/NAME[@REVISION]`: config.json and safetensors, both of one commit.
+
+    Nothing else of the repository is fetched, a pickle least of all.
+    """
+    from huggingface_hub import hf_hub_download
+
+    _ask_quietly()
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    try:
+        config = Path(hf_hub_download(name, CONFIG, revision=revision or None))
+        return Path(hf_hub_download(name, WEIGHTS, revision=config.parent.name)).parent
+    except Exception as error:  # the hub's client raises many kinds
+        reason = first_line(error, 160)
+        raise GrowkitError(
+            f"{path}: no {CONFIG} and {WEIGHTS} to be fetched ({reason}); give a downloaded file instead"
+        ) from None
+
+
+def _ask_quietly() -> None:
+    """Let the hub's client ask for files alone: it would also tell torch's version and look up what it runs under."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_page_loads_nothing_and_forbids_loading() -> None:
     assert not [attrs for _, attrs in page.elements if "src" in attrs or not (attrs.get("href") or "#").startswith("#")]
     assert not re.search(r"https?:|@import|url\((?!#)", html)
     policies = [attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
 
 
 def test_page_is_written_whole(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, browser, find
+from foreign_text import HOSTILE
 from report_samples import SECTIONS, verification, write_run
 from test_report import EVIL
 
 from growkit.files import write_json
-from growkit.report.page import write_report
+from growkit.report.page import render, write_report
+from growkit.report.plot import Bar, Bars, save
 from growkit.report.run import run_report
 
 PROGRAM = find()
@@ -70,6 +72,31 @@ def test_page_that_loads_and_runs_something_is_found_out(tab: Browser, page: Pat
     other.write_text(bare, encoding="utf-8")
     tab.open(other)
     assert "http://localhost:9/x.png" in tab.asked
+
+
+def test_no_script_of_a_file_runs_even_without_the_policy(tab: Browser, tmp_path: Path) -> None:
+    """Escaping holds by itself: the policy, which would forbid scripts, is taken out of the page."""
+    text = " ".join(HOSTILE.values())
+    run = write_run(tmp_path / "run", compared=True, name=text, label=text)
+    content = verification()
+    content["checks"] = [{**one, "name": text, "line": text, "group": text} for one in content["checks"]]
+    content["latency"]["comparisons"] += [{"baseline": text, "ratio": 1.0, "batch": text}]
+    write_json(run.verify / "report.json", content)
+    html = render(run_report(run)).replace("Content-Security-Policy", "x-none")
+    assert html.count("window.ran") > 20
+    run.report.write_text(html, encoding="utf-8")
+    tab.open(run.report)
+    tab.value("document.querySelectorAll('*').forEach(e => { e.click && e.click(); e.onload && e.onload(); })")
+    assert tab.value("window.ran") is None
+    assert tab.asked == [run.report.as_uri()]
+    svg, _ = save(Bars(text, [Bar(text, 1.0, note=text)], "label"), tmp_path, "plot")
+    tab.open(svg)
+    assert tab.value("window.ran") is None
+    assert tab.value("document.querySelector('svg') !== null")
+
+    run.report.write_text(html.replace("&lt;", "<").replace("&gt;", ">"), encoding="utf-8")
+    tab.open(run.report)
+    assert tab.value("window.ran") == 1
 
 
 @pytest.mark.parametrize("width", [360, 1100])

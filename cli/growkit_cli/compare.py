@@ -10,7 +10,19 @@ import typer
 from growkit.compare.settings import CompareSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Device, Force, From, FromSets, NeededData, Resume, Run, Sets, with_settings
+from growkit_cli.options import (
+    AsJson,
+    Device,
+    Force,
+    From,
+    FromSets,
+    NeededData,
+    Resume,
+    Run,
+    Sets,
+    SourceArgument,
+    with_settings,
+)
 from growkit_cli.progress import following, telling
 
 
@@ -22,7 +34,7 @@ from growkit_cli.progress import following, telling
     skip=("lr", "eval_every", "tensorboard", "shard"),
 )
 def compare(
-    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    source: SourceArgument,
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
     data: NeededData,
     settings: CompareSettings,

@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from growkit.text import visible
+
 LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how wide they are
 
 
@@ -29,16 +31,16 @@ class Console:
             self.rich.width = LOG_WIDTH
 
     def say(self, line: str) -> None:
-        """Print one plain line; names from files cannot smuggle in markup."""
-        self.rich.print(line, markup=False)
+        """Print one plain line; names from files smuggle in no markup, no order to the terminal, no second line."""
+        self.rich.print(visible(line), markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table; the first column is left-aligned, the others right-aligned."""
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=_cell(title), title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if index else "left", no_wrap=index == 0)
+            table.add_column(_cell(column), justify="right" if index else "left", no_wrap=index == 0)
         for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
+            table.add_row(*map(_cell, row))
         if Measurement.get(self.rich, self.rich.options.update(max_width=10**4), table).minimum > self.rich.width:
             self._blocks(title, columns, rows)  # a cut number is worse than a long page
         else:
@@ -92,6 +94,11 @@ class Console:
                 live.stop()
 
 
+def _cell(content: object) -> str:
+    """What rich shows as `content`, letter for letter."""
+    return escape(visible(content))
+
+
 class Bar:
     """What long work reports to: `update(done, note)`; `note` holds loss, score, rate."""
 
@@ -104,10 +111,10 @@ class RichBar(Bar):
 
     def __init__(self, progress: Progress, title: str, total: int):
         self.live = progress
-        self.task = progress.add_task(escape(title), total=total, note="")
+        self.task = progress.add_task(_cell(title), total=total, note="")
 
     def update(self, done: float, note: str = "") -> None:
-        self.live.update(self.task, completed=done, note=escape(note))
+        self.live.update(self.task, completed=done, note=_cell(note))
 
 
 class PlainBar(Bar):

@@ -63,7 +63,8 @@ def _demo(console: Console, out: Path) -> None:
     console.say(f"{write_digits(out / 'digits')} digits, 8 x 8 pixels, in {digits}")
 
     def growkit(*arguments: str) -> None:
-        console.say(f"\n$ growkit {shlex.join(arguments)}")
+        console.say("")
+        console.say(f"$ growkit {shlex.join(arguments)}")
         status = app([*arguments], standalone_mode=False)
         if status in INTERRUPTED:
             raise typer.Exit(status)
@@ -100,7 +101,8 @@ def _demo(console: Console, out: Path) -> None:
     growkit("export", "--onnx", *here)
     growkit("evaluate", *data, "--against", str(run.trained), "--workers", "0", *here)
     growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
-    console.say("\nThe same bigger model from nothing, for the same compute:")
+    console.say("")
+    console.say("The same bigger model from nothing, for the same compute:")
     steps = str(equal_compute(run))
     beside = ("--run", str(baseline.path))
     growkit(

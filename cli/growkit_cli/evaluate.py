@@ -22,7 +22,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--against",
-            help="Source to hold the model against, image by image: a folder, a checkpoint, timm:NAME or an .onnx.",
+            help="Source to hold the model against, image by image: a folder, a checkpoint, timm:NAME, "
+            "hf-hub:OWNER/NAME or an .onnx.",
             show_default=False,
         ),
     ] = None,

@@ -19,6 +19,7 @@ from growkit_cli.options import (
     Resume,
     Run,
     Sets,
+    SourceArgument,
     with_settings,
 )
 from growkit_cli.processes import on_processes
@@ -36,7 +37,7 @@ from growkit_cli.progress import ended, telling, watching
 )
 @on_processes
 def grow(
-    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    source: SourceArgument,
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
     settings: GrowSettings,
     operator: FitSettings,

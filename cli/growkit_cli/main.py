@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from growkit import __version__
-from growkit.errors import GrowkitError, Terminated, printable
+from growkit.errors import GrowkitError, Terminated
 from growkit_cli import (
     compare,
     demo,
@@ -103,9 +103,10 @@ def main() -> None:
             raise
         from rich.console import Console
 
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {printable(str(error))}", style="red", markup=False
-        )
+        from growkit.text import visible
+
+        line = f"error: {visible(error)}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")

@@ -37,6 +37,12 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="A .pth, .pt or .safetensors, a model folder, timm:NAME, or hf-hub:OWNER/NAME."
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override an argument of the architecture, as --set depth=8; repeatable."),

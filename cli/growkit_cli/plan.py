@@ -5,11 +5,11 @@ from typing import Annotated
 import typer
 
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets
+from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument
 
 
 def plan(
-    source: Annotated[str, typer.Argument(help="A .pth, .pt or .safetensors, a model folder, or timm:NAME.")],
+    source: SourceArgument,
     to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
     sets: Sets = None,
     from_: From = None,

@@ -223,12 +223,17 @@ def with_file(
             stock=(source.architecture.name, source.architecture.arguments),
             weights_sha256=source.sha256 or None,
             labels=source.labels,
-            reference=file.parent if (file.parent / "test_data_set_0").is_dir() else None,
+            reference=data_sets_beside(file),
             golden=golden,
             data=batches,
             pictures=pictures,
             progress=lambda done, note: bar(total).update(done, note),
         )
+
+
+def data_sets_beside(file: Path) -> Path | None:
+    """The folder of a file's own reference data, where `growkit export` left them."""
+    return file.parent if (file.parent / "test_data_set_0").is_dir() else None
 
 
 def leave_script(
@@ -255,7 +260,7 @@ def leave_script(
         model=model,
         file=file,
         settings=settings,
-        reference=file.parent if (file.parent / "test_data_set_0").is_dir() else None,
+        reference=data_sets_beside(file),
         from_=from_,
         sets=sets or (),
     )

@@ -16,6 +16,7 @@ from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GrowkitError, first_line
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
+ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
 
 
 def full_name(name: str) -> str:
@@ -44,14 +45,13 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
     Raises:
         GrowkitError: not KEY=VALUE, or no such argument; the nearest are offered.
     """
-    known = [p.name for p in inspect.signature(VisionTransformer).parameters.values()]
     arguments = {}
     for item in sets:
         key, equals, value = item.partition("=")
         if not equals:
             raise GrowkitError(f"--set {item}: expected KEY=VALUE, as in --set depth=8")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.3)
+        if key not in ARGUMENTS:
+            near = difflib.get_close_matches(key, ARGUMENTS, n=3, cutoff=0.3)
             raise GrowkitError(f"--set {item}: no argument {key!r}; nearest: {', '.join(near)}")
         try:
             arguments[key] = ast.literal_eval(value)
@@ -77,6 +77,9 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
     Raises:
         GrowkitError: timm refuses the arguments, or the network is no plain VisionTransformer.
     """
+    # timm.create_model takes others, which fetch weights (pretrained, pretrained_cfg) or read files (checkpoint_path)
+    if strange := [key for key in arguments if key not in ARGUMENTS]:
+        raise GrowkitError(f"{name}: {strange[0]!r} is no argument of a VisionTransformer; take it out of model_args")
     try:
         with torch.device(device):
             model = timm.create_model(name, **arguments)

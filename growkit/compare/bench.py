@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from growkit.arch import build
 from growkit.arch.spec import Architecture
+from growkit.checkpoint import write_tensors
 from growkit.compare.arms import LONGER, Arm
 from growkit.errors import GrowkitError
 from growkit.files import read_json, whole_file, write_json
@@ -100,7 +101,7 @@ class Bench:
                     fitted = _fit(grown, self.data, recipe, self.device, folder, None, watch)
                     model = grown.materialize()
                     with whole_file(kept) as partial:
-                        save_file(model.cpu().state_dict(), partial)
+                        write_tensors(partial, model.cpu().state_dict())
                     found |= {
                         "flops": fitted.flops_per_step * fitted.steps,
                         "seconds": fitted.seconds,

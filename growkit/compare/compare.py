@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from growkit import __version__
 from growkit.adapt import with_classes, with_input
 from growkit.arch import find_target
 from growkit.arch.spec import Architecture
+from growkit.checkpoint import write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, Watch
 from growkit.compare.figures import ArmFigures, arm_figures
@@ -179,7 +180,7 @@ class Comparison:
             self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason_of(error)})")
             return
         with whole_file(folder / "model.safetensors") as partial:
-            save_file({name: t.contiguous() for name, t in start.model.cpu().state_dict().items()}, partial)
+            write_tensors(partial, start.model.cpu().state_dict())
         write_json(folder / "result.json", {**facts, "operator_lr": operator_lr, **trained})
         self.say(
             f"[{self.finished}/{self.total}] {cell.name}: held-out top-1 {trained['final']['top1']:.2%}, "

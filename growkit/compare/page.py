@@ -1,5 +1,6 @@
 """A comparison as tables, plots and one page; the same rows for the terminal, the README and the report."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from growkit.compare.settings import numbers
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
 from growkit.report.plot import Bar, Bars, Plot, Series, save
+from growkit.text import visible
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
 
@@ -235,13 +237,13 @@ def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
     on = ", ".join(f"{name} {seen[name]}" for name in ("python", "torch", "timm", "growkit") if name in seen)
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['torch_threads']} threads"
     parts = [
-        *report.summary,
-        *report.sections[0].text.splitlines(),
+        *map(_in_markdown, report.summary),
+        *map(_in_markdown, report.sections[0].text.splitlines()),
         _markdown_table(main_table(arms, content["settings"]["metric"])),
         _markdown_table(cost_table(arms)),
-        *(f"Failed: {arm.name}, {line}" for arm in arms for line in arm.failures),
-        f"{where}; {on}.",
-        f"    {content['command']}",
+        *(_in_markdown(f"Failed: {arm.name}, {line}") for arm in arms for line in arm.failures),
+        _in_markdown(f"{where}; {on}."),
+        f"    {visible(content['command'])}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -249,7 +251,12 @@ def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
 def _markdown_table(rows: Rows) -> str:
     columns, body = rows
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_in_markdown, line)) + " |" for line in lines)
+
+
+def _in_markdown(text: str) -> str:
+    """Text that no reader of Markdown takes for a column, a link, emphasis, code or HTML."""
+    return re.sub(r"[\\|`\[\]*~]|\b_|_\b|(?<=_)_", r"\\\g<0>", visible(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def write_pages(folder: Path, content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> None:

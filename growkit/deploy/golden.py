@@ -31,7 +31,7 @@ from growkit.deploy.numbers import in_batches, relative, rms
 from growkit.deploy.parts import core_session
 from growkit.deploy.reference import Preprocessing, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.runtime import open_session
-from growkit.deploy.store import files_of, read_graph, sha256_of_files
+from growkit.deploy.store import files_of, json_in, props_of, read_graph, sha256_of_files
 from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, whole_folder, write_json
 from growkit.record import versions
@@ -155,12 +155,13 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
     if not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
     proto = read_graph(file, weights=False)
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     provenance, prepared, form = (
-        _object(props.get("growkit.provenance")),
-        _object(props.get("preprocessing")),
+        _object(json_in(props, "growkit.provenance")),
+        _object(json_in(props, "preprocessing")),
         form_of(props),
     )
+    labels = json_in(props, "labels")
     if prepared:
         session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
     else:
@@ -181,7 +182,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         run=run,
         answers=run,
         provider=session.provider,
-        labels=tuple(json.loads(props["labels"])) if "labels" in props else None,
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
     )
 
 
@@ -495,12 +496,8 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _object(text: str | None) -> dict[str, Any]:
-    """The JSON object in `text`; empty where there is none."""
-    try:
-        value = json.loads(text or "")
-    except ValueError:
-        return {}
+def _object(value: Any) -> dict[str, Any]:
+    """`value` where it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, normalised
-from growkit.errors import GrowkitError, printable
+from growkit.errors import GrowkitError
 from growkit.pictures import SUFFIXES, open_picture
+from growkit.text import visible
 
 SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -54,7 +55,7 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
     shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)][:most]
     if not shown:
         raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
-    return {printable(str(name)): open_picture(str(path), MODES[channels]) for name, path in shown}
+    return {visible(name): open_picture(str(path), MODES[channels]) for name, path in shown}
 
 
 def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.ndarray:

@@ -1,18 +1,15 @@
 """JUnit XML from checks, for the CI systems that show it; valid by the schemas of ant's task and of Jenkins."""
 
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from datetime import datetime
 
 from growkit.deploy.checks import Check, shown
-
-# XML 1.0 has no way to write these, escaped or not
-UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from growkit.text import visible
 
 
 def junit_xml(checks: Sequence[Check], *, suite: str, started: datetime, seconds: float) -> str:
-    """One test case per check; an inconclusive check is a skipped case.
+    """One test case per check; an inconclusive check is a skipped case. What XML cannot hold is spelled out.
 
     started  when the checks began, in UTC; seconds is what all of them took: a single check has no time of its own
     """
@@ -24,32 +21,29 @@ def junit_xml(checks: Sequence[Check], *, suite: str, started: datetime, seconds
         "skipped": sum(c.verdict == "inconclusive" for c in checks),
     }
     attributes = {
-        "name": _clean(suite),
+        "name": visible(suite),
         "timestamp": started.strftime("%Y-%m-%dT%H:%M:%S"),  # the schemas know no time zone
         "hostname": "localhost",  # they ask for one; a report that travels names no machine
         "time": f"{seconds:.3f}",
-        "package": _clean(suite),
+        "package": visible(suite),
         "id": "0",
         **{name: str(count) for name, count in counts.items()},
     }
     element = ET.SubElement(root, "testsuite", attributes)
     ET.SubElement(element, "properties")
     for c in checks:
-        named = {"classname": f"{_clean(suite)}.{c.group}", "name": _clean(c.name), "time": "0.000"}
+        named = {"classname": visible(f"{suite}.{c.group}"), "name": visible(c.name), "time": "0.000"}
         case = ET.SubElement(element, "testcase", named)
         if c.verdict == "fail":
-            outcome = ET.SubElement(case, "failure", {"message": _clean(c.line), "type": c.group})
+            outcome = ET.SubElement(case, "failure", {"message": visible(c.line), "type": visible(c.group)})
         elif c.verdict == "inconclusive":
-            outcome = ET.SubElement(case, "skipped", {"message": _clean(c.line)})
+            outcome = ET.SubElement(case, "skipped", {"message": visible(c.line)})
         else:
             continue
         # GitLab shows the text alone, others the message
-        outcome.text = _clean(f"{c.line}\nmeasured {shown(c.measured)}, allowed {shown(c.limit)}")
+        lines = (c.line, f"measured {shown(c.measured)}, allowed {shown(c.limit)}")
+        outcome.text = "\n".join(map(visible, lines))
     ET.SubElement(element, "system-out")
     ET.SubElement(element, "system-err")
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
-
-
-def _clean(text: str) -> str:
-    return UNWRITABLE.sub("?", text)

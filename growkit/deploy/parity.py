@@ -33,7 +33,7 @@ from growkit.deploy.reference import (
     truth_of,
 )
 from growkit.deploy.runtime import Session
-from growkit.deploy.store import bytes_unread, files_of, read_graph
+from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph
 from growkit.deploy.structure import sizes_claimed, structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
@@ -107,7 +107,7 @@ def check_parity(
         files = files_of(file)
         proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
-        form = form_of({p.key: p.value for p in proto.metadata_props})
+        form = form_of(props_of(proto))
         session = whole_session(file, form, provider=provider)
     except GrowkitError:
         raise

@@ -7,6 +7,9 @@ from string import Template
 
 from growkit.deploy.parity import Parity
 from growkit.deploy.settings import VerifySettings
+from growkit.text import clipped, visible
+
+LINE = 500  # characters of a finding
 
 _SCRIPT = Template('''\
 """Show again what `growkit verify` said no to, and exit 1 while it is so:
@@ -73,10 +76,10 @@ def failing_input_is_wrong(network, file: Path) -> bool:
 def main() -> int:
     """0 when the file answers like the model, 1 when not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="model folder, .pth, .safetensors or timm:NAME")
+    parser.add_argument("--model", default=MODEL, help="model folder, checkpoint, timm:NAME or hf-hub:OWNER/NAME")
     parser.add_argument("--onnx", type=Path, default=HERE / FILE, help="the ONNX file")
     given = parser.parse_args()
-    model = given.model if given.model != MODEL or MODEL.startswith("timm:") else str(HERE / MODEL)
+    model = given.model if given.model != MODEL or not (HERE / MODEL).exists() else str(HERE / MODEL)
     source = load_source(model, $from_, $sets)
     network = source.model()
     if FAILING is not None and failing_input_is_wrong(network, given.onnx):
@@ -118,13 +121,13 @@ def reproduction(
 
     model, from_, sets  as source.load_source takes them
     """
-    findings = "\n".join(f"    {c.group}: {c.line}" for c in parity.failed[:12])
+    findings = "\n".join(f"    {clipped(visible(f'{c.group}: {c.line}'), LINE)}" for c in parity.failed[:12])
     if len(parity.failed) > 12:
         findings += f"\n    and {len(parity.failed) - 12} more"
     return _SCRIPT.substitute(
         # it stands in a docstring
         findings=findings.replace("\\", "/").replace('"""', "'''"),
-        model=repr(model if model.startswith("timm:") else _seen_from(folder, Path(model))),
+        model=repr(_seen_from(folder, Path(model)) if os.path.exists(model) else model),
         file=repr(_seen_from(folder, file)),
         reference=repr(_seen_from(folder, reference) if reference is not None else None),
         failing=repr(parity.figures.get("failing")),

@@ -27,6 +27,7 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 ELSE_CPU = "; or use --provider cpu"
+ort.disable_telemetry_events()  # the builds for Windows would report to their maker
 _DEVICE_ERROR = re.compile(r"CUDA failure \d+: [^;\n]*[^;\s]")
 
 

@@ -70,8 +70,3 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
         raise GrowkitError(f"{value.name!r} has no shape in the file, so Triton cannot be told one; export it again")
     dims = kind.shape.dim
     return Tensor(value.name, datatype, tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims))
-
-
-def props_of(proto: onnx.ModelProto) -> dict[str, str]:
-    """The file's own metadata."""
-    return {entry.key: entry.value for entry in proto.metadata_props}

@@ -5,8 +5,10 @@ believed: only plain names beside it are read.
 """
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import onnx
 from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
@@ -32,6 +34,7 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
     with whole_files(path.parent, data.name, path.name) as folder:
         convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
         onnx.save_model(proto, f"{folder}/{path.name}")
+        Path(folder, data.name).chmod(Path(folder, path.name).stat().st_mode)  # onnx makes it its owner's alone
     return path, data
 
 
@@ -55,6 +58,20 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     return proto
 
 
+def props_of(proto: onnx.ModelProto) -> dict[str, str]:
+    """The file's own metadata."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def json_in(props: Mapping[str, str], key: str) -> Any:
+    """What metadata holds under `key` as JSON: None where it holds nothing, the text itself where that is no JSON."""
+    text = props.get(key)
+    try:
+        return json.loads(text) if text is not None else None
+    except (ValueError, RecursionError):  # brackets in brackets in brackets
+        return text
+
+
 def form_in(path: Path) -> Form:
     """The form that a file says it has; the plain one of a file that cannot be read, which its checks will tell.
 
@@ -65,7 +82,7 @@ def form_in(path: Path) -> Form:
         proto = onnx.load_model(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds
         return Form()
-    return form_of({entry.key: entry.value for entry in proto.metadata_props})
+    return form_of(props_of(proto))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:

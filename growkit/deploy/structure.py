@@ -18,7 +18,7 @@ from growkit.deploy.checks import Check, check
 from growkit.deploy.form import CONTRIB, Form
 from growkit.deploy.pixels import INPUT
 from growkit.deploy.reference import Preprocessing
-from growkit.deploy.store import without_weights
+from growkit.deploy.store import json_in, props_of, without_weights
 
 RANDOM = {
     "Bernoulli",
@@ -206,8 +206,8 @@ def _metadata(
     weights_sha256: str | None,
     labels: list[str] | None,
 ) -> list[Check]:
-    props = {p.key: p.value for p in proto.metadata_props}
-    stored = _json(props.get("preprocessing"))
+    props = props_of(proto)
+    stored = json_in(props, "preprocessing")
     wanted = json.loads(json.dumps(prepared))
     checks = [
         check(
@@ -220,7 +220,7 @@ def _metadata(
         )
     ]
     if weights_sha256 is not None:
-        provenance = _json(props.get("growkit.provenance"))
+        provenance = json_in(props, "growkit.provenance")
         found = provenance.get("weights_sha256") if isinstance(provenance, dict) else None
         same = found == weights_sha256
         line = f"exported from weights {_short(found)}" + (
@@ -228,18 +228,11 @@ def _metadata(
         )
         checks.append(check("structure", "exported from this model", same, str(found), weights_sha256, line))
     if labels is not None:
-        found = _json(props.get("labels"))
+        found = json_in(props, "labels")
         same = found == labels
         line = "class names in the file are " + ("the model's" if same else "not the model's")
         checks.append(check("structure", "labels", same, str(found), str(labels), line))
     return checks
-
-
-def _json(text: str | None) -> Any:
-    try:
-        return json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):  # brackets in brackets in brackets
-        return text
 
 
 def _short(sha256: str | None) -> str:

@@ -5,7 +5,6 @@ NAME/config.pbtxt  NAME/metadata.json  NAME/labels.txt  NAME/warmup/*.bin  NAME/
 The config is made as the published message, not as text, and what was written is checked before it appears.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import onnx
 from onnx import numpy_helper
 
 from growkit.deploy.settings import TritonSettings
-from growkit.deploy.signature import Signature, Tensor, load_graph, props_of, signature_of
-from growkit.deploy.store import files_of
+from growkit.deploy.signature import Signature, Tensor, load_graph, signature_of
+from growkit.deploy.store import files_of, json_in, props_of
 from growkit.deploy.triton_check import (
     MODEL,
     VERSIONS_SERVED,
@@ -34,6 +33,7 @@ from growkit.deploy.triton_check import (
 )
 from growkit.errors import GrowkitError
 from growkit.files import whole_folder, write_json
+from growkit.text import visible
 
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -115,8 +115,8 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
 
 def default_name(proto: onnx.ModelProto) -> str:
     """The architecture that the file says it holds, or 'model'."""
-    provenance = json.loads(props_of(proto).get("growkit.provenance", "{}"))
-    return str(provenance.get("architecture") or "model")
+    provenance = json_in(props_of(proto), "growkit.provenance")
+    return str((isinstance(provenance, dict) and provenance.get("architecture")) or "model")
 
 
 def _text(config: Any) -> str:
@@ -125,8 +125,8 @@ def _text(config: Any) -> str:
 
 def _labels(proto: onnx.ModelProto) -> list[str] | None:
     """Class names of the file's metadata, each on one line, for Triton reads them line by line."""
-    stored = props_of(proto).get("labels")
-    return [" ".join(str(label).split()) for label in json.loads(stored)] if stored else None
+    stored = json_in(props_of(proto), "labels")
+    return [visible(" ".join(str(label).split())) for label in stored] if isinstance(stored, list) else None
 
 
 def _configured(

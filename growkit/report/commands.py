@@ -59,7 +59,8 @@ def command_line(step: Step, facts: Facts) -> str:
 def in_lines(command: str) -> str:
     """A long command over several lines, broken before options, so that it can still be copied."""
     lines = [""]
-    for part in re.split(r" (?=--)", command):
+    # never inside quotes, where the backslash of a broken line would be a part of the word
+    for part in re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*"|['"]|\s(?!--))+""", command):
         if lines[-1] and len(lines[-1]) + len(part) > WIDTH:
             lines.append(f"    {part}")
         else:

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_markup
 from pathlib import Path
 
 from growkit import __version__
 from growkit.files import whole_file
 from growkit.report.plot import Chart, draw, scientific
+from growkit.text import visible
 
 WIDE = 9  # columns above which a table is set small in print
 WORD = 20  # letters above which print may break a word
 CONTENTS = 4  # sections from which on a page has a list of them
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 class Mark(str):
@@ -152,12 +154,11 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """The page. All text is escaped, and a browser is told to load and run nothing."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    """The page. All text is escaped, and a browser is told to load, run and send nothing."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<header>\n<h1>{escape(report.title)}</h1>",
@@ -172,6 +173,11 @@ def render(report: Report) -> str:
             f"</main>\n<footer>growkit {__version__}</footer>\n</body>\n</html>\n",
         ]
     )
+
+
+def escape(text: str) -> str:
+    """Text as it stands on the page; no part of it is markup, none is invisible."""
+    return escape_markup(visible(text))
 
 
 def cell(value: object) -> str:
@@ -236,7 +242,8 @@ def _part(part: Section) -> str:
 def _body(section: Section) -> str:
     """Everything below a heading."""
     parts = [f"<p>{escape(line)}</p>" for line in section.text.splitlines() if line.strip()]
-    parts += [f'<pre tabindex="0">{escape(line)}</pre>' for line in section.code]
+    codes = ("\n".join(map(escape, code.split("\n"))) for code in section.code)
+    parts += [f'<pre tabindex="0">{code}</pre>' for code in codes]
     if section.table is not None and section.table.rows:
         parts.append(_table(section.table))
     if section.plots:

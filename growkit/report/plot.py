@@ -7,13 +7,14 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growkit.files import whole_file
+from growkit.text import clipped, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.8, 3.1  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
 POINTS = 400  # per series; more would only make the page heavy
 DPI = 250  # of PNG files
-TICK = 36  # characters of the name of a bar
+TICK = 36  # characters beside a bar, or along the height
+TEXT = 80  # characters of any other text
 # The page's --line-0 to --line-5, --ink, --soft and --grid in light.
 COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
@@ -52,6 +54,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
 }
+TAG = re.compile(r"<[^>]*>")  # in text and attributes matplotlib writes < and > as entities
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
@@ -125,6 +128,7 @@ def _power(value: float) -> str:
 
 def draw(plot: Chart) -> str:
     """The chart as an <svg> element in the page's colours; a sentence where there is nothing finite to show."""
+    plot = _legible(plot)
     if not _finite(plot):
         return f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
     svg = _render(plot, "svg", transparent=True).decode()
@@ -132,15 +136,19 @@ def draw(plot: Chart) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would hold for the whole page
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    # Ids are of the page, not of the drawing: none that nobody refers to, and the others unlike any other plot's.
     prefix = "p" + sha256(svg.encode()).hexdigest()[:8]
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    used = {name for tag in TAG.findall(svg) for name in re.findall(r'(?:url\(#|href="#)([^)"]+)', tag)}
+
+    def adapted(tag: str) -> str:
+        """A tag in the page's font and colours; ids only where something refers to them, unlike any other plot's."""
+        tag = tag.replace("xlink:href", "href")
+        tag = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", tag)
+        for colour, variable in VARIABLES.items():
+            tag = tag.replace(colour, variable)
+        tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", tag)
+        return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", tag)
+
+    svg = TAG.sub(lambda found: adapted(found[0]), svg)  # words between tags stay as they are
     head = re.search(r'viewBox="[^"]*"', svg)
     assert head is not None
     style = "stroke-linejoin: round; stroke-linecap: butt"
@@ -150,6 +158,7 @@ def draw(plot: Chart) -> str:
 
 def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
     """Write `name`.svg and `name`.png into the folder, on white; nothing where there is nothing finite to show."""
+    plot = _legible(plot)
     if not _finite(plot):
         return ()
     paths = tuple(folder / f"{name}.{kind}" for kind in ("svg", "png"))
@@ -157,6 +166,17 @@ def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
         with whole_file(path) as partial:
             partial.write_bytes(_render(plot, path.suffix[1:], transparent=False, title=True))
     return paths
+
+
+def _legible(drawn: Any) -> Any:
+    """A chart, or a part of one, whose words can be drawn whatever file they came from."""
+    if isinstance(drawn, str):
+        return clipped(visible(drawn), TEXT)
+    if isinstance(drawn, list | tuple):
+        return tuple(map(_legible, drawn))
+    if is_dataclass(drawn) and not isinstance(drawn, type):
+        return replace(drawn, **{field.name: _legible(getattr(drawn, field.name)) for field in fields(drawn)})
+    return drawn
 
 
 def _finite(plot: Chart) -> bool:
@@ -227,7 +247,7 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
         names.append(plot.reference[0])
     axes.grid(True)
     axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
+    axes.set_ylabel(clipped(plot.y_label, TICK))
     if len(names) > 1:
         figure.legend(drawn, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 26 else 2)
 
@@ -253,11 +273,11 @@ def _bars(axes: "Axes", plot: Bars) -> None:
             )
             end = max(end, bar.high)
         shown = "" if bar.value is None or not math.isfinite(bar.value) else _digits(bar.value)
-        text = "  ".join(part for part in (shown, bar.note) if part)
+        text = "  ".join(part for part in (shown, _tick(bar.note)) if part)
         axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
         ends.append(end)
     low = min([0.0, *values, *(bar.low for bar in plot.bars if bar.low is not None)])
-    longest = max(len(bar.note) for bar in plot.bars)
+    longest = max(len(_tick(bar.note)) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
     axes.set_yticks(list(places), [_tick(bar.name) for bar in plot.bars])
@@ -280,11 +300,13 @@ def _dots(axes: "Axes", plot: Dots) -> None:
         low, high = min(low, value), max(high, value)
         xerr = [[value - low], [high - value]]
         axes.errorbar(value, place, xerr=xerr, fmt="o", color=COLOURS[0], ecolor=INK, capsize=3, linewidth=1.2)
-        text = "  ".join(part for part in (f"{value:.2f}", bar.note) if part)
+        text = "  ".join(part for part in (f"{value:.2f}", _tick(bar.note)) if part)
         axes.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         reach += [low, high]
     span = (max(reach) - min(reach)) or 1.0
-    axes.set_xlim(min(reach) - 0.06 * span, max(reach) + span * (0.2 + 0.02 * max(len(bar.note) for bar in rows)))
+    axes.set_xlim(
+        min(reach) - 0.06 * span, max(reach) + span * (0.2 + 0.02 * max(len(_tick(bar.note)) for bar in rows))
+    )
     axes.axvline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
     axes.set_yticks(range(len(rows)), [_tick(bar.name) for bar in rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -294,8 +316,8 @@ def _dots(axes: "Axes", plot: Dots) -> None:
 
 
 def _tick(name: str) -> str:
-    """A name that leaves room for its bar."""
-    return name if len(name) <= TICK else name[: TICK - 1] + "…"
+    """A name or a note that leaves room for its bar."""
+    return clipped(name, TICK)
 
 
 def _digits(value: float) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from growkit.errors import GrowkitError, first_line, printable
+from growkit.errors import GrowkitError, first_line
 from growkit.pictures import SUFFIXES, UnreadablePictureError, open_picture, read_picture, unreadable
+from growkit.text import visible
 from growkit.train.settings import FitSettings
 
 
@@ -18,7 +19,7 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
     Raises:
         GrowkitError: a folder is missing or unusable, classes differ, or there is only one.
     """
-    shown = printable(str(path))
+    shown = visible(path)
     if not path.is_dir():
         lies = "is a file" if path.exists() else "no such folder"
         raise GrowkitError(
@@ -57,8 +58,8 @@ def _meant(path: Path, missing: str) -> str | None:
     if missing == "train":
         near = (*path.absolute().parents[:2], *map(path.joinpath, within))
         whole = next((folder for folder in near if (folder / "train").is_dir()), None)
-        return f"give --data {printable(str(whole))}" if whole else None
-    others = [printable(name) for name in within if name != "train"]
+        return f"give --data {visible(whole)}" if whole else None
+    others = [visible(name) for name in within if name != "train"]
     return f"make it, or name the one to evaluate on with --val-split: {', '.join(others[:5])}" if others else None
 
 
@@ -78,12 +79,12 @@ class FolderReader:
 
     def __init__(self, folder: Path):
         self.root = str(folder)
-        shown = printable(self.root)
+        shown = visible(self.root)
         entries = _listed(folder)
         loose = [entry.name for entry in entries if _is_picture(entry)]
         if loose:
             raise GrowkitError(
-                f"{shown}/{printable(min(loose))}: belongs to no class; put images into one folder per class,"
+                f"{shown}/{visible(min(loose))}: belongs to no class; put images into one folder per class,"
                 f" as in {shown}/cat/"
             )
         classes = sorted((entry.name for entry in entries if _is_folder(entry)), key=_natural)
@@ -93,7 +94,7 @@ class FolderReader:
         self.samples: list[tuple[str, int]] = []
         for name, label in self.class_to_idx.items():
             if not name.isprintable():  # it would become a label, in files of one label per line, too
-                raise GrowkitError(f"{shown}/{printable(name)}: a class whose name cannot be printed; rename it")
+                raise GrowkitError(f"{shown}/{visible(name)}: a class whose name cannot be printed; rename it")
             self.samples += [(path, label) for path in _pictures(folder / name)]
 
     def __len__(self) -> int:
@@ -105,12 +106,12 @@ class FolderReader:
 
 def _pictures(folder: Path) -> list[str]:
     """Paths of the pictures of one class, in timm's order."""
-    shown = printable(str(folder))
+    shown = visible(folder)
     entries = _listed(folder)
     within = [entry.name for entry in entries if _is_folder(entry)]
     if within:
         raise GrowkitError(
-            f"{shown}/{printable(min(within))}: a folder within a class; put its images into {shown}/ or remove it"
+            f"{shown}/{visible(min(within))}: a folder within a class; put its images into {shown}/ or remove it"
         )
     found = sorted((entry.path for entry in entries if _is_picture(entry)), key=_natural)
     if not found:
@@ -124,7 +125,7 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise GrowkitError(f"{printable(str(folder))}: cannot be listed ({error.strerror})") from None
+        raise GrowkitError(f"{visible(folder)}: cannot be listed ({error.strerror})") from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -40,15 +40,15 @@ def test_everything_that_the_schemas_of_ant_and_jenkins_ask_for_is_there() -> No
     assert [sorted(outcome.attrib) for case in cases for outcome in case] == [["message", "type"], ["message"]]
 
 
-def test_markup_is_escaped_and_unwritable_characters_replaced() -> None:
+def test_markup_is_escaped_and_unwritable_characters_spelled_out() -> None:
     text = junit_xml(CHECKS, suite="<suite>")
     assert "<script>" not in text
     suite = ET.fromstring(text)[0]
     assert suite.get("name") == "<suite>"
     case = suite.findall("testcase")[1]
     assert case.get("name") == '<b>"a" & b</b>'
-    assert case[0].get("message") == 'got <script> & "quotes"?'
-    assert case[0].text == 'got <script> & "quotes"?\nmeasured ]]>, allowed -'
+    assert case[0].get("message") == 'got <script> & "quotes"\\x00'
+    assert case[0].text == 'got <script> & "quotes"\\x00\nmeasured ]]>, allowed -'
 
 
 def test_plain_spells_out_what_json_has_no_word_for() -> None:

@@ -20,8 +20,9 @@ from train_samples import CONFIG, write_images
 
 from growkit.deploy.inputs import read_pictures
 from growkit.deploy.reference import Preprocessing
-from growkit.errors import GrowkitError, printable
+from growkit.errors import GrowkitError
 from growkit.pictures import UnreadablePictureError
+from growkit.text import visible
 from growkit.train.data import Data, hold_out, labels_of, open_data, size_of, train_batches, unaugmented, val_batches
 from growkit.train.loop import fit
 from growkit.train.settings import FitSettings
@@ -45,7 +46,7 @@ def refusal(data: Path | str, settings: FitSettings = PLAIN, config: dict[str, A
     """The one line that refuses to evaluate on `data`."""
     with pytest.raises(GrowkitError) as caught:
         list(val_batches(open_data(str(data), config, settings), settings))
-    assert str(caught.value).isprintable()
+    assert str(caught.value).isvisible()
     return str(caught.value)
 
 
@@ -144,7 +145,7 @@ def test_unreadable_image_is_named_alike_by_workers_by_a_cache_and_for_calibrati
 def test_name_with_control_characters_cannot_steer_the_terminal(folder: Path) -> None:
     (folder / "val" / "cat" / "\x1b[31m\nred\udcff.png").write_text("x")
     assert "/val/cat/\\x1b[31m\\nred\\udcff.png: not a readable" in refusal(folder)
-    assert printable("ünï [red] 猫") == "ünï [red] 猫"
+    assert visible("ünï [red] 猫") == "ünï [red] 猫"
 
 
 def trained(data: Data, settings: FitSettings, first: int, last: int) -> list[tuple[bytes, list[int]]]:
@@ -335,7 +336,7 @@ def test_folder_laid_out_wrongly_is_named_with_its_remedy(folder: Path, what: st
     change, message = LAYOUTS[what]
     change(folder)
     said = refusal(folder)
-    assert said.startswith(printable(str(folder)))
+    assert said.startswith(visible(folder))
     assert message in said
 
 
@@ -415,10 +416,10 @@ def test_pictures_to_verify_with_are_read_likewise(tmp_path: Path) -> None:
     for name in ("._0.png", ".hidden/0.png"):
         (tmp_path / name).write_bytes(b"x")
     found = read_pictures(tmp_path, PREPARED)
-    assert set(found) == {printable(name) for name in SAVED}
+    assert set(found) == {visible(name) for name in SAVED}
     for name in SAVED:
         with Image.open(tmp_path / name) as picture:
-            assert np.array_equal(np.asarray(found[printable(name)]), np.asarray(picture.convert("RGB")))
+            assert np.array_equal(np.asarray(found[visible(name)]), np.asarray(picture.convert("RGB")))
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -429,4 +430,4 @@ def test_unreadable_picture_to_verify_with_is_named(tmp_path: Path, what: str) -
     with pytest.raises(GrowkitError, match=rf"^{tmp_path}/0.png: not a readable picture \(") as caught:
         read_pictures(tmp_path, PREPARED)
     assert reason in str(caught.value)
-    assert str(caught.value).isprintable()
+    assert str(caught.value).isvisible()
