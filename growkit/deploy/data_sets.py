@@ -31,7 +31,7 @@ def write_reference(
     form: Form | None = None,
     run: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> tuple[Path, ...]:
-    """Write test_data_set_0 and test_data_set_1 below `folder`, of BATCHES or of the file's one batch size; returns both.
+    """Write test_data_set_0 and test_data_set_1 below `folder`, of BATCHES or the file's one size; returns both.
 
     form  of the file they are for; what it takes and what it answers with
     run   the file itself; in less than float32 the answers are its own, else they are the float64 truth's
