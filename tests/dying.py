@@ -10,6 +10,8 @@ It reads one JSON job per line and answers with one: {"status", "points", "out",
     remove     a folder that goes at the point, instead of the process
     limit      bytes that a file may have, as on a disk that is full
     forget     what a resumed run is made to lose: "ema", "optimizer" or "random"; the twin that must be found out
+    memory     bytes that it may take beyond what the server has
+    spoil      a program to run before the command: the twin of a growkit that trusts what it is given
 
 The points are counted in the process itself: what Python's audit events tell of renaming, removing, making folders and
 opening files for writing, what is put on the disk by fsync, and updates of optimizers. So a seeded point is the same
@@ -85,6 +87,11 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     if job.get("after"):
         signal.setitimer(signal.ITIMER_REAL, job["after"])
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    if job.get("memory"):
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (own + job["memory"], own + job["memory"]))
+    if job.get("spoil"):
+        exec(job["spoil"], {})
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     register_optimizer_step_pre_hook(points)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import SIGNALS, Ended, Server
 from pairs import published_scale, tiny
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,7 +30,6 @@ from growkit.lock import held
 from growkit_cli.guard import written
 
 ROOT = Path(__file__).parents[1]
-SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}
 SIZES = ("--set", "embed_dim=16", "--set", "depth=2", "--set", "num_heads=2", "--set", "img_size=16")
 TO = ("--to", "vit_tiny", "--set", "embed_dim=32", "--set", "depth=3", "--set", "num_heads=4")
 # everything that a resumed run could lose
@@ -58,57 +57,6 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 READ_HERE = {command: ("--workers", 0) if command == "train" else () for command in COMMANDS}
 RESUMED = ("train", "grow", "finetune", "compare")
 TIMES = ("seconds", "operator_seconds", "images_per_second", "finished", "since")
-
-
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    process: int
-    status: int
-    points: int
-    out: str
-    err: str
-
-
-class Server:
-    """Runs growkit commands in processes of their own; see dying.py."""
-
-    def __init__(self) -> None:
-        here = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "COLUMNS": "200"}
-        here["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "cli")))
-        self.program = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "dying.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=here,
-        )
-        self.kills = 0
-        self.groups: list[int] = []
-
-    def run(self, cwd: Path, arguments: tuple[Any, ...], **job: Any) -> Ended:
-        assert self.program.stdin is not None
-        assert self.program.stdout is not None
-        line = json.dumps({"cwd": str(cwd), "arguments": [str(a) for a in arguments], **job})
-        self.program.stdin.write(line + "\n")
-        self.program.stdin.flush()
-        ended = Ended(**json.loads(self.program.stdout.readline()))
-        self.kills += ended.status in SIGNALS.values()
-        self.groups.append(ended.process)
-        return ended
-
-    def alive(self) -> list[int]:
-        """Processes of commands that ended, which should have ended with them."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = stat.read_text().rpartition(") ")[2].split()[:3]
-            except OSError:
-                continue
-            if int(group) in self.groups and state != "Z":
-                found.append(int(stat.parent.name))
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -593,7 +541,11 @@ with stoppable():
         print("not reached", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped at once\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        130,
+        "",
+        "interrupted; nothing was at work\nstopped at once\n",
+    )
 
 
 # ---- the long run

@@ -52,7 +52,9 @@ def written(command: str, given: Mapping[str, Any]) -> Path | None:
     reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
     if reads or os.environ.get("RANK", "0") != "0":  # torchrun's processes share a run: the first one holds it
         return None
-    return given.get("run")
+    run = given.get("run")
+    # a report of a run that is not there has to say so, and holding it would make it
+    return None if command == "report" and run is not None and not run.exists() else run
 
 
 @contextmanager
