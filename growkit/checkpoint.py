@@ -16,7 +16,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.files import read_json, sha256_of, whole_files, without_folders, write_json
+from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "model.safetensors",
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
 
     Raises:
         GrowkitError: no such file, a folder that is no model, a damaged file, a pickle that needs more than
-            tensors (nothing of it is run), or a file without weights.
+            tensors (nothing of it is run), a file without weights, or one that says to hold more than it does.
     """
     if not path.exists():
         raise GrowkitError(f"{path}: no such file or folder")
@@ -62,13 +62,18 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
         path = path / WEIGHTS
+    refuse_no_file(path)
     raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
     state = clean_state_dict({str(key): value for key, value in raw.items()})
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise GrowkitError(f"{path}: holds no weights; expected a state dict or one under {', '.join(PLAIN_KEYS)}")
-    if not all(value.is_floating_point() for value in state.values()):
-        odd = next(key for key, value in state.items() if not value.is_floating_point())
-        raise GrowkitError(f"{path}: {odd} is {state[odd].dtype}; expected floating-point weights")
+    if len(state) < len(raw):
+        raise GrowkitError(f"{path}: holds weights of one name twice, with and without a prefix; save them once")
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise GrowkitError(f"{path}: {key} is {value.dtype}; expected floating-point weights")
+        if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise GrowkitError(f"{path}: {key} of shape {tuple(value.shape)} is not stored number by number")
     if any(value.dtype is not torch.float32 for value in state.values()):
         kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
         notes = (*notes, f"weights are {', '.join(kinds)}; read as float32")
@@ -119,10 +124,13 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
     # torch.load takes any text for a pickle; a Git LFS pointer or an error page deserves to be called that.
     if start != b"PK" and start[:1] != b"\x80":
         raise GrowkitError(f"{path}: not readable as a torch checkpoint (neither a zip archive nor a pickle)")
+    packed = zipfile.is_zipfile(path)
+    if packed:
+        _refuse_damaged(path)
     try:
         # DeiT's and timm's training checkpoints keep their options in a Namespace: data, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # torch raises a dozen kinds for broken files
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise GrowkitError(
@@ -140,6 +148,24 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
     if plain:
         return content[plain[0]], ((f"took {plain[0]!r}, not {averaged[0]!r}",) if averaged else ())
     return content, ()
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Raise GrowkitError where a zip archive is not as torch writes it, or its contents do not match their checksums.
+
+    torch reads a flipped bit as it is, and what somebody packed it unpacks, however large it becomes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+                raise GrowkitError(f"{path}: a packed archive, which torch.save does not write; save it by torch.save")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({_first_line(error)})") from None
+    if damaged:
+        raise GrowkitError(f"{path}: {damaged} does not match its checksum, so the file is damaged; fetch it again")
 
 
 def _first_line(error: Exception) -> str:

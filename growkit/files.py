@@ -280,14 +280,26 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        GrowkitError: the file is missing or is not JSON.
+        GrowkitError: the file is missing, is none, or is not JSON.
     """
+    refuse_no_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GrowkitError(f"{path}: no such file") from None
+    except RecursionError:
+        raise GrowkitError(f"{path}: not readable as JSON (brackets within brackets without end)") from None
     except (OSError, ValueError) as error:
         raise GrowkitError(f"{path}: not readable as JSON ({error})") from None
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raise GrowkitError where `path` is not there or is no file: reading a pipe or a device might never end."""
+    try:
+        if path.is_file():
+            return
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise GrowkitError(f"{path}: cannot be looked at ({error})") from None
+    raise GrowkitError(f"{path}: {'not a file' if there else 'no such file'}")
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,6 @@
 """SOURCE and MODEL arguments: a file, a model folder, timm:NAME or hf-hub:OWNER/NAME as architecture with weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
 TIMM, HUB = "timm:", "hf-hub:"
 FETCHED = (TIMM, HUB)  # what these begin is fetched from the network, and nothing else is
 
@@ -69,7 +72,7 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
             )
         architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
         architecture.check(checkpoint.state)
-        given = {k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k in PREPROCESSING}
+        given = _prepared_as(path, config.get("pretrained_cfg") or {})
         notes = checkpoint.notes
     else:
         architecture, how = detect(checkpoint.state, hint=Path(path).stem, name=from_, sets=sets)
@@ -152,6 +155,39 @@ def _ask_quietly() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def _prepared_as(path: str, config: object) -> dict[str, Any]:
+    """What a config.json says of how images are prepared.
+
+    Raises:
+        GrowkitError: it is no object, or says what no image can be prepared by; the message names the entry.
+    """
+    if not isinstance(config, dict):
+        raise GrowkitError(f"{path}: pretrained_cfg in its config.json is no object; expected timm's config.json")
+    given = {key: value for key, value in config.items() if key in PREPROCESSING and value is not None}
+    sound = {
+        "mean": lambda value: _numbers(value),
+        "std": lambda value: _numbers(value) and min(value) > 0,
+        "crop_pct": lambda value: _numbers([value]) and value > 0,
+        "interpolation": lambda value: value in (*map(str, INTERPOLATIONS), "random"),
+        "crop_mode": lambda value: value in CROP_MODES,
+    }
+    for key, fits in sound.items():
+        if key in given and not fits(given[key]):
+            raise GrowkitError(
+                f"{path}: {key} in its config.json is {str(given[key])[:40]}; no image is prepared by that"
+            )
+    return given
+
+
+def _numbers(value: object) -> bool:
+    """Whether it is a list of finite numbers."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in value)
+    )
 
 
 def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[str, Any]:

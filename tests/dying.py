@@ -10,6 +10,7 @@ It reads one JSON job per line and answers with one: {"status", "points", "out",
     remove     a folder that goes at the point, instead of the process
     limit      bytes that a file may have, as on a disk that is full
     forget     what a resumed run is made to lose: "ema", "optimizer" or "random"; the twin that must be found out
+    deadline   seconds after which the system ends it, also where Python has no say, as in a graph that never ends
     memory     bytes that it may take beyond what the server has
     spoil      a program to run before the command: the twin of a growkit that trusts what it is given
 
@@ -87,6 +88,9 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     if job.get("after"):
         signal.setitimer(signal.ITIMER_REAL, job["after"])
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    if job.get("deadline"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, job["deadline"])
     if job.get("memory"):
         own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (own + job["memory"], own + job["memory"]))
