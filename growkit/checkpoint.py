@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ WEIGHTS, CONFIG, HISTORY, OPERATOR = (
 LARGEST_HISTORY, LONGEST_WORD = 64 * 2**20, 10_000  # bytes and characters: what growkit.json never reaches
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
+WRAPPERS = ("model.", "backbone.", "module.", "_orig_mod.")  # what Lightning, DDP and compile put before every name
 # What a model expects of its images; it goes with the weights, from the source to the grown model.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -64,7 +66,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         path = path / WEIGHTS
     refuse_no_file(path)
     raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
-    state = clean_state_dict({str(key): value for key, value in raw.items()})
+    state = _unwrapped(clean_state_dict({str(key): value for key, value in raw.items()}))
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise GrowkitError(f"{path}: holds no weights; expected a state dict or one under {', '.join(PLAIN_KEYS)}")
     if len(state) < len(raw):
@@ -129,7 +131,8 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
         _refuse_damaged(path)
     try:
         # DeiT's and timm's training checkpoints keep their options in a Namespace: data, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript archive")  # refused below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # torch raises a dozen kinds for broken files
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -166,6 +169,13 @@ def _refuse_damaged(path: Path) -> None:
         raise GrowkitError(f"{path}: not readable as a torch checkpoint ({_first_line(error)})") from None
     if damaged:
         raise GrowkitError(f"{path}: {damaged} does not match its checksum, so the file is damaged; fetch it again")
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries without the wrappers that stand before every name."""
+    while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state
 
 
 def _first_line(error: Exception) -> str:

@@ -88,8 +88,14 @@ class Touch:
         prefixed("_orig_mod.module."),
         prefixed("module._orig_mod."),
         {"model": prefixed("_orig_mod.module.")},
+        {"state_dict": prefixed("model."), "epoch": 3},
+        {"state_dict": prefixed("model._orig_mod.")},
+        {"state_dict": prefixed("module.backbone.")},
     ],
-    ids=["bare", "model", "state_dict", "training", "module", "orig_mod", "both", "both turned", "nested and both"],
+    ids=[
+        *("bare", "model", "state_dict", "training", "module", "orig_mod", "both", "both turned", "nested and both"),
+        *("lightning", "lightning compiled", "backbone in DDP"),
+    ],
 )
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
 def test_published_torch_forms_give_the_tensors_and_nothing_to_say(tmp_path: Path, content: dict, as_zip: bool) -> None:

@@ -1,0 +1,56 @@
+"""Every option of every command, found by introspection, mistyped: exit status 2 and one message that names it."""
+
+import sys
+from typing import Any, get_args
+
+import pytest
+import typer
+
+from growkit_cli import main as program
+
+COMMANDS: dict[str, Any] = typer.main.get_command(program.app).commands  # type: ignore[attr-defined]
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What the program says to the words, which it must refuse as bad usage."""
+    monkeypatch.setattr(sys, "argv", ["growkit", *words])
+    with pytest.raises(SystemExit) as left:
+        program.main()
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (2, ""), words
+    assert "Traceback" not in err, words
+    return err
+
+
+def is_number(option: Any) -> bool:
+    """Whether the option takes a number."""
+    annotation = option.type_descriptor.annotation
+    return bool({int, float} & {annotation, *get_args(annotation)})
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_mistyped_option_is_named(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = COMMANDS[command].params
+    options = [p for p in parameters if p.param_type_name == "option"]
+    assert options
+    for option in options:
+        name = option.opts[0]
+        rest = [p for p in parameters if p.required and p is not option]
+        needed = [w for p in rest for w in ((p.opts[0], "x") if p.param_type_name == "option" else ("x",))]
+        mistakes = [[f"{name}-typo"]]
+        if option.is_flag:
+            mistakes.append([f"{name}=abc"])
+        else:
+            mistakes.append([name])
+            if is_number(option):
+                mistakes += [[name, "abc"], [name, ""]]
+        for mistake in mistakes:
+            assert name in refused(capsys, monkeypatch, command, *needed, *mistake), (command, mistake)
+
+
+def test_numbers_are_recognised() -> None:
+    """Without this, a change in typer's internals would quietly leave the numbers out."""
+    numbers = {p.opts[0] for p in COMMANDS["finetune"].params if p.param_type_name == "option" and is_number(p)}
+    assert {"--epochs", "--lr", "--seed", "--workers"} <= numbers
