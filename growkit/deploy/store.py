@@ -15,8 +15,9 @@ from onnx.external_data_helper import convert_model_to_external_data, load_exter
 
 from growkit.deploy.form import Form, form_of
 from growkit.errors import GrowkitError, first_line
-from growkit.files import whole_file, whole_files
+from growkit.files import refuse_no_file, whole_file, whole_files
 
+LOOPS = ("Loop", "Scan")
 LIMIT = 2**31 - 1 - 2**24  # bytes of weights in one file; the graph itself needs a few MB
 SUFFIX = ".data"
 
@@ -42,10 +43,14 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     """Read a graph, with its weights in it wherever they lie.
 
     Raises:
-        GrowkitError: it says that weights lie outside its folder, or they are missing or cut short.
+        GrowkitError: it is no file, says that weights lie outside its folder, or they are missing or cut short; or it
+            holds a loop, for that may never end.
         Exception: what protobuf raises on bytes that are no ONNX file.
     """
+    refuse_no_file(path)
     proto = onnx.load_model(str(path), load_external_data=False)
+    if loop := next((node.op_type for node in nodes(proto) if node.op_type in LOOPS), None):
+        raise GrowkitError(f"{path}: holds a {loop}, which may never end and no ViT has; export the model again")
     for tensor in tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _refuse_outside(path, tensor)
@@ -78,6 +83,7 @@ def form_in(path: Path) -> Form:
     Raises:
         GrowkitError: what it says is not what growkit writes.
     """
+    refuse_no_file(path)
     try:
         proto = onnx.load_model(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds
@@ -133,27 +139,34 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Stored tensors: initializers and those in the attributes of nodes, functions and branches included."""
-    yield from _in_graph(proto.graph)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _in_node(node)
+    for part in _parts(proto):
+        if isinstance(part, onnx.GraphProto):
+            yield from part.initializer
+            for sparse in part.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+        for node in part.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
 
 
-def _in_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _in_node(node)
+def nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, functions and branches included."""
+    for part in _parts(proto):
+        yield from part.node
 
 
-def _in_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            yield from _in_graph(graph)
+def _parts(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, the functions, and the branches within them, however deep."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    while waiting:
+        part = waiting.pop(0)
+        yield part
+        for node in part.node:
+            for attribute in node.attribute:
+                waiting += [attribute.g] if attribute.HasField("g") else []
+                waiting += attribute.graphs
 
 
 def _location(tensor: onnx.TensorProto) -> str:
@@ -163,6 +176,8 @@ def _location(tensor: onnx.TensorProto) -> str:
 def _refuse_outside(path: Path, tensor: onnx.TensorProto) -> None:
     name = _location(tensor)
     plain = bool(name) and PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in (".", "..")
+    if plain and path.with_name(name).exists():
+        refuse_no_file(path.with_name(name))
     if not plain or path.with_name(name).is_symlink():
         raise GrowkitError(
             f"{path}: tensor {tensor.name[:80]!r} says its weights lie in {name[:80]!r}, outside the file's folder; "
