@@ -3,6 +3,7 @@
 The folders are read by onnx_test_runner, onnxruntime_perf_test and onnx.backend.test.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from growkit.deploy.pixels import INPUT, resized
 from growkit.deploy.reference import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
 from growkit.deploy.whole import answer
 from growkit.errors import GrowkitError, first_line
+from growkit.files import refuse_no_file
 
 BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has one batch size
 
@@ -93,7 +95,8 @@ def off_from_stored(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarr
         if name != "classes":
             # their spread would be tiny, or none, where one image's answer is one or two classes
             unit = rms(value) if name == "logits" else 1.0
-            off = max(off, relative(rms(got[name].astype(np.float64) - value), unit))
+            one = relative(rms(got[name].astype(np.float64) - value), unit)
+            off = max(off, one) if math.isfinite(one) else math.inf  # Python's max passes over NaN
     if "classes" in wanted and (got["classes"] != wanted["classes"]).any():
         scores = wanted["scores"].astype(np.float64)
         gaps = np.abs(np.diff(scores, axis=1))
@@ -111,9 +114,13 @@ def _write(path: Path, name: str, value: np.ndarray) -> None:
 
 
 def _read(path: Path) -> tuple[str, np.ndarray]:
+    refuse_no_file(path)
     try:
         tensor = onnx.load_tensor(str(path))
-        return tensor.name, numpy_helper.to_array(tensor).copy()  # its own is read-only
+        array = numpy_helper.to_array(tensor).copy()  # its own is read-only
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError("it holds numbers that are not finite")
+        return tensor.name, array
     except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
         reason = first_line(error)
         raise GrowkitError(f"{path}: not a readable ONNX tensor ({reason}); export again") from None

@@ -6,6 +6,7 @@ believed: only plain names beside it are read.
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -159,9 +160,9 @@ def nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 def _parts(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
     """The graph, the functions, and the branches within them, however deep."""
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    waiting: deque[onnx.GraphProto | onnx.FunctionProto] = deque([proto.graph, *proto.functions])
     while waiting:
-        part = waiting.pop(0)
+        part = waiting.popleft()
         yield part
         for node in part.node:
             for attribute in node.attribute:

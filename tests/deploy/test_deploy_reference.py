@@ -11,7 +11,7 @@ from deploy_models import make_model
 from onnx import numpy_helper
 from torch import nn
 
-from growkit.deploy.data_sets import read_reference, write_reference
+from growkit.deploy.data_sets import off_from_stored, read_reference, write_reference
 from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -68,3 +68,10 @@ def test_unreadable_reference_is_named(tmp_path: Path) -> None:
     (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(b"\xff\xff\xff")
     with pytest.raises(GrowkitError, match=r"input_0\.pb: not a readable ONNX tensor"):
         list(read_reference(tmp_path))
+
+
+def test_answer_that_is_no_number_is_no_match() -> None:
+    """Python's max passes over NaN, which let such a file by."""
+    wanted = {"logits": np.ones((2, 3), np.float32)}
+    assert off_from_stored({"logits": np.full((2, 3), np.nan, np.float32)}, wanted) == float("inf")
+    assert off_from_stored({"logits": np.ones((2, 3), np.float32)}, wanted) == 0

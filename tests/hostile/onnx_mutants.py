@@ -153,11 +153,12 @@ def nested(depth: int) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         out = helper.make_tensor_value_info("inner", TensorProto.FLOAT, [1])
         value = numpy_helper.from_array(np.ones((1,), np.float32), "value")
-        graph = helper.make_graph([helper.make_node("Identity", ["value"], ["inner"])], "leaf", [], [out], [value])
+        leaf = helper.make_graph([helper.make_node("Identity", ["value"], ["inner"])], "leaf", [], [out], [value])
+        graph = leaf
         for _ in range(depth):
-            node = helper.make_node("If", ["yes"], ["inner"], then_branch=graph, else_branch=graph)
+            node = helper.make_node("If", ["yes"], ["inner"], then_branch=graph, else_branch=leaf)
             graph = helper.make_graph([node], "branch", [], [out])
-        top = helper.make_node("If", ["yes"], ["big"], then_branch=graph, else_branch=graph)
+        top = helper.make_node("If", ["yes"], ["big"], then_branch=graph, else_branch=leaf)
         before_logits(top, constants={"yes": np.array(True)})(proto)
 
     return change
@@ -276,7 +277,7 @@ def graphs() -> dict[str, Change]:
         "more inputs": more_inputs,
         "negated": negated,
         "calls itself": itself,
-        "nested 60": nested(60),
+        "nested 30": nested(30),
         **{f"large {name}": change for name, change in large().items()},
     }
 
