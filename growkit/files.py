@@ -286,7 +286,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise GrowkitError(f"{path}: not readable as JSON (brackets within brackets without end)") from None
+        raise GrowkitError(f"{path}: not readable as JSON (nested too deep)") from None
     except (OSError, ValueError) as error:
         raise GrowkitError(f"{path}: not readable as JSON ({error})") from None
 

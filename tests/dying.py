@@ -94,8 +94,6 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     if job.get("memory"):
         own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (own + job["memory"], own + job["memory"]))
-    if job.get("spoil"):
-        exec(job["spoil"], {})
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     register_optimizer_step_pre_hook(points)
@@ -104,6 +102,8 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
     sys.addaudithook(points.audit)
     status = 1
     try:
+        if job.get("spoil"):
+            exec(job["spoil"], {})
         growkit_cli.main.main()
         status = 0
     except SystemExit as left:

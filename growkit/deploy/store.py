@@ -48,7 +48,8 @@ def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
             holds a loop, for that may never end.
         Exception: what protobuf raises on bytes that are no ONNX file.
     """
-    refuse_no_file(path)
+    if path.exists():  # else onnx says so, and callers know what to do about it
+        refuse_no_file(path)
     proto = onnx.load_model(str(path), load_external_data=False)
     if loop := next((node.op_type for node in nodes(proto) if node.op_type in LOOPS), None):
         raise GrowkitError(f"{path}: holds a {loop}, which may never end and no ViT has; export the model again")
@@ -84,7 +85,8 @@ def form_in(path: Path) -> Form:
     Raises:
         GrowkitError: what it says is not what growkit writes.
     """
-    refuse_no_file(path)
+    if path.exists():
+        refuse_no_file(path)
     try:
         proto = onnx.load_model(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds

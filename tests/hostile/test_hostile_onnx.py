@@ -159,7 +159,7 @@ TWINS = {
     "a traceback: MemoryError": ("graph negated", "bytearray(4 * 10**9)"),
     "ended with -14": ("graph negated", "import time; time.sleep(60)"),
     "changed": ("graph negated", "open('run/onnx/.partial', 'w').close()"),
-    "said": ("graph emptied", r"import sys; sys.stderr.write('\\x1b[2J\\n')"),
+    "said": ("graph large Loop", r"import sys; sys.stderr.write('\\x1b[2J\\n')"),
 }
 
 
