@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
@@ -117,7 +117,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         return load_file(path), ()
     except (SafetensorError, OSError, ValueError) as error:
-        raise GrowkitError(f"{path}: not readable as safetensors ({_first_line(error)})") from None
+        raise GrowkitError(f"{path}: not readable as safetensors ({first_line(error, 200)})") from None
 
 
 def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -140,7 +140,7 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
                 f"{path}: holds more than weights, and growkit runs no code from checkpoints; "
                 "save its state_dict() alone, or as safetensors"
             ) from None
-        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({_first_line(error)})") from None
+        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({first_line(error, 200)})") from None
     if not isinstance(content, dict):
         raise GrowkitError(f"{path}: holds a {type(content).__name__}; expected a state dict")
     averaged = [key for key in EMA_KEYS if isinstance(content.get(key), dict)]
@@ -166,7 +166,7 @@ def _refuse_damaged(path: Path) -> None:
                 raise GrowkitError(f"{path}: a packed archive, which torch.save does not write; save it by torch.save")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({_first_line(error)})") from None
+        raise GrowkitError(f"{path}: not readable as a torch checkpoint ({first_line(error, 200)})") from None
     if damaged:
         raise GrowkitError(f"{path}: {damaged} does not match its checksum, so the file is damaged; fetch it again")
 
@@ -176,11 +176,6 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
     while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def write_model(

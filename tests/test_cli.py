@@ -14,31 +14,17 @@ import timm
 import torch
 from pairs import published_scale, tiny
 from PIL import Image
+from program import growkit
 from safetensors.torch import load_file
 
 from growkit import __version__
 from growkit.errors import GrowkitError
-from growkit_cli import main as program
 from growkit_cli.console import Console
 
 ROOT = Path(__file__).parents[1]
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
 QUICK = ("--workers", "0", "--batch-size", "8", "--scale-min", "0.8")
 GROW = ("grow", "small", *TO)
-
-
-def growkit(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the program in this process: exit status, stdout, stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["growkit", *map(str, arguments)])
-        patch.setenv("GROWKIT_DEBUG", "")
-        status = 0
-        try:
-            program.main()
-        except SystemExit as left:
-            status = int(left.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

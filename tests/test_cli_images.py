@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 import timm
 from pairs import published_scale, tiny
 from PIL import Image
-
-from growkit_cli import main as program
 
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=2", "--set", "num_heads=4")
 QUICK = ("--workers", "0", "--batch-size", "8", "--device", "cpu")
@@ -48,20 +47,9 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def growkit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def growkit(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the program in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["growkit", *map(str, arguments)])
-        status = 0
-        try:
-            program.main()
-        except SystemExit as left:
-            status = int(left.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+    return partial(program.growkit, capsys)
 
 
 def damage(path: Path) -> None:

@@ -83,9 +83,13 @@ class Expansion(GrowthMethod):
 
     def copied(self, write: Tensor, generator: torch.Generator) -> SpaceMap:
         """The map of a 0/1 copy matrix: each copy is read at its share, plus noise that cancels over the copies."""
-        noise = maps.parting_noise(write, generator)
-        share = maps.shared_read(write)
-        return SpaceMap(write, share + self.settings.noise * share.max() * noise)
+        return parted_copies(write, self.settings.noise, generator)
+
+
+def parted_copies(write: Tensor, noise: float, generator: torch.Generator) -> SpaceMap:
+    """The map of a 0/1 copy matrix: each copy is read at its share, plus `noise` that cancels over the copies."""
+    share = maps.shared_read(write)
+    return SpaceMap(write, share + noise * share.max() * maps.parting_noise(write, generator))
 
 
 def as_in(weights: Weights, maps: Maps) -> Maps:

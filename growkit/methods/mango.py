@@ -19,7 +19,7 @@ from growkit.core.ring import RingOperator
 from growkit.errors import GrowkitError
 from growkit.methods.base import GrowthMethod, averages, normed_inside, whole
 from growkit.methods.carried_mean import carry_mean
-from growkit.methods.expand import BRANCHES, SpaceMap, expand, read_maps, residual_vectors, vector_maps
+from growkit.methods.expand import BRANCHES, SpaceMap, expand, parted_copies, read_maps, residual_vectors, vector_maps
 from growkit.settings import GrowSettings
 
 ATTENTION = ("q", "k", "v", "o")
@@ -199,10 +199,8 @@ def lossless_start(
     for space in source.widths:
         if space not in ("embed", "attn", "mlp"):
             here = source.spaces[space]
-            write = maps.duplicate(here.size, target.spaces[space].size, here.group)
-            share = maps.shared_read(write)
-            matrices[space] = write
-            matrices[f"{space}{READ}"] = share + noise * share.max() * maps.parting_noise(write, generator)
+            copies_here = maps.duplicate(here.size, target.spaces[space].size, here.group)
+            matrices[space], matrices[f"{space}{READ}"] = parted_copies(copies_here, noise, generator)
     return paths, matrices
 
 

@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import torch
 from checkpoint_mutants import CANARY, SOURCE, Mutate, files
 from forked import Ended, Server
+from judging import hold, serving
 from pairs import published_scale, tiny
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,10 +34,8 @@ BASE = tiny(16, 2, 2)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.program.stdin.close()  # type: ignore[union-attr]
-    server.program.wait(10)
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -121,34 +119,22 @@ def independent(given: Path) -> dict[str, Tensor] | None:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+    except Exception:  # of whatever kind: it does not read the file, and growkit must not either
         return None
     state = content.get("model", content)
     plain = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     return plain if len(plain) == len(state) else None
 
 
-def hold(server: Server, chosen: dict[str, Mutate], tmp_path: Path) -> None:
-    start, problems, statuses = time.monotonic(), {}, {0: 0, 1: 0, 2: 0}
-    for name, mutant in chosen.items():
-        ended, problem = judged(server, mutant, name, tmp_path / "here")
-        statuses[ended.status] = statuses.get(ended.status, 0) + 1
-        if problem:
-            print(f"{name}: {problem}", flush=True)
-            problems[name] = problem
-    print(f"{len(chosen)} mutants, {time.monotonic() - start:.0f} s, by exit status {statuses}")
-    assert problems == {}
-
-
 def test_sample_of_mutants(server: Server, mutants: dict[str, Mutate], tmp_path: Path) -> None:
     names = random.Random(1).sample(sorted(mutants), 36)
-    hold(server, {name: mutants[name] for name in names}, tmp_path)
+    hold(names, lambda name: judged(server, mutants[name], name, tmp_path / "here"))
 
 
 @pytest.mark.slow
 def test_every_mutant(server: Server, mutants: dict[str, Mutate], tmp_path: Path) -> None:
     assert len(mutants) >= 700
-    hold(server, mutants, tmp_path)
+    hold(mutants, lambda name: judged(server, mutants[name], name, tmp_path / "here"))
 
 
 def test_undamaged_sources_grow(server: Server, mutants: dict[str, Mutate], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ growkit takes itself. pytest -m slow tests/hostile/test_hostile_onnx.py runs the
 import random
 import shutil
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from forked import Ended, Server
+from judging import hold, serving
 from onnx import numpy_helper
 from onnx_mutants import Mutate, files
 from pairs import published_scale, tiny
@@ -30,10 +30,8 @@ MUTANTS = files(rounds=6)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.program.stdin.close()  # type: ignore[union-attr]
-    server.program.wait(10)
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +114,15 @@ def other_answers(mutant: Path, sound: Path) -> str | None:
     return None
 
 
-def hold(server: Server, runs: dict[bool, Path], names: list[str], tmp_path: Path) -> None:
-    start, problems, statuses = time.monotonic(), {}, {0: 0, 1: 0, 2: 0}
-    for name in names:
-        ended, problem = judged(server, runs, name, tmp_path / "here")
-        statuses[ended.status] = statuses.get(ended.status, 0) + 1
-        if problem:
-            print(f"{name}: {problem}", flush=True)
-            problems[name] = problem
-    print(f"{len(names)} mutants, {time.monotonic() - start:.0f} s, by exit status {statuses}")
-    assert problems == {}
-
-
 def test_sample_of_mutants(server: Server, runs: dict[bool, Path], tmp_path: Path) -> None:
-    hold(server, runs, random.Random(2).sample(sorted(MUTANTS), 16), tmp_path)
+    names = random.Random(2).sample(sorted(MUTANTS), 16)
+    hold(names, lambda name: judged(server, runs, name, tmp_path / "here"))
 
 
 @pytest.mark.slow
 def test_every_mutant(server: Server, runs: dict[bool, Path], tmp_path: Path) -> None:
     assert len(MUTANTS) >= 350
-    hold(server, runs, sorted(MUTANTS), tmp_path)
+    hold(sorted(MUTANTS), lambda name: judged(server, runs, name, tmp_path / "here"))
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["inside", "beside"])
