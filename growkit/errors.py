@@ -1,5 +1,7 @@
 """The errors a user can mend: one line that names the thing and the remedy."""
 
+MEMORY_IS_FULL = ("not enough memory", "out of memory", "can't allocate memory", "bad allocation", "bad_alloc")
+
 
 class GrowkitError(Exception):
     """Bad usage or bad input. The message is one line: what, got, expected, what to do."""
@@ -15,6 +17,13 @@ class Terminated(KeyboardInterrupt):
 
 class ParityError(GrowkitError):
     """A check of a grown or exported model said no."""
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_IS_FULL)
+    )
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:

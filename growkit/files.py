@@ -60,12 +60,18 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise GrowkitError(f"{path} already exists; --force replaces it, --run or --out writes elsewhere")
 
 
-def refuse_unwritable(path: Path, *, file: bool = False) -> None:
-    """Raise UnwritableError where `path`, a folder or a file, could not be written; leaves nothing behind."""
-    if file and path.is_dir():
+def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
+    """Raise UnwritableError where `path` could not be written; leaves nothing behind.
+
+    It is a file where a `suffix` is given, and a folder where not. A file that is there is replaced if it has that
+    suffix, for a slip of the hand may name a model.
+    """
+    if suffix is not None and path.is_dir():
         raise _unwritable(path, *REMEDIES[errno.EISDIR])
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if file and there == path.absolute():  # one that is to be replaced
+    if suffix is not None and there == path.absolute():
+        if path.suffix.lower() != suffix:
+            raise _unwritable(path, f"it is there, and no {suffix} file", "name another file, or remove it")
         there = there.parent
     probe = _beside(there / path.name)
     try:

@@ -10,11 +10,11 @@ from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import contraction_plan
-from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
 from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking
 from growkit.methods.mango import Mango, mlp_blocks
+from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 from growkit.source import Source
 from growkit.train.flops import count_step
@@ -73,8 +73,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     Raises:
         GrowkitError: the target is unknown or cannot be grown from this source.
     """
-    if batch_size < 1:
-        raise GrowkitError(f"--batch-size {batch_size}: must be above 0")
+    refuse_number("--batch-size", batch_size, least=1)
     source = with_classes(with_input(source, sets), None, sets, seed=0)
     target, notes = find_target(source.architecture, to, sets)
     refuse_shrinking(source.architecture, target)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from growkit.ranges import SEEDS, refuse_outside
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowSettings:
@@ -27,6 +29,12 @@ class GrowSettings:
     """Noise that parts duplicated units, relative to the weights; what a method keeps exactly, it still keeps."""
     seed: int = 0
     """Seed of every draw of the method, of the data order and of the augmentation."""
+
+    def __post_init__(self) -> None:
+        """Raise GrowkitError on a number that no method can use, naming the option."""
+        refuse_outside(self, "rank", least=1)
+        refuse_outside(self, "noise", least=0)
+        refuse_outside(self, "seed", least=0, most=SEEDS)
 
 
 # Where training an operator or a grown model differs from training from nothing.

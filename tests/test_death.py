@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
 from forked import SIGNALS, Ended, Server
-from pairs import published_scale, tiny
-from PIL import Image
+from places import SIZES, TO, furnish
 from safetensors.torch import load_file
 
 from growkit.errors import GrowkitError, UnwritableError
@@ -30,8 +27,6 @@ from growkit.lock import held
 from growkit_cli.guard import written
 
 ROOT = Path(__file__).parents[1]
-SIZES = ("--set", "embed_dim=16", "--set", "depth=2", "--set", "num_heads=2", "--set", "img_size=16")
-TO = ("--to", "vit_tiny", "--set", "embed_dim=32", "--set", "depth=3", "--set", "num_heads=4")
 # everything that a resumed run could lose
 ALL_ON = (
     *("--data", "images", "--batch-size", 4, "--grad-accum-steps", 2, "--warmup-epochs", 1, "--lr", 3e-3),
@@ -53,9 +48,22 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         *("--operator-steps", 2, "--operator-lrs", "1e-3", "--evals", 2, "--model-ema", "--device", "cpu"),
         *("--save-seconds", 0),
     ),
+    "sweep": (
+        *("sweep", "small", *TO, "--data", "images", "--share", 1, "--steps", 10, "--batch-size", 4, "--workers", 0),
+        *("--trials", 2, "--rank-choices", "1,2", "--ring-orders", "BOLI", "--noises", 1, "--stage-choices", "both"),
+        *("--operator-steps", 1, "--operator-lrs", "1e-3", "--lrs", "1e-3", "--evals", 2, "--device", "cpu"),
+        *("--save-seconds", 0, "--run", "run"),
+    ),
+    "verify": ("verify", "--run", "run", "--no-latency", "--junit", "run/junit.xml"),
+    "evaluate": (
+        *("evaluate", "--against", "fitting", "--data", "images", "--workers", 0),
+        *("--device", "cpu", "--run", "run"),
+    ),
+    "report": ("report", "--run", "run"),
 }
+AFTER_EXPORT = ("verify", "evaluate", "report")  # in a run folder where a model was exported
 READ_HERE = {command: ("--workers", 0) if command == "train" else () for command in COMMANDS}
-RESUMED = ("train", "grow", "finetune", "compare")
+RESUMED = ("train", "grow", "finetune", "compare", "sweep")
 TIMES = ("seconds", "operator_seconds", "images_per_second", "finished", "since")
 
 
@@ -69,36 +77,30 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model and a few images."""
+def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model, a few images, and a run in which the model was exported."""
     root = tmp_path_factory.mktemp("place")
-    model = published_scale(tiny(16, 2, 2))
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": dict(tiny(16, 2, 2).arguments)}
-    del config["model_args"]["num_classes"]
-    timm.models.save_for_hf(model, str(root / "small"), model_config=config, safe_serialization=True)
-    generator = np.random.default_rng(0)
-    for split, each in (("train", 7), ("val", 4)):
-        for index, label in enumerate(("cat", "dog", "elk")):
-            (root / "images" / split / label).mkdir(parents=True)
-            for number in range(each):
-                pixels = generator.integers(0, 60, (16, 16, 3)) + 60 * index
-                Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / split / label / f"{number}.png")
+    furnish(root)
+    shutil.copytree(root / "fitting", root / "exported" / "grown")
+    assert server.run(root, ("export", "--run", "exported")).status == 0
     return root
 
 
+def start_of(place: Path, folder: Path, command: str) -> Path:
+    """Furnish a new folder with the model, the images and what the command wants in its run folder."""
+    folder.mkdir()
+    for name in ("small", "fitting", "images"):
+        (folder / name).symlink_to(place / name)
+    if command in AFTER_EXPORT:
+        shutil.copytree(place / "exported", folder / "run")
+    return folder
+
+
 @pytest.fixture
-def new(place: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Makes folders that hold the model and the images, and no run yet."""
+def new(place: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes folders for commands; without a name there is no run yet."""
     count = iter(range(10**6))
-
-    def make() -> Path:
-        folder = tmp_path / str(next(count))
-        folder.mkdir()
-        for name in ("small", "images"):
-            (folder / name).symlink_to(place / name)
-        return folder
-
-    return make
+    return lambda command="": start_of(place, tmp_path / str(next(count)), command)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +110,7 @@ def unbroken(server: Server, place: Path, tmp_path_factory: pytest.TempPathFacto
 
     def make(command: str) -> Any:
         if command not in known:
-            folder = tmp_path_factory.mktemp(f"unbroken-{command}")
-            for name in ("small", "images"):
-                (folder / name).symlink_to(place / name)
+            folder = start_of(place, tmp_path_factory.mktemp("unbroken") / command, command)
             ended = server.run(folder, COMMANDS[command])
             assert ended.status == 0, ended.err
             known[command] = contents(folder / "run"), ended.points
@@ -162,7 +162,7 @@ def readable(run: Path) -> None:
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
             load_file(path)
-            if path.parent.name not in ("compare", "starts") and "compare" not in path.parts:
+            if not {"compare", "sweep"} & set(path.parts):
                 assert (path.parent / "config.json").exists(), path
         elif path.name == "state.pt":
             torch.load(path, weights_only=True)
@@ -186,13 +186,21 @@ def finish(server: Server, command: str, folder: Path, **job: Any) -> dict[str, 
     ended = again(server, command, folder, **job)
     assert ended.status == 0, ended.err
     assert hidden(folder) == []
-    steps = json.loads((folder / "run" / "record.json").read_text())["steps"] if command != "compare" else []
-    assert {step["command"] for step in steps} <= {command}
+    record = folder / "run" / "record.json"
+    steps = (
+        json.loads(record.read_text())["steps"] if record.exists() else []
+    )  # compare and sweep write pages of theirs
+    assert {step["command"] for step in steps} <= {command, "export"}
     return contents(folder / "run")
 
 
 def die_and_finish(
-    server: Server, command: str, folder: Path, unbroken: Callable[[str], Any], deaths: list[dict[str, Any]]
+    server: Server,
+    command: str,
+    place: Path,
+    folder: Path,
+    unbroken: Callable[[str], Any],
+    deaths: list[dict[str, Any]],
 ) -> None:
     """A command that dies once for each of `deaths`, and then ends as the one that never died."""
     expected, _ = unbroken(command)
@@ -201,7 +209,8 @@ def die_and_finish(
         assert ended.status in (SIGNALS[death["signal"]], 0), (command, death, ended.err)
         assert "Traceback" not in ended.err, (command, death, ended.err)
         if ended.status == 0:
-            shutil.rmtree(folder / "run")  # it was quicker than the clock; the next one begins anew
+            shutil.rmtree(folder)  # it was quicker than the clock; the next one begins anew
+            start_of(place, folder, command)
             continue
         if death["signal"] != "SIGKILL":
             assert ended.err.count("interrupted; ") == 1, ended.err
@@ -213,15 +222,15 @@ def die_and_finish(
 
 @pytest.mark.parametrize(("command", "name"), [("train", "SIGKILL"), ("train", "SIGTERM"), ("export", "SIGKILL")])
 def test_command_that_died_ends_as_if_it_had_not(
-    server: Server, new: Callable[[], Path], unbroken: Callable[[str], Any], command: str, name: str
+    server: Server, place: Path, new: Callable[..., Path], unbroken: Callable[[str], Any], command: str, name: str
 ) -> None:
     _, points = unbroken(command)
     draw = random.Random(f"{command} {name}")
     deaths = [{"point": draw.randrange(points // 3, points), "signal": name}]
-    die_and_finish(server, command, new(), unbroken, deaths)
+    die_and_finish(server, command, place, new(command), unbroken, deaths)
 
 
-def test_readers_of_images_end_with_the_command(server: Server, new: Callable[[], Path]) -> None:
+def test_readers_of_images_end_with_the_command(server: Server, new: Callable[..., Path]) -> None:
     """Kills while two readers work: none outlives it for longer than torch's watchdog takes."""
     ended = server.run(new(), COMMANDS["train"], point=40, signal="SIGKILL")
     assert ended.status == -9
@@ -233,7 +242,7 @@ def test_readers_of_images_end_with_the_command(server: Server, new: Callable[[]
 
 @pytest.mark.parametrize("lost", ["ema", "optimizer", "random"])
 def test_resume_that_forgets_is_found_out(
-    server: Server, new: Callable[[], Path], unbroken: Callable[[str], Any], lost: str
+    server: Server, new: Callable[..., Path], unbroken: Callable[[str], Any], lost: str
 ) -> None:
     expected, points = unbroken("finetune")
     folder = new()
@@ -248,7 +257,7 @@ def test_resume_that_forgets_is_found_out(
 
 
 @pytest.fixture
-def holder(place: Path, new: Callable[[], Path]) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+def holder(place: Path, new: Callable[..., Path]) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """A folder whose run another process holds."""
     folder = new()
     program = """
@@ -307,7 +316,7 @@ def test_lock_goes_with_its_process_and_leaves_nothing(
     assert list((folder / "run").iterdir()) == []
 
 
-def test_refused_command_leaves_no_run_folder(server: Server, new: Callable[[], Path]) -> None:
+def test_refused_command_leaves_no_run_folder(server: Server, new: Callable[..., Path]) -> None:
     folder = new()
     ended = server.run(folder, ("export", "absent", "--run", "deep/er/run"))
     assert ended.status == 2
@@ -421,7 +430,7 @@ def test_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
         assert seen == [*["content"] * (1 if writer is whole_file else 2), "rename", "folder"]
 
 
-def test_sweep_does_not_wait_for_the_lock_of_one_that_was_killed(server: Server, new: Callable[[], Path]) -> None:
+def test_sweep_does_not_wait_for_the_lock_of_one_that_was_killed(server: Server, new: Callable[..., Path]) -> None:
     folder = new()
     sweep = (
         *("sweep", "small", *TO, "--data", "images", "--share", 1, "--steps", 2, "--batch-size", 4, "--workers", 0),
@@ -481,12 +490,12 @@ def test_error_about_another_file_is_not_put_on_the_one_that_is_written(tmp_path
         assert caught.value is error
 
 
-@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "verify"])
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(
-    server: Server, new: Callable[[], Path], command: str
+    server: Server, new: Callable[..., Path], command: str
 ) -> None:
     """No file may have more than 9,000 bytes: weights, states and graphs fail, by three libraries' own ways."""
-    folder = new()
+    folder = new(command)
     ended = server.run(folder, (*COMMANDS[command], *READ_HERE[command]), limit=9_000)
     assert ended.status == 2, ended.err
     (line,) = [line for line in ended.err.splitlines() if "error: " in line]
@@ -498,7 +507,7 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_run_folder_that_goes_is_one_line_or_made_again(
-    server: Server, new: Callable[[], Path], unbroken: Callable[[str], Any], share: float
+    server: Server, new: Callable[..., Path], unbroken: Callable[[str], Any], share: float
 ) -> None:
     _, points = unbroken("finetune")
     folder = new()
@@ -509,7 +518,7 @@ def test_run_folder_that_goes_is_one_line_or_made_again(
     assert hidden(folder) == []
 
 
-def test_output_that_cannot_be_is_refused_before_the_work(server: Server, new: Callable[[], Path]) -> None:
+def test_output_that_cannot_be_is_refused_before_the_work(server: Server, new: Callable[..., Path]) -> None:
     folder = new()
     (folder / "file").write_text("x")
     (folder / "there").mkdir()
@@ -529,7 +538,7 @@ def test_output_that_cannot_be_is_refused_before_the_work(server: Server, new: C
 # ---- signals
 
 
-def test_second_signal_ends_at_once(server: Server, new: Callable[[], Path]) -> None:
+def test_second_signal_ends_at_once(server: Server, new: Callable[..., Path]) -> None:
     program = """
 import signal
 from growkit_cli.guard import stoppable
@@ -553,10 +562,14 @@ with stoppable():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "runs"), [("train", 30), ("grow", 25), ("finetune", 30), ("export", 12), ("compare", 20)]
+    ("command", "runs"),
+    [
+        *(("train", 30), ("grow", 25), ("finetune", 30), ("export", 12), ("compare", 20)),
+        *(("sweep", 16), ("verify", 10), ("evaluate", 10), ("report", 8)),
+    ],
 )
 def test_many_deaths_change_nothing(
-    server: Server, new: Callable[[], Path], unbroken: Callable[[str], Any], command: str, runs: int
+    server: Server, place: Path, new: Callable[..., Path], unbroken: Callable[[str], Any], command: str, runs: int
 ) -> None:
     """Seeded: over all points of a command, every kind of death, some of them twice in a row, some by the clock."""
     _, points = unbroken(command)
@@ -570,8 +583,8 @@ def test_many_deaths_change_nothing(
             deaths = [{"after": draw.uniform(0.05, 1.5), "signal": name}]
         if number % 3 == 2:
             deaths.append({"point": draw.randrange(points // 4), "signal": "SIGKILL"})
-        folder = new()
-        die_and_finish(server, command, folder, unbroken, deaths)
+        folder = new(command)
+        die_and_finish(server, command, place, folder, unbroken, deaths)
         shutil.rmtree(folder)
     print(f"{command}: {server.kills - before} deaths in {time.monotonic() - began:.0f} s, {points} points")
     assert server.kills - before >= runs

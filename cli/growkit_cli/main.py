@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from growkit import __version__
-from growkit.errors import GrowkitError, Terminated
+from growkit.errors import GrowkitError, Terminated, is_memory_full
 from growkit_cli import (
     compare,
     demo,
@@ -42,6 +42,7 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+LONGEST_LINE = 1000  # of an error
 ON_PROCESSES = ("grow", "train", "finetune")  # commands that torchrun may start
 
 
@@ -101,16 +102,27 @@ def main() -> None:
     except (GrowkitError, OSError) as error:  # a full disk or a read-only folder is the user's to mend, too
         if os.environ.get("GROWKIT_DEBUG"):
             raise
-        from rich.console import Console
-
-        from growkit.text import visible
-
-        line = f"error: {visible(error)}"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
+        _tell(str(error))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("GROWKIT_DEBUG") or not is_memory_full(error):
+            raise
+        _tell("memory is used up; take smaller batches, images or models, or a machine with more")
         sys.exit(2)
     except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
         sys.exit(143 if isinstance(error, Terminated) else 130)
+
+
+def _tell(message: str) -> None:
+    from rich.console import Console
+
+    from growkit.text import visible
+
+    line = f"error: {visible(message)}"
+    if len(line) > LONGEST_LINE:  # somebody gave a file instead of its name
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
 
 
 if __name__ == "__main__":

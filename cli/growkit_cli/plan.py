@@ -25,13 +25,12 @@ def plan(
     """
     from dataclasses import asdict
 
-    from growkit.errors import GrowkitError
     from growkit.plan import plan_growth
+    from growkit.ranges import refuse_number
     from growkit.report.page import cell
     from growkit.source import load_source
 
-    if steps < 1:
-        raise GrowkitError(f"--steps {steps}: must be above 0")
+    refuse_number("--steps", steps, least=1)
     console = Console(as_json)
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:

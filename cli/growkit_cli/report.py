@@ -36,7 +36,7 @@ def report(
     page = out or folder.report
     if page.is_dir():
         raise GrowkitError(f"--out {page} is a folder; name a file, as {page / 'report.html'}")
-    refuse_unwritable(page, file=True)
+    refuse_unwritable(page, suffix=".html")
     made = run_report(folder)
     write_report(page, made)
     assert made.verdict is not None

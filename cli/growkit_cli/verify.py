@@ -92,7 +92,7 @@ def verify(
     folder = RunFolder(run)
     folder.refuse_unusable()
     if junit is not None:
-        refuse_unwritable(junit, file=True)
+        refuse_unwritable(junit, suffix=".xml")
     chosen = model or folder.furthest()
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")

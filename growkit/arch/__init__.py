@@ -4,7 +4,8 @@ import ast
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import timm
 import torch
@@ -17,6 +18,10 @@ from growkit.errors import GrowkitError, first_line
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
 ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
+KINDS = get_type_hints(VisionTransformer.__init__)
+WORDS = {"true": True, "false": False, "none": None}  # as other tools write what Python writes with a capital
+MOST = 2**20  # of any size
+MOST_LAYERS = 1024
 
 
 def full_name(name: str) -> str:
@@ -54,8 +59,8 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, ARGUMENTS, n=3, cutoff=0.3)
             raise GrowkitError(f"--set {item}: no argument {key!r}; nearest: {', '.join(near)}")
         try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            arguments[key] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             arguments[key] = value
     return arguments
 
@@ -80,6 +85,9 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
     # timm.create_model takes others, which fetch weights (pretrained, pretrained_cfg) or read files (checkpoint_path)
     if strange := [key for key in arguments if key not in ARGUMENTS]:
         raise GrowkitError(f"{name}: {strange[0]!r} is no argument of a VisionTransformer; take it out of model_args")
+    for key, value in arguments.items():
+        if expected := _expected(key, value):
+            raise GrowkitError(f"{name} with {key}={value}: expected {expected}")
     try:
         with torch.device(device):
             model = timm.create_model(name, **arguments)
@@ -90,6 +98,29 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise GrowkitError(f"{name} is timm's {type(model).__name__}; growkit grows its plain VisionTransformer")
     return model
+
+
+def _expected(key: str, value: Any) -> str | None:
+    """What an argument should be, where timm would take the value for something else; None where it is that."""
+    kinds = {KINDS.get(key), *get_args(KINDS.get(key))}
+    if kinds == {None} or (value is None and NoneType in kinds):
+        return None
+    if bool in kinds:
+        return None if isinstance(value, bool) else "true or false"
+    if int in kinds:
+        sizes = value if key in ("img_size", "patch_size") and isinstance(value, tuple | list) else (value,)
+        most = MOST_LAYERS if key == "depth" else MOST
+        right = all(_is_number(size, int) and 0 <= size <= most for size in sizes)
+        return None if right else f"a whole number up to {most}"
+    if float in kinds:
+        rate = key.endswith("_rate")
+        right = _is_number(value, int | float) and 0 <= value <= MOST and not (rate and value >= 1)
+        return None if right else "a number from 0 to below 1" if rate else f"a number from 0 to {MOST}"
+    return None
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _as_named(name: str) -> VisionTransformer:

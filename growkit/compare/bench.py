@@ -1,6 +1,6 @@
 """What every arm of a comparison shares, and one run of an arm: start, train, score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,12 @@ class Bench:
     scoring: Scoring = silent
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
 
-    def refuse_unusable(self) -> None:
-        """Raise GrowkitError where no run could use the recipe, or no operator its own."""
-        for settings in (self.recipe, self.operator):
+    def refuse_unusable(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
+        """Raise GrowkitError where no run could use the recipe at one of `rates`, or no operator its own at its."""
+        for settings, tried in ((self.recipe, rates), (self.operator, operator_rates)):
             refuse_tf32(settings, self.device)
-            refuse_unusable(self.data, settings)
+            for lr in tried:
+                refuse_unusable(self.data, replace(settings, lr=lr))
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
         """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
@@ -87,7 +88,7 @@ class Bench:
         rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
         kept, figures = folder / "model.safetensors", folder / "start.json"
-        if kept.exists():
+        if kept.exists() and figures.exists():  # a kill may have come between them
             model = self.fresh(arm)
             model.load_state_dict(load_file(kept))
         else:

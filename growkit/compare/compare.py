@@ -83,7 +83,7 @@ class Comparison:
             GrowkitError: an arm's operator leaves nothing of the smallest budget, or the folder holds a comparison
                 with other settings or of another version.
         """
-        self.bench.refuse_unusable()
+        self.bench.refuse_unusable(self.lrs, self.operator_lrs)
         for arm in self.arms:
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}

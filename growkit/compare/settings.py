@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
+from growkit.ranges import MOST, refuse_outside
 
 METRICS = ("top1", "loss")
+SMALLEST_SHARE = 1e-6  # of the images: one of a million
 CONTROLS = ("random-pad", "untrained-source", "untrained-operator", "source-longer")
 
 
@@ -50,13 +52,11 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no comparison can use, naming the option."""
-        _require(self.seeds >= 1, f"--seeds {self.seeds}: at least 1; 3 or more give an interval")
-        _require(self.operator_steps >= 1, f"--operator-steps {self.operator_steps}: at least 1")
-        _require(self.evals >= 1, f"--evals {self.evals}: at least 1")
-        _require(0 < self.hold_out < 1, f"--hold-out {self.hold_out}: must lie between 0 and 1")
-        _require(0 < self.share <= 1, f"--share {self.share}: must be above 0 and at most 1")
+        refuse_outside(self, "seeds", "operator_steps", "evals", least=1)
+        refuse_outside(self, "hold_out", above=0, below=1)
+        refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
+        refuse_outside(self, "source_flops", least=0, most=1e30)
         _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
-        _require(self.source_flops is None or self.source_flops >= 0, "--source-flops: must not be below 0")
         shares = numbers("--budgets", self.budgets)
         _require(max(shares) == 1, f"--budgets {self.budgets}: the largest must be 1, the full budget")
         numbers("--lrs", self.lrs)
@@ -76,8 +76,8 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         found = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
         found = ()
-    if not found or not all(0 < number < float("inf") for number in found):
-        raise GrowkitError(f"{option} {text}: expected numbers above 0, separated by commas")
+    if not found or not all(0 < number <= MOST for number in found):
+        raise GrowkitError(f"{option} {text}: expected numbers above 0, and none above {MOST}, separated by commas")
     return found
 
 
@@ -131,16 +131,20 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no sweep can use, naming the option."""
-        _require(0 < self.share <= 1, f"--share {self.share}: must be above 0 and at most 1")
-        _require(0 < self.hold_out < 1, f"--hold-out {self.hold_out}: must lie between 0 and 1")
-        _require(self.trials >= 1, f"--trials {self.trials}: at least 1")
-        _require(self.evals >= 1, f"--evals {self.evals}: at least 1")
+        refuse_outside(self, "hold_out", above=0, below=1)
+        refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
+        refuse_outside(self, "trials", "evals", least=1)
         _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
         for name in ("operator_lrs", "lrs"):
             numbers("--" + name.replace("_", "-"), getattr(self, name))
         try:
-            whole = all(int(part) >= 0 for part in self.operator_steps.split(","))
-            scales = all(float(part) >= 0 for part in self.noises.split(","))
+            whole = all(0 <= int(part) <= MOST for part in self.operator_steps.split(","))
+            scales = all(0 <= float(part) <= MOST for part in self.noises.split(","))
         except ValueError:
             whole = scales = False
         _require(whole and scales, "--operator-steps and --noises: expected numbers of 0 or more, separated by commas")
+        orders = [sorted(part.strip()) for part in self.ring_orders.split(",")]
+        _require(
+            all(order == sorted("BOLI") for order in orders),
+            f"--ring-orders {self.ring_orders}: expected orders of the letters BOLI, separated by commas",
+        )

@@ -147,7 +147,8 @@ class Pilot:
         Raises:
             GrowkitError: an operator leaves nothing of the budget, or the folder holds another sweep.
         """
-        self.bench.refuse_unusable()
+        rates = numbers("--lrs", self.settings.lrs), numbers("--operator-lrs", self.settings.operator_lrs)
+        self.bench.refuse_unusable(*rates)
         dearest: dict[GrowSettings, Arm] = {}
         for answers in self.space.combinations:
             arm, _ = self.space.combine(answers)

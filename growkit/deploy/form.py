@@ -14,6 +14,7 @@ KEY = "growkit.form"  # in the file's metadata
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
+LARGEST_BATCH = 4096
 LARGEST_IMAGE = 2048  # a file may claim any size, and a check makes images of it
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
@@ -62,8 +63,8 @@ class Form:
         ):
             if value not in known:
                 raise GrowkitError(f"{option} {value}: unknown; choose {', '.join(known[:-1])} or {known[-1]}")
-        if self.batch is not None and self.batch < 1:
-            raise GrowkitError(f"--batch {self.batch}: expected 1 or more; leave it out for any batch size")
+        if self.batch is not None and not 1 <= self.batch <= LARGEST_BATCH:
+            raise GrowkitError(f"--batch {self.batch}: expected 1 to {LARGEST_BATCH}; leave it out for any batch size")
         if self.image_size is not None and not 1 <= self.image_size <= LARGEST_IMAGE:
             raise GrowkitError(f"--image-size {self.image_size}: expected 1 to {LARGEST_IMAGE}")
         if self.output not in ("logits", "probabilities") and self.top is None:

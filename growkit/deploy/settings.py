@@ -1,21 +1,10 @@
 """What `growkit export` and `growkit verify` can be told; nothing heavy is imported here."""
 
-import math
 from dataclasses import dataclass
 
-from growkit.deploy.form import PRECISIONS, Form
+from growkit.deploy.form import LARGEST_BATCH, PRECISIONS, Form
 from growkit.errors import GrowkitError
-
-
-def _refuse_numbers(seed: int, max_batch: int, latency_seconds: float, max_accuracy_drop: float | None) -> None:
-    if seed < 0:
-        raise GrowkitError(f"--seed {seed}: expected 0 or more")
-    if max_batch < 1:
-        raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
-    if not latency_seconds > 0:
-        raise GrowkitError(f"--latency-seconds {latency_seconds:g}: expected more than 0")
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop < math.inf:
-        raise GrowkitError(f"--max-accuracy-drop {max_accuracy_drop:g}: expected points, 0 or more")
+from growkit.ranges import SEEDS, refuse_outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +40,7 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         self.form()
-        _refuse_numbers(self.seed, self.max_batch, self.latency_seconds, self.max_accuracy_drop)
+        _refuse_numbers(self)
 
     def form(self) -> Form:
         """The form asked for, before a faster graph is looked for.
@@ -103,7 +92,10 @@ class VerifySettings:
         if self.precision is not None and self.precision not in PRECISIONS:
             known = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
             raise GrowkitError(f"--precision {self.precision}: unknown; choose {known}")
-        _refuse_numbers(self.seed, self.max_batch, self.latency_seconds, self.max_accuracy_drop)
+        _refuse_numbers(self)
+        refuse_outside(self, "latency_margin", "throughput_seconds", least=0)
+        refuse_outside(self, "max_latency_ratio", above=0)
+        refuse_outside(self, "throughput_batch", least=1, most=LARGEST_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +114,14 @@ class TritonSettings:
     """Copies of the model that run at the same time; on a GPU, on each."""
     kind: str = "cpu"
     """Where they run: cpu or gpu."""
+
+    def __post_init__(self) -> None:
+        refuse_outside(self, "version", "max_batch", "instances", least=1, prefix="triton_")
+        refuse_outside(self, "queue_delay", least=0, prefix="triton_")
+
+
+def _refuse_numbers(settings: ExportSettings | VerifySettings) -> None:
+    refuse_outside(settings, "seed", least=0, most=SEEDS)
+    refuse_outside(settings, "max_batch", least=1, most=LARGEST_BATCH)
+    refuse_outside(settings, "latency_seconds", above=0)
+    refuse_outside(settings, "max_accuracy_drop", least=0, most=100)

@@ -32,7 +32,7 @@ from growkit.deploy.triton_check import (
     versions_in,
 )
 from growkit.errors import GrowkitError
-from growkit.files import whole_folder, write_json
+from growkit.files import refuse_unwritable, whole_folder, write_json
 from growkit.text import visible
 
 LABELS = "labels.txt"
@@ -97,12 +97,8 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
         raise GrowkitError(f"{name!r} is no Triton model name: --triton-name takes letters, digits, '.', '_' and '-'")
     if settings.kind not in KINDS:
         raise GrowkitError(f"--triton-kind {settings.kind}: choose one of {', '.join(KINDS)}")
-    for field in ("version", "max_batch", "instances"):
-        if getattr(settings, field) < 1:
-            raise GrowkitError(f"--triton-{field.replace('_', '-')} {getattr(settings, field)}: must be at least 1")
-    if settings.queue_delay < 0:
-        raise GrowkitError(f"--triton-queue-delay {settings.queue_delay}: microseconds, at least 0")
     target = repository / name
+    refuse_unwritable(target)
     there = versions_in(target)
     if settings.version in there and not force:
         raise GrowkitError(

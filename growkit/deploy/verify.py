@@ -65,8 +65,6 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
-    if settings.throughput_batch is not None and settings.throughput_batch < 1:
-        raise GrowkitError(f"--throughput-batch {settings.throughput_batch}: expected 1 or more")
     parity = check_parity(
         model,
         file,

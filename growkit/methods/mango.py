@@ -27,6 +27,7 @@ HIDDEN = ("in", "gate")  # what writes the MLP's hidden units; the gate where it
 MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, *HIDDEN, "out"))
 FIRST_PATH_NOISE = 0.1  # of --noise, for here nothing cancels it
 READ = "_read"  # how the map's name ends that readers of a space take, where it is not that of its writers
+MOST_RANK = 1024  # wider than any bond needs to be: its cores would outgrow the model
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
 
 
@@ -271,9 +272,9 @@ def bond_ranks(settings: GrowSettings) -> tuple[int, ...]:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
         ranks = ()
-    if len(ranks) != 4 or min(ranks) < 1:
+    if len(ranks) != 4 or min(ranks) < 1 or max(ranks) > MOST_RANK:
         option = f"--ranks {settings.ranks}" if settings.ranks else f"--rank {settings.rank}"
-        raise GrowkitError(f"{option}: expected whole numbers of at least 1, one for --rank, four for --ranks")
+        raise GrowkitError(f"{option}: expected whole numbers from 1 to {MOST_RANK}, one for --rank, four for --ranks")
     return ranks
 
 

@@ -229,7 +229,7 @@ def refuse_unusable(data: Data, settings: FitSettings) -> None:
     """What `fit` would refuse of these settings, before anything else is done.
 
     Raises:
-        GrowkitError: no such optimizer, lengths that do not fit together, or a batch that does not divide.
+        GrowkitError: no such optimizer, lengths or rates that do not fit together, or a batch that does not divide.
     """
     _plan(data, settings)
     _optimizer(nn.Linear(1, 1), settings)
@@ -250,6 +250,13 @@ class _Plan:
 
 
 def _plan(data: Data, settings: FitSettings) -> _Plan:
+    if settings.min_lr > settings.lr:
+        raise GrowkitError(f"--min-lr {settings.min_lr}: expected at most the learning rate, {settings.lr}")
+    if settings.lr * settings.weight_decay >= 1:
+        raise GrowkitError(
+            f"--weight-decay {settings.weight_decay} at a learning rate of {settings.lr} turns the sign of every"
+            " weight; expected a product below 1"
+        )
     images = images_per_batch(data, settings)
     distributed.refuse_odd(images)
     each = images // distributed.size()

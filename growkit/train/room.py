@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
 from growkit.train.data import Data, images_per_batch, size_of, train_batches
 from growkit.train.memory import step_peak
@@ -19,7 +19,6 @@ from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
 STEP = 8  # a batch found by trial is a multiple of this
-CPU_IS_FULL = ("not enough memory", "can't allocate memory")  # torch has no error of its own for it
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -106,8 +105,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
         yield
         return
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        full = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in CPU_IS_FULL)
-        if not full:
+        if not is_memory_full(error):
             raise
     # The error is let go by now, and with it the tensors that its traceback held.
     model.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
+from growkit.ranges import SEEDS, refuse_outside
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -129,25 +130,28 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no run can use, naming the option."""
-        for name in ("grad_accum_steps", "log_every", "epochs", "lr"):
-            self._require(name, getattr(self, name) > 0, "must be above 0")
-        self._require("batch_size", self.batch_size > 0 or self.batch_size == AUTO, "must be above 0")
-        self._require("steps", self.steps is None or self.steps > 0, "must be above 0")
-        for name in ("weight_decay", "clip_grad", "min_lr", "mixup", "cutmix", "color_jitter"):
-            self._require(name, getattr(self, name) >= 0, "must not be below 0")
-        for name in ("warmup_epochs", "workers", "eval_every", "save_seconds", "seed"):
-            self._require(name, (getattr(self, name) or 0) >= 0, "must not be below 0")
-        for name in ("hflip", "reprob"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1")
-        for name in ("smoothing", "model_ema_decay"):
-            self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-        self._require("scale_min", 0 < self.scale_min <= 1, "must be above 0 and at most 1")
+        refuse_outside(self, "epochs", "lr", above=0)
+        refuse_outside(self, "steps", "grad_accum_steps", "log_every", least=1)
+        if self.batch_size != AUTO:
+            refuse_outside(self, "batch_size", least=1)
+        refuse_outside(self, "weight_decay", "clip_grad", "min_lr", least=0)
+        refuse_outside(self, "warmup_epochs", "eval_every", "save_seconds", least=0)
+        refuse_outside(self, "seed", least=0, most=SEEDS)
+        refuse_outside(self, "workers", least=0, most=1024)
+        refuse_outside(self, "color_jitter", least=0, most=10)
+        refuse_outside(self, "hflip", "reprob", least=0, most=1)
+        refuse_outside(self, "smoothing", "model_ema_decay", least=0, below=1)
+        refuse_outside(self, "scale_min", above=0, most=1)
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name):  # of a smaller alpha the draws are NaN
+                refuse_outside(self, name, least=0.001)
+        if not self.val_split:
+            raise GrowkitError("--val-split '': expected the name of a split, or of a folder beside train/")
         for name, choices in (("sched", SCHEDULES), ("precision", PRECISIONS), ("cache", CACHES)):
-            self._require(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
-        known = self.compile is None or self.compile in COMPILE_MODES
-        self._require("compile", known, f"must be one of {', '.join(COMPILE_MODES)}")
+            self._require(name, choices)
+        if self.compile is not None:
+            self._require("compile", COMPILE_MODES)
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            option = "--" + name.replace("_", "-")
-            raise GrowkitError(f"{option} {getattr(self, name)}: {rule}")
+    def _require(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise GrowkitError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")

@@ -196,7 +196,7 @@ def test_throughput_and_compiled_are_shown(run: Path, monkeypatch: pytest.Monkey
 def test_batch_below_one_is_refused(run: Path) -> None:
     result = call("verify", "--run", run, "--throughput-batch", "0")
     assert isinstance(result.exception, GrowkitError)
-    assert str(result.exception) == "--throughput-batch 0: expected 1 or more"
+    assert str(result.exception) == "--throughput-batch 0: expected 1 or more, and at most 4096"
 
 
 def test_steps_of_timing_count_every_comparison_and_batch_size() -> None:
@@ -242,8 +242,8 @@ def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path)
         (("export", "--triton-version", "2"), "give --triton DIR"),
         (("verify", "--precision", "fp61"), "--precision fp61: unknown; choose fp32"),
         (("verify", "--seed", "-1"), "--seed -1: expected 0 or more"),
-        (("verify", "--max-accuracy-drop", "-3"), "--max-accuracy-drop -3: expected points"),
-        (("verify", "--max-accuracy-drop", "nan"), "--max-accuracy-drop nan: expected points"),
+        (("verify", "--max-accuracy-drop", "-3"), "--max-accuracy-drop -3: expected 0 or more, and at most 100"),
+        (("verify", "--max-accuracy-drop", "nan"), "--max-accuracy-drop nan: expected 0 or more, and at most 100"),
         (("verify", "--max-accuracy-drop", "1"), "give --data"),
     ],
 )

@@ -1,0 +1,59 @@
+"""The numbers that settings may hold; one outside its range is refused by the option's name."""
+
+from typing import Any
+
+from growkit.errors import GrowkitError
+
+MOST = 10**9  # of anything: steps, batches, seconds; larger ones overflow in libraries, and are mistyped
+SEEDS = 2**31 - 1  # NumPy takes 32 bits, and some of them go into counting on
+
+
+def refuse_outside(
+    settings: Any,
+    *names: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = MOST,
+    below: float | None = None,
+    prefix: str = "",
+) -> None:
+    """Hold fields of `settings` to a range: from `least` or above `above`, up to `most` or below `below`.
+
+    A field that is None was left out, and passes. `prefix` goes before the option's name, as with_settings has it.
+
+    Raises:
+        GrowkitError: a field is outside, or not a number (NaN).
+    """
+    for name in names:
+        option = "--" + (prefix + name).replace("_", "-")
+        refuse_number(option, getattr(settings, name), least=least, above=above, most=most, below=below)
+
+
+def refuse_number(
+    option: str,
+    value: float | None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = MOST,
+    below: float | None = None,
+) -> None:
+    """The same for the one value of an option.
+
+    Raises:
+        GrowkitError: it is outside, or not a number (NaN).
+    """
+    if value is None:
+        return
+    low = (least is None or value >= least) and (above is None or value > above) and value == value
+    high = value < below if below is not None else value <= most
+    if low and high:
+        return
+    words = [] if least is None else [f"{least:g} or more"]
+    words += [] if above is None else [f"more than {above:g}"]
+    if below is not None:
+        words.append(f"less than {below:g}")
+    elif most != MOST or low:  # nobody asks for what is above a number that is never meant, until they exceed it
+        words.append(f"at most {most}")
+    told = value if isinstance(value, int) else f"{value:g}"
+    raise GrowkitError(f"{option} {told}: expected {', and '.join(words)}")
