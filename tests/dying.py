@@ -1,6 +1,6 @@
 """A server that runs growkit commands in forked processes and ends them where it is told: torch is loaded once.
 
-It reads one JSON job per line and answers with one: {"status", "points", "out", "err"}. A job's keys:
+It reads one JSON job per line and answers with one: {"status", "points", "memory", "out", "err"}. A job's keys:
 
     arguments  of growkit
     cwd        to run it in
@@ -138,13 +138,14 @@ def serve() -> None:
             if not process:
                 child(json.loads(line), out, err, said)
             os.close(said)
-            _, status = os.waitpid(process, 0)
+            _, status, usage = os.wait4(process, 0)
             told = os.read(hear, 20) if os.set_blocking(hear, False) is None and os.WIFEXITED(status) else b""
             os.close(hear)
             answer = {
                 "process": process,
                 "status": os.waitstatus_to_exitcode(status),
                 "points": int(told or 0),
+                "memory": usage.ru_maxrss * 1024,
                 "out": Path(out).read_text(errors="replace") if Path(out).exists() else "",
                 "err": Path(err).read_text(errors="replace") if Path(err).exists() else "",
             }

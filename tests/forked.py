@@ -19,6 +19,7 @@ class Ended:
     process: int
     status: int
     points: int
+    memory: int  # most bytes that it had
     out: str
     err: str
 

@@ -1,11 +1,15 @@
 """What can be set about a comparison and a sweep; the command line makes its options from this."""
 
+import re
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
 from growkit.ranges import MOST, refuse_outside
 
 METRICS = ("top1", "loss")
+RANK = r"[1-9]\d{0,3}(x[1-9]\d{0,3}){3}|[1-9]\d{0,3}"
+RING_ORDER = r"(?!.*(.).*\1)[BOLI]{4}"  # no letter twice
+STAGES = "both|width-first|depth-first"
 SMALLEST_SHARE = 1e-6  # of the images: one of a million
 CONTROLS = ("random-pad", "untrained-source", "untrained-operator", "source-longer")
 
@@ -143,8 +147,12 @@ class SweepSettings:
         except ValueError:
             whole = scales = False
         _require(whole and scales, "--operator-steps and --noises: expected numbers of 0 or more, separated by commas")
-        orders = [sorted(part.strip()) for part in self.ring_orders.split(",")]
-        _require(
-            all(order == sorted("BOLI") for order in orders),
-            f"--ring-orders {self.ring_orders}: expected orders of the letters BOLI, separated by commas",
-        )
+        for name, known, what in (
+            ("rank_choices", RANK, "ranks such as 2, or 4x4x1x4 for each bond alone"),
+            ("ring_orders", RING_ORDER, "orders of the letters BOLI"),
+            ("stage_choices", STAGES, "both, width-first or depth-first"),
+        ):
+            given = getattr(self, name)
+            option = "--" + name.replace("_", "-")
+            right = all(re.fullmatch(known, part.strip()) for part in given.split(","))
+            _require(right, f"{option} {given}: expected {what}, separated by commas")

@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from growkit import __version__
+from growkit.deploy.bounded import memory_bounded
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import form_of
 from growkit.deploy.numbers import in_batches, relative, rms
@@ -162,13 +163,15 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         form_of(props),
     )
     labels = json_in(props, "labels")
-    if prepared:
-        session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
-    else:
-        session = open_session(file, provider=provider)
+    with memory_bounded(file):
+        if prepared:
+            session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
+        else:
+            session = open_session(file, provider=provider)
 
     def run(images: np.ndarray) -> np.ndarray:
-        return in_batches(session, images, form.batch or len(images))
+        with memory_bounded(file, images.nbytes):
+            return in_batches(session, images, form.batch or len(images))
 
     return Subject(
         identity=Identity(

@@ -12,19 +12,22 @@ import onnx
 from PIL import Image
 from torch import Tensor, nn
 
+from growkit.deploy.bounded import memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.parts import whole_session
-from growkit.deploy.reference import at_image_size
+from growkit.deploy.reference import at_image_size, preprocessing
 from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
-from growkit.deploy.store import sha256_of_files
+from growkit.deploy.store import form_in, sha256_of_files
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.errors import GrowkitError, first_line
 from growkit.files import sha256_of
+
+LABELLED = 64  # images of a batch of --data, as it is when left out
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,21 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
-    parity = check_parity(
-        model,
-        file,
-        provider=settings.provider,
-        precision=settings.precision,
-        max_accuracy_drop=settings.max_accuracy_drop,
-        pictures=pictures,
-        max_batch=settings.max_batch,
-        seed=settings.seed,
-        weights_sha256=weights_sha256,
-        labels=list(labels) if labels is not None else None,
-        reference=reference,
-        data=data,
-    )
+    with memory_bounded(file, _largest_input(model, file, settings)):
+        parity = check_parity(
+            model,
+            file,
+            provider=settings.provider,
+            precision=settings.precision,
+            max_accuracy_drop=settings.max_accuracy_drop,
+            pictures=pictures,
+            max_batch=settings.max_batch,
+            seed=settings.seed,
+            weights_sha256=weights_sha256,
+            labels=list(labels) if labels is not None else None,
+            reference=reference,
+            data=data,
+        )
     held: tuple[Check, ...] = ()
     if golden is not None:
         if golden.identity.of == "model":
@@ -235,6 +239,17 @@ def batches_timed(settings: VerifySettings, form: Form) -> tuple[int, ...]:
 def comparisons_made(settings: VerifySettings, form: Form) -> int:
     """How many latency comparisons there are."""
     return (3 + settings.compiled) * len(batches_timed(settings, form))
+
+
+def _largest_input(model: nn.Module, file: Path, settings: VerifySettings) -> int:
+    """Bytes of the largest batch that a file is checked with."""
+    try:
+        form = form_in(file)
+    except GrowkitError:  # the checks will say it
+        form = Form()
+    channels, height, width = preprocessing(model).input_size
+    side = form.image_size or max(height, width)
+    return 4 * max(settings.max_batch, form.batch or 1, LABELLED) * channels * side * side
 
 
 def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:

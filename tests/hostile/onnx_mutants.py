@@ -5,6 +5,7 @@ Each is made again by its name: a function that changes a run folder in which gr
 """
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -90,9 +91,9 @@ def before_logits(*nodes: onnx.NodeProto, constants: dict[str, np.ndarray] | Non
     return change
 
 
-def large() -> dict[str, Change]:
-    """Graphs of a few bytes that make tensors of 400 GB, or never end."""
-    size = np.array([HUGE], np.int64)
+def large(count: int) -> dict[str, Change]:
+    """Graphs of a few bytes that make tensors of so many numbers, or never end."""
+    size, side = np.array([count], np.int64), math.sqrt(count) / 4
     one = np.ones((1,), np.float32)
     forever = helper.make_graph(
         [
@@ -122,7 +123,7 @@ def large() -> dict[str, Change]:
         "Tile": before_logits(helper.make_node("Tile", ["one", "size"], ["big"]), constants={"size": size, "one": one}),
         "Range": before_logits(
             helper.make_node("Range", ["from", "to", "by"], ["big"]),
-            constants={n: np.array(v, np.float32) for n, v in (("from", 0), ("to", 1e11), ("by", 1))},
+            constants={n: np.array(v, np.float32) for n, v in (("from", 0), ("to", count), ("by", 1))},
         ),
         "Loop": before_logits(
             helper.make_node("Loop", ["turns", "yes", "one"], ["big"], body=forever),
@@ -130,17 +131,17 @@ def large() -> dict[str, Change]:
         ),
         "Resize": before_logits(
             helper.make_node("Resize", ["square", "", "scales"], ["big"]),
-            constants={"square": np.ones((1, 1, 4, 4), np.float32), "scales": np.array([1, 1, 1e5, 1e5], np.float32)},
+            constants={"square": np.ones((1, 1, 4, 4), np.float32), "scales": np.array([1, 1, side, side], np.float32)},
         ),
         "Pad": before_logits(
             helper.make_node("Pad", ["one", "pads"], ["big"]),
-            constants={"one": one, "pads": np.array([0, HUGE], np.int64)},
+            constants={"one": one, "pads": np.array([0, count], np.int64)},
         ),
         "OneHot": before_logits(
             helper.make_node("OneHot", ["which", "depth", "values"], ["big"]),
             constants={
                 "which": np.zeros((1,), np.int64),
-                "depth": np.array(HUGE, np.int64),
+                "depth": np.array(count, np.int64),
                 "values": np.array([0, 1], np.float32),
             },
         ),
@@ -278,7 +279,8 @@ def graphs() -> dict[str, Change]:
         "negated": negated,
         "calls itself": itself,
         "nested 30": nested(30),
-        **{f"large {name}": change for name, change in large().items()},
+        **{f"large {name}": change for name, change in large(HUGE).items()},
+        **{f"8 GB {name}": change for name, change in large(2 * 10**9).items()},
     }
 
 

@@ -3,6 +3,7 @@
 pytest -m slow tests/hostile/test_hostile_options.py tries them all.
 """
 
+import dataclasses
 import random
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from judging import hold, serving
 from places import SIZES, TO, furnish
 
 from growkit.text import visible
+from growkit.train.settings import FitSettings
 from growkit_cli import main as program
 
 DATA = ("--data", "images", "--batch-size", 4, "--workers", 0, "--device", "cpu")
@@ -36,6 +38,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "verify": ("small", "--run", "exported", "--no-latency"),
     "report": ("--run", "exported"),
 }
+TRAINING = {field.name for field in dataclasses.fields(FitSettings)}
 NUMBERS = ("nan", "inf", "-inf", "-5", "99999999999999999999")  # no option of a number takes one of them
 MORE_NUMBERS = ("0", "1e-320", "4294967296")
 PATHS = ("", "no/such/path", "images", "x" * 300, "small/model.safetensors", "small/model.safetensors/y", "a\x1b[2Jb")
@@ -51,10 +54,13 @@ Case = tuple[str, str, str]  # command, option and value
 
 
 def cases() -> list[Case]:
+    """All of them, but settings of training for `train` alone: other commands have the same ones."""
     found = []
     for name, command in typer.main.get_command(program.app).commands.items():  # type: ignore[attr-defined]
         for option in command.params if name in COMMANDS else ():
             if option.param_type_name != "option" or option.is_flag:
+                continue
+            if name in ("grow", "finetune", "sweep") and option.name in TRAINING and option.name != "steps":
                 continue
             annotation = option.type_descriptor.annotation
             kinds, label = {annotation, *get_args(annotation)}, option.opts[0]
@@ -116,7 +122,8 @@ def wrong(case: Case, ended: Ended, before: dict[str, int], after: dict[str, int
     if "is nan at update" not in ended.err and before != after:  # a run that diverged keeps its last good weights
         return f"left {sorted(set(after) - set(before))[:5]}"
     words = [option.strip("-"), option.strip("-").rstrip("s"), visible(value)[:100] or "''"]
-    words += [".: "] * (not value)  # the folder that an empty path means
+    words += ["no such file", "no model folder", "it is a folder"] * (not value)  # for an empty path is this folder
+    words += [value.rpartition("/")[0]] * ("/" in value)  # what should hold it is what is wrong
     words += ["--triton"] * option.startswith("--triton") + [word for word in value.split("=") if "=" in value and word]
     return None if any(word in ended.err for word in words) else f"does not say what is wrong: {ended.err[-300:]}"
 
