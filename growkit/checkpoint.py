@@ -27,8 +27,10 @@ WEIGHTS, CONFIG, HISTORY, OPERATOR = (
 )
 LARGEST_HISTORY, LONGEST_WORD = 64 * 2**20, 10_000  # bytes and characters: what growkit.json never reaches
 EMA_KEYS = ("state_dict_ema", "model_ema")
-PLAIN_KEYS = ("state_dict", "model")
+PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "module", "net")
 WRAPPERS = ("model.", "backbone.", "module.", "_orig_mod.")  # what Lightning, DDP and compile put before every name
+PICKLED = "pytorch_model.bin"  # the weights of model folders before there was safetensors
+STEM = "patch_embed.proj.weight"  # what every ViT of timm has, so that what stands before it shows where one lies
 # What a model expects of its images; it goes with the weights, from the source to the grown model.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -48,7 +50,8 @@ class Checkpoint:
 def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     """Read a .pth/.pt/.bin, a .safetensors or a timm model folder.
 
-    `ema` takes averaged weights where the file holds both, as timm does.
+    `ema` takes averaged weights where the file holds both, as timm does. Of a file that holds more than one network,
+    as with a loss or a text tower, the tensors of its ViT are taken, and a note says what was left out.
 
     Raises:
         GrowkitError: no such file, a folder that is no model, a damaged file, a pickle that needs more than
@@ -58,19 +61,26 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         raise GrowkitError(f"{path}: no such file or folder")
     config, folder = None, path
     if path.is_dir():
-        if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
+        weights = next((path / name for name in (WEIGHTS, PICKLED) if (path / name).exists()), None)
+        if not (path / CONFIG).exists() or weights is None:
             raise GrowkitError(f"{path}: no model folder; expected {CONFIG} and {WEIGHTS} in it")
         config = read_json(path / CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
-        path = path / WEIGHTS
+        path = weights
     refuse_no_file(path)
     raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
-    state = _unwrapped(clean_state_dict({str(key): value for key, value in raw.items()}))
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise GrowkitError(f"{path}: holds no weights; expected a state dict or one under {', '.join(PLAIN_KEYS)}")
-    if len(state) < len(raw):
+    odd = [str(key) for key, value in raw.items() if not isinstance(value, Tensor)]
+    if odd or not raw:
+        told = f" ({', '.join(odd[:3])}: no tensors)" if odd else ""
+        raise GrowkitError(
+            f"{path}: holds no weights{told}; expected a state dict or one under {', '.join(PLAIN_KEYS)}"
+        )
+    named = _unwrapped(clean_state_dict({str(key): value for key, value in raw.items()}))
+    if len(named) < len(raw):
         raise GrowkitError(f"{path}: holds weights of one name twice, with and without a prefix; save them once")
+    state, left = _network(path, named)
+    notes = (*notes, *left)
     for key, value in state.items():
         if not value.is_floating_point():
             raise GrowkitError(f"{path}: {key} is {value.dtype}; expected floating-point weights")
@@ -176,6 +186,26 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
     while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
+
+
+def _network(path: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of the ViT in a file that holds others beside it, as a loss or a text tower, and a note on these.
+
+    Raises:
+        GrowkitError: it holds several.
+    """
+    prefixes = [key.removesuffix(STEM) for key in state if key.endswith(f".{STEM}")]
+    if STEM in state or not prefixes:
+        return state, ()
+    if len(prefixes) > 1:
+        several = ", ".join(prefix.rstrip(".") for prefix in prefixes[:3])
+        raise GrowkitError(f"{path}: holds several networks ({several}); save the state_dict() of one")
+    (prefix,) = prefixes
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    others = [key for key in state if not key.startswith(prefix)]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    left = f", and left out {', '.join(others[:3])}{more}" if others else ""
+    return own, (f"took the network under '{prefix.rstrip('.')}'{left}",)
 
 
 def write_model(

@@ -345,6 +345,8 @@ def test_vit_with_a_part_outside_the_table_is_refused_by_that_part(name: str, pa
 def test_set_values_are_python_literals_or_words() -> None:
     parsed = parse_sets(["depth=8", "mlp_ratio=2.5", "qkv_bias=False", "global_pool=avg"])
     assert parsed == {"depth": 8, "mlp_ratio": 2.5, "qkv_bias": False, "global_pool": "avg"}
+    parsed = parse_sets(["qkv_bias=false", "class_token=TRUE", "init_values=none"])
+    assert parsed == {"qkv_bias": False, "class_token": True, "init_values": None}
 
 
 def test_set_without_equals_says_how_it_is_written() -> None:
@@ -360,9 +362,35 @@ def test_set_of_an_unknown_argument_offers_the_nearest() -> None:
 @pytest.mark.parametrize("arguments", [{"num_heads": 5}, {"depth": "many"}, {"num_heads": 0}, {"embed_dim": "wide"}])
 def test_arguments_that_timm_refuses_are_quoted(arguments: dict) -> None:
     ((key, value),) = arguments.items()
-    with pytest.raises(GrowkitError, match=f"timm cannot build vit_tiny_patch16_224 with {key}={value}") as caught:
+    with pytest.raises(GrowkitError, match=f"cannot build vit_tiny_patch16_224 with {key}={value}") as caught:
         find("vit_tiny", arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"qkv_bias": "maybe"}, "expected true or false"),
+        ({"class_token": -5}, "expected true or false"),
+        ({"num_classes": -1}, "expected a whole number up to 1048576"),
+        ({"num_classes": True}, "expected a whole number up to 1048576"),
+        ({"depth": 10**6}, "expected a whole number up to 1024"),
+        ({"img_size": (224, 2**30)}, "expected a whole number up to 1048576"),
+        ({"drop_path_rate": 2}, "expected a number from 0 to below 1"),
+        ({"init_values": float("nan")}, "expected a number from 0 to 1048576"),
+        ({"mlp_ratio": None}, "expected a number from 0 to 1048576"),
+    ],
+)
+def test_arguments_that_timm_would_take_for_others_are_refused(arguments: dict, said: str) -> None:
+    ((key, value),) = arguments.items()
+    with pytest.raises(GrowkitError) as caught:
+        find("vit_tiny", arguments)
+    assert str(caught.value) == f"cannot build vit_tiny_patch16_224 with {key}={value}: {said}"
+
+
+def test_arguments_of_every_kind_are_taken() -> None:
+    arguments = {"img_size": [32, 32], "patch_size": 8, "init_values": None, "drop_path_rate": 0.1, "fc_norm": None}
+    assert find("vit_tiny", arguments).spaces["embed"].size == 192
 
 
 # The table

@@ -91,10 +91,12 @@ class Touch:
         {"state_dict": prefixed("model."), "epoch": 3},
         {"state_dict": prefixed("model._orig_mod.")},
         {"state_dict": prefixed("module.backbone.")},
+        {"model_state_dict": weights(), "optimizer_state_dict": {"state": {}}, "loss": 0.1},
+        {"net": prefixed("module."), "acc": 93.5},
     ],
     ids=[
         *("bare", "model", "state_dict", "training", "module", "orig_mod", "both", "both turned", "nested and both"),
-        *("lightning", "lightning compiled", "backbone in DDP"),
+        *("lightning", "lightning compiled", "backbone in DDP", "model_state_dict", "net"),
     ],
 )
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
@@ -326,6 +328,40 @@ def test_folder_that_is_no_model_is_refused(tmp_path: Path, present: tuple[str, 
     assert f"expected {CONFIG} and {WEIGHTS}" in refusal(tmp_path)
 
 
+def test_folder_with_the_pickle_of_older_models_is_read_as_timm_reads_it(tmp_path: Path) -> None:
+    config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments)}
+    save_for_hf(network(), str(tmp_path / "model"), model_config=config, safe_serialization=False)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [CONFIG, "pytorch_model.bin"]
+    assert_same(load_source(str(tmp_path / "model")).state, weights())
+    save_file(weights(1), tmp_path / "model" / WEIGHTS)  # where both are, safetensors
+    assert_same(load_source(str(tmp_path / "model")).state, weights(1))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others", "said"),
+    [
+        (
+            "model.",
+            {"criterion.weight": torch.ones(7)},
+            "took the network under 'model', and left out criterion.weight",
+        ),
+        (
+            "visual.trunk.",
+            {f"text.{number}": torch.ones(1) for number in range(5)},
+            "took the network under 'visual.trunk', and left out text.0, text.1, text.2 and 2 more",
+        ),
+        ("vit.", {}, "took the network under 'vit'"),
+    ],
+)
+def test_network_beside_others_is_taken_and_said(
+    tmp_path: Path, prefix: str, others: dict[str, Tensor], said: str
+) -> None:
+    torch.save({"state_dict": {**others, **prefixed(prefix)}}, tmp_path / "source.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "source.ckpt")
+    assert_same(checkpoint.state, weights())
+    assert checkpoint.notes == (said,)
+
+
 @pytest.mark.parametrize("config", ["", "{", "[]", "{}", '{"architecture": 3}'])
 def test_folder_with_a_broken_config_is_refused(tmp_path: Path, config: str) -> None:
     save_file(weights(), tmp_path / WEIGHTS)
@@ -338,8 +374,14 @@ def test_folder_with_a_broken_config_is_refused(tmp_path: Path, config: str) -> 
     [
         ({}, "holds no weights"),
         ({"model": {}}, "holds no weights"),
-        ({"epoch": 3, "name": "deit"}, "holds no weights"),
-        ({**weights(), "epoch": 3}, "holds no weights"),
+        ({"epoch": 3, "name": "deit"}, "holds no weights (epoch, name: no tensors)"),
+        ({**weights(), "epoch": 3}, "holds no weights (epoch: no tensors)"),
+        ({"student": weights(), "teacher": weights()}, "holds no weights (student, teacher: no tensors)"),
+        ({"state": {0: {"step": 1}}, "param_groups": []}, "holds no weights (state, param_groups: no tensors)"),
+        (
+            {**prefixed("student.backbone."), **prefixed("teacher.backbone.")},
+            "holds several networks (student.backbone, teacher.backbone)",
+        ),
         ([1, 2], "holds a list"),
         (torch.ones(2), "holds a Tensor"),
         ({"counts": torch.ones(2, dtype=torch.int64)}, "counts is torch.int64"),

@@ -158,7 +158,21 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "compare without a target": (("compare", "small", "--to", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "sweep of no trials": (("sweep", "small", *TO, *DATA, "--trials", "0"), "--trials 0"),
-    "sweep of no rank": (("sweep", "small", *TO, *DATA, "--rank-choices", "0"), "--rank 0"),
+    "sweep of no rank": (("sweep", "small", *TO, *DATA, "--rank-choices", "0"), "--rank-choices 0"),
+    "sweep of a lowest rate above others": (
+        ("sweep", "small", *TO, *DATA, "--lrs", "1e-3", "--min-lr", "1e-2"),
+        "--min-lr 0.01: expected at most the learning rate, 0.001",
+    ),
+    "compare of a decay that turns signs": (
+        ("compare", "small", *TO, *DATA, "--lrs", "1e-3,2", "--weight-decay", "0.5"),
+        "--weight-decay 0.5 at a learning rate of 2.0 turns the sign",
+    ),
+    "report into a model": (("report", "-o", "small/model.safetensors"), "it is there, and no .html file"),
+    "JUnit into a model": (
+        ("verify", "small", "--junit", "small/model.safetensors"),
+        "it is there, and no .xml file",
+    ),
+    "a file's contents for its name": (("evaluate", "x" * 5000, *DATA), "xxx ... xxx"),
     "--run that is a file": ((*GROW, "--run", "a-file"), "a-file"),
     "--run of finetune that is a file": (("finetune", "small", *DATA, "--run", "a-file"), "a-file is a file"),
     "record that is none": ((*GROW, "--run", "odd-record"), "holds no list of steps"),
@@ -221,6 +235,29 @@ def test_bad_usage_exits_2_and_writes_nothing(
 @pytest.mark.parametrize("arguments", [("--version",), ("--version", "grow"), ("--debug", "--version")])
 def test_version_is_printed_without_a_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert growkit(capsys, *arguments) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_is_used_up_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: object, **given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("growkit.source.load_source", read)
+    status, _, err = growkit(capsys, "plan", "small.pth", *TO)
+    assert status == 2
+    assert err == "error: memory is used up; take smaller batches, images or models, or a machine with more\n"
+    monkeypatch.setattr("growkit.source.load_source", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        growkit(capsys, "plan", "small.pth", *TO)
 
 
 def test_debug_lets_the_error_through_with_its_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,14 +87,14 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
         raise GrowkitError(f"{name}: {strange[0]!r} is no argument of a VisionTransformer; take it out of model_args")
     for key, value in arguments.items():
         if expected := _expected(key, value):
-            raise GrowkitError(f"{name} with {key}={value}: expected {expected}")
+            raise GrowkitError(f"cannot build {name} with {key}={value}: expected {expected}")
     try:
         with torch.device(device):
             model = timm.create_model(name, **arguments)
     except Exception as error:  # what constructors make of odd arguments is of every kind
         first = first_line(error)
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
-        raise GrowkitError(f"timm cannot build {name} with {given or 'its defaults'}: {first}") from None
+        raise GrowkitError(f"cannot build {name} with {given or 'its defaults'}: {first}") from None
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise GrowkitError(f"{name} is timm's {type(model).__name__}; growkit grows its plain VisionTransformer")
     return model

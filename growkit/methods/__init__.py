@@ -54,8 +54,6 @@ def check(source: Architecture, target: Architecture, settings: GrowSettings) ->
     if settings.variant is not None and settings.variant not in method.VARIANTS:
         offered = f"choose {' or '.join(method.VARIANTS)}" if method.VARIANTS else "it has none"
         raise GrowkitError(f"--variant {settings.variant}: not a variant of {settings.method}; {offered}")
-    if not 0 <= settings.noise < math.inf:
-        raise GrowkitError(f"--noise {settings.noise}: expected a number of 0 or more")
     refuse_shrinking(source, target)
     reason = method.cannot(source, target, settings)
     if reason is not None:

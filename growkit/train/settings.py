@@ -154,4 +154,4 @@ class FitSettings:
 
     def _require(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
-            raise GrowkitError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+            raise GrowkitError(f"--{name} {getattr(self, name)}: must be one of {', '.join(choices)}")

@@ -480,8 +480,8 @@ def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
     [
         ({"methods": "mangoo"}, "unknown method 'mangoo'"),
         ({"methods": "stackbert"}, "methods that can"),
-        ({"stage_choices": "both,sideways"}, "--stages sideways"),
-        ({"rank_choices": "0"}, "--rank 0"),
+        ({"stage_choices": "both,sideways"}, "--stage-choices both,sideways"),
+        ({"rank_choices": "0"}, "--rank-choices 0"),
         ({"methods": "mango:steps=1"}, "--methods mango:steps=1: .* steps from --operator-steps"),
         ({"methods": "mango,mango:lr=1e-4"}, "--methods mango:lr=1e-4: .* lr from --operator-lrs"),
         ({"operator_steps": "0,3,2000"}, "its operator takes .* all of a budget of .* fewer --operator-steps"),

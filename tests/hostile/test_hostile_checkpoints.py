@@ -72,6 +72,8 @@ def wrong(ended: Ended, folder: Path, given: Path, before: set[str]) -> str | No
         return "code of the file ran"
     if "Traceback" in ended.err:
         return f"a traceback: {ended.err.splitlines()[-1]}"
+    if "memory is used up" in ended.err:  # one line, and still more than the file is worth
+        return "used up its memory"
     if ended.status not in (0, 1, 2):
         return f"ended with {ended.status}: {ended.err[-300:]}"
     made = {path for path in listed(folder) - before if not path.startswith("run")}
@@ -162,7 +164,7 @@ TWINS = {
         growkit.source.read_checkpoint = raised
         """,
     ),
-    "a traceback: MemoryError": (
+    "used up its memory": (
         "zip.pth of NaN",
         """
         import growkit.source

@@ -60,7 +60,7 @@ def cases() -> list[Case]:
         for option in command.params if name in COMMANDS else ():
             if option.param_type_name != "option" or option.is_flag:
                 continue
-            if name in ("grow", "finetune", "sweep") and option.name in TRAINING and option.name != "steps":
+            if name in ("grow", "finetune", "compare", "sweep") and option.name in TRAINING and option.name != "steps":
                 continue
             annotation = option.type_descriptor.annotation
             kinds, label = {annotation, *get_args(annotation)}, option.opts[0]
@@ -110,6 +110,8 @@ def wrong(case: Case, ended: Ended, before: dict[str, int], after: dict[str, int
     models = [name for name in before if name.startswith("small/")]
     if any(before[name] != after.get(name) for name in models):
         return "the model is lost"
+    if "memory is used up" in ended.err:
+        return "used up its memory"
     if ended.status != 2:
         return (
             "took it"
