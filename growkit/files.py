@@ -39,25 +39,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _open: set[str] = set()  # hidden names this process is writing under
 
 
-def refuse_foreign(path: Path, known: str, force: bool) -> None:
-    """Raise GrowkitError when `path` is to be replaced and is not a folder with a file `known` in it.
+def refuse_existing(path: Path, force: bool, *known: str) -> None:
+    """Raise GrowkitError when `path` exists and `force` was not given, or is a folder that holds nothing `known`.
 
-    --force replaces what growkit wrote, not whatever lies there.
-    """
-    if not (force and path.exists()):
-        return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / known).is_file()):
-        raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known}; name another folder")
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise GrowkitError when `path` exists and `force` was not given.
-
-    Called before the work starts, so that nobody waits an hour for a refusal.
+    --force replaces what growkit wrote, not whatever lies there. Called before the work starts, so that nobody waits an
+    hour for a refusal.
     """
     clear_left(path.parent, path.name)  # it may lie under a hidden name
-    if path.exists() and not force:
+    if not path.exists():
+        return
+    if not force:
         raise GrowkitError(f"{path} already exists; --force replaces it, --run or --out writes elsewhere")
+    held = [entry.name for entry in path.iterdir()] if path.is_dir() else ["a file"]
+    if known and held and not set(known) & set(held):
+        raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known[0]}; name another folder")
 
 
 def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:

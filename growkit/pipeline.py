@@ -147,7 +147,7 @@ def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: 
     def look() -> bool:
         run.refuse_unusable()
         if not (resume or anew):
-            refuse_existing(output, force)
+            refuse_existing(output, force, WEIGHTS, LAST)
         begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
         if resume and begun and not state.exists():
             say("nothing was saved before it ended: it begins anew")

@@ -469,3 +469,16 @@ def test_process_of_its_own_ends_with_the_same_status_and_line(place: Path) -> N
         refused.stderr.split("\n", 1)[1]
         == "error: lfs.pth: not readable as a torch checkpoint (neither a zip archive nor a pickle)\n"
     )
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_demo_removes_nothing_that_is_not_its_own(
+    force: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "run").mkdir(parents=True)
+    (tmp_path / "photos" / "a.jpg").write_text("seaside")
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, "demo", tmp_path / "photos", *force)
+    assert status == 2
+    assert ("is not the demo's to replace" if force else "already exists") in err
+    assert listing(tmp_path) == before

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import (
     read_json,
     refuse_existing,
+    refuse_unwritable,
     sha256_of,
     whole_file,
     whole_folder,
@@ -166,3 +167,28 @@ def test_unreadable_json_is_one_line_with_its_name(tmp_path: Path, content: byte
 def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"growkit")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"growkit").hexdigest()
+
+
+def test_force_replaces_what_growkit_wrote_and_nothing_else(tmp_path: Path) -> None:
+    ours, theirs, empty, file = (tmp_path / name for name in ("ours", "theirs", "empty", "file"))
+    for folder in (ours, theirs, empty):
+        folder.mkdir()
+    (ours / "last").mkdir()
+    (theirs / "holiday.jpg").touch()
+    file.touch()
+    known = ("model.safetensors", "last")
+    for path in (ours, empty, tmp_path / "absent"):
+        refuse_existing(path, True, *known)
+    for path in (theirs, file):
+        with pytest.raises(GrowkitError, match=f"{path.name} is not growkit's to replace: it holds no model"):
+            refuse_existing(path, True, *known)
+
+
+def test_file_to_replace_is_of_the_same_kind(tmp_path: Path) -> None:
+    model, page = tmp_path / "model.safetensors", tmp_path / "page.HTML"
+    model.touch()
+    page.touch()
+    refuse_unwritable(page, suffix=".html")
+    refuse_unwritable(tmp_path / "new.txt", suffix=".html")  # a new one has any name
+    with pytest.raises(UnwritableError, match=r"it is there, and no \.html file"):
+        refuse_unwritable(model, suffix=".html")

@@ -11,6 +11,7 @@ from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
 
 INTERRUPTED = (130, 143)
+OWN = ("digits", "run", "from-nothing", "report.html", LOCK)  # in the folder that it writes
 
 
 def demo(
@@ -24,17 +25,20 @@ def demo(
     """
     import shutil
 
+    from growkit.errors import GrowkitError
     from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
     refuse_existing(out, force)
     refuse_unwritable(out)
     with holding(out):
-        for old in out.iterdir():
+        if foreign := [path for path in out.iterdir() if path.name not in OWN]:
+            raise GrowkitError(f"{foreign[0]} is not the demo's to replace; move it, or name another folder")
+        for old in (out / name for name in OWN if name != LOCK):
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
-            elif old.name != LOCK:
-                old.unlink()
+            else:
+                old.unlink(missing_ok=True)
         _demo(console, out)
 
 

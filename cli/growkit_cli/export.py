@@ -53,7 +53,7 @@ def export(
 
     from growkit.deploy.folder import write_export
     from growkit.deploy.limits import LIMITS
-    from growkit.files import refuse_existing, refuse_foreign, refuse_unwritable, whole_folder
+    from growkit.files import refuse_existing, refuse_unwritable, whole_folder
     from growkit.record import RunFolder
     from growkit.source import load_source
 
@@ -65,8 +65,7 @@ def export(
     if target.resolve() == Path.cwd():
         raise GrowkitError(f"--out {target}: the folder you stand in cannot be replaced; name another")
     refuse_unwritable(target.absolute().parent)
-    refuse_existing(target, force)
-    refuse_foreign(target, "export.json", force)
+    refuse_existing(target, force, "export.json")
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if triton is None and serving != TritonSettings():

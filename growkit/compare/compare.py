@@ -275,7 +275,7 @@ def compare_methods(
     """
     run.refuse_unusable()
     if not resume:
-        refuse_existing(run.compare, force)
+        refuse_existing(run.compare, force, BEGUN)
     bench = bench_of(
         source,
         to,

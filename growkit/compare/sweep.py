@@ -19,7 +19,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
 from growkit.compare.bench import Bench, Watch
-from growkit.compare.compare import FAILURES, SCHEMA, Follow, Say, begin, bench_of, identity_of, read_own, reason_of
+from growkit.compare.compare import (
+    BEGUN,
+    FAILURES,
+    SCHEMA,
+    Follow,
+    Say,
+    begin,
+    bench_of,
+    identity_of,
+    read_own,
+    reason_of,
+)
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
@@ -104,7 +115,7 @@ def sweep_settings(
     """
     run.refuse_unusable()
     if not resume:
-        refuse_existing(run.sweep, force)
+        refuse_existing(run.sweep, force, BEGUN)
     bench = bench_of(
         source,
         to,

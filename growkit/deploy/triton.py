@@ -32,7 +32,7 @@ from growkit.deploy.triton_check import (
     versions_in,
 )
 from growkit.errors import GrowkitError
-from growkit.files import refuse_unwritable, whole_folder, write_json
+from growkit.files import refuse_existing, refuse_unwritable, whole_folder, write_json
 from growkit.text import visible
 
 LABELS = "labels.txt"
@@ -105,8 +105,8 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
             f"{target / str(settings.version)} already exists; --triton-version {max(there) + 1} adds a version, "
             "--triton-name another model, --force replaces it"
         )
-    if target.exists() and not there and not force:
-        raise GrowkitError(f"{target} already exists and holds no version of a model; --force replaces it")
+    if target.exists() and not there:
+        refuse_existing(target, force, "config.pbtxt")
 
 
 def default_name(proto: onnx.ModelProto) -> str:

@@ -1,7 +1,6 @@
 """The growth methods, by the name that --method takes."""
 
 import difflib
-import math
 from dataclasses import replace
 
 from growkit.arch.spec import Architecture

@@ -356,8 +356,9 @@ def test_existing_version_is_replaced_only_with_force(written: Path, tmp_path: P
 def test_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "models" / "m").mkdir(parents=True)
     (tmp_path / "models" / "m" / "notes.txt").write_text("mine")
-    with pytest.raises(GrowkitError, match="holds no version"):
-        write_model_repository(write_exported(tmp_path / "onnx"), tmp_path / "models", PLAIN)
+    for force, says in ((False, "already exists"), (True, r"not growkit's to replace: it holds no config\.pbtxt")):
+        with pytest.raises(GrowkitError, match=says):
+            write_model_repository(write_exported(tmp_path / "onnx"), tmp_path / "models", PLAIN, force=force)
     assert (tmp_path / "models" / "m" / "notes.txt").read_text() == "mine"
 
 
@@ -372,7 +373,7 @@ def test_name_is_the_architectures_when_left_out(tmp_path: Path) -> None:
         ({"name": "a/b"}, "'a/b' is no Triton model name"),
         ({"name": ".hidden"}, "no Triton model name"),
         ({"name": "m", "kind": "tpu"}, "--triton-kind tpu: choose one of cpu, gpu"),
-        ({"name": "m", "max_batch": 0}, "--triton-max-batch 0: must be at least 1"),
+        ({"name": "m", "max_batch": 0}, "--triton-max-batch 0: expected 1 or more"),
         ({"name": "m", "instances": 0}, "--triton-instances 0"),
         ({"name": "m", "version": 0}, "--triton-version 0"),
         ({"name": "m", "queue_delay": -1}, "--triton-queue-delay -1"),
@@ -451,8 +452,18 @@ def test_export_writes_the_repository_after_the_folder(source: Path, tmp_path: P
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
 
 
-def test_failed_repository_leaves_the_export_and_says_so(source: Path, tmp_path: Path) -> None:
+def test_repository_that_cannot_be_is_refused_before_the_export(source: Path, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file, where a folder should be")
+    result = call("--run", tmp_path / "run", source, "--triton", tmp_path / "models")
+    assert isinstance(result.exception, GrowkitError)
+    assert "cannot be written (not a directory)" in str(result.exception)
+    assert not (tmp_path / "run" / "onnx").exists()
+
+
+def test_failed_repository_leaves_the_export_and_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.deploy.triton.check_model_repository", lambda folder, name: ["no good"])
     result = call("--run", tmp_path / "run", source, "--triton", tmp_path / "models")
     assert isinstance(result.exception, GrowkitError)
     assert f"{tmp_path / 'run' / 'onnx'} was written, the model repository was not: " in str(result.exception)
