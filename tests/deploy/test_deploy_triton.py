@@ -356,9 +356,10 @@ def test_existing_version_is_replaced_only_with_force(written: Path, tmp_path: P
 def test_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "models" / "m").mkdir(parents=True)
     (tmp_path / "models" / "m" / "notes.txt").write_text("mine")
+    exported = write_exported(tmp_path / "onnx")
     for force, says in ((False, "already exists"), (True, r"not growkit's to replace: it holds no config\.pbtxt")):
         with pytest.raises(GrowkitError, match=says):
-            write_model_repository(write_exported(tmp_path / "onnx"), tmp_path / "models", PLAIN, force=force)
+            write_model_repository(exported, tmp_path / "models", PLAIN, force=force)
     assert (tmp_path / "models" / "m" / "notes.txt").read_text() == "mine"
 
 
