@@ -79,6 +79,8 @@ def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
 
 
 def _unwritable(path: Path, reason: str, remedy: str) -> UnwritableError:
+    # by the name that it was to have, not the hidden one
+    path = Path(*(found["name"] if (found := LEFT.fullmatch(part)) else part for part in path.parts))
     return UnwritableError(f"{path}: cannot be written ({reason}); {remedy}")
 
 

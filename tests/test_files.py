@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all, whatever ends the work."""
 
+import errno
 import hashlib
 import json
 import os
@@ -192,3 +193,13 @@ def test_file_to_replace_is_of_the_same_kind(tmp_path: Path) -> None:
     refuse_unwritable(tmp_path / "new.txt", suffix=".html")  # a new one has any name
     with pytest.raises(UnwritableError, match=r"it is there, and no \.html file"):
         refuse_unwritable(model, suffix=".html")
+
+
+def test_what_cannot_be_written_has_the_name_it_was_to_have(tmp_path: Path) -> None:
+    def fill() -> None:
+        with whole_folder(tmp_path / "onnx") as partial, whole_file(partial / "model.onnx"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UnwritableError) as caught:
+        fill()
+    assert str(caught.value).startswith(f"{tmp_path / 'onnx' / 'model.onnx'}: cannot be written (the disk is full); ")
