@@ -562,7 +562,11 @@ def _answering_onnx(path: Path, provider: str) -> Answering:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
 
     def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(subject.run(images.numpy()))
+        try:
+            return torch.from_numpy(subject.run(images.numpy()))
+        except Exception as error:  # of a dozen kinds, too
+            reason = first_line(error, 200)
+            raise GrowkitError(f"{path}: ONNX Runtime cannot run it on {len(images)} images ({reason})") from None
 
     return Answering(
         path=str(path),

@@ -226,6 +226,7 @@ def with_file(
             reference=data_sets_beside(file),
             golden=golden,
             data=batches,
+            batch_size=reading.batch_size,
             pictures=pictures,
             progress=lambda done, note: bar(total).update(done, note),
         )

@@ -12,7 +12,7 @@ import onnx
 from PIL import Image
 from torch import Tensor, nn
 
-from growkit.deploy.bounded import memory_bounded
+from growkit.deploy.bounded import bytes_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
@@ -26,8 +26,6 @@ from growkit.deploy.store import form_in, sha256_of_files
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.errors import GrowkitError, first_line
 from growkit.files import sha256_of
-
-LABELLED = 64  # images of a batch of --data, as it is when left out
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,14 @@ def verify_onnx(
     reference: Path | None = None,
     golden: Golden | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    batch_size: int = 1,
     pictures: Mapping[str, Image.Image] | None = None,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
 
     golden    reference that the file is held against, and the model too where the reference is a model's
+    batch_size  images of the largest batch of `data`
     stock     name and arguments for timm.create_model, of the architecture that was never grown
     progress  told how many of the `timing_steps` are done, and which comes next
 
@@ -68,7 +68,7 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
-    with memory_bounded(file, _largest_input(model, file, settings)):
+    with memory_bounded(bytes_of(file), _largest_input(model, file, max(settings.max_batch, batch_size))):
         parity = check_parity(
             model,
             file,
@@ -241,7 +241,7 @@ def comparisons_made(settings: VerifySettings, form: Form) -> int:
     return (3 + settings.compiled) * len(batches_timed(settings, form))
 
 
-def _largest_input(model: nn.Module, file: Path, settings: VerifySettings) -> int:
+def _largest_input(model: nn.Module, file: Path, batch: int) -> int:
     """Bytes of the largest batch that a file is checked with."""
     try:
         form = form_in(file)
@@ -249,7 +249,7 @@ def _largest_input(model: nn.Module, file: Path, settings: VerifySettings) -> in
         form = Form()
     channels, height, width = preprocessing(model).input_size
     side = form.image_size or max(height, width)
-    return 4 * max(settings.max_batch, form.batch or 1, LABELLED) * channels * side * side
+    return 4 * max(batch, form.batch or 1) * channels * side * side
 
 
 def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:
