@@ -21,9 +21,11 @@ class ParityError(GrowkitError):
 
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_IS_FULL)
-    )
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, which is not loaded here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_IS_FULL)
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:

@@ -143,6 +143,7 @@ class FitSettings:
         refuse_outside(self, "smoothing", "model_ema_decay", least=0, below=1)
         refuse_outside(self, "scale_min", above=0, most=1)
         for name in ("mixup", "cutmix"):
+            refuse_outside(self, name, least=0)
             if getattr(self, name):  # of a smaller alpha the draws are NaN
                 refuse_outside(self, name, least=0.001)
         if not self.val_split:

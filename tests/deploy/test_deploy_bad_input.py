@@ -262,6 +262,7 @@ def test_graph_of_something_else_is_a_no_without_a_traceback(name: str, run: Pat
         '{"batch": "two"}',
         '{"batch": 1.5}',
         '{"batch": -1}',
+        '{"batch": 1000000000000}',
         '{"pixels": "yes"}',
         '{"image_size": 0}',
         '{"image_size": [16, 16]}',
@@ -282,7 +283,7 @@ def test_form_that_growkit_does_not_write_is_refused_in_one_line(claim: str, run
     assert len(line) < 400
 
 
-@pytest.mark.parametrize("claim", [{"batch": 10**12}, {"image_size": 1024}, {"output": "top-1000000000000"}])
+@pytest.mark.parametrize("claim", [{"batch": 4096}, {"image_size": 1024}, {"output": "top-1000000000000"}])
 def test_claim_of_a_size_that_the_graph_does_not_have_is_a_no_and_costs_nothing(claim: object, run: Path) -> None:
     def claimed(proto: onnx.ModelProto) -> None:
         for entry in proto.metadata_props:

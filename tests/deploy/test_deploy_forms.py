@@ -263,7 +263,7 @@ def test_unreadable_form_is_refused_in_one_line(claim: str) -> None:
         ({"precision": "int4"}, "--precision int4: unknown"),
         ({"output": "top-0"}, "--output top-0: unknown"),
         ({"output": "top-"}, "--output top-: unknown"),
-        ({"batch": 0}, "--batch 0: expected 1 or more"),
+        ({"batch": 0}, "--batch 0: expected 1 to 4096"),
         ({"image_size": -1}, "--image-size -1"),
         ({"image_size": 8 * 10**6}, "--image-size 8000000: expected 1 to 2048"),
         ({"exporter": "torchscript", "target": "ort-1.23"}, "up to opset 20"),
