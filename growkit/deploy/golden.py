@@ -25,7 +25,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from growkit import __version__
-from growkit.deploy.bounded import bytes_of, memory_bounded
+from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import form_of
 from growkit.deploy.numbers import in_batches, relative, rms
@@ -163,15 +163,15 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         form_of(props),
     )
     labels = json_in(props, "labels")
-    size = bytes_of(file)
-    with memory_bounded(size):
+    bound = bound_of(file)
+    with memory_bounded(bound):
         if prepared:
             session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
         else:
             session = open_session(file, provider=provider)
 
     def run(images: np.ndarray) -> np.ndarray:
-        with memory_bounded(size, images.nbytes):
+        with memory_bounded(bound, images.nbytes):
             return in_batches(session, images, form.batch or len(images))
 
     return Subject(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from growkit.deploy.accuracy import accuracy_checks
-from growkit.deploy.bounded import bytes_of, memory_bounded
+from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, check
 from growkit.deploy.data_sets import model_answers, off_from_stored, read_reference
 from growkit.deploy.diagnose import diagnose, failing_run, told
@@ -109,7 +109,7 @@ def check_parity(
         proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
         form = form_of(props_of(proto))
-        with memory_bounded(bytes_of(file)):  # for no images yet: what they claim is not checked
+        with memory_bounded(bound_of(file)):  # for no images yet: what they claim is not checked
             session = whole_session(file, form, provider=provider)
     except GrowkitError:
         raise

@@ -12,7 +12,7 @@ import onnx
 from PIL import Image
 from torch import Tensor, nn
 
-from growkit.deploy.bounded import bytes_of, memory_bounded
+from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
@@ -68,7 +68,7 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
-    with memory_bounded(bytes_of(file), _largest_input(model, file, max(settings.max_batch, batch_size))):
+    with memory_bounded(bound_of(file), _largest_input(model, file, max(settings.max_batch, batch_size))):
         parity = check_parity(
             model,
             file,
