@@ -17,10 +17,9 @@ from growkit.methods import check
 from growkit.methods.base import GrowthMethod, whole
 from growkit.methods.expand import even_scales
 from growkit.methods.staged import Staged
-from growkit.settings import GrowSettings
+from growkit.settings import STAGES, GrowSettings
 
 _IN_BLOCK = re.compile(r"^(blocks\.\d+\.)")
-STAGES = ("both", "width-first", "depth-first")
 
 
 class _Recomputed(nn.Module):

@@ -5,6 +5,8 @@ from typing import Any
 
 from growkit.ranges import SEEDS, refuse_outside
 
+STAGES = ("both", "width-first", "depth-first")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowSettings:

@@ -39,7 +39,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "report.run": "record report compare.page",
     "report": "errors text files record report",
     "plan": ALL,
-    "compare.settings": "errors ranges",
+    "compare.settings": "errors ranges settings",
     "compare": f"{ALL} plan compare",
     "pipeline": f"{ALL} plan compare",
     "demo": f"{ALL} plan compare pipeline",

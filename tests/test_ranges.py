@@ -66,7 +66,11 @@ def test_names_the_option_and_passes_what_was_left_out() -> None:
         (SweepSettings, {"share": 0.0}, "--share 0: expected 1e-06 or more, and at most 1"),
         (SweepSettings, {"ring_orders": "BOLI,BBLI"}, "--ring-orders BOLI,BBLI: expected orders of the letters BOLI"),
         (SweepSettings, {"rank_choices": "1,4x4"}, "--rank-choices 1,4x4: expected ranks such as 2"),
-        (SweepSettings, {"stage_choices": "both,deep"}, "--stage-choices both,deep: expected both, width-first"),
+        (
+            SweepSettings,
+            {"stage_choices": "both,deep"},
+            "--stage-choices both,deep: expected some of both, width-first",
+        ),
         (ExportSettings, {"batch": 10**6}, "--batch 1000000: expected 1 to 4096"),
         (VerifySettings, {"latency_margin": -0.1}, "--latency-margin -0.1: expected 0 or more"),
         (TritonSettings, {"instances": 0}, "--triton-instances 0: expected 1 or more"),

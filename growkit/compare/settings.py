@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
 from growkit.ranges import MOST, refuse_outside
+from growkit.settings import STAGES, GrowSettings
 
 METRICS = ("top1", "loss")
-RANK = r"[1-9]\d{0,3}(x[1-9]\d{0,3}){3}|[1-9]\d{0,3}"
-RING_ORDER = r"(?!.*(.).*\1)[BOLI]{4}"  # no letter twice
-STAGES = "both|width-first|depth-first"
+RANK = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){3}|[1-9]\d{0,3}")
 SMALLEST_SHARE = 1e-6  # of the images: one of a million
 CONTROLS = ("random-pad", "untrained-source", "untrained-operator", "source-longer")
 
@@ -147,12 +146,14 @@ class SweepSettings:
         except ValueError:
             whole = scales = False
         _require(whole and scales, "--operator-steps and --noises: expected numbers of 0 or more, separated by commas")
-        for name, known, what in (
-            ("rank_choices", RANK, "ranks such as 2, or 4x4x1x4 for each bond alone"),
-            ("ring_orders", RING_ORDER, "orders of the letters BOLI"),
-            ("stage_choices", STAGES, "both, width-first or depth-first"),
+        for name, right, what in (
+            ("rank_choices", RANK.fullmatch, "ranks such as 2, or 4x4x1x4 for each bond alone"),
+            ("ring_orders", lambda part: sorted(part) == sorted(GrowSettings.ring_order), "orders of the letters BOLI"),
+            ("stage_choices", STAGES.__contains__, f"some of {', '.join(STAGES)}"),
         ):
             given = getattr(self, name)
             option = "--" + name.replace("_", "-")
-            right = all(re.fullmatch(known, part.strip()) for part in given.split(","))
-            _require(right, f"{option} {given}: expected {what}, separated by commas")
+            _require(
+                all(right(part.strip()) for part in given.split(",")),
+                f"{option} {given}: expected {what}, separated by commas",
+            )

@@ -5,22 +5,20 @@ memory, there is none.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-from growkit.deploy.store import files_of
 
 FLOOR = 4 * 2**30  # bytes
 COPIES = 20  # of the weights: read, unpacked, optimised, laid out for the kernels
 ACTIVATIONS = 256  # bytes for each byte of images: a ViT of 4-pixel patches, 768 wide, takes about as many
 
 
-def bound_of(file: Path) -> int:
-    """Bytes that this process may have once `file` is opened: what it has, 4 GiB, and by the size of the weights."""
-    return _own() + FLOOR + COPIES * _bytes_of(file)
+def bound_of(files: Iterable[Path]) -> int:
+    """Bytes that this process may have once a graph in `files` is open: what it has, 4 GiB, and by the files' sizes."""
+    return _own() + FLOOR + COPIES * sum(path.stat().st_size for path in files)
 
 
 @contextmanager
@@ -49,11 +47,3 @@ def _own() -> int:
     import resource
 
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-
-
-def _bytes_of(file: Path) -> int:
-    """Bytes of an ONNX file and of those beside it that hold its weights; 0 where it is not to be read."""
-    try:
-        return sum(path.stat().st_size for path in files_of(file))
-    except Exception:  # what is wrong with the file is for its reader to say
-        return 0

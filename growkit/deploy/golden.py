@@ -163,7 +163,8 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
         form_of(props),
     )
     labels = json_in(props, "labels")
-    bound = bound_of(file)
+    files = files_of(file)
+    bound = bound_of(files)
     with memory_bounded(bound):
         if prepared:
             session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
@@ -181,7 +182,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
             architecture=_text(provenance.get("architecture")),
             preprocessing=prepared,
             weights_sha256=_text(provenance.get("weights_sha256")),
-            onnx_sha256=sha256_of_files(files_of(file)),
+            onnx_sha256=sha256_of_files(files),
         ),
         run=run,
         answers=run,

@@ -22,7 +22,7 @@ from growkit.deploy.parts import whole_session
 from growkit.deploy.reference import at_image_size, preprocessing
 from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
-from growkit.deploy.store import form_in, sha256_of_files
+from growkit.deploy.store import files_of, form_in, sha256_of_files
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.errors import GrowkitError, first_line
 from growkit.files import sha256_of
@@ -68,7 +68,11 @@ def verify_onnx(
     Raises:
         GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
     """
-    with memory_bounded(bound_of(file), _largest_input(model, file, max(settings.max_batch, batch_size))):
+    files, form = _as_claimed(file)
+    channels, height, width = preprocessing(model).input_size
+    side = form.image_size or max(height, width)
+    largest = max(settings.max_batch, batch_size, form.batch or 1)
+    with memory_bounded(bound_of(files), input_bytes=4 * largest * channels * side * side):
         parity = check_parity(
             model,
             file,
@@ -241,15 +245,12 @@ def comparisons_made(settings: VerifySettings, form: Form) -> int:
     return (3 + settings.compiled) * len(batches_timed(settings, form))
 
 
-def _largest_input(model: nn.Module, file: Path, batch: int) -> int:
-    """Bytes of the largest batch that a file is checked with."""
+def _as_claimed(file: Path) -> tuple[tuple[Path, ...], Form]:
+    """The files that hold a graph, and the form it claims; none and the plain one where the checks will find fault."""
     try:
-        form = form_in(file)
-    except GrowkitError:  # the checks will say it
-        form = Form()
-    channels, height, width = preprocessing(model).input_size
-    side = form.image_size or max(height, width)
-    return 4 * max(batch, form.batch or 1) * channels * side * side
+        return files_of(file), form_in(file)
+    except Exception:  # protobuf has its own kinds
+        return (), Form()
 
 
 def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:
