@@ -566,7 +566,10 @@ def _answering_onnx(path: Path, provider: str) -> Answering:
             return torch.from_numpy(subject.run(images.numpy()))
         except Exception as error:  # of a dozen kinds, too
             reason = first_line(error, 200)
-            raise GrowkitError(f"{path}: ONNX Runtime cannot run it on {len(images)} images ({reason})") from None
+            raise GrowkitError(
+                f"{path}: ONNX Runtime cannot run it on {len(images)} images ({reason}); "
+                "give a smaller --batch-size, or export it again"
+            ) from None
 
     return Answering(
         path=str(path),

@@ -213,9 +213,9 @@ def graphs() -> dict[str, Change]:
     def more_inputs(proto: onnx.ModelProto) -> None:
         proto.graph.input.add().CopyFrom(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 
-    def wide(size: int) -> Change:
+    def sized(axis: int, size: int) -> Change:
         def change(proto: onnx.ModelProto) -> None:
-            proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = size
+            proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
 
         return change
 
@@ -264,7 +264,8 @@ def graphs() -> dict[str, Change]:
         **{f"opset {version}": opset(version) for version in (-1, 0, 1, 99, 2**31 - 1)},
         **{f"IR {version}": ir(version) for version in (-1, 0, 99, 2**31 - 1)},
         **{f"type {kind}": typed(kind) for kind in (0, 2, 7, 8, 9, 14, 99, -1)},
-        **{f"image {size} high": wide(size) for size in (0, -1, 1, 10**6, 2**62)},
+        **{f"image {size} high": sized(2, size) for size in (0, -1, 1, 10**6, 2**62)},
+        **{f"batch of {size}": sized(0, size) for size in (0, 1, 3, 2**62)},
         **{f"dims {dims}": with_dims(*dims) for dims in DIMS},
         **{f"value {value}": spoiled(value) for value in (float("nan"), float("inf"), 1e38)},
         "cyclic": cyclic,
