@@ -21,11 +21,10 @@ class ParityError(GrowkitError):
 
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, which is not loaded here
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_IS_FULL)
+    if isinstance(error, RuntimeError):  # torch itself is not loaded here
+        said = str(error).lower()
+        return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in MEMORY_IS_FULL)
+    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:

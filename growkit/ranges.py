@@ -45,7 +45,7 @@ def refuse_number(
     """
     if value is None:
         return
-    low = (least is None or value >= least) and (above is None or value > above) and value == value
+    low = (least is None or value >= least) and (above is None or value > above)
     high = value < below if below is not None else value <= most
     if low and high:
         return
