@@ -9,7 +9,7 @@ It reads one JSON job per line and answers with one: {"status", "points", "memor
     signal     what ends it, by name
     remove     a folder that goes at the point, instead of the process
     limit      bytes that a file may have, as on a disk that is full
-    forget     what a resumed run is made to lose: "ema", "optimizer" or "random"; the twin that must be found out
+    forget     what a resumed run is made to lose: "ema", "optimizer", "scaler" or "random"; a twin to be found out
     deadline   seconds after which the system ends it, also where Python has no say, as in a graph that never ends
     memory     bytes that it may take beyond what the server has
     spoil      a program to run before the command: the twin of a growkit that trusts what it is given

@@ -61,9 +61,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "report": ("report", "--run", "run"),
 }
+COMMANDS["finetune-fp16"] = (*COMMANDS["finetune"], "--precision", "fp16")  # whose losses are scaled
 AFTER_EXPORT = ("verify", "evaluate", "report")  # in a run folder where a model was exported
 READ_HERE = {command: ("--workers", 0) if command == "train" else () for command in COMMANDS}
-RESUMED = ("train", "grow", "finetune", "compare", "sweep")
+RESUMED = ("train", "grow", "finetune", "finetune-fp16", "compare", "sweep")
 TIMES = ("seconds", "operator_seconds", "images_per_second", "finished", "since")
 
 
@@ -190,7 +191,7 @@ def finish(server: Server, command: str, folder: Path, **job: Any) -> dict[str, 
     steps = (
         json.loads(record.read_text())["steps"] if record.exists() else []
     )  # compare and sweep write pages of theirs
-    assert {step["command"] for step in steps} <= {command, "export"}
+    assert {step["command"] for step in steps} <= {command.partition("-")[0], "export"}
     return contents(folder / "run")
 
 
@@ -240,16 +241,18 @@ def test_readers_of_images_end_with_the_command(server: Server, new: Callable[..
     assert server.alive() == []
 
 
-@pytest.mark.parametrize("lost", ["ema", "optimizer", "random"])
+@pytest.mark.parametrize(
+    ("command", "lost"), [*(("finetune", lost) for lost in ("ema", "optimizer", "random")), ("finetune-fp16", "scaler")]
+)
 def test_resume_that_forgets_is_found_out(
-    server: Server, new: Callable[..., Path], unbroken: Callable[[str], Any], lost: str
+    server: Server, new: Callable[..., Path], unbroken: Callable[[str], Any], command: str, lost: str
 ) -> None:
-    expected, points = unbroken("finetune")
+    expected, points = unbroken(command)
     folder = new()
-    assert server.run(folder, COMMANDS["finetune"], point=points // 2, signal="SIGKILL").status == -9
+    assert server.run(folder, COMMANDS[command], point=points // 2, signal="SIGKILL").status == -9
     saved = torch.load(folder / "run" / "finetuned" / "last" / "state.pt", weights_only=True)
     assert 0 < saved["step"] < 5
-    left = finish(server, "finetune", folder, forget=lost)
+    left = finish(server, command, folder, forget=lost)
     assert left["finetuned/last/state.pt"] != expected["finetuned/last/state.pt"]
 
 
@@ -490,7 +493,7 @@ def test_error_about_another_file_is_not_put_on_the_one_that_is_written(tmp_path
         assert caught.value is error
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "verify"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("verify", "finetune-fp16")])
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(
     server: Server, new: Callable[..., Path], command: str
 ) -> None:
@@ -565,7 +568,7 @@ with stoppable():
     ("command", "runs"),
     [
         *(("train", 30), ("grow", 25), ("finetune", 30), ("export", 12), ("compare", 20)),
-        *(("sweep", 16), ("verify", 10), ("evaluate", 10), ("report", 8)),
+        *(("finetune-fp16", 12), ("sweep", 16), ("verify", 10), ("evaluate", 10), ("report", 8)),
     ],
 )
 def test_many_deaths_change_nothing(
