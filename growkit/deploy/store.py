@@ -98,11 +98,14 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """The file and those beside it that hold its weights, in order of name.
 
     Raises:
-        GrowkitError: as read_graph.
+        GrowkitError: as read_graph, or a file is missing.
     """
     proto = read_graph(path, weights=False)
     names = {_location(t) for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL}
-    return (path, *(path.with_name(name) for name in sorted(names)))
+    files = (path, *(path.with_name(name) for name in sorted(names)))
+    if missing := next((file.name for file in files if not file.exists()), None):
+        raise GrowkitError(f"{path}: its weights beside it are unreadable ({missing} is missing); export again")
+    return files
 
 
 def bytes_unread(path: Path) -> int:
@@ -178,7 +181,8 @@ def _location(tensor: onnx.TensorProto) -> str:
 
 def _refuse_outside(path: Path, tensor: onnx.TensorProto) -> None:
     name = _location(tensor)
-    plain = bool(name) and PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in (".", "..")
+    alone = PurePosixPath(name).name == name == PureWindowsPath(name).name
+    plain = alone and name not in ("", ".", "..") and "\0" not in name
     if plain and path.with_name(name).exists():
         refuse_no_file(path.with_name(name))
     if not plain or path.with_name(name).is_symlink():

@@ -318,10 +318,11 @@ def externals() -> dict[str, Mutate]:
         "",
         "nowhere",
         "a\x00b",
+        "x" * 300,
         "sub/../w",
     )
     for place in places:
-        made[f"external {place!r}"] = edited(with_external(location=place, offset="0", length="64"))
+        made[f"external {place[:30]!r}"] = edited(with_external(location=place, offset="0", length="64"))
     for offset, length in (("0", str(HUGE)), ("-1", "64"), (str(2**63), "64"), ("x", "y"), ("0", "-5"), ("1e9", "0")):
         made[f"external {offset} {length}"] = edited(
             with_external(location="model.onnx.data", offset=offset, length=length), beside=True

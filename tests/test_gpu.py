@@ -1,0 +1,246 @@
+"""What only a GPU can show: pytest -m gpu. The truth is the CPU, in float64 or float32."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from pairs import published_scale, randomised, tiny
+from PIL import Image
+from program import growkit
+from torch import Tensor, nn
+
+from growkit.core.ring import AXES, RingOperator
+from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.settings import GrowSettings
+from growkit.train import loop
+from growkit.train.data import Data, open_data
+from growkit.train.loop import fit
+from growkit.train.score import score_model
+from growkit.train.settings import FitSettings
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.device("cuda")
+SOURCE, TARGET = tiny(32, 2, 2), tiny(64, 3, 4)
+INPUT = {
+    "input_size": (3, 16, 16),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+PLAIN = FitSettings(
+    steps=8, batch_size=16, lr=1e-3, workers=0, log_every=8, eval_every=0, color_jitter=0, precision="fp32"
+)
+RESIDENT = replace(PLAIN, cache="device")
+# settings, and how far a loss may lie from float32's on the CPU: bfloat16 and TF32 round every factor
+WAYS: dict[str, tuple[FitSettings, float]] = {
+    "fp32": (PLAIN, 1e-4),
+    "tf32": (replace(PLAIN, tf32=True), 5e-3),
+    "bf16": (replace(PLAIN, precision="bf16"), 3e-2),
+    "fp16": (replace(PLAIN, precision="fp16"), 1e-2),
+    "compiled": (replace(PLAIN, compile="default"), 1e-4),
+    "CUDA graphs": (replace(PLAIN, compile="reduce-overhead"), 1e-4),
+    "recomputed": (replace(PLAIN, grad_checkpointing=True), 1e-4),
+    "from memory": (replace(PLAIN, cache="ram"), 1e-4),
+    "from the device": (RESIDENT, 1e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes of 16 x 16 colours with noise."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for label in range(7):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            colour = 200 * np.array([label & 1, label >> 1 & 1, label >> 2])
+            for index in range(count):
+                noise = generator.integers(0, 55, (16, 16, 3)) + colour
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def trained_of(operator: bool) -> nn.Module:
+    """An operator to train, or the plain target."""
+    if not operator:
+        return published_scale(TARGET)
+    return grow(SOURCE, TARGET, published_scale(SOURCE).state_dict(), GrowSettings(rank=2))
+
+
+def losses_of(images: Path, settings: FitSettings, device: torch.device, *, operator: bool = False) -> Tensor:
+    torch.compiler.reset()
+    data = open_data(str(images), INPUT, settings)
+    return torch.tensor(fit(trained_of(operator), data, settings, device=device).losses)
+
+
+@pytest.mark.parametrize("operator", [False, True], ids=["target", "operator"])
+@pytest.mark.parametrize("way", WAYS)
+def test_training_loses_what_it_loses_on_the_cpu(way: str, operator: bool, images: Path) -> None:
+    settings, tolerance = WAYS[way]
+    kept = replace(PLAIN, cache=settings.cache, grad_checkpointing=settings.grad_checkpointing)
+    truth = losses_of(images, kept, torch.device("cpu"), operator=operator)
+    found = losses_of(images, settings, GPU, operator=operator)
+    compared = 1 if way == "fp16" else PLAIN.steps  # its first updates only find the scale of the loss
+    assert (found - truth)[:compared].abs().max() <= tolerance
+    assert (truth[-1] - truth[0]).abs() > 0.1, "weights that hardly move would agree anyway"
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_ring_sums_in_float32_inside_autocast(rank: int) -> None:
+    """A relative error of float32; bfloat16's would be a thousand times as large."""
+    source, target = tiny(96, 4, 3), tiny(192, 6, 6)
+    state = randomised(source).state_dict()
+    exact = grow(source, target, state, GrowSettings(rank=rank))
+    weights = exact.weights()
+    network = exact.method
+    truth = torch.autograd.grad(sum(w.square().sum() for w in weights.values()), list(network.parameters()))
+    single = {name: tensor.float() for name, tensor in state.items()}
+    fast = grow(source, target, single, GrowSettings(rank=rank)).to(GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        made = fast.weights()
+    found = torch.autograd.grad(sum(w.square().sum() for w in made.values()), list(fast.method.parameters()))
+    for name, expected in weights.items():
+        assert relative(made[name], expected) < 1e-5, name
+    for one, expected in zip(found, truth, strict=True):
+        assert relative(one, expected) < 1e-4
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().cpu().double(), expected.detach()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def test_ring_sliced_on_the_gpu_equals_float64() -> None:
+    old, new = {"B": 12, "O": 96, "L": 4, "I": 96}, {"B": 12, "O": 384, "L": 8, "I": 384}
+    exact = RingOperator(old, new, [4] * 4, dtype=torch.float64)
+    with torch.no_grad():
+        for core in exact.cores.values():
+            core.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn([old[axis] for axis in AXES], dtype=torch.float64)
+    fast = RingOperator(old, new, [4] * 4)
+    fast.load_state_dict(exact.state_dict())
+    assert relative(fast.to(GPU)(x.float().to(GPU)), exact(x)) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_updates_never_wait_for_the_gpu(
+    precision: str, cache: str, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are read back where they are reported; torch raises on any other wait."""
+    update = loop._Training.update
+    watched: list[int] = []
+
+    def strict(self: Any, step: int, batches: Any) -> Tensor:
+        if step < 3:  # what is made once may wait: moments, the loss scaler's scale
+            return update(self, step, batches)
+        watched.append(step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return update(self, step, batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop._Training, "update", strict)
+    losses_of(images, replace(PLAIN, precision=precision, cache=cache, workers=1), GPU)
+    assert watched == [3, 4, 5, 6, 7, 8]
+
+
+def test_scores_are_those_of_the_cpu(images: Path) -> None:
+    data = open_data(str(images), INPUT, PLAIN)
+    here, there = (score_model(published_scale(TARGET), data, PLAIN, torch.device(name)) for name in ("cpu", "cuda"))
+    assert there.loss == pytest.approx(here.loss, abs=1e-4)
+    assert (there.top1, there.count) == (here.top1, here.count)
+
+
+def test_out_of_memory_names_a_batch_that_fits(images: Path) -> None:
+    """A model of 86 M parameters, in a share of the memory that holds it but not a batch of 64."""
+    big = tiny(768, 12, 12, img_size=224, patch_size=16)
+    config = {**INPUT, "input_size": (3, 224, 224)}
+    asked = replace(PLAIN, steps=2, batch_size=64, log_every=1)
+    data: Data = open_data(str(images), config, asked)
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 6e9) / total)
+    try:
+        with pytest.raises(GrowkitError, match=r"out of memory on cuda.*; --batch-size \d+") as told:
+            fit(published_scale(big), data, asked, device=GPU)
+        words = str(told.value).split()
+        size, accumulated = (int(words[words.index(f"--{name}") + 1]) for name in ("batch-size", "grad-accum-steps"))
+        assert size * accumulated == 64
+        fit(published_scale(big), data, replace(asked, batch_size=size, grad_accum_steps=accumulated), device=GPU)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["plain", "sharded"])
+def test_torchrun_trains_through_nccl(more: tuple[str, ...], images: Path, tmp_path: Path) -> None:
+    sizes = [word for key in ("img_size=16", "patch_size=8", "embed_dim=32", "depth=2") for word in ("--set", key)]
+    words = ["train", "vit_tiny", *sizes, "--set", "num_heads=2", "--data", images, "--epochs", 1, "--workers", 0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
+    asked = [*command, "-m", "growkit_cli", *words, "--batch-size", 16, "--device", "cuda", "--json", *more]
+    ended = subprocess.run(list(map(str, asked)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["best"]["count"] == 42
+
+
+@pytest.fixture
+def whole_way(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """growkit in a folder of its own with a trained model; fails where the command does."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object, status: int = 0) -> Any:
+        ended, out, err = growkit(capsys, *words, "--json")
+        assert ended == status, err
+        return json.loads(out)
+
+    sizes = [word for key in ("img_size=16", "patch_size=8", "embed_dim=32", "depth=2") for word in ("--set", key)]
+    run("train", "vit_tiny", *sizes, "--set", "num_heads=2", "--data", images, "--epochs", 2, "--workers", 0)
+    return run
+
+
+BIGGER = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
+
+
+def test_grows_finetunes_and_serves_on_the_gpu(whole_way: Any, images: Path) -> None:
+    grown = whole_way("grow", "run/trained", *BIGGER, "--data", images, "--steps", 4, "--device", "cuda")
+    assert grown["step0_gap"] < 1e-5
+    tuned = whole_way("finetune", "--data", images, "--epochs", 2, "--device", "cuda", "--workers", 0)
+    for form in ((), ("--precision", "fp16")):
+        whole_way("export", "--onnx", *form, "--force")
+        verified = whole_way("verify", "--provider", "cuda", "--data", images, "--no-latency")
+        assert verified["provider"]["used"] == "cuda"
+        assert verified["verdict"] == "pass"
+        scores = whole_way("evaluate", "run/onnx/model.onnx", "--data", images, "--device", "cuda")
+        assert scores["top1"] == pytest.approx(tuned["best"]["top1"], abs=0.03)
+
+
+def test_damaged_weight_is_found_on_the_gpu_too(whole_way: Any) -> None:
+    whole_way("export", "run/trained", "--onnx")
+    file = Path("run/onnx/model.onnx")
+    proto = onnx.load(file)
+    tensor = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[0] += 0.05
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, file)
+    assert whole_way("verify", "--provider", "cuda", "--no-latency", status=1)["verdict"] == "fail"
+
+
+def test_faster_graph_for_the_gpu_is_chosen_by_measurement(whole_way: Any) -> None:
+    exported = whole_way("export", "run/trained", "--onnx", "--for", "cuda")
+    assert {choice["verdict"] for choice in exported["choices"]} <= {"kept", "slower", "no faster"}
