@@ -178,6 +178,14 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
     assert not_finite(content) == []
     assert content["source_flops"] > 0
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".svg"}
+    run("savings.py", *words, "--out", tmp_path / "shared", "--results", tmp_path / "shared", "--jobs", 2)
+    (other,) = (tmp_path / "shared").glob("savings-width_*.json")
+    finals = [
+        {(r["arm"], r["lr"]): (r["final"], r["test"]) for r in runs}
+        for runs in (content["runs"], json.loads(other.read_text(encoding="utf-8"))["runs"])
+    ]
+    assert len(finals[0]) == 12
+    assert finals[0] == finals[1]
 
 
 @pytest.mark.slow  # two exports

@@ -5,7 +5,8 @@
 
 CIFAR holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32. Images stay in the device's memory and are augmented there;
 on a GPU everything runs in bf16. It stops after --minutes with its state saved, and the same command goes on; exit
-status 3 says that there is more to do. Results of each pair lie in OUT/quick/PAIR/compare, or under OUT/full; with
+status 3 says that there is more to do. --jobs lets several processes share the device, each with methods of its own:
+small networks alone leave a large GPU idle. Results of each pair lie in OUT/quick/PAIR/compare, or under OUT/full; with
 --results they are copied there under a name with pair, hardware and date. Sizes are layers,width,heads.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -21,12 +23,12 @@ from pathlib import Path
 
 from growkit.checkpoint import HISTORY
 from growkit.compare.bench import Watch
-from growkit.compare.compare import compare_methods
+from growkit.compare.compare import Comparison, bench_of, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.files import read_json
 from growkit.pipeline import LAST, pick_device, train_model
 from growkit.record import RunFolder, hardware
-from growkit.source import load_source
+from growkit.source import Source, load_source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
@@ -74,6 +76,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--operator-steps", type=int, default=100)
+    parser.add_argument("--operator-lrs", default=CompareSettings.operator_lrs)
+    parser.add_argument("--lrs", help="5e-4,2e-3; with --full 1e-3 besides")
+    parser.add_argument("--controls", default="random-pad,untrained-source,untrained-operator,source-longer")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of --jobs this process is
     given = parser.parse_args()
     targets = PAIRS | dict(item.split("=", 1) for item in given.target)
     deadline, device = Deadline(60 * given.minutes), pick_device(given.device)
@@ -111,15 +118,25 @@ def main() -> int:
     for pair in given.pairs.split(","):
         settings = CompareSettings(
             methods=given.methods or METHODS.get(pair, METHODS["odd"]),
-            controls="random-pad,untrained-source,untrained-operator,source-longer",
+            controls=given.controls,
             seeds=given.seeds or (3 if given.full else 1),
             budgets="0.25,0.5,1" if given.full else "1",
-            lrs="5e-4,1e-3,2e-3" if given.full else "5e-4,2e-3",
+            lrs=given.lrs or ("5e-4,1e-3,2e-3" if given.full else "5e-4,2e-3"),
             operator_steps=given.operator_steps,
+            operator_lrs=given.operator_lrs,
         )
-        print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
         where = RunFolder(root / pair)
+        if given.part is None:
+            print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
         try:
+            if given.jobs > 1:
+                shared = prepared(where, source, sizes(targets[pair]), settings, recipe, deadline, given)
+                if given.part is not None:
+                    shared.run_some(shared.arms[given.part :: given.jobs])
+                    continue
+                del shared
+                if UNFINISHED in side_by_side(pair, deadline, given.jobs):
+                    raise KeyboardInterrupt
             compared = compare_methods(
                 where,
                 source,
@@ -141,6 +158,42 @@ def main() -> int:
         if given.results:
             keep(compared.folder, given.results, pair)
     return 0
+
+
+def side_by_side(pair: str, deadline: Deadline, jobs: int) -> list[int]:
+    """Make the runs of a pair in `jobs` processes; their exit statuses. What they leave out is made by this one."""
+    minutes = (deadline.ends - time.monotonic()) / 60
+    own = ["--pairs", pair, "--minutes", str(max(0.0, minutes))]
+    started = [subprocess.Popen([sys.executable, *sys.argv, *own, "--part", str(number)]) for number in range(jobs)]
+    return [process.wait() for process in started]
+
+
+def prepared(
+    run: RunFolder,
+    source: Source,
+    sets: tuple[str, ...],
+    settings: CompareSettings,
+    recipe: FitSettings,
+    deadline: Deadline,
+    given: argparse.Namespace,
+) -> Comparison:
+    """The comparison, begun in its folder if it was not."""
+    bench = bench_of(
+        source,
+        "deit_tiny",
+        given.data,
+        recipe,
+        operator_steps=settings.operator_steps,
+        sets=sets,
+        device=pick_device(given.device),
+        folder=run.compare,
+        split=settings,
+        say=lambda line: None,
+    )
+    name = f"({given.part}) "
+    comparison = Comparison(bench, settings, say=lambda line: print(name + line, flush=True), follow=deadline.follow)
+    comparison.prepare(resume=True)
+    return comparison
 
 
 def whole(run: RunFolder, recipe: FitSettings) -> bool:

@@ -46,6 +46,7 @@ WITH: dict[str, dict[str, Any]] = {
     "cuda-graphs": {"compile": "reduce-overhead"},
     "grad-checkpointing": {"grad_checkpointing": True},
 }
+WITH_HELP = f"of {', '.join(WITH)}, several at once with +, as in cache-ram+compile; or none"
 SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is the peak
 OPS_SHOWN = 12
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--steps", type=int, default=20, help="updates timed in a segment; as many warm it up")
     parser.add_argument("--rounds", type=int, default=5, help="segments of each kind")
-    parser.add_argument("--with", dest="more", default="cache-ram,cache-device", help=f"of {', '.join(WITH)}, or none")
+    parser.add_argument("--with", dest="more", default="cache-ram,cache-device", help=WITH_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
@@ -71,7 +72,8 @@ def main() -> None:
     kinds: dict[str, Callable[[], float]] = {"growkit": growkit_segment(options, device)}
     kinds["timm"] = functools.partial(timm_segment, options, device)
     for name in [] if options.more == "none" else options.more.split(","):
-        kinds[f"growkit, {name}"] = growkit_segment(options, device, **WITH[name])
+        together = {key: value for part in name.split("+") for key, value in WITH[part].items()}
+        kinds[f"growkit, {name}"] = growkit_segment(options, device, **together)
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     order = random.Random(options.seed)
     for number in range(options.rounds):
@@ -93,7 +95,7 @@ def main() -> None:
     for name, median in medians.items():
         against = ratios.get(name, [1.0])
         spread = f"{statistics.median(against):.3f} ({min(against):.3f} to {max(against):.3f}) x timm"
-        print(f"{name:28} {median:10.1f} images/s, {used[name]:6.1%} of the peak, {spread}")
+        print(f"{name:34} {median:10.1f} images/s, {used[name]:6.1%} of the peak, {spread}")
     print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
     where = shares(options, device)
     print("where the time of growkit's training steps goes:")

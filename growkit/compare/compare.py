@@ -95,12 +95,20 @@ class Comparison:
         Raises:
             KeyboardInterrupt: stopped; what is finished is kept, and the run at hand goes on the next time.
         """
-        for seed in self.seeds:
-            for arm in self.arms:
-                for budget in self.budgets:
-                    self._cell_of(arm, budget, seed)
+        self.run_some(self.arms)
         self.bench.let_starts_go()
         return self.results()
+
+    def run_some(self, arms: Sequence[Arm]) -> None:
+        """Make the runs of some arms; processes that share the folder may each take others.
+
+        Raises:
+            KeyboardInterrupt: as `run`.
+        """
+        for seed in self.seeds:
+            for arm in arms:
+                for budget in self.budgets:
+                    self._cell_of(arm, budget, seed)
 
     def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
         """The runs of one arm, budget and seed: the whole grid on the first seed, the best of it on the others."""
