@@ -7,16 +7,17 @@ B is the matrix inside a layer, O its output axis, L the layer, I its input axis
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
-from typing import Self
+from typing import Any, Self
 
-import opt_einsum
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from growkit.core.contract import Path, cheapest_path, contract, gradients
 from growkit.errors import GrowkitError
 
 AXES = "BOLI"
@@ -25,6 +26,7 @@ BONDS = "pqrs"
 # grown, but at least 1 MB in float32, for smaller slices make the matrix products thin, and never above 128 MB.
 SLICE_SHARE = 1 / 8
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
+FEWEST_ON_GPU = 2**25  # a GPU computes smaller slices faster than they are asked for
 MANY_SLICES = 256  # more are not made for the share's sake: each takes some dozens of kernels
 SPARE = 1.05  # arithmetic that a plan may take beside the cheapest for smaller slices
 
@@ -99,33 +101,28 @@ class RingOperator(nn.Module):
         """
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
-            axis, width, slices = self._slices(x, cores)
-            pieces = list(slices)
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
-        grown = x.new_zeros([self.cores[axis].shape[2] for axis in AXES])
+            plan = self._plan(x, cores)
+            if plan.slices == 1:
+                return _product(self.equation, x, cores)
+            sliced: Tensor = _Sliced.apply(self.equation, plan, x, *cores)
+            return sliced
+        grown = x.new_zeros(_grown_shape(self.equation, cores))
         for ring in _independent_rings(_without_dead_bonds(cores)):
-            axis, width, slices = self._slices(x, ring)
-            for place, piece in zip(grown.split(width, dim=axis), slices, strict=True):
-                place += piece
+            for place, slice_ in _cut(self.equation, self._plan(x, ring), grown, ring):
+                place += _product(self.equation, x, slice_)
         return grown
 
-    def _slices(self, x: Tensor, cores: Sequence[Tensor]) -> tuple[int, int, Iterator[Tensor]]:
-        """The axis of the result that is cut, the width of a slice, and the slices, made as they are asked for."""
+    def _plan(self, x: Tensor, cores: Sequence[Tensor]) -> "ContractionPlan":
         shapes = tuple(tuple(core.shape) for core in cores)
-        plan = contraction_plan(self.equation, tuple(x.shape), shapes, self.order)
-        position = self.order.index(plan.axis)
-        recompute = torch.is_grad_enabled() and plan.width < shapes[position][2]
-        contract = partial(checkpoint, self._contract, use_reentrant=False) if recompute else self._contract
-        pieces = cores[position].split(plan.width, dim=2)
-        slices = (contract(x, *cores[:position], piece, *cores[position + 1 :]) for piece in pieces)
-        return AXES.index(plan.axis), plan.width, slices
+        fewest = FEWEST_ON_GPU if x.is_cuda else FEWEST_ELEMENTS
+        return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest)
 
     def layer(self, x: Tensor, index: int) -> Tensor:
         """(B, O, L, I) -> (B', O', I') of target layer `index`, for growing one layer at a time."""
         cores = [self.cores[axis] for axis in self.order]
         position = self.order.index("L")
         cores[position] = cores[position][:, :, index : index + 1]
-        return self._contract(x, *cores).squeeze(AXES.index("L"))
+        return _product(self.equation, x, cores).squeeze(AXES.index("L"))
 
     def dense(self) -> Tensor:
         """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
@@ -137,21 +134,6 @@ class RingOperator(nn.Module):
         """The einsum of forward, for this ring's order."""
         cores = (f"{BONDS[n]}{axis.lower()}{axis}{BONDS[(n + 1) % 4]}" for n, axis in enumerate(self.order))
         return f"boli,{','.join(cores)}->BOLI"
-
-    def _contract(self, x: Tensor, *cores: Tensor) -> Tensor:
-        shapes = tuple(tuple(core.shape) for core in cores)
-        path, _, _ = cheapest_path(self.equation, tuple(x.shape), shapes)
-        equation, operands = self._without_single_bonds(x, *cores)
-        return opt_einsum.contract(equation, *operands, optimize=list(path), backend="torch")
-
-    def _without_single_bonds(self, x: Tensor, *cores: Tensor) -> tuple[str, list[Tensor]]:
-        """The equation and its operands without bonds of one index: torch sums over them by copying what is big."""
-        single = {BONDS[n] for n, core in enumerate(cores) if len(core) == 1}
-        operands = [
-            core.squeeze(tuple(place for n, place in ((n, 0), ((n + 1) % 4, 3)) if BONDS[n] in single))
-            for n, core in enumerate(cores)
-        ]
-        return self.equation.translate({ord(bond): None for bond in single}), [x, *operands]
 
 
 def _without_dead_bonds(cores: list[Tensor]) -> list[Tensor]:
@@ -183,6 +165,97 @@ def _independent_rings(cores: list[Tensor]) -> list[list[Tensor]]:
     return [[core[group[n]][..., group[(n + 1) % 4]] for n, core in enumerate(cores)] for group in groups]
 
 
+class _Sliced(torch.autograd.Function):
+    """A ring applied slice by slice, each written where it belongs; intermediates are made again for gradients.
+
+    torch's checkpointing would do as much, but takes longer about a slice than a GPU does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, equation: str, plan: "ContractionPlan", x: Tensor, *cores: Tensor) -> Tensor:
+        ctx.equation, ctx.plan = equation, plan
+        ctx.save_for_backward(x, *cores)
+        grown = x.new_empty(_grown_shape(equation, cores))
+        for place, slice_ in _cut(equation, plan, grown, cores):
+            place.copy_(_product(equation, x, slice_))
+        return grown
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *cores = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        found = [torch.zeros_like(t) if wants else None for t, wants in zip((x, *cores), wanted, strict=True)]
+        cut = 1 + _position(ctx.equation, ctx.plan)
+        with _in_full(x):
+            first = 0
+            for place, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
+                last = first + slice_[cut - 1].shape[2]
+                for number, part in enumerate(_gradients(ctx.equation, x, slice_, place, wanted)):
+                    total = found[number]
+                    if total is not None and part is not None:
+                        own = total[:, :, first:last] if number == cut else total
+                        own += part
+                first = last
+        return None, None, *found
+
+
+def _in_full(x: Tensor) -> AbstractContextManager[Any]:
+    """No mixed precision, which a backward pass may run in."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def _cut(
+    equation: str, plan: "ContractionPlan", grown: Tensor, cores: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Views of what is grown, slice by slice, each with the cores that make it."""
+    position = _position(equation, plan)
+    places = grown.split(plan.width, dim=AXES.index(plan.axis))
+    for place, piece in zip(places, cores[position].split(plan.width, dim=2), strict=True):
+        yield place, [*cores[:position], piece, *cores[position + 1 :]]
+
+
+def _terms(equation: str) -> list[str]:
+    """The indices of each core, as in pbBq."""
+    return equation.split("->")[0].split(",")[1:]
+
+
+def _position(equation: str, plan: "ContractionPlan") -> int:
+    """Which core is cut."""
+    return next(n for n, term in enumerate(_terms(equation)) if term[2] == plan.axis)
+
+
+def _grown_shape(equation: str, cores: Sequence[Tensor]) -> list[int]:
+    sizes = {term[2]: core.shape[2] for term, core in zip(_terms(equation), cores, strict=True)}
+    return [sizes[axis] for axis in AXES]
+
+
+def _product(equation: str, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """The einsum of `equation` in the cheapest order."""
+    return contract(*_prepared(equation, x, cores))
+
+
+def _gradients(
+    equation: str, x: Tensor, cores: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """Gradients of `_product` for x and the cores."""
+    for tensor, part in zip((x, *cores), gradients(*_prepared(equation, x, cores), grad, wanted), strict=True):
+        yield None if part is None else part.reshape(tensor.shape)
+
+
+def _prepared(equation: str, x: Tensor, cores: Sequence[Tensor]) -> tuple[str, Path, list[Tensor]]:
+    """Equation, order and operands, without bonds of one index: torch sums over those by copying what is big."""
+    path, _, _ = cheapest_path(equation, tuple(x.shape), tuple(tuple(core.shape) for core in cores))
+    single = {BONDS[n] for n, core in enumerate(cores) if len(core) == 1}
+    if not single:
+        return equation, path, [x, *cores]
+    operands = [
+        core.squeeze(tuple(place for n, place in ((n, 0), ((n + 1) % 4, 3)) if BONDS[n] in single))
+        for n, core in enumerate(cores)
+    ]
+    return equation.translate({ord(bond): None for bond in single}), path, [x, *operands]
+
+
 @dataclass(frozen=True)
 class ContractionPlan:
     """How a ring is applied: in slices of `width` along the grown `axis`."""
@@ -196,7 +269,11 @@ class ContractionPlan:
 
 @lru_cache(maxsize=256)
 def contraction_plan(
-    equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str
+    equation: str,
+    x: tuple[int, ...],
+    cores: tuple[tuple[int, ...], ...],
+    order: str,
+    fewest: int | None = None,
 ) -> ContractionPlan:
     """How to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
 
@@ -206,8 +283,9 @@ def contraction_plan(
     intermediates of at most SLICE_SHARE of the result are taken, or those with the smallest.
     """
     plans = [plan for position in range(len(order)) for plan in _plans_along(position, equation, x, cores, order)]
-    most = max(SLICE_SHARE * prod(core[2] for core in cores), FEWEST_ELEMENTS)
-    able = _at_most(MOST_ELEMENTS, plans)
+    fewest = FEWEST_ELEMENTS if fewest is None else fewest
+    most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
+    able = _at_most(max(MOST_ELEMENTS, fewest), plans)
     cheapest = min(plan.flops for plan in able)
     able = _at_most(most, [plan for plan in able if plan.flops <= SPARE * cheapest])
     return min(able, key=lambda plan: (plan.flops, plan.slices))
@@ -233,12 +311,3 @@ def _plans_along(
         if width == 1 or (slices >= MANY_SLICES and largest <= MOST_ELEMENTS):
             return
         width = -(-width // 2)
-
-
-@lru_cache(maxsize=1024)
-def cheapest_path(
-    equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[tuple[int, ...], ...], int, int]:
-    """Pairwise order of least arithmetic, its FLOPs (2 per multiply-add), its largest intermediate."""
-    path, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
-    return tuple(tuple(step) for step in path), int(info.opt_cost), int(info.largest_intermediate)

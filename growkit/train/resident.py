@@ -96,7 +96,7 @@ class Resident(Dataset[Any]):
         """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
         batch = images[chosen.to(images.device)]
-        if batch.device != device and device.type == "cuda":
+        if device.type == "cuda" and not batch.is_cuda:
             batch = batch.pin_memory()  # so that the copy need not wait
         return batch.to(device, non_blocking=True).float(), self.decoded.labels[chosen]
 
