@@ -26,7 +26,7 @@ BONDS = "pqrs"
 # grown, but at least 1 MB in float32, for smaller slices make the matrix products thin, and never above 128 MB.
 SLICE_SHARE = 1 / 8
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
-FEWEST_ON_GPU = 2**25  # a GPU computes smaller slices faster than they are asked for
+FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
 MANY_SLICES = 256  # more are not made for the share's sake: each takes some dozens of kernels
 SPARE = 1.05  # arithmetic that a plan may take beside the cheapest for smaller slices
 
