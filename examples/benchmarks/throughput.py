@@ -189,7 +189,7 @@ def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float
     found = {
         event.key: float(event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
         for event in profiler.key_averages()
-        if event.device_type is DeviceType.CPU  # kernels come under their operations
+        if event.device_type == DeviceType.CPU  # kernels come under their operations
     }
     total = sum(found.values())
     largest = sorted(found, key=found.__getitem__, reverse=True)[:OPS_SHOWN]

@@ -185,18 +185,23 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *cores = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        found = [torch.zeros_like(t) if wants else None for t, wants in zip((x, *cores), wanted, strict=True)]
+        found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
+        pieces: list[Tensor] = []  # of the gradient of the core that is cut
         with _in_full(x):
-            first = 0
             for place, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
-                last = first + slice_[cut - 1].shape[2]
                 for number, part in enumerate(_gradients(ctx.equation, x, slice_, place, wanted)):
                     total = found[number]
-                    if total is not None and part is not None:
-                        own = total[:, :, first:last] if number == cut else total
-                        own += part
-                first = last
+                    if part is None:
+                        continue
+                    if number == cut:
+                        pieces.append(part)
+                    elif total is None:
+                        found[number] = part
+                    else:
+                        total += part
+            if pieces:
+                found[cut] = torch.cat(pieces, dim=2)
         return None, None, *found
 
 
@@ -239,7 +244,9 @@ def _gradients(
     equation: str, x: Tensor, cores: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
 ) -> Iterator[Tensor | None]:
     """Gradients of `_product` for x and the cores."""
-    for tensor, part in zip((x, *cores), gradients(*_prepared(equation, x, cores), grad, wanted), strict=True):
+    parts = gradients(*_prepared(equation, x, cores), grad, wanted)[::-1]
+    for tensor in (x, *cores):
+        part = parts.pop()
         yield None if part is None else part.reshape(tensor.shape)
 
 
