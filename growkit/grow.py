@@ -49,6 +49,7 @@ class GrownModel(nn.Module):
         self.method = method.to(next(iter(source.values())).dtype)
         # Not a registered child: nothing of it is to be moved, saved or optimised.
         self._skeleton = (build(target.name, target.arguments, device="meta"),)
+        self._weights_of = GrownModel.weights
         self._slots = tuple(source)
         for index, slot in enumerate(self._slots):
             self.register_buffer(f"source_{index}", source[slot].detach(), persistent=False)
@@ -67,6 +68,10 @@ class GrownModel(nn.Module):
         with plain:
             return self.target.join(self.method(source))
 
+    def leave_weights_uncompiled(self) -> None:
+        """Have torch.compile pass `weights` over: it would trace a ring's planning, and compile each of its slices."""
+        self._weights_of = torch.compiler.disable(GrownModel.weights)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass, as timm's models do under this name."""
         blocks = self._skeleton[0].blocks
@@ -76,7 +81,7 @@ class GrownModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The target network's forward, through the grown weights."""
-        skeleton, weights = self._skeleton[0], self.weights()
+        skeleton, weights = self._skeleton[0], self._weights_of(self)
         if isinstance(skeleton.blocks[0], _Recomputed):
             weights = {_IN_BLOCK.sub(r"\1block.", name): tensor for name, tensor in weights.items()}
         return functional_call(skeleton, weights, args, kwargs)

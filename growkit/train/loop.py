@@ -328,7 +328,10 @@ class _Training:
         self._try_one_batch(data)
         self.network = distributed.together(model, device)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
-        self.forward = self.network if settings.compile is None else torch.compile(self.network, mode=settings.compile)
+        self.forward: Callable[..., Any] = self.network
+        if settings.compile is not None:
+            getattr(model, "leave_weights_uncompiled", lambda: None)()
+            self.forward = torch.compile(self.network, mode=settings.compile)
 
     def _try_one_batch(self, data: Data) -> None:
         """Find how many outputs the model has and what an update costs; nothing is learned."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pairs import published_scale, tiny
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,6 +21,8 @@ from torch.utils.data import TensorDataset
 from train_samples import Net
 
 from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.settings import GrowSettings
 from growkit.train.data import Data, train_batches, val_batches
 from growkit.train.flops import StepCost
 from growkit.train.loop import StepRecord, fit
@@ -488,3 +491,22 @@ def test_updates_alone_multiply_in_tf32(chosen: bool, inside: str, monkeypatch: 
     fit(model, data, replace(PLAIN, tf32=chosen), evaluate=scorer(data, PLAIN))
     assert seen == {True: {inside}, False: {outside}}
     assert place.fp32_precision == outside
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring is cut into slices here; compiled, each would be traced, and its planning too."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    monkeypatch.setattr("growkit.core.ring.FEWEST_ELEMENTS", 2**8)
+    source, target = (tiny(*size) for size in ((32, 2, 2), (64, 2, 4)))
+    state = published_scale(source).state_dict()
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pairs = TensorDataset(images, torch.arange(16) % 7)
+    data, settings = Data(train=pairs, val=pairs, classes=list("abcdefg")), replace(PLAIN, steps=4, batch_size=16)
+    usual = fit(grow(source, target, state, GrowSettings(rank=2)), data, settings)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = fit(grow(source, target, state, GrowSettings(rank=2)), data, replace(settings, compile="default"))
+    assert compiled.losses == pytest.approx(usual.losses, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
