@@ -1,6 +1,9 @@
 """The errors a user can mend: one line that names the thing and the remedy."""
 
-MEMORY_IS_FULL = ("not enough memory", "out of memory", "can't allocate memory", "bad allocation", "bad_alloc")
+MEMORY_IS_FULL = (
+    *("not enough memory", "out of memory", "can't allocate memory", "bad allocation", "bad_alloc"),
+    *("status_alloc_failed", "failed to allocate"),  # of CUDA's libraries; of ONNX Runtime's CUDA provider
+)
 
 
 class GrowkitError(Exception):

@@ -70,7 +70,9 @@ def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings) -
     try:
         with mode_kept(model), autocast(settings.precision, images.device):
             model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS has another
+        if not is_memory_full(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
