@@ -200,10 +200,6 @@ def _copy_model(exported: Path, version: Path) -> None:
     folder = version / MODEL if files[1:] else version
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if not file.is_file():
-            raise GrowkitError(
-                f"{exported / MODEL} keeps weights in {file.name!r}, which is not beside it; export again"
-            )
         shutil.copyfile(file, folder / file.name)
 
 
