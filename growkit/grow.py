@@ -1,7 +1,6 @@
 """Growing: the target network with weights method(source weights), and how far it stands from the source."""
 
 import re
-from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
+from growkit.core.ring import without_autocast
 from growkit.errors import GrowkitError
 from growkit.methods import check
 from growkit.methods.base import GrowthMethod, whole
@@ -62,10 +62,7 @@ class GrownModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The target's weights by checkpoint name, with gradients to the method's parameters."""
         source = {slot: getattr(self, f"source_{index}") for index, slot in enumerate(self._slots)}
-        device = next(iter(source.values())).device.type
-        # A ring's long sums stay in the weights' precision whatever the network runs in.
-        plain = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-        with plain:
+        with without_autocast(next(iter(source.values())).device.type):
             return self.target.join(self.method(source))
 
     def leave_weights_uncompiled(self) -> None:

@@ -157,6 +157,7 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert list(content["images_per_second"]) == ["growkit", "timm", "growkit, cache-ram", "growkit, cache-device"]
     assert all(0 < share < 1 for share in content["share_of_peak"].values())
     assert 0.5 < sum(content["shares_of_time"].values()) <= 1
+    assert content["epochs_end_in_segments"]  # of a few images
 
 
 @pytest.mark.slow  # trains thrice in one process
@@ -178,7 +179,9 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
     assert not_finite(content) == []
     assert content["source_flops"] > 0
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".svg"}
-    run("savings.py", *words, "--out", tmp_path / "shared", "--results", tmp_path / "shared", "--jobs", 2)
+    told = run("savings.py", *words, "--out", tmp_path / "shared", "--results", tmp_path / "shared", "--jobs", 2)
+    assert [told.count(f"({part}) [") for part in range(2)] == [6, 6]
+    assert not any(line.startswith("[") for line in told.splitlines()), "a run was left to the first process"
     (other,) = (tmp_path / "shared").glob("savings-width_*.json")
     finals = [
         {(r["arm"], r["lr"]): (r["final"], r["test"]) for r in runs}

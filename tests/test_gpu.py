@@ -30,6 +30,11 @@ from growkit.train.settings import FitSettings
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda")
+SIZES = [
+    word
+    for size in ("img_size=16", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
+    for word in ("--set", size)
+]
 SOURCE, TARGET = tiny(32, 2, 2), tiny(64, 3, 4)
 INPUT = {
     "input_size": (3, 16, 16),
@@ -185,8 +190,7 @@ def test_out_of_memory_names_a_batch_that_fits(images: Path) -> None:
 
 @pytest.mark.parametrize("more", [(), ("--shard",)], ids=["plain", "sharded"])
 def test_torchrun_trains_through_nccl(more: tuple[str, ...], images: Path, tmp_path: Path) -> None:
-    sizes = [word for key in ("img_size=16", "patch_size=8", "embed_dim=32", "depth=2") for word in ("--set", key)]
-    words = ["train", "vit_tiny", *sizes, "--set", "num_heads=2", "--data", images, "--epochs", 1, "--workers", 0]
+    words = ["train", "vit_tiny", *SIZES, "--data", images, "--epochs", 1, "--workers", 0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
     asked = [*command, "-m", "growkit_cli", *words, "--batch-size", 16, "--device", "cuda", "--json", *more]
     ended = subprocess.run(list(map(str, asked)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -204,8 +208,7 @@ def whole_way(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         assert ended == status, err
         return json.loads(out)
 
-    sizes = [word for key in ("img_size=16", "patch_size=8", "embed_dim=32", "depth=2") for word in ("--set", key)]
-    run("train", "vit_tiny", *sizes, "--set", "num_heads=2", "--data", images, "--epochs", 2, "--workers", 0)
+    run("train", "vit_tiny", *SIZES, "--data", images, "--epochs", 2, "--workers", 0)
     return run
 
 

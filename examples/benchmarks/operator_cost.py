@@ -217,8 +217,6 @@ def contestants(
         "one torch.einsum": ("growkit", ring, lambda: [torch.einsum(ring.equation, x, *cores)]),
         "LiGO's operator": ("growkit", ligo, lambda: list(ligo(weights).values())),
     }
-    if torch.cuda.is_available():
-        found[TF32] = found["growkit"]
     if tensorly:
         train, links = random_ring((1, rank, rank, rank))
         shape = tuple(new[axis] for axis in AXES)
@@ -248,13 +246,17 @@ def contest(
         learning = [tensor for tensor in made if tensor.requires_grad]  # the head's bias does not grow
         torch.autograd.backward(learning, [torch.ones_like(tensor) for tensor in learning])
 
+    def ready_on(place: torch.device) -> dict[str, tuple[str, nn.Module, Callable[[], list[Tensor]]]]:
+        made = contestants(source, target, rank, place, options.seed)
+        return made | {TF32: made["growkit"]} if device.type == "cuda" else made
+
     found: dict[str, dict[str, Any]] = {}
-    for name, (rival, _, apply) in contestants(source, target, rank, torch.device("meta"), options.seed).items():
+    for name, (rival, _, apply) in ready_on(torch.device("meta")).items():
         with Alive() as alive:
             backward(apply())
         found[name] = {"rank": rank, "name": name, "against": rival, "peak_bytes": alive.peak}
     if not options.count_only:
-        ready = contestants(source, target, rank, device, options.seed)
+        ready = ready_on(device)
         for name, (rival, _, apply) in ready.items():
             if not name.startswith("LiGO"):  # LiGO's is another function
                 with torch.no_grad():

@@ -25,6 +25,7 @@ from growkit.checkpoint import HISTORY
 from growkit.compare.bench import Watch
 from growkit.compare.compare import Comparison, bench_of, compare_methods
 from growkit.compare.settings import CompareSettings
+from growkit.errors import GrowkitError
 from growkit.files import read_json
 from growkit.pipeline import LAST, pick_device, train_model
 from growkit.record import RunFolder, hardware
@@ -224,4 +225,7 @@ def keep(folder: Path, results: Path, pair: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except GrowkitError as error:
+        sys.exit(f"error: {error}")

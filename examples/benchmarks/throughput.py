@@ -70,13 +70,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
     device = pick_device(options.device)
+    asked = [] if options.more == "none" else options.more.split(",")
+    if unknown := {part for name in asked for part in name.split("+")} - set(WITH):
+        parser.error(f"--with {', '.join(sorted(unknown))}: choose from {WITH_HELP.removeprefix('of ')}")
+    if not (Path(options.data) / "train").is_dir():
+        parser.error(f"--data {options.data}: no folder train/ in it; give an ImageFolder with train/ and val/")
     images = len(create_dataset("", root=str(Path(options.data) / "train"), is_training=True))
     if whole := images // options.batch_size < 2 * options.steps:
         print(f"{images} images are fewer than a segment takes: loaders that begin anew each epoch look slow")
 
     kinds: dict[str, Callable[[], float]] = {"growkit": growkit_segment(options, device)}
     kinds["timm"] = functools.partial(timm_segment, options, device)
-    for name in [] if options.more == "none" else options.more.split(","):
+    for name in asked:
         together = {key: value for part in name.split("+") for key, value in WITH[part].items()}
         kinds[f"growkit, {name}"] = growkit_segment(options, device, **together)
     rates: dict[str, list[float]] = {name: [] for name in kinds}

@@ -188,7 +188,7 @@ class _Sliced(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
-        with _in_full(x):
+        with without_autocast(x.device.type):
             for place, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
                 for number, part in enumerate(_gradients(ctx.equation, x, slice_, place, wanted)):
                     total = found[number]
@@ -205,9 +205,9 @@ class _Sliced(torch.autograd.Function):
         return None, None, *found
 
 
-def _in_full(x: Tensor) -> AbstractContextManager[Any]:
-    """No mixed precision, which a backward pass may run in."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No mixed precision: a ring's long sums stay in the weights' precision, forwards and backwards."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _cut(
@@ -280,17 +280,16 @@ def contraction_plan(
     x: tuple[int, ...],
     cores: tuple[tuple[int, ...], ...],
     order: str,
-    fewest: int | None = None,
+    fewest: int = FEWEST_ELEMENTS,
 ) -> ContractionPlan:
     """How to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
 
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
     DeiT-S -> DeiT-B at rank 4). So arithmetic comes first. Of the plans within SPARE of the cheapest, those with
-    intermediates of at most SLICE_SHARE of the result are taken, or those with the smallest.
+    intermediates of at most SLICE_SHARE of the result (or of `fewest` elements) are taken, or those with the smallest.
     """
     plans = [plan for position in range(len(order)) for plan in _plans_along(position, equation, x, cores, order)]
-    fewest = FEWEST_ELEMENTS if fewest is None else fewest
     most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
     able = _at_most(max(MOST_ELEMENTS, fewest), plans)
     cheapest = min(plan.flops for plan in able)

@@ -99,6 +99,7 @@ def test_loop_refuses_a_size_still_to_be_found() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail] not enough memory: you tried"),
+        RuntimeError("Failed to allocate memory for requested buffer of size 1024"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
