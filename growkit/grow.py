@@ -1,17 +1,20 @@
 """Growing: the target network with weights method(source weights), and how far it stands from the source."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
-from growkit.core.ring import without_autocast
+from growkit.core.ring import RingOperator, without_autocast
 from growkit.errors import GrowkitError
 from growkit.methods import check
 from growkit.methods.base import GrowthMethod, whole
@@ -49,7 +52,8 @@ class GrownModel(nn.Module):
         self.method = method.to(next(iter(source.values())).dtype)
         # Not a registered child: nothing of it is to be moved, saved or optimised.
         self._skeleton = (build(target.name, target.arguments, device="meta"),)
-        self._weights_of = GrownModel.weights
+        self._kept: dict[str, Tensor] | None = None  # the weights while `weights_once` keeps them
+        self._weights_of = GrownModel._current_weights
         self._slots = tuple(source)
         for index, slot in enumerate(self._slots):
             self.register_buffer(f"source_{index}", source[slot].detach(), persistent=False)
@@ -65,9 +69,37 @@ class GrownModel(nn.Module):
         with without_autocast(next(iter(source.values())).device.type):
             return self.target.join(self.method(source))
 
+    def _current_weights(self) -> dict[str, Tensor]:
+        return self.weights() if self._kept is None else self._kept
+
+    @contextmanager
+    def weights_once(self) -> Iterator[None]:
+        """Make the weights once for all that runs forward and backward inside.
+
+        Gradients add up at the weights and go back through the method on leaving, all together.
+        """
+        made = self.weights()
+        ways = {name: get_gradient_edge(weight) for name, weight in made.items() if weight.requires_grad}
+        kept = {name: weight.detach().requires_grad_(name in ways) for name, weight in made.items()}
+        del made
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
+        found = {name: weight.grad for name, weight in kept.items() if weight.grad is not None}
+        del kept  # of the weights the gradients alone are needed from here on
+        torch.autograd.backward([ways[name] for name in found], list(found.values()))
+
+    def share_weights(self, processes: int) -> None:
+        """Have rings computed by all `processes` of torch.distributed together: see `RingOperator`."""
+        for part in self.method.modules():
+            if isinstance(part, RingOperator):
+                part.processes = processes
+
     def leave_weights_uncompiled(self) -> None:
         """Have torch.compile pass `weights` over: it would trace a ring's planning, and compile each of its slices."""
-        self._weights_of = torch.compiler.disable(GrownModel.weights)
+        self._weights_of = torch.compiler.disable(GrownModel._current_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass, as timm's models do under this name."""

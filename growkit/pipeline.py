@@ -184,7 +184,7 @@ def grow_model(
         raise GrowkitError("--resume goes on with operator training; give the --data it was trained on")
     if data is not None and operator is not None and operator.shard:
         raise GrowkitError(
-            "--shard: every process grows the whole target to run it, and the operator itself is small, so sharding"
+            "--shard: every process holds the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
     resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume, say=say)

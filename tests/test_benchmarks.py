@@ -60,7 +60,7 @@ def test_help_of_benchmark_works(script: Path) -> None:
 def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     out = tmp_path / "operator.json"
     sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
-    options = ["--ranks", "2", "--batch-size", 2, "--rounds", 1, "--device", "cpu", "--out", out]
+    options = ["--ranks", 2, "--batch-size", 2, "--grad-accum-steps", 2, "--rounds", 1, "--device", "cpu", "--out", out]
     assert "promised" in run("operator_cost.py", *sizes, *options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
@@ -98,6 +98,25 @@ def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass() -> N
     # bf16 copies of the weights are kept, too, whatever the number of images; what an image adds is smaller
     added = [calculated.saved_bytes(small, 4, p) - calculated.saved_bytes(small, 3, p) for p in ("bf16", "fp32")]
     assert added[1] / 2 < added[0] < added[1]
+
+
+@pytest.mark.slow  # two processes
+def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_ring(tmp_path: Path) -> None:
+    out = tmp_path / "several.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
+    options = ["--ranks", 2, "--batch-size", 2, "--rounds", 1, "--device", "cpu", "--out", out]
+    words = [*command, FOLDER / "several_processes.py", *sizes, *options]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert content["processes"] == 2
+    flops = {entry["update"]: entry["ring_flops_of_each_process"] for entry in content["updates"]}
+    assert flops["plain"] == 0
+    assert 0.5 < flops["shared"] / flops["every process all"] < 0.7  # vectors are grown by each
+    alone = subprocess.run([sys.executable, FOLDER / "several_processes.py"], capture_output=True, text=True)
+    assert (alone.returncode, alone.stderr[:18]) == (1, "error: start it wi")
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """The ring operator against its dense form: values, gradients, slices, layers."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +102,70 @@ def test_slicing_changes_neither_value_nor_gradient(case):
     assert torch.allclose(sliced, whole, rtol=1e-11, atol=1e-11)
     for a, b in zip(got, truth, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+class Team:
+    """torch.distributed among threads: what `ring` asks of it."""
+
+    def __init__(self, size):
+        self.barrier, self.given, self.own = threading.Barrier(size), [None] * size, threading.local()
+
+    def get_rank(self):
+        return self.own.rank
+
+    def _exchanged(self, value):
+        self.given[self.own.rank] = value
+        self.barrier.wait()
+        given = list(self.given)
+        self.barrier.wait()
+        return given
+
+    def all_gather(self, parts, own):
+        for part, theirs in zip(parts, self._exchanged(own), strict=True):
+            part.copy_(theirs)
+
+    def reduce_scatter(self, total, parts):
+        total.copy_(sum(theirs[self.own.rank] for theirs in self._exchanged(parts)))
+
+    def run(self, work):
+        """What work(number) gives in each of the threads."""
+
+        def member(number):
+            self.own.rank = number
+            return work(number)
+
+        with ThreadPoolExecutor(len(self.given)) as pool:
+            return list(pool.map(member, range(len(self.given))))
+
+
+@given(rings, st.integers(2, 4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_processes_that_share_a_ring_get_it_whole_and_their_gradients_mean_its_own(case, count, in_slices):
+    """Each process has other upstream gradients, for it has other images."""
+    ring, x = random_ring(*case)
+    whole = ring(x)
+    weights = torch.randn(count, *whole.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = [x, *ring.cores.values()]
+    truth = torch.autograd.grad((whole * weights.mean(0)).sum(), inputs)
+    team = Team(count)
+
+    def work(number):
+        own, mine = copy.deepcopy(ring), x.detach().clone().requires_grad_()
+        own.processes = count
+        grown = own(mine)
+        return grown.detach(), torch.autograd.grad((grown * weights[number]).sum(), [mine, *own.cores.values()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_module, "dist", team)
+        patch.setattr(ring_module, "FEWEST_ELEMENTS", 8 if in_slices else ring_module.FEWEST_ELEMENTS)
+        contraction_plan.cache_clear()
+        found = team.run(work)
+    contraction_plan.cache_clear()
+    for grown, _ in found:
+        assert torch.allclose(grown, whole, rtol=1e-11, atol=1e-11)
+        assert torch.equal(grown, found[0][0])
+    for expected, *parts in zip(truth, *(gradients for _, gradients in found), strict=True):
+        assert torch.allclose(sum(parts) / count, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])

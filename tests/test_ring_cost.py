@@ -114,6 +114,20 @@ def test_slices_on_a_gpu_are_fewer_and_cost_no_more():
     assert there.largest_elements <= ring_module.FEWEST_ON_GPU
 
 
+@pytest.mark.parametrize("count", [2, 5, 8, 24])
+def test_processes_that_share_a_ring_take_equal_parts_of_its_arithmetic(count, monkeypatch):
+    (ring, x), (shared, _) = (on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI") for _ in range(2))
+    shared.processes = count
+    alone, parts = counted(ring, x), []
+    for rank in (0, count - 1):
+        monkeypatch.setattr(ring_module.dist, "get_rank", lambda rank=rank: rank)
+        parts.append(counted(shared, x))
+    assert parts[0] == parts[1]
+    taken = 1 if count == 5 else count  # 5 divides none of 12 and 768: each grows it whole
+    assert all(taken * part <= 1.05 * whole for part, whole in zip(parts[0], alone, strict=True))
+    assert taken * sum(parts[0]) >= sum(alone) / 1.05
+
+
 @pytest.mark.parametrize("rank", [4, 10])
 def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     ring, x = on_meta(*SMALL_TO_BASE, (rank,) * 4, "BOLI")
@@ -152,7 +166,7 @@ def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, 
 @pytest.mark.parametrize(("largest", "most_slices"), [(2**25, 256), (2**25 + 1, 1024)])
 def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest, most_slices, monkeypatch):
     monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: ((), 1, largest))
-    plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES)
+    plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES, 1)
     assert max(plan.slices for plan in plans) == most_slices
 
 

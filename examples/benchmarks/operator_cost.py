@@ -38,6 +38,7 @@ from growkit.methods.mango import Mango, mlp_blocks, pack
 from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
 from growkit.settings import GrowSettings
+from growkit.train.making import made_once
 from growkit.train.memory import Alive, step_peak
 from growkit.train.score import autocast, multiplying
 
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--big", help="target; deit_base on a GPU, a tiny one on a CPU")
     parser.add_argument("--ranks", default="1,2,4,8", help="rank of every bond, several with commas")
     parser.add_argument("--batch-size", type=int, help="256 on a GPU, 16 on a CPU")
+    parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches of a step; the ring runs once for all")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=int, help="pairs of steps per rank")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
@@ -100,7 +102,8 @@ def main() -> None:
         return
 
     ranks = [int(rank) for rank in options.ranks.split(",")]
-    print(f"{options.small} -> {options.big}, batch {options.batch_size}, {options.precision}, {device}")
+    several = f" x {options.grad_accum_steps}" if options.grad_accum_steps > 1 else ""
+    print(f"{options.small} -> {options.big}, batch {options.batch_size}{several}, {options.precision}, {device}")
     arithmetic = [count(source, target, rank) for rank in ranks]
     row = "{:>4} {:>14} {:>14} {:>14} {:>8} {:>8}".format
     print(row("rank", "growkit GFLOP", "best order", "layer by layer", "ratio", "promised"))
@@ -119,6 +122,7 @@ def main() -> None:
             "small": options.small,
             "big": options.big,
             "batch_size": options.batch_size,
+            "grad_accum_steps": options.grad_accum_steps,
             "precision": options.precision,
             "device": str(device),
             "rounds": options.rounds,
@@ -154,7 +158,7 @@ def compare_steps(
             "memory_ratio": peaks[rank] / peaks[0],
         }
         steps.append(found)
-        bound = device.type == "cuda" and rank == PROMISED["rank"]
+        bound = device.type == "cuda" and rank == PROMISED["rank"] and options.grad_accum_steps == 1
         times = (1e3 * found["operator_seconds"], 1e3 * found["plain_seconds"])
         sizes = (peaks[rank] / 1e6, peaks[0] / 1e6)
         print(
@@ -180,12 +184,13 @@ def count_steps(
     """Peak bytes of an operator's step and of a plain one, counted and printed."""
     image = build(target.name, target.arguments, device="meta")
     batch = (options.batch_size, image.patch_embed.proj.in_channels, *image.patch_embed.img_size)
-    plain = step_peak(image.train(), batch, options.precision)
+    plain = step_peak(image.train(), batch, options.precision, options.grad_accum_steps)
     found = []
     row = "{:>4} {:>12} {:>12} {:>6} {:>8}".format
     print(row("rank", "operator MB", "plain MB", "ratio", "promised"), "(counted, a whole step)")
     for rank in ranks:
-        peak = step_peak(grown_model(source, target, rank).train(), batch, options.precision)
+        operator = grown_model(source, target, rank).train()
+        peak = step_peak(operator, batch, options.precision, options.grad_accum_steps)
         found.append({"rank": rank, "operator_peak_bytes": peak, "plain_peak_bytes": plain, "ratio": peak / plain})
         promised = PROMISED["memory_ratio"] if rank <= PROMISED["rank"] else PROMISED["memory_ratio_rank_10"]
         print(row(rank, f"{peak / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{peak / plain:.2f}", promised))
@@ -370,9 +375,11 @@ def step_of(
 
     def step() -> None:
         with multiplying(tf32):
-            with autocast(options.precision, device):
-                loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()
+            with made_once(model, options.grad_accum_steps):
+                for _ in range(options.grad_accum_steps):
+                    with autocast(options.precision, device):
+                        loss = nn.functional.cross_entropy(model(images), labels)
+                    loss.backward()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -431,6 +438,7 @@ def peak(
         "--small": options.small,
         "--big": options.big,
         "--batch-size": options.batch_size,
+        "--grad-accum-steps": options.grad_accum_steps,
         "--precision": options.precision,
         "--seed": options.seed,
         "--device": options.device,

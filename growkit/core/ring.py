@@ -14,6 +14,7 @@ from math import prod
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -52,6 +53,7 @@ class RingOperator(nn.Module):
         if len(ranks) != len(AXES) or min(ranks) < 1:
             raise GrowkitError(f"ranks {tuple(ranks)}: expected four whole numbers of at least 1, one per bond")
         self.order, self.ranks = order, tuple(ranks)
+        self.processes = 1  # of torch.distributed's, all there are, that train it together; each grows a part for all
         self.cores = nn.ParameterDict(
             {
                 axis: torch.zeros(ranks[n], old[axis], new[axis], ranks[(n + 1) % 4], dtype=dtype)
@@ -97,25 +99,28 @@ class RingOperator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, O, L, I) -> (B', O', L', I'), slice by slice along the grown axis where slicing costs nothing.
 
-        A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time.
+        A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time. Where
+        `processes` train together, each computes its part of the slices and gets the others'. The gradients that it
+        finds are then those of its part, from the upstream gradients of all: their mean over the processes is the
+        mean gradient, as where each computes everything.
         """
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
-            plan = self._plan(x, cores)
+            plan = self._plan(x, cores, self.processes)
             if plan.slices == 1:
                 return _product(self.equation, x, cores)
             sliced: Tensor = _Sliced.apply(self.equation, plan, x, *cores)
             return sliced
         grown = x.new_zeros(_grown_shape(self.equation, cores))
         for ring in _independent_rings(_without_dead_bonds(cores)):
-            for place, slice_ in _cut(self.equation, self._plan(x, ring), grown, ring):
+            for (place,), slice_ in _cut(self.equation, self._plan(x, ring), grown, ring):
                 place += _product(self.equation, x, slice_)
         return grown
 
-    def _plan(self, x: Tensor, cores: Sequence[Tensor]) -> "ContractionPlan":
+    def _plan(self, x: Tensor, cores: Sequence[Tensor], parts: int = 1) -> "ContractionPlan":
         shapes = tuple(tuple(core.shape) for core in cores)
         fewest = FEWEST_ON_GPU if x.is_cuda else FEWEST_ELEMENTS
-        return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest)
+        return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest, parts)
 
     def layer(self, x: Tensor, index: int) -> Tensor:
         """(B, O, L, I) -> (B', O', I') of target layer `index`, for growing one layer at a time."""
@@ -176,8 +181,8 @@ class _Sliced(torch.autograd.Function):
         ctx.equation, ctx.plan = equation, plan
         ctx.save_for_backward(x, *cores)
         grown = x.new_empty(_grown_shape(equation, cores))
-        for place, slice_ in _cut(equation, plan, grown, cores):
-            place.copy_(_product(equation, x, slice_))
+        for places, slice_ in _cut(equation, plan, grown, cores):
+            _hand_round(_product(equation, x, slice_), places)
         return grown
 
     @staticmethod
@@ -189,8 +194,8 @@ class _Sliced(torch.autograd.Function):
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
         with without_autocast(x.device.type):
-            for place, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
-                for number, part in enumerate(_gradients(ctx.equation, x, slice_, place, wanted)):
+            for places, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
+                for number, part in enumerate(_gradients(ctx.equation, x, slice_, _sum_of_own(places), wanted)):
                     total = found[number]
                     if part is None:
                         continue
@@ -201,7 +206,7 @@ class _Sliced(torch.autograd.Function):
                     else:
                         total += part
             if pieces:
-                found[cut] = torch.cat(pieces, dim=2)
+                found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
         return None, None, *found
 
 
@@ -212,12 +217,48 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def _cut(
     equation: str, plan: "ContractionPlan", grown: Tensor, cores: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Views of what is grown, slice by slice, each with the cores that make it."""
-    position = _position(equation, plan)
-    places = grown.split(plan.width, dim=AXES.index(plan.axis))
-    for place, piece in zip(places, cores[position].split(plan.width, dim=2), strict=True):
-        yield place, [*cores[:position], piece, *cores[position + 1 :]]
+) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    """Views of what is grown, slice by slice, one in each process's part; with each the cores that make this one's."""
+    position, dim = _position(equation, plan), AXES.index(plan.axis)
+    parts = (part.split(plan.width, dim) for part in grown.chunk(plan.parts, dim))
+    own = cores[position].chunk(plan.parts, dim=2)[_number(plan.parts)]
+    for places, piece in zip(zip(*parts, strict=True), own.split(plan.width, dim=2), strict=True):
+        yield places, [*cores[:position], piece, *cores[position + 1 :]]
+
+
+def _number(parts: int) -> int:
+    """Which part is this process's."""
+    return dist.get_rank() if parts > 1 else 0
+
+
+def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
+    """Write what each process made to its place; every process gets it all."""
+    if len(places) == 1 or made.is_meta:
+        places[_number(len(places))].copy_(made)
+        return
+    parts = [torch.empty_like(made, memory_format=torch.contiguous_format) for _ in places]
+    dist.all_gather(parts, made.contiguous())
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
+
+
+def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
+    """What lies in this process's place, added up over all processes."""
+    own = places[_number(len(places))]
+    if len(places) == 1 or own.is_meta:
+        return own
+    total = torch.empty_like(own, memory_format=torch.contiguous_format)
+    dist.reduce_scatter(total, [place.contiguous() for place in places])
+    return total
+
+
+def _among_zeros(own: Tensor, parts: int) -> Tensor:
+    """This process's part of a core's gradient, with zeros where others have theirs."""
+    if parts == 1:
+        return own
+    whole = own.new_zeros((*own.shape[:2], parts * own.shape[2], own.shape[3]))
+    whole.chunk(parts, dim=2)[_number(parts)].copy_(own)
+    return whole
 
 
 def _terms(equation: str) -> list[str]:
@@ -265,13 +306,14 @@ def _prepared(equation: str, x: Tensor, cores: Sequence[Tensor]) -> tuple[str, P
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """How a ring is applied: in slices of `width` along the grown `axis`."""
+    """How a ring is applied: in slices of `width` along the grown `axis`, in as many `parts` as processes share it."""
 
     axis: str
     width: int
-    slices: int
-    flops: int  # of one forward application, 2 per multiply-add
+    slices: int  # of all parts together
+    flops: int  # of one forward application, 2 per multiply-add, of all parts together
     largest_elements: int  # of the largest intermediate
+    parts: int = 1
 
 
 @lru_cache(maxsize=256)
@@ -281,6 +323,7 @@ def contraction_plan(
     cores: tuple[tuple[int, ...], ...],
     order: str,
     fewest: int = FEWEST_ELEMENTS,
+    parts: int = 1,
 ) -> ContractionPlan:
     """How to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
 
@@ -288,8 +331,12 @@ def contraction_plan(
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
     DeiT-S -> DeiT-B at rank 4). So arithmetic comes first. Of the plans within SPARE of the cheapest, those with
     intermediates of at most SLICE_SHARE of the result (or of `fewest` elements) are taken, or those with the smallest.
+    Where `parts` divides no grown axis, the plan has one part.
     """
-    plans = [plan for position in range(len(order)) for plan in _plans_along(position, equation, x, cores, order)]
+    positions = [position for position, core in enumerate(cores) if core[2] % parts == 0]
+    if not positions:
+        positions, parts = list(range(len(cores))), 1
+    plans = [plan for position in positions for plan in _plans_along(position, equation, x, cores, order, parts)]
     most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
     able = _at_most(max(MOST_ELEMENTS, fewest), plans)
     cheapest = min(plan.flops for plan in able)
@@ -304,16 +351,16 @@ def _at_most(elements: float, plans: list[ContractionPlan]) -> list[ContractionP
 
 
 def _plans_along(
-    position: int, equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str
+    position: int, equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str, parts: int
 ) -> Iterator[ContractionPlan]:
-    """In one piece along the axis order[position], in two slices, in four and so on."""
+    """Each part of the axis order[position] in one piece, in two slices, in four and so on."""
     shape, sliced = cores[position], list(cores)
-    width = shape[2]
+    each = width = shape[2] // parts
     while True:
         sliced[position] = (shape[0], shape[1], width, shape[3])
         _, flops, largest = cheapest_path(equation, x, tuple(sliced))
-        slices = -(-shape[2] // width)
-        yield ContractionPlan(order[position], width, slices, flops * slices, largest)
+        slices = parts * -(-each // width)
+        yield ContractionPlan(order[position], width, slices, flops * slices, largest, parts)
         if width == 1 or (slices >= MANY_SLICES and largest <= MOST_ELEMENTS):
             return
         width = -(-width // 2)

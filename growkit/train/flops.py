@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.train.data import seeded
+from growkit.train.making import MakesWeights
+from growkit.train.memory import without_storage
 from growkit.train.score import mode_kept
 
 aten = torch.ops.aten
@@ -56,6 +58,20 @@ def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable
                 buffer.copy_(before)
     flops = counter.get_total_flops()
     return StepCost(flops_per_step=flops, macs_per_step=flops // 2, flops_per_image=flops / len(images))
+
+
+def count_making(model: nn.Module) -> int:
+    """FLOPs of making weights once, in this process, forward and backward, without computing anything.
+
+    0 for a model that does not make its weights anew.
+    """
+    if not isinstance(model, MakesWeights):
+        return 0
+    maker: Any = without_storage(model)
+    with FlopCounterMode(display=False) as counter:
+        made = [tensor for tensor in maker.weights().values() if tensor.requires_grad]
+        torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])
+    return counter.get_total_flops()
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

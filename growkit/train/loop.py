@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from growkit.errors import GrowkitError
-from growkit.train import distributed
+from growkit.train import distributed, making
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
-from growkit.train.flops import count_step
+from growkit.train.flops import count_making, count_step
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import FitSettings
@@ -325,16 +325,23 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        self._try_one_batch(data)
+        flops = self._try_one_batch(data)
+        batches, processes = settings.grad_accum_steps, distributed.size()
+        if batches > 1 or processes > 1:
+            flops = (flops - count_making(model)) * batches
         self.network = distributed.together(model, device)
+        making.share(model, processes)
+        if batches > 1 or processes > 1:
+            flops += count_making(model)
+        self.flops_per_step = flops * processes
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
         if settings.compile is not None:
-            getattr(model, "leave_weights_uncompiled", lambda: None)()
+            making.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
-    def _try_one_batch(self, data: Data) -> None:
-        """Find how many outputs the model has and what an update costs; nothing is learned."""
+    def _try_one_batch(self, data: Data) -> int:
+        """Find how many outputs the model has; FLOPs of one batch in this process. Nothing is learned."""
         images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
         with seeded("outputs", device=self.device):
             logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
@@ -351,8 +358,7 @@ class _Training:
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
         with autocast(self.settings.precision, self.device):
-            cost = count_step(self.model, (images, targets), self.loss_of)
-        self.flops_per_step = cost.flops_per_step * self.settings.grad_accum_steps * distributed.size()
+            return count_step(self.model, (images, targets), self.loss_of).flops_per_step
 
     @property
     def lr(self) -> float:
@@ -365,18 +371,19 @@ class _Training:
         accumulate = self.settings.grad_accum_steps
         loss = torch.zeros((), device=self.device)
         with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
-            for left in reversed(range(accumulate)):
-                images, targets = next(batches)
-                require_labels(targets, self.outputs)
-                images = images.to(self.device, non_blocking=True)
-                targets = targets.to(self.device, non_blocking=True)
-                if self.mix is not None:
-                    images, targets = self.mix(images, targets)
-                with distributed.gathering(self.network, now=not left):
-                    with autocast(self.settings.precision, self.device):
-                        share = self.loss_of(self.forward(images), targets) / accumulate
-                    self.scaler.scale(share).backward()
-                loss += share.detach()
+            with making.made_once(self.model, accumulate):
+                for left in reversed(range(accumulate)):
+                    images, targets = next(batches)
+                    require_labels(targets, self.outputs)
+                    images = images.to(self.device, non_blocking=True)
+                    targets = targets.to(self.device, non_blocking=True)
+                    if self.mix is not None:
+                        images, targets = self.mix(images, targets)
+                    with distributed.gathering(self.network, now=not left):
+                        with autocast(self.settings.precision, self.device):
+                            share = self.loss_of(self.forward(images), targets) / accumulate
+                        self.scaler.scale(share).backward()
+                    loss += share.detach()
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 dispatch_clip_grad(self.trained, self.settings.clip_grad)

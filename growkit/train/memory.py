@@ -1,5 +1,6 @@
 """Peak memory of a training step, counted from the births and deaths of storages: no GPU, nothing computed."""
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growkit.train.making import made_once
 from growkit.train.score import autocast
 
 
@@ -40,8 +42,15 @@ class Alive(TorchDispatchMode):
         self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
 
 
-def step_peak(model: nn.Module, images: Sequence[int], precision: str) -> int:
-    """Peak bytes of two AdamW updates on a batch (N, C, H, W) of `images`; the second has the moments.
+def without_storage(model: nn.Module) -> nn.Module:
+    """A copy in training mode whose tensors are on the meta device."""
+    tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    tensors |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, tensors).train()
+
+
+def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: int = 1) -> int:
+    """Peak bytes of two AdamW updates on `batches` (N, C, H, W) of `images` each; the second has the moments.
 
     Weights, gradients, moments, activations and the batch are in. `model` is given up: it comes back without weights.
     """
@@ -56,10 +65,12 @@ def step_peak(model: nn.Module, images: Sequence[int], precision: str) -> int:
         batch = torch.empty(*images, device=device)
         labels = torch.empty(len(batch), dtype=torch.long, device=device)
         for _ in range(2):
-            with autocast(precision, device):
-                loss = nn.functional.cross_entropy(model(batch), labels)
-            loss.backward()
+            with made_once(model, batches):
+                for _ in range(batches):
+                    with autocast(precision, device):
+                        loss = nn.functional.cross_entropy(model(batch), labels)
+                    loss.backward()
+                    del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            del loss
     return alive.peak

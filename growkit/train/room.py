@@ -1,10 +1,8 @@
 """How many images fit a device's memory, and an error that says so when they do not."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,8 @@ from torch import Tensor, nn
 from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
 from growkit.train.data import Data, images_per_batch, size_of, train_batches
-from growkit.train.memory import step_peak
+from growkit.train.making import made_once
+from growkit.train.memory import step_peak, without_storage
 from growkit.train.resident import free_bytes
 from growkit.train.score import autocast, mode_kept
 from growkit.train.settings import AUTO, FitSettings
@@ -46,30 +45,31 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     room = ROOM * free_bytes(device) + own  # the weights are there already
+    batches = min(settings.grad_accum_steps, 2)  # from the second on, the gradients of those before are there
 
     def counted(size: int) -> int:
-        return step_peak(_weightless(model), (size, *images.shape[1:]), settings.precision)
+        return step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
 
     small, large = counted(8), counted(16)
     each = max(1, (large - small) // 8)
     fits = max(0, min(int((room - small) / each) + 8, size_of(data.train)))
     fits = fits // STEP * STEP if fits > STEP else fits
-    while fits and not (counted(fits) <= room and (device.type != "cuda" or _runs(model, images, fits, settings))):
+
+    def suits(size: int) -> bool:
+        return counted(size) <= room and (device.type != "cuda" or _runs(model, images, size, settings, batches))
+
+    while fits and not suits(fits):
         fits //= 2
     return fits
 
 
-def _weightless(model: nn.Module) -> nn.Module:
-    """A copy in training mode whose tensors have no storage."""
-    tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    tensors |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, tensors).train()
-
-
-def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings) -> bool:
+def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
     try:
-        with mode_kept(model), autocast(settings.precision, images.device):
-            model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
+        with mode_kept(model), made_once(model, batches):
+            for _ in range(batches):
+                with autocast(settings.precision, images.device):
+                    outputs = model.train()(images[:1].expand(count, -1, -1, -1).contiguous())
+                    outputs.float().square().mean().backward()
     except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS has another
         if not is_memory_full(error):
             raise
@@ -119,7 +119,8 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
             f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
             " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
         )
-    fits = min(largest_batch(model, data, settings, device), wanted - 1)
+    several = replace(settings, grad_accum_steps=max(settings.grad_accum_steps, 2))  # what the remedy will be
+    fits = min(largest_batch(model, data, several, device), wanted - 1)
     if fits < 1:
         raise GrowkitError(_nothing_fits(device))
     fits = max(part for part in range(1, fits + 1) if wanted % part == 0)

@@ -494,7 +494,10 @@ def test_updates_alone_multiply_in_tf32(chosen: bool, inside: str, monkeypatch: 
 
 
 @pytest.mark.slow  # the compiler takes its time
-def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batches", [1, 2])
+def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ring is cut into slices here; compiled, each would be traced, and its planning too."""
     from torch._dynamo.utils import counters  # takes seconds to import
 
@@ -503,7 +506,8 @@ def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(monkeypatc
     state = published_scale(source).state_dict()
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pairs = TensorDataset(images, torch.arange(16) % 7)
-    data, settings = Data(train=pairs, val=pairs, classes=list("abcdefg")), replace(PLAIN, steps=4, batch_size=16)
+    data = Data(train=pairs, val=pairs, classes=list("abcdefg"))
+    settings = replace(PLAIN, steps=4, batch_size=16 // batches, grad_accum_steps=batches)
     usual = fit(grow(source, target, state, GrowSettings(rank=2)), data, settings)
     torch.compiler.reset()
     counters.clear()

@@ -1,0 +1,141 @@
+"""Weights that are made anew for every batch are made once an update: the same gradients, counted once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pairs import PAIRS, published_scale, tiny
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from growkit.arch import build
+from growkit.grow import GrownModel, grow
+from growkit.settings import GrowSettings
+from growkit.train.data import Data
+from growkit.train.flops import count_making, count_step
+from growkit.train.loop import fit
+from growkit.train.making import made_once
+from growkit.train.settings import FitSettings
+
+PLAIN = FitSettings(steps=3, batch_size=4, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0)
+SIZES = (32, 2, 2), (48, 3, 3)
+METHODS = {
+    "mango": GrowSettings(rank=2),
+    "mango in two stages": GrowSettings(rank=2, stages="width-first"),
+    "mango, vectors fixed": GrowSettings(rank=1, vectors=False),
+    "ligo": GrowSettings(method="ligo"),
+}
+
+
+def grown(settings: GrowSettings = METHODS["mango"], dtype: torch.dtype = torch.float64) -> GrownModel:
+    source, target = (tiny(*size) for size in SIZES)
+    return grow(source, target, published_scale(source).to(dtype).state_dict(), settings)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(4, 3, 16, 16, generator=generator, dtype=dtype), (torch.arange(4) + n) % 7) for n in range(count)
+    ]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_are_the_sum_of_each_batch_with_weights_of_its_own(name: str, recomputed: bool) -> None:
+    apart, together = grown(METHODS[name]), grown(METHODS[name])
+    together.set_grad_checkpointing(recomputed)
+    for images, labels in batches(3):
+        cross_entropy(apart(images), labels).backward()
+    with together.weights_once():
+        for images, labels in batches(3):
+            cross_entropy(together(images), labels).backward()
+        assert all(gradient is None for gradient in gradients(together).values())
+    expected, found = gradients(apart), gradients(together)
+    moved = [key for key, gradient in expected.items() if gradient is not None]
+    assert moved
+    for key in expected:
+        if key in moved:
+            assert torch.allclose(found[key], expected[key], rtol=1e-12, atol=1e-15), key
+        else:
+            assert found[key] is None
+
+
+def test_accumulated_update_makes_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, weights = [], GrownModel.weights
+    monkeypatch.setattr(GrownModel, "weights", lambda model: made.append(1) or weights(model))
+    pairs = TensorDataset(*map(torch.cat, zip(*batches(6, torch.float32), strict=True)))
+    data = Data(train=pairs, val=pairs, classes=list("abcdefg"))
+    counts, losses = [], []
+    for size, accumulated in ((24, 1), (4, 6)):
+        model = grown(dtype=torch.float32)
+        made.clear()
+        losses.append(fit(model, data, replace(PLAIN, batch_size=size, grad_accum_steps=accumulated)).losses)
+        counts.append(len(made))
+    # beside an update each: the number of outputs, FLOPs, and for several batches those of making them, twice
+    assert counts == [3 + 2, 3 + 4]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_update_counts_each_batch_and_the_making_once() -> None:
+    pairs = TensorDataset(*map(torch.cat, zip(*batches(6, torch.float32), strict=True)))
+    data = Data(train=pairs, val=pairs, classes=list("abcdefg"))
+    _, target = (tiny(*size) for size in SIZES)
+    network = count_step(build(target.name, target.arguments), batches(1, torch.float32)[0], cross_entropy)
+    for name, method in METHODS.items():
+        if not method.vectors:  # then the network's own vectors need no gradients
+            continue
+        once = count_making(grown(method))
+        found = [
+            fit(grown(method, torch.float32), data, replace(PLAIN, steps=1, grad_accum_steps=count)).flops_per_step
+            for count in (1, 2, 3)
+        ]
+        assert found == [count * network.flops_per_step + once for count in (1, 2, 3)], name
+
+
+def test_plain_network_makes_nothing_and_counts_nothing() -> None:
+    source = tiny(*SIZES[0])
+    model = build(source.name, source.arguments)
+    assert count_making(model) == 0
+    with made_once(model, 3):
+        cross_entropy(model(batches(1, torch.float32)[0][0]), torch.arange(4)).backward()
+    assert all(gradient is not None for gradient in gradients(model).values())
+
+
+def test_single_batch_goes_straight_to_the_parameters() -> None:
+    model = grown()
+    with made_once(model, 1):
+        ((images, labels),) = batches(1)
+        cross_entropy(model(images), labels).backward()
+        assert any(gradient is not None for gradient in gradients(model).values())
+
+
+def test_failure_between_batches_leaves_no_gradients_and_weights_are_made_anew() -> None:
+    model, ((images, labels),) = grown(), batches(1)
+    before = model(images)
+
+    def fail() -> None:
+        with model.weights_once():
+            cross_entropy(model(images), labels).backward()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert all(gradient is None for gradient in gradients(model).values())
+    assert torch.equal(model(images), before)
+    with torch.no_grad():
+        for core in model.method.ring.cores.values():
+            core.mul_(1.5)
+    assert not torch.allclose(model(images), before)
+
+
+def test_nothing_trained_in_the_method_is_no_error() -> None:
+    source, target = PAIRS["twice as wide"]
+    model = grow(source, target, published_scale(source).double().state_dict(), GrowSettings(method="lemon"))
+    assert not list(model.parameters())
+    with model.weights_once():
+        assert model(batches(1)[0][0]).requires_grad is False
