@@ -5,6 +5,9 @@ BIN := .venv/bin
 # make test CONSTRAINTS=constraints.txt installs the very versions that were tested
 CONSTRAINTS ?=
 
+# Tests side by side, each process with one thread and about a gigabyte; who is done takes half of what another has left.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # Threads that wait must not spin: on a shared machine they would take the cores from those that work.
 export OMP_WAIT_POLICY ?= passive
 
@@ -20,13 +23,13 @@ demo: .venv/demo.stamp
 	$(BIN)/growkit demo --force
 
 test: .venv/test.stamp
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 # setuptools included, for torch needs it. Without what lies elsewhere than in pip's index, and without the builds' own labels, as in 2.14.1+cpu.
 constraints: .venv/dev.stamp

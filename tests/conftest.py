@@ -1,4 +1,4 @@
-"""Settings of every test: examples that repeat, threads that do not spin.
+"""Settings of every test: examples that repeat, threads that do not spin, one thread in each of several processes.
 
 The number of torch's threads is that of OMP_NUM_THREADS, which torch reads when it is imported.
 """
@@ -8,6 +8,8 @@ import os
 from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")

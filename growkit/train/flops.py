@@ -74,6 +74,11 @@ def count_making(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
+def update_flops(model: nn.Module, flops: int, batches: int) -> int:
+    """FLOPs of an update of `batches`, each of which takes `flops` alone: weights that are made are made once."""
+    return flops * batches - (count_making(model) * (batches - 1) if batches > 1 else 0)
+
+
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Shapes (N, heads, tokens, width): the scores and the weighted sum of the values."""
     n, heads, tokens, width = query

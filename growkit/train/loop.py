@@ -20,7 +20,7 @@ from growkit.errors import GrowkitError
 from growkit.train import distributed, making
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
-from growkit.train.flops import count_making, count_step
+from growkit.train.flops import count_making, count_step, update_flops
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import FitSettings
@@ -325,13 +325,13 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        flops = self._try_one_batch(data)
-        batches, processes = settings.grad_accum_steps, distributed.size()
-        if batches > 1 or processes > 1:
-            flops = (flops - count_making(model)) * batches
+        flops = update_flops(model, self._try_one_batch(data), settings.grad_accum_steps)
+        processes = distributed.size()
+        if processes > 1:
+            flops -= count_making(model)
         self.network = distributed.together(model, device)
         making.share(model, processes)
-        if batches > 1 or processes > 1:
+        if processes > 1:
             flops += count_making(model)
         self.flops_per_step = flops * processes
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.

@@ -356,9 +356,15 @@ def test_operator_is_trained_again_where_another_budget_needs_what_was_let_go(so
 
 
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum_steps": 2}])
-def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes):
-    settings = options(controls="source-longer", budgets="0.5,1")
+def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes, monkeypatch):
+    settings, prices = options(controls="source-longer", budgets="0.5,1"), {}
+    priced = bench_module.Bench.operator_flops
+    monkeypatch.setattr(
+        bench_module.Bench, "operator_flops", lambda self, arm: prices.setdefault(arm.name, priced(self, arm))
+    )
     compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, **changes))
+    assert prices["mango"] > 0
+    assert {run["arm"]: run["operator_flops"] for run in compared.content["runs"]} == prices
     full = compared.content["full_flops"]
     for run in compared.content["runs"]:
         assert run["flops"] == pytest.approx(run["budget"] * full, abs=0.51 * run["flops_per_step"])
