@@ -73,10 +73,10 @@ class GrownModel(nn.Module):
         return self.weights() if self._kept is None else self._kept
 
     @contextmanager
-    def weights_once(self) -> Iterator[None]:
+    def weights_once(self) -> Iterator[list[Tensor]]:
         """Make the weights once for all that runs forward and backward inside.
 
-        Gradients add up at the weights and go back through the method on leaving, all together.
+        Gradients add up at the weights, which it gives, and go back through the method on leaving, all together.
         """
         made = self.weights()
         ways = {name: get_gradient_edge(weight) for name, weight in made.items() if weight.requires_grad}
@@ -84,7 +84,7 @@ class GrownModel(nn.Module):
         del made
         self._kept = kept
         try:
-            yield
+            yield list(kept.values())
         finally:
             self._kept = None
         found = {name: weight.grad for name, weight in kept.items() if weight.grad is not None}

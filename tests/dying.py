@@ -19,6 +19,9 @@ opening files for writing, what is put on the disk by fsync, and updates of opti
 place in every run, and all kinds of place are reached, however short they last.
 """
 
+import contextlib
+import gc
+import importlib
 import json
 import os
 import resource
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import growkit_cli.main
+from growkit.errors import GrowkitError
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate")
 NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -119,15 +123,21 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
         os._exit(status)
 
 
+# what commands import on their way: once here instead of in each process
+LOADED = (
+    *("growkit.compare.compare", "growkit.compare.sweep", "growkit.deploy.verify", "growkit.deploy.triton_check"),
+    *("growkit.pipeline", "growkit.report.run", "matplotlib.pyplot", "networkx", "onnx.reference", "onnxscript"),
+    *("optuna", "timm.optim", "torch._dynamo", "torch.export", "torch.onnx._internal.exporter._core"),
+)
+
+
 def serve() -> None:
-    import timm.optim  # noqa: F401
-    import torch._dynamo  # noqa: F401
-
-    import growkit.compare.compare
-    import growkit.deploy.folder
-    import growkit.pipeline
-    import growkit.report.run  # noqa: F401
-
+    for name in LOADED:
+        importlib.import_module(name)
+    with contextlib.suppress(GrowkitError):  # what is imported while options are read
+        growkit_cli.main.app(["report", "--run", "no/such/run"], standalone_mode=False)
+    gc.collect()
+    gc.freeze()  # a collector would touch all that is shared with the server, and so copy it
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
         for line in sys.stdin:

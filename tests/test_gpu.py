@@ -56,6 +56,10 @@ WAYS: dict[str, tuple[FitSettings, float]] = {
     "fp16": (replace(PLAIN, precision="fp16"), 1e-2),
     "compiled": (replace(PLAIN, compile="default"), 1e-4),
     "CUDA graphs": (replace(PLAIN, compile="reduce-overhead"), 1e-4),
+    "CUDA graphs, accumulated": (
+        replace(PLAIN, compile="reduce-overhead", batch_size=8, grad_accum_steps=2),
+        1e-4,
+    ),
     "recomputed": (replace(PLAIN, grad_checkpointing=True), 1e-4),
     "from memory": (replace(PLAIN, cache="ram"), 1e-4),
     "from the device": (RESIDENT, 1e-4),

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded
 from growkit.train.flops import count_making, count_step, update_flops
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
-from growkit.train.settings import FitSettings
+from growkit.train.settings import CUDA_GRAPHS, FitSettings
 from growkit.train.watch import StepRecord, board, ending, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
@@ -371,7 +371,7 @@ class _Training:
         accumulate = self.settings.grad_accum_steps
         loss = torch.zeros((), device=self.device)
         with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
-            with making.made_once(self.model, accumulate):
+            with making.made_once(self.model, accumulate) as leaves:
                 for left in reversed(range(accumulate)):
                     images, targets = next(batches)
                     require_labels(targets, self.outputs)
@@ -384,6 +384,8 @@ class _Training:
                             share = self.loss_of(self.forward(images), targets) / accumulate
                         self.scaler.scale(share).backward()
                     loss += share.detach()
+                    if left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:
+                        _own_gradients(leaves)
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 dispatch_clip_grad(self.trained, self.settings.clip_grad)
@@ -425,6 +427,16 @@ class _Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             resuming.load_trainable(self.ema.module, state["ema"])
+
+
+def _own_gradients(leaves: Iterable[Tensor]) -> None:
+    """Move gradients out of memory that a CUDA graph writes to at its next run: autograd keeps the first it is given.
+
+    Further ones are added to what it keeps (pytorch/pytorch#169545: an error, or a wrong sum).
+    """
+    for leaf in leaves:
+        if leaf.grad is not None:
+            leaf.grad = leaf.grad.clone()
 
 
 def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ They need not be made so often: once an update is enough, and of several process
 passes through here untouched.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -17,8 +18,8 @@ class MakesWeights(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, with gradients to the parameters."""
 
-    def weights_once(self) -> AbstractContextManager[None]:
-        """Make them once for all batches inside; on leaving, gradients go on to the parameters."""
+    def weights_once(self) -> AbstractContextManager[Iterable[Tensor]]:
+        """Make them once for all batches inside: gradients add up there, and reach the parameters on leaving."""
 
     def share_weights(self, processes: int) -> None:
         """Have as many processes as there are make a part of the weights each, for all."""
@@ -27,9 +28,11 @@ class MakesWeights(Protocol):
         """Keep torch.compile out of making them."""
 
 
-def made_once(model: nn.Module, batches: int) -> AbstractContextManager[None]:
-    """Around the `batches` of an update, forward and backward."""
-    return model.weights_once() if batches > 1 and isinstance(model, MakesWeights) else nullcontext()
+def made_once(model: nn.Module, batches: int) -> AbstractContextManager[Iterable[Tensor]]:
+    """Around the `batches` of an update, forward and backward: gives the tensors at which their gradients add up."""
+    if batches > 1 and isinstance(model, MakesWeights):
+        return model.weights_once()
+    return nullcontext(list(model.parameters()))
 
 
 def share(model: nn.Module, processes: int) -> None:

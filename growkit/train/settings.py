@@ -9,7 +9,8 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CACHES = ("none", "ram", "device")
 AUTO = -1  # the batch size that asks for the largest that fits
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", *CUDA_GRAPHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,12 @@ class FitSettings:
             self._require(name, choices)
         if self.compile is not None:
             self._require("compile", COMPILE_MODES)
+        if self.shard and self.compile in CUDA_GRAPHS and self.grad_accum_steps > 1:
+            # sharding adds gradients up where the loop cannot move them out of the graphs' memory
+            raise GrowkitError(
+                f"--compile {self.compile} --shard adds up no gradients; leave out --grad-accum-steps, or give"
+                " --compile default"
+            )
 
     def _require(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -469,6 +469,45 @@ def test_only_training_runs_compiled_and_counts_the_same(monkeypatch: pytest.Mon
     assert result.flops_per_step == fit(Net(), data, PLAIN).flops_per_step
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_batches_add_up_where_every_gradient_comes_from_the_same_memory(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA graphs give them: autograd keeps the first as .grad, and the next run writes over it."""
+    written: dict[int, np.ndarray] = {}
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, place: int, weight: Tensor) -> Tensor:
+            ctx.place = place
+            return weight.view_as(weight)
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+            memory = written.setdefault(ctx.place, np.empty(tuple(grad.shape), np.float32))
+            memory[...] = grad.numpy()
+            return None, torch.from_numpy(memory)
+
+    def compiled(model: nn.Module, *, mode: str) -> Callable[[Tensor], Tensor]:
+        def run(images: Tensor) -> Tensor:
+            weights = {name: Same.apply(n, p) for n, (name, p) in enumerate(model.named_parameters())}
+            return functional_call(model, weights, images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    data, settings = blobs(), replace(PLAIN, batch_size=4, grad_accum_steps=3, clip_grad=0.1)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 2)) for _ in range(3)]
+    for other in networks[1:]:
+        other.load_state_dict(networks[0].state_dict())
+    usual = fit(networks[0], data, settings)
+    assert fit(networks[1], data, replace(settings, compile=mode)).losses == pytest.approx(usual.losses, rel=1e-6)
+    assert torch.allclose(networks[0][1].weight, networks[1][1].weight, atol=1e-7)
+    monkeypatch.setattr("growkit.train.loop._own_gradients", lambda _: None)  # what the test would let through
+    fit(networks[2], data, replace(settings, compile=mode))
+    assert not torch.allclose(networks[0][1].weight, networks[2][1].weight, atol=1e-4)
+
+
 @pytest.mark.slow  # the compiler takes its time
 def test_compiled_network_learns_the_same_to_rounding() -> None:
     settings = replace(PLAIN, steps=6, batch_size=16)
