@@ -156,8 +156,8 @@ class FitSettings:
         if self.shard and self.compile in CUDA_GRAPHS and self.grad_accum_steps > 1:
             # sharding adds gradients up where the loop cannot move them out of the graphs' memory
             raise GrowkitError(
-                f"--compile {self.compile} --shard adds up no gradients; leave out --grad-accum-steps, or give"
-                " --compile default"
+                f"--compile {self.compile} with --shard cannot add up gradients of --grad-accum-steps"
+                f" {self.grad_accum_steps}; give --compile default"
             )
 
     def _require(self, name: str, choices: tuple[str, ...]) -> None:

@@ -37,6 +37,14 @@ def test_unusable_value_is_refused_by_option_name(name: str, value: object) -> N
         FitSettings(**{name: value})
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_sharded_gradients_are_not_added_up_in_the_memory_of_cuda_graphs(mode: str) -> None:
+    FitSettings(compile=mode, shard=True)
+    FitSettings(compile="default", shard=True, grad_accum_steps=2)
+    with pytest.raises(GrowkitError, match=f"^--compile {mode} with --shard .* give --compile default"):
+        FitSettings(compile=mode, shard=True, grad_accum_steps=2)
+
+
 def test_values_at_the_allowed_edge_pass() -> None:
     FitSettings(batch_size=1, smoothing=0.0, hflip=1.0, scale_min=1.0, clip_grad=0.0, seed=0)
 
