@@ -91,11 +91,17 @@ class GrownModel(nn.Module):
         del kept  # of the weights the gradients alone are needed from here on
         torch.autograd.backward([ways[name] for name in found], list(found.values()))
 
-    def share_weights(self, processes: int) -> None:
-        """Have rings computed by all `processes` of torch.distributed together: see `RingOperator`."""
-        for part in self.method.modules():
-            if isinstance(part, RingOperator):
-                part.processes = processes
+    @contextmanager
+    def weights_shared(self, processes: int) -> Iterator[None]:
+        """Inside, rings are computed by all `processes` of torch.distributed together: see `RingOperator`."""
+        rings = [part for part in self.method.modules() if isinstance(part, RingOperator)]
+        for ring in rings:
+            ring.processes = processes
+        try:
+            yield
+        finally:
+            for ring in rings:
+                ring.processes = 1
 
     def leave_weights_uncompiled(self) -> None:
         """Have torch.compile pass `weights` over: it would trace a ring's planning, and compile each of its slices."""

@@ -134,9 +134,9 @@ def _ring_shapes(source: Architecture, method: Mango) -> tuple[tuple[int, int, i
     return (4 + 2 * mlp_blocks(source), width, layers, width), cores
 
 
-def step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int) -> int:
-    """FLOPs of one training update of a model on the meta device."""
+def step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int, batches: int = 1) -> int:
+    """FLOPs of one training update, of one or several batches, of a model on the meta device."""
     image = build(architecture.name, architecture.arguments, device="meta").patch_embed
     images = torch.empty(batch_size, image.proj.in_channels, *image.img_size, device="meta")
     labels = torch.zeros(batch_size, dtype=torch.long, device="meta")
-    return count_step(model, (images, labels), cross_entropy).flops_per_step
+    return count_step(model, (images, labels), cross_entropy).of_update(batches)

@@ -127,7 +127,7 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
 LOADED = (
     *("growkit.compare.compare", "growkit.compare.sweep", "growkit.deploy.verify", "growkit.deploy.triton_check"),
     *("growkit.pipeline", "growkit.report.run", "matplotlib.pyplot", "networkx", "onnx.reference", "onnxscript"),
-    *("optuna", "timm.optim", "torch._dynamo", "torch.export", "torch.onnx._internal.exporter._core"),
+    *("optuna", "timm.optim", "torch._dynamo", "torch.export", "torch.onnx"),
 )
 
 

@@ -22,7 +22,11 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             with joined(pick_device(given["device"])):
-                return command(**given)
+                try:
+                    return command(**given)
+                except typer.Exit as left:  # all processes leave so: no error
+                    leaving = left
+            raise leaving
         except (GrowkitError, OSError) as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left; they say why first
             if first_to_say(str(error)):

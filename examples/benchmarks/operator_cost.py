@@ -380,6 +380,7 @@ def step_of(
                     with autocast(options.precision, device):
                         loss = nn.functional.cross_entropy(model(images), labels)
                     loss.backward()
+                    del loss  # and with its graph the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

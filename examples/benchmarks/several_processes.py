@@ -91,17 +91,17 @@ def compare(source: Architecture, target: Architecture, rank: int, options: argp
     sharing = {"plain": 1, "every process all": 1, "shared": distributed.size()}
     flops = {"plain": 0}
     for way in ("every process all", "shared"):
-        making.share(operator, sharing[way])
-        flops[way] = count_making(operator)
+        with making.shared(operator, sharing[way]):
+            flops[way] = count_making(operator)
     seconds: dict[str, list[float]] = {way: [] for way in updates}
     order = random.Random(options.seed)
     warm_up = 2
     for _ in range(warm_up + options.rounds):
         for way in order.sample(list(updates), len(updates)):
-            making.share(operator, sharing[way])
             dist.barrier()
             start = time.perf_counter()
-            updates[way]()
+            with making.shared(operator, sharing[way]):
+                updates[way]()
             taken = torch.tensor(time.perf_counter() - start)
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             seconds[way].append(float(taken))

@@ -20,7 +20,6 @@ from growkit.plan import step_flops
 from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.data import Data, batches_per_epoch, images_per_batch
-from growkit.train.flops import update_flops
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
@@ -177,7 +176,7 @@ class Bench:
         if self.recipe.grad_checkpointing:
             recompute_blocks(model)
         images = images_per_batch(self.data, self.recipe)
-        return update_flops(model, step_flops(model, architecture, images), self.recipe.grad_accum_steps)
+        return step_flops(model, architecture, images, self.recipe.grad_accum_steps)
 
     def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
         """Updates of training proper that `flops` pays for, `spent` of which went into the operator.

@@ -61,12 +61,14 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU never waits for the GPU
+    done = False
     try:
         store, number, count = next(rendezvous("env://"))
         # torchrun keeps one store over its restarts; without a name of its own a group reads addresses of the dead
         own = PrefixStore(f"growkit {_attempt()}", store)
         dist.init_process_group(backend, store=own, rank=number, world_size=count)
         yield
+        done = True
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -74,8 +76,11 @@ def joined(device: torch.device) -> Iterator[None]:
             "another process of this run ended or cannot be reached; its own output says why. The state that was"
             " saved last is whole, --resume goes on from there"
         ) from error
-    # Not after an error: this process is about to end, and NCCL would wait for the others.
-    dist.destroy_process_group()
+    finally:
+        # After an error NCCL would wait for the others. gloo does not, and its threads must not outlive the
+        # interpreter: that would end this process by SIGABRT in place of its own status.
+        if dist.is_initialized() and (done or backend == "gloo"):
+            dist.destroy_process_group()
 
 
 def _attempt() -> str:

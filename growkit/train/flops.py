@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.train.data import seeded
-from growkit.train.making import MakesWeights
+from growkit.train.making import MakesWeights, made_once
 from growkit.train.memory import without_storage
 from growkit.train.score import mode_kept
 
@@ -29,6 +29,11 @@ class StepCost:
     flops_per_step: int
     macs_per_step: int
     flops_per_image: float
+    flops_of_making: int = 0  # of them, what makes a grown model's weights, forward and backward
+
+    def of_update(self, batches: int) -> int:
+        """FLOPs of an update of several such batches, for which weights are made once."""
+        return (self.flops_per_step - self.flops_of_making) * batches + self.flops_of_making
 
 
 def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]) -> StepCost:
@@ -48,22 +53,24 @@ def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable
         parameter.grad = None
     counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
     try:
-        with mode_kept(model), seeded("count", device=images.device), counter:
-            loss_fn(model.train()(images), targets).backward()
+        # weights that are made are ready before; to make them is counted apart, the same for every device
+        with mode_kept(model), seeded("count", device=images.device), made_once(model.train(), 2), counter:
+            loss_fn(model(images), targets).backward()
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    flops = counter.get_total_flops()
-    return StepCost(flops_per_step=flops, macs_per_step=flops // 2, flops_per_image=flops / len(images))
+    making = count_making(model)
+    flops = counter.get_total_flops() + making
+    return StepCost(flops, flops // 2, flops / len(images), making)
 
 
 def count_making(model: nn.Module) -> int:
     """FLOPs of making weights once, in this process, forward and backward, without computing anything.
 
-    0 for a model that does not make its weights anew.
+    In the slices that a CPU takes; larger ones, as on a GPU, repeat no more. 0 for a model that makes no weights.
     """
     if not isinstance(model, MakesWeights):
         return 0
@@ -72,11 +79,6 @@ def count_making(model: nn.Module) -> int:
         made = [tensor for tensor in maker.weights().values() if tensor.requires_grad]
         torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])
     return counter.get_total_flops()
-
-
-def update_flops(model: nn.Module, flops: int, batches: int) -> int:
-    """FLOPs of an update of `batches`, each of which takes `flops` alone: weights that are made are made once."""
-    return flops * batches - (count_making(model) * (batches - 1) if batches > 1 else 0)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

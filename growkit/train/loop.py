@@ -20,7 +20,7 @@ from growkit.errors import GrowkitError
 from growkit.train import distributed, making
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
-from growkit.train.flops import count_making, count_step, update_flops
+from growkit.train.flops import StepCost, count_making, count_step
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
@@ -325,23 +325,21 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        flops = update_flops(model, self._try_one_batch(data), settings.grad_accum_steps)
+        cost = self._try_one_batch(data)
         processes = distributed.size()
-        if processes > 1:
-            flops -= count_making(model)
+        with making.shared(model, processes):
+            together = count_making(model) if processes > 1 else cost.flops_of_making
+        of_batches = cost.of_update(settings.grad_accum_steps) - cost.flops_of_making
+        self.flops_per_step = (of_batches + together) * processes
         self.network = distributed.together(model, device)
-        making.share(model, processes)
-        if processes > 1:
-            flops += count_making(model)
-        self.flops_per_step = flops * processes
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
         if settings.compile is not None:
             making.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
-    def _try_one_batch(self, data: Data) -> int:
-        """Find how many outputs the model has; FLOPs of one batch in this process. Nothing is learned."""
+    def _try_one_batch(self, data: Data) -> StepCost:
+        """Find how many outputs the model has, and what one batch costs in this process; nothing is learned."""
         images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
         with seeded("outputs", device=self.device):
             logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
@@ -358,7 +356,7 @@ class _Training:
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
         with autocast(self.settings.precision, self.device):
-            return count_step(self.model, (images, targets), self.loss_of).flops_per_step
+            return count_step(self.model, (images, targets), self.loss_of)
 
     @property
     def lr(self) -> float:
@@ -371,21 +369,12 @@ class _Training:
         accumulate = self.settings.grad_accum_steps
         loss = torch.zeros((), device=self.device)
         with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
-            with making.made_once(self.model, accumulate) as leaves:
+            with making.shared(self.model, distributed.size()), making.made_once(self.model, accumulate) as leaves:
                 for left in reversed(range(accumulate)):
-                    images, targets = next(batches)
-                    require_labels(targets, self.outputs)
-                    images = images.to(self.device, non_blocking=True)
-                    targets = targets.to(self.device, non_blocking=True)
-                    if self.mix is not None:
-                        images, targets = self.mix(images, targets)
-                    with distributed.gathering(self.network, now=not left):
-                        with autocast(self.settings.precision, self.device):
-                            share = self.loss_of(self.forward(images), targets) / accumulate
-                        self.scaler.scale(share).backward()
-                    loss += share.detach()
-                    if left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:
+                    loss += self._add_gradients(*next(batches), last=not left)
+                    if left and left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:
                         _own_gradients(leaves)
+                del leaves  # of weights that were made the gradients alone are needed from here on
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 dispatch_clip_grad(self.trained, self.settings.clip_grad)
@@ -395,6 +384,19 @@ class _Training:
         if self.ema is not None:
             self.ema.update(self.model, step=step)
         return loss
+
+    def _add_gradients(self, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
+        """Run one batch forward and backward; its share of the update's loss."""
+        require_labels(targets, self.outputs)
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        with distributed.gathering(self.network, now=last):
+            with autocast(self.settings.precision, self.device):
+                share = self.loss_of(self.forward(images), targets) / self.settings.grad_accum_steps
+            self.scaler.scale(share).backward()
+        return share.detach()
 
     def refuse_broken(self, step: int, kept: str) -> None:
         """Raise GrowkitError where weights are not finite after update `step`, or float16 holds no gradient any more.

@@ -1,7 +1,7 @@
-"""Training of a model that makes its weights anew for every batch, as a grown one does from its operator.
+"""Training of a model that makes its weights from others at every forward pass, as a grown one does by its operator.
 
-They need not be made so often: once an update is enough, and of several processes each can make a part. Any other model
-passes through here untouched.
+In training they are made once an update, whatever its batches, and of several processes each makes a part. Any other
+model passes through here untouched.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ class MakesWeights(Protocol):
     def weights_once(self) -> AbstractContextManager[Iterable[Tensor]]:
         """Make them once for all batches inside: gradients add up there, and reach the parameters on leaving."""
 
-    def share_weights(self, processes: int) -> None:
-        """Have as many processes as there are make a part of the weights each, for all."""
+    def weights_shared(self, processes: int) -> AbstractContextManager[None]:
+        """Inside, each of as many processes as there are makes a part of the weights for all."""
 
     def leave_weights_uncompiled(self) -> None:
         """Keep torch.compile out of making them."""
@@ -35,10 +35,11 @@ def made_once(model: nn.Module, batches: int) -> AbstractContextManager[Iterable
     return nullcontext(list(model.parameters()))
 
 
-def share(model: nn.Module, processes: int) -> None:
-    """Have `processes`, all that train together, make the weights together from here on."""
-    if isinstance(model, MakesWeights):
-        model.share_weights(processes)
+def shared(model: nn.Module, processes: int) -> AbstractContextManager[None]:
+    """Around what `processes`, all that train together, do alike: they make the weights together."""
+    if processes > 1 and isinstance(model, MakesWeights):
+        return model.weights_shared(processes)
+    return nullcontext()
 
 
 def leave_uncompiled(model: nn.Module) -> None:

@@ -32,8 +32,8 @@ def recompute_blocks(model: nn.Module) -> None:
     enable(True)
 
 
-def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> int:
-    """How many images of `data` fit a training step of `model` on `device`; 0 where not even one does.
+def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device, batches: int = 1) -> int:
+    """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not even one does.
 
     Two small batches, whose peaks are counted without computing anything, tell what an image takes. The size that
     follows is counted too, on a GPU tried besides, and made smaller until it fits.
@@ -45,7 +45,7 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     room = ROOM * free_bytes(device) + own  # the weights are there already
-    batches = min(settings.grad_accum_steps, 2)  # from the second on, the gradients of those before are there
+    batches = min(batches, 2)  # from the second on, the gradients of those before are there
 
     def counted(size: int) -> int:
         return step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
@@ -68,8 +68,7 @@ def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, b
         with mode_kept(model), made_once(model, batches):
             for _ in range(batches):
                 with autocast(settings.precision, images.device):
-                    outputs = model.train()(images[:1].expand(count, -1, -1, -1).contiguous())
-                    outputs.float().square().mean().backward()
+                    model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
     except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS has another
         if not is_memory_full(error):
             raise
@@ -90,7 +89,7 @@ def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device:
         return settings
     if distributed.size() > 1:
         raise GrowkitError("--batch-size auto looks for it on one process; find it there and give the number")
-    fits = largest_batch(model, data, settings, device)
+    fits = largest_batch(model, data, settings, device, settings.grad_accum_steps)
     if not fits:
         raise GrowkitError(_nothing_fits(device))
     return replace(settings, batch_size=fits)
@@ -119,8 +118,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
             f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
             " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
         )
-    several = replace(settings, grad_accum_steps=max(settings.grad_accum_steps, 2))  # what the remedy will be
-    fits = min(largest_batch(model, data, several, device), wanted - 1)
+    fits = min(largest_batch(model, data, settings, device, 2), wanted - 1)  # the remedy has two batches or more
     if fits < 1:
         raise GrowkitError(_nothing_fits(device))
     fits = max(part for part in range(1, fits + 1) if wanted % part == 0)

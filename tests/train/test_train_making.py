@@ -1,20 +1,24 @@
 """Weights that are made anew for every batch are made once an update: the same gradients, counted once."""
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from pairs import PAIRS, published_scale, tiny
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from growkit.arch import build
+from growkit.core.ring import RingOperator
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
-from growkit.train.loop import fit
+from growkit.train.loop import _plan, _Training, fit
 from growkit.train.making import made_once
 from growkit.train.settings import FitSettings
 
@@ -76,8 +80,8 @@ def test_accumulated_update_makes_the_weights_once(monkeypatch: pytest.MonkeyPat
         made.clear()
         losses.append(fit(model, data, replace(PLAIN, batch_size=size, grad_accum_steps=accumulated)).losses)
         counts.append(len(made))
-    # beside one for each update: for the number of outputs, for FLOPs, and of several batches for those of the making
-    assert counts == [3 + 2, 3 + 3]
+    # beside one for each update: for the number of outputs, for FLOPs of the network, for those of the making
+    assert counts == [3 + 3, 3 + 3]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -95,6 +99,48 @@ def test_update_counts_each_batch_and_the_making_once() -> None:
             for count in (1, 2, 3)
         ]
         assert found == [count * network.flops_per_step + once for count in (1, 2, 3)], name
+
+
+def test_making_in_one_piece_and_in_slices_counts_the_same_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes larger slices than a CPU, and a step is counted where it runs."""
+    model, batch = grown(), batches(1)[0]
+    monkeypatch.setattr(
+        RingOperator,
+        "_plan",
+        lambda ring, x, cores, parts=1, plan=RingOperator._plan: (
+            plan(ring, x, cores, parts) if x.is_meta else replace(plan(ring, x, cores, parts), slices=2, width=24)
+        ),
+    )
+    counted = count_step(model, batch, cross_entropy)
+    monkeypatch.undo()
+    assert counted == count_step(model, batch, cross_entropy)
+
+
+def test_weights_that_were_made_are_gone_when_gradients_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = TensorDataset(*map(torch.cat, zip(*batches(6, torch.float32), strict=True)))
+    data = Data(train=pairs, val=pairs, classes=list("abcdefg"))
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    weights, backward = GrownModel.weights, torch.autograd.backward
+
+    def noting(model: GrownModel) -> dict[str, Tensor]:
+        found = weights(model)
+        made[:] = [weakref.ref(w.untyped_storage()) for w in found.values() if w.requires_grad]
+        return found
+
+    def looking(tensors: Any, *more: Any, **given: Any) -> None:
+        if isinstance(tensors, list) and isinstance(tensors[0], GradientEdge):
+            alive.append(sum(storage() is not None for storage in made))
+        backward(tensors, *more, **given)
+
+    monkeypatch.setattr(GrownModel, "weights", noting)
+    model = grown(dtype=torch.float32)
+    settings = replace(PLAIN, grad_accum_steps=2)
+    training = _Training(model, data, settings, torch.device("cpu"), _plan(data, settings))
+    monkeypatch.setattr(torch.autograd, "backward", looking)
+    training.update(1, iter(batches(2, torch.float32)))
+    assert alive == [0]
+    assert len(made) > 20
 
 
 def test_plain_network_makes_nothing_and_counts_nothing() -> None:
