@@ -424,6 +424,42 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
         growkit(*words, "--run", tmp_path / "grown")
 
 
+LEAVE = """
+import os, sys, torch, typer
+from growkit.errors import GrowkitError
+from growkit.train.distributed import agreed, joined
+try:
+    with joined(torch.device("cpu")):
+        agreed(True)
+        if sys.argv[1] != "done":
+            raise {"left": typer.Exit(130), "refused": GrowkitError("no")}[sys.argv[1]]
+finally:
+    print(torch.distributed.is_initialized(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("done", 0), ("left", 1), ("refused", 1)])
+def test_no_thread_of_gloo_outlives_the_interpreter(how: str, status: int) -> None:
+    """One that does ends the process by SIGABRT, in one of some thirty."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE, how],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **here),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in started]
+    assert told == ["False\n"] * 2
+    assert [process.returncode for process in started] == [status] * 2
+
+
 @pytest.mark.parametrize("command", ["compare", "export", "sweep"])
 def test_other_commands_refuse_several_processes(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
