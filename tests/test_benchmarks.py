@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,25 @@ def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert all(entry["both_ratio"] > 0 and entry["peak_ratio"] > 0 for entry in contests.values())
     assert content["versions"]["torch"]
     assert content["hardware"]["cores"] >= 1
+
+
+@pytest.mark.slow  # a start of torch, and two of torchrun's
+def test_steps_for_a_gpu_run_one_by_one_and_a_failing_one_is_told(tmp_path: Path) -> None:
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = [FOLDER.parent / "gpu.sh", tmp_path, tmp_path / "out"]
+
+    def steps(*names: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*map(str, script), *names], capture_output=True, text=True, env=here)
+
+    wrong = steps("all")
+    assert (wrong.returncode, wrong.stderr) == (2, "all: no such step\n")
+    done = steps("throughput", "several")
+    assert done.returncode == 1
+    told = done.stdout.splitlines()
+    assert told[0].startswith("throughput: exit 2 after ")  # there are no images
+    if torch.cuda.device_count() != 1:
+        assert told[1].startswith("several: exit 0 after "), (tmp_path / "out" / "several.log").read_text()
+        assert not_finite(json.loads((tmp_path / "out" / "several.json").read_text(encoding="utf-8"))) == []
 
 
 def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass() -> None:

@@ -43,7 +43,7 @@ def agreement_sections(figures: Mapping[str, Any]) -> list[Section]:
             f"{one['images']:,}",
             f"{one['source']:.2%}",
             f"{one['model']:.2%}",
-            _points(one["change"]),
+            f"{100 * one['change']:+.2f}",
             f"{one['turned_wrong']:,}",
             f"{one['turned_right']:,}",
         )
@@ -59,7 +59,7 @@ def agreement_sections(figures: Mapping[str, Any]) -> list[Section]:
         Section(
             "classes, worst change first",
             shown if some else "",
-            Table(("class", "images", "source", "model", "change", "turned wrong", "turned right"), rows),
+            Table(("class", "images", "source", "model", "change, points", "turned wrong", "turned right"), rows),
         ),
     ]
 

@@ -161,7 +161,32 @@ def work(rank: str, port: str, *places: str) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-WORK = "import sys, test_train_distributed as t; t.work(*sys.argv[1:])"
+def work_compiled(rank: str, port: str, *places: str) -> None:
+    """Train an operator with its network compiled, as one of two processes."""
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    images, folder = map(Path, places)
+    settings, growth = CASES["grown, accumulated"]
+    with joined(torch.device("cpu")):
+        found = train(images, replace(settings, compile="default"), growth=growth)
+    torch.save(found, folder / f"compiled-{rank}.pt")
+
+
+def two_of(work: str, images: Path, folder: Path) -> list[int]:
+    """Statuses of two processes that do `work`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"import sys, test_train_distributed as t; t.{work}(*sys.argv[1:])"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(port), str(images), str(folder)],
+            env=environment(Path(__file__).parent),
+        )
+        for rank in (0, 1)
+    ]
+    return [process.wait(timeout=300) for process in started]
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -187,15 +212,7 @@ def both(images: Path, folder: Path) -> list[dict[str, Any]]:
     """What either of two processes found; a run that one process had begun is finished by them."""
     train(images, PLAIN, folder=folder / "alone", on_step=stop_at(3))
     train(images, replace(SHARDED, shard=False), folder=folder / "unsharded", on_step=stop_at(3))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(word) for word in (port, images, folder)]
-    started = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(rank), *words], env=environment(Path(__file__).parent))
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert two_of("work", images, folder) == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -214,6 +231,16 @@ def test_two_processes_find_the_gradients_and_weights_of_one(
     assert furthest(two["weights"], other["weights"]) == 0
     assert torch.allclose(one["losses"], two["losses"], rtol=0, atol=1e-6)  # a loss is read as float32
     assert one["images_per_step"] == two["images_per_step"]
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_compiled_operator_on_two_processes_is_that_of_one(
+    alone: dict[str, dict[str, Any]], images: Path, tmp_path: Path
+) -> None:
+    assert two_of("work_compiled", images, tmp_path) == [0, 0]
+    two, other = (torch.load(tmp_path / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert furthest(two["weights"], other["weights"]) == 0
+    assert furthest(alone["grown, accumulated"]["gradients"], two["gradients"]) < ROUNDING
 
 
 def test_other_images_would_give_other_weights(alone: dict[str, dict[str, Any]], images: Path) -> None:
