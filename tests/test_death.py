@@ -541,6 +541,30 @@ def test_output_that_cannot_be_is_refused_before_the_work(server: Server, new: C
 # ---- signals
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_while_python_can_raise_nothing_is_not_lost(name: str, status: int) -> None:
+    """As in a callback after a fork, which readers of images are: what is raised there is printed and forgotten."""
+    program = f"""
+import os, signal, sys, time
+from growkit_cli import guard
+os.register_at_fork(after_in_parent=lambda: armed and signal.raise_signal(signal.{name}))
+guard._at_work.append("train")
+armed = True
+with guard.stoppable():
+    try:
+        if not os.fork():
+            os._exit(0)
+        armed = False
+        print("went on", flush=True)
+        time.sleep(20)
+        print("not reached", flush=True)
+    except KeyboardInterrupt as error:
+        sys.exit(143 if isinstance(error, guard.Terminated) else 130)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "went on\n", "")
+
+
 def test_second_signal_ends_at_once(server: Server, new: Callable[..., Path]) -> None:
     program = """
 import signal

@@ -105,9 +105,22 @@ def stoppable() -> Iterator[None]:
             raise SystemExit(128 + number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
+    def lost(what: Any) -> None:
+        """An interrupt that came while Python ran what cannot raise, as its callbacks around a fork: it comes again."""
+        nonlocal asked
+        if os.getpid() != process or not isinstance(what.exc_value, KeyboardInterrupt):
+            told(what)
+            return
+        asked = False
+        number = signal.SIGTERM if isinstance(what.exc_value, Terminated) else signal.SIGINT
+        threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+    process, told = os.getpid(), sys.unraisablehook
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = told
         for name, handler in before.items():
             signal.signal(name, handler)
