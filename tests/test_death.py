@@ -565,6 +565,28 @@ with guard.stoppable():
     assert (done.returncode, done.stdout, done.stderr) == (status, "went on\n", "")
 
 
+@pytest.mark.parametrize(("raised", "lines"), [("signal.raise_signal(signal.SIGINT)", 0), ("sys.exit(130)", 1)])
+def test_what_is_half_made_complains_of_no_interrupt_but_of_anything_else(raised: str, lines: int) -> None:
+    program = f"""
+import signal, sys
+from growkit_cli import guard
+class Half:
+    def __del__(self):
+        raise AttributeError("not made yet")
+guard._at_work.append("train")
+def work():
+    half = Half()
+    {raised}
+try:
+    with guard.stoppable():
+        work()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("AttributeError: not made yet")) == (130, lines)
+
+
 def test_second_signal_ends_at_once(server: Server, new: Callable[..., Path]) -> None:
     program = """
 import signal

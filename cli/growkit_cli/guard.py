@@ -106,10 +106,14 @@ def stoppable() -> Iterator[None]:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def lost(what: Any) -> None:
-        """An interrupt that came while Python ran what cannot raise, as its callbacks around a fork: it comes again."""
+        """An interrupt that came while Python ran what cannot raise, as its callbacks around a fork: it comes again.
+
+        After it, what was half made may complain of that when it goes, as torch's loaders do: nobody needs to know.
+        """
         nonlocal asked
         if os.getpid() != process or not isinstance(what.exc_value, KeyboardInterrupt):
-            told(what)
+            if not asked:
+                told(what)
             return
         asked = False
         number = signal.SIGTERM if isinstance(what.exc_value, Terminated) else signal.SIGINT
@@ -121,6 +125,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = told
+        if not asked:
+            sys.unraisablehook = told
         for name, handler in before.items():
             signal.signal(name, handler)
