@@ -6,6 +6,7 @@
 # stop the others; the exit status is then 1. `python` is that of the environment growkit is installed in.
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+[ -d "$1/train" ] || { echo "$1: no folder train/ in it; give a folder of images" >&2; exit 2; }
 images=$(realpath "$1") root=$(realpath "$(dirname "$0")/..")
 mkdir -p "$2" && out=$(realpath "$2")
 shift 2

@@ -79,11 +79,15 @@ def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
 @pytest.mark.slow  # a start of torch, and two of torchrun's
 def test_steps_for_a_gpu_run_one_by_one_and_a_failing_one_is_told(tmp_path: Path) -> None:
     here = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    (tmp_path / "train").mkdir()
     script = [FOLDER.parent / "gpu.sh", tmp_path, tmp_path / "out"]
 
     def steps(*names: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*map(str, script), *names], capture_output=True, text=True, env=here)
 
+    nowhere = subprocess.run([script[0], tmp_path / "out", tmp_path / "out"], capture_output=True, text=True, env=here)
+    assert nowhere.returncode == 2
+    assert nowhere.stderr == f"{tmp_path / 'out'}: no folder train/ in it; give a folder of images\n"
     wrong = steps("all")
     assert (wrong.returncode, wrong.stderr) == (2, "all: no such step\n")
     done = steps("throughput", "several")
@@ -135,8 +139,23 @@ def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_rin
     flops = {entry["update"]: entry["ring_flops_of_each_process"] for entry in content["updates"]}
     assert flops["plain"] == 0
     assert 0.5 < flops["shared"] / flops["every process all"] < 0.7  # vectors are grown by each
-    alone = subprocess.run([sys.executable, FOLDER / "several_processes.py"], capture_output=True, text=True)
-    assert (alone.returncode, alone.stderr[:18]) == (1, "error: start it wi")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        ("operator_cost.py", ["--small", "nosuch"], "error: unknown architecture 'nosuch'; nearest: "),
+        ("operator_cost.py", ["--ranks", "1,x"], "error: argument --ranks: invalid ranks_of value: '1,x'"),
+        ("operator_cost.py", ["--rounds", "0"], "error: argument --rounds: 0: expected 1 or more"),
+        ("operator_cost.py", ["--big", "deit_tiny,embed_dim=32,num_heads=1"], "error: embed: 64 -> 32 would shrink"),
+        ("operator_cost.py", ["--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder; make it"),
+        ("several_processes.py", [], "error: start it with torchrun --nproc-per-node N"),
+    ],
+)
+def test_mistake_is_told_in_a_line_before_anything_runs(script: str, words: list[str], told: str) -> None:
+    done = subprocess.run([sys.executable, FOLDER / script, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{script}: {told}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

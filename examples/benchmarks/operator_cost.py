@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from growkit.arch import build, find, find_target, parse_sets
 from growkit.arch.spec import LAYERS, Architecture
 from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
-from growkit.grow import GrownModel, grow
+from growkit.errors import GrowkitError
+from growkit.grow import GrownModel, grow, make_method
 from growkit.methods.mango import Mango, mlp_blocks, pack
 from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
@@ -77,31 +78,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Count, measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", help="source; deit_small on a GPU, a tiny one on a CPU")
-    parser.add_argument("--big", help="target; deit_base on a GPU, a tiny one on a CPU")
-    parser.add_argument("--ranks", default="1,2,4,8", help="rank of every bond, several with commas")
-    parser.add_argument("--batch-size", type=int, help="256 on a GPU, 16 on a CPU")
-    parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches of a step; the ring runs once for all")
+    parser = parser_of(__doc__, "1,2,4,8")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--rounds", type=int, help="pairs of steps per rank")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grad-accum-steps", type=whole, default=1, help="batches of a step; the ring runs once for all"
+    )
     parser.add_argument("--count-only", action="store_true", help="arithmetic and counted memory; nothing is timed")
-    parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     parser.add_argument("--peak-of-rank", type=int, help=argparse.SUPPRESS)  # 0 is the plain step
-    options = parser.parse_args()
-    device = pick_device(options.device)
-    for name, value in DEFAULTS[device.type].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    source = find(*named(options.small))
-    target, _ = find_target(source, *asked(options.big))
+    options, device, source, target = parsed(parser)
     if options.peak_of_rank is not None:
         print(peak_here(source, target, options.peak_of_rank, device, options))
         return
 
-    ranks = [int(rank) for rank in options.ranks.split(",")]
+    ranks = options.ranks
     several = f" x {options.grad_accum_steps}" if options.grad_accum_steps > 1 else ""
     print(f"{options.small} -> {options.big}, batch {options.batch_size}{several}, {options.precision}, {device}")
     arithmetic = [count(source, target, rank) for rank in ranks]
@@ -137,6 +126,53 @@ def main() -> None:
             "hardware": hardware(),
         }
         options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def ranks_of(text: str) -> list[int]:
+    """Whole numbers of at least 1 with commas."""
+    return [whole(part) for part in text.split(",")]
+
+
+def parser_of(description: str | None, ranks: str) -> argparse.ArgumentParser:
+    """What is asked of an operator and the plain target beside it, here and in several_processes.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", help="source; deit_small on a GPU, a tiny one on a CPU")
+    parser.add_argument("--big", help="target; deit_base on a GPU, a tiny one on a CPU")
+    parser.add_argument("--ranks", type=ranks_of, default=ranks, help="rank of every bond, several with commas")
+    parser.add_argument("--batch-size", type=whole, help="images of each process; 256 on a GPU, 16 on a CPU")
+    parser.add_argument("--rounds", type=whole, help="steps of each kind per rank")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
+    return parser
+
+
+def parsed(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse.Namespace, torch.device, Architecture, Architecture]:
+    """The options with what the device's defaults fill in, the device, source and target; what is wrong, in a line."""
+    options = parser.parse_args()
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: no such folder; make it first")
+    try:
+        device = pick_device(options.device)
+        for name, value in DEFAULTS[device.type].items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+        source = find(*named(options.small))
+        target, _ = find_target(source, *asked(options.big))
+        for rank in options.ranks:
+            make_method(source, target, GrowSettings(rank=rank))
+    except GrowkitError as error:
+        parser.error(str(error))
+    return options, device, source, target
 
 
 def compare_steps(
@@ -366,27 +402,33 @@ def step_of(
     torch.manual_seed(options.seed)
     model: nn.Module = grown_model(source, target, rank) if rank else build(target.name, target.arguments)
     model = model.to(device).train()
+    return update_of(model, model, target, options, tf32=tf32)
+
+
+def update_of(
+    model: nn.Module, network: nn.Module, target: Architecture, options: argparse.Namespace, *, tf32: bool
+) -> Callable[[], None]:
+    """One update of `model` on random images, ready to call; `network` is what is run in its place."""
+    device = next(model.parameters()).device
     fused = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, **fused)
     image = build(target.name, target.arguments, device="meta").patch_embed
-    shape = (options.batch_size, image.proj.in_channels, *image.img_size)
-    images = torch.randn(shape, device=device)
+    images = torch.randn((options.batch_size, image.proj.in_channels, *image.img_size), device=device)
     labels = torch.zeros(options.batch_size, dtype=torch.long, device=device)
 
-    def step() -> None:
+    def update() -> None:
         with multiplying(tf32):
             with made_once(model, options.grad_accum_steps):
                 for _ in range(options.grad_accum_steps):
                     with autocast(options.precision, device):
-                        loss = nn.functional.cross_entropy(model(images), labels)
+                        loss = nn.functional.cross_entropy(network(images), labels)
                     loss.backward()
                     del loss  # and with its graph the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        now(device)  # once the device has done it
 
-    return step
+    return update
 
 
 def time_steps(

@@ -17,54 +17,37 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from operator_cost import DEFAULTS, asked, grown_model, named
-from torch import Tensor, nn
+from operator_cost import grown_model, parsed, parser_of, update_of
+from torch import nn
 
-from growkit.arch import build, find, find_target
+from growkit.arch import build
 from growkit.arch.spec import Architecture
-from growkit.errors import GrowkitError
-from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
 from growkit.train import distributed, making
 from growkit.train.flops import count_making
-from growkit.train.score import autocast, multiplying
 
 
 def main() -> None:
     """Time, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", help="source; deit_small on GPUs, a tiny one on CPUs")
-    parser.add_argument("--big", help="target; deit_base on GPUs, a tiny one on CPUs")
-    parser.add_argument("--ranks", default="1,4", help="rank of every bond, several with commas")
-    parser.add_argument("--batch-size", type=int, help="images of each process; 256 on GPUs, 16 on CPUs")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--rounds", type=int, help="updates of each kind per rank")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on GPUs, fp32 on CPUs")
+    parser = parser_of(__doc__, "1,4")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="each process has one of its own"
+    )
     parser.add_argument("--tf32", action="store_true", help="the ring's products in TF32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
-    options = parser.parse_args()
+    parser.set_defaults(grad_accum_steps=1)
+    options, device, source, target = parsed(parser)
     if distributed.local_rank() is None:
-        raise GrowkitError("start it with torchrun --nproc-per-node N, one process or more for each GPU or core")
-    device = pick_device(options.device)
-    for name, value in DEFAULTS[device.type].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    source = find(*named(options.small))
-    target, _ = find_target(source, *asked(options.big))
+        parser.error("start it with torchrun --nproc-per-node N, one process for each GPU or core")
     with distributed.joined(device):
         if distributed.leads():
             print(f"{options.small} -> {options.big}, {distributed.size()} processes on {device.type}, each with")
             print(f"{options.batch_size} images, {options.precision}{', TF32' if options.tf32 else ''}")
             print(f"{'rank':>4} {'update':>18} {'ms':>9} {'of plain':>9} {'GFLOP of the ring, each':>24}")
-        found = [
-            entry for rank in map(int, options.ranks.split(",")) for entry in compare(source, target, rank, options)
-        ]
+        found = [entry for rank in options.ranks for entry in compare(source, target, rank, device, options)]
         if options.out and distributed.leads():
             content = {
                 "command": shlex.join(sys.argv),
@@ -78,16 +61,19 @@ def main() -> None:
             options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(source: Architecture, target: Architecture, rank: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    source: Architecture, target: Architecture, rank: int, device: torch.device, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Time the three updates in turns; the same in every process."""
-    device = pick_device(options.device)
-    operator = grown_model(source, target, rank).to(device)
-    network = build(target.name, target.arguments).to(device)
-    updates = {
-        "plain": update_of(network, target, device, options),
-        "every process all": update_of(operator, target, device, options),
-    }
-    updates["shared"] = updates["every process all"]  # the same operator; what differs is set before each update
+    torch.manual_seed(options.seed)
+    operator = grown_model(source, target, rank).to(device).train()
+    network = build(target.name, target.arguments).to(device).train()
+
+    def updating(model: nn.Module) -> Callable[[], None]:
+        return update_of(model, distributed.together(model, device), target, options, tf32=options.tf32)
+
+    updates = {"plain": updating(network), "every process all": updating(operator)}
+    updates["shared"] = updates["every process all"]  # the same operator; what differs is set around each update
     sharing = {"plain": 1, "every process all": 1, "shared": distributed.size()}
     flops = {"plain": 0}
     for way in ("every process all", "shared"):
@@ -122,34 +108,5 @@ def compare(source: Architecture, target: Architecture, rank: int, options: argp
     return found
 
 
-def update_of(
-    model: nn.Module, target: Architecture, device: torch.device, options: argparse.Namespace
-) -> Callable[[], None]:
-    """One update of `model` by all processes, ready to call; each has images of its own."""
-    network = distributed.together(model.train(), device)
-    fused = {"fused": True} if device.type == "cuda" else {}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, **fused)
-    image = build(target.name, target.arguments, device="meta").patch_embed
-    generator = torch.Generator().manual_seed(options.seed + distributed.rank())
-    shape = (options.batch_size, image.proj.in_channels, *image.img_size)
-    images: Tensor = torch.randn(shape, generator=generator).to(device)
-    labels = torch.zeros(options.batch_size, dtype=torch.long, device=device)
-
-    def update() -> None:
-        with multiplying(options.tf32):
-            with autocast(options.precision, device):
-                loss = nn.functional.cross_entropy(network(images), labels)
-            loss.backward()
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return update
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except GrowkitError as error:
-        sys.exit(f"error: {error}")
+    main()

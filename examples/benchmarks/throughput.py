@@ -75,7 +75,10 @@ def main() -> None:
         parser.error(f"--with {', '.join(sorted(unknown))}: choose from {WITH_HELP.removeprefix('of ')}")
     if not (Path(options.data) / "train").is_dir():
         parser.error(f"--data {options.data}: no folder train/ in it; give an ImageFolder with train/ and val/")
-    images = len(create_dataset("", root=str(Path(options.data) / "train"), is_training=True))
+    try:
+        images = len(create_dataset("", root=str(Path(options.data) / "train"), is_training=True))
+    except RuntimeError as error:  # timm finds none
+        parser.error(f"--data {options.data}: {error}")
     if whole := images // options.batch_size < 2 * options.steps:
         print(f"{images} images are fewer than a segment takes: loaders that begin anew each epoch look slow")
 

@@ -325,12 +325,12 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        cost = self._try_one_batch(data)
-        processes = distributed.size()
-        with making.shared(model, processes):
-            together = count_making(model) if processes > 1 else cost.flops_of_making
-        of_batches = cost.of_update(settings.grad_accum_steps) - cost.flops_of_making
-        self.flops_per_step = (of_batches + together) * processes
+        cost, processes = self._try_one_batch(data), distributed.size()
+        flops = cost.of_update(settings.grad_accum_steps)
+        if processes > 1:
+            with making.shared(model, processes):
+                flops += count_making(model) - cost.flops_of_making
+        self.flops_per_step = flops * processes
         self.network = distributed.together(model, device)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
