@@ -126,6 +126,10 @@ def test_processes_that_share_a_ring_take_equal_parts_of_its_arithmetic(count, m
     taken = 1 if count == 5 else count  # 5 divides none of 12 and 768: each grows it whole
     assert all(taken * part <= 1.05 * whole for part, whole in zip(parts[0], alone, strict=True))
     assert taken * sum(parts[0]) >= sum(alone) / 1.05
+    shapes = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
+    plan = contraction_plan(ring.equation, tuple(x.shape), shapes, ring.order, parts=count)
+    assert (plan.parts, plan.flops) == (taken, taken * parts[0][0])
+    assert plan.slices * plan.width == ring.cores[plan.axis].shape[2]  # all sizes here are whole multiples
 
 
 @pytest.mark.parametrize("rank", [4, 10])

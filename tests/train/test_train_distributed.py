@@ -7,6 +7,7 @@ that rounding stays below Adam's eps of 1e-8 and moves nothing; in float32 it wo
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -38,6 +40,7 @@ from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resident import crop_and_flip
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
+from growkit_cli.processes import on_processes
 
 ROUNDING = 1e-12  # of weights of size 1 after six updates; found on the CPU: at most 1.1e-13
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
@@ -485,6 +488,34 @@ def test_no_thread_of_gloo_outlives_the_interpreter(how: str, status: int) -> No
     told = [process.communicate(timeout=120)[0] for process in started]
     assert told == ["False\n"] * 2
     assert [process.returncode for process in started] == [status] * 2
+
+
+@pytest.mark.parametrize(("raised", "done"), [(typer.Exit(130), True), (GrowkitError("no"), False)])
+def test_processes_that_were_stopped_leave_as_those_that_are_done(
+    raised: Exception, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error NCCL's group cannot be taken down: the others may not come. After a stop it can."""
+    left: list[bool] = []
+
+    @contextmanager
+    def noting(device: torch.device) -> Iterator[None]:
+        left.append(False)
+        yield
+        left[0] = True
+
+    def command(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(distributed, "joined", noting)
+    monkeypatch.setattr(distributed, "first_to_say", lambda _: True)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(type(raised)):
+            on_processes(command)(device="cpu")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left == [done]
 
 
 @pytest.mark.parametrize("command", ["compare", "export", "sweep"])

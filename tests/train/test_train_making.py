@@ -19,7 +19,7 @@ from growkit.settings import GrowSettings
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.loop import _plan, _Training, fit
-from growkit.train.making import made_once
+from growkit.train.making import made_once, shared
 from growkit.train.settings import FitSettings
 
 PLAIN = FitSettings(steps=3, batch_size=4, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0)
@@ -177,6 +177,22 @@ def test_failure_between_batches_leaves_no_gradients_and_weights_are_made_anew()
         for core in model.method.ring.cores.values():
             core.mul_(1.5)
     assert not torch.allclose(model(images), before)
+
+
+@pytest.mark.parametrize("name", ["mango", "mango in two stages"])
+def test_rings_are_shared_inside_alone_also_after_a_failure(name: str) -> None:
+    model = grown(METHODS[name])
+    rings = [part for part in model.modules() if isinstance(part, RingOperator)]
+    assert len(rings) == (2 if "stages" in name else 1)
+
+    def fail() -> None:
+        with shared(model, 4):
+            assert {ring.processes for ring in rings} == {4}
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert {ring.processes for ring in rings} == {1}
 
 
 def test_nothing_trained_in_the_method_is_no_error() -> None:

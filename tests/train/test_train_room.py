@@ -115,6 +115,28 @@ def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
     assert fit(model, data, replace(SETTINGS, batch_size=16, grad_accum_steps=2)).steps == 1
 
 
+def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where batches add up, asked for or as the remedy, each but the first finds gradients there already."""
+    counted: list[int] = []
+    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
+    monkeypatch.setattr(room, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
+    assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
+    assert largest_batch(vit(), images(512), SETTINGS, CPU, 2) < 24
+    assert set(counted) == {1, 2}
+    for asked in (1, 5):
+        counted.clear()
+        settings = replace(SETTINGS, grad_accum_steps=asked)
+        with (
+            pytest.raises(GrowkitError, match="fits and makes the same"),
+            room.telling_what_fits(vit(), images(), settings, CPU),
+        ):
+            raise torch.OutOfMemoryError("full")
+        assert set(counted) == {2}
+    counted.clear()
+    with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO, grad_accum_steps=5), CPU)
+    assert set(counted) == {2}
+
+
 def test_other_errors_of_torch_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         fit(Full(20, RuntimeError("shapes differ")), images(), SETTINGS)
