@@ -174,15 +174,19 @@ def work_compiled(rank: str, port: str, *places: str) -> None:
     torch.save(found, folder / f"compiled-{rank}.pt")
 
 
-def two_of(work: str, images: Path, folder: Path) -> list[int]:
-    """Statuses of two processes that do `work`."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def two_of(work: str, images: Path, folder: Path) -> list[int]:
+    """Statuses of two processes that do `work`."""
+    port = free_port()
     program = f"import sys, test_train_distributed as t; t.{work}(*sys.argv[1:])"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(port), str(images), str(folder)],
+            [sys.executable, "-c", program, str(rank), port, str(images), str(folder)],
             env=environment(Path(__file__).parent),
         )
         for rank in (0, 1)
@@ -471,10 +475,7 @@ finally:
 @pytest.mark.parametrize(("how", "status"), [("done", 0), ("left", 1), ("refused", 1)])
 def test_no_thread_of_gloo_outlives_the_interpreter(how: str, status: int) -> None:
     """One that does ends the process by SIGABRT, in one of some thirty."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVE, how],
