@@ -182,14 +182,16 @@ def test_out_of_memory_names_a_batch_that_fits(images: Path) -> None:
     data: Data = open_data(str(images), {**INPUT, "input_size": (3, 224, 224)}, asked)
     torch.cuda.empty_cache()
     others = torch.empty(torch.cuda.mem_get_info(GPU)[0] - 6 * 10**9, dtype=torch.uint8, device=GPU)
-    with pytest.raises(GrowkitError, match=r"out of memory on cuda.*; --batch-size \d+") as told:
-        fit(published_scale(big), data, asked, device=GPU)
-    words = str(told.value).split()
-    size, accumulated = (int(words[words.index(f"--{name}") + 1]) for name in ("batch-size", "grad-accum-steps"))
-    assert size * accumulated == 64
-    fit(published_scale(big), data, replace(asked, batch_size=size, grad_accum_steps=accumulated), device=GPU)
-    del others
-    torch.cuda.empty_cache()
+    try:
+        with pytest.raises(GrowkitError, match=r"out of memory on cuda.*; --batch-size \d+") as told:
+            fit(published_scale(big), data, asked, device=GPU)
+        words = str(told.value).split()
+        size, accumulated = (int(words[words.index(f"--{name}") + 1]) for name in ("batch-size", "grad-accum-steps"))
+        assert size * accumulated == 64
+        fit(published_scale(big), data, replace(asked, batch_size=size, grad_accum_steps=accumulated), device=GPU)
+    finally:  # a failure shows its frames, and would keep this from the tests that follow
+        others.set_()
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("more", [(), ("--shard",)], ids=["plain", "sharded"])

@@ -95,16 +95,13 @@ class Resident(Dataset[Any]):
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
-        batch = images[chosen.to(images.device)]
-        if device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()  # so that the copy need not wait
-        return batch.to(device, non_blocking=True).float(), self.decoded.labels[chosen]
+        return sent(images[sent(chosen, images.device)], device).float(), self.decoded.labels[chosen]
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images with values 0 to 255 as the network takes them."""
         # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
         full, mean, std = (
-            torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)
+            sent(torch.tensor(v), images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)
         )
         return images.div(full).sub(mean).div(std)
 
@@ -142,13 +139,14 @@ def crop_and_flip(
     count = len(images) if whole is None else whole
     mirrored = (torch.rand(count, generator=generator) < settings.hflip)[part]
     if settings.scale_min == 1:
-        return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+        return torch.where(sent(mirrored, images.device)[:, None, None, None], images.flip(3), images)
     crops = _crops(count, (high, wide), settings.scale_min, generator)
     left, top, width, height = (side[part] for side in crops)
     x, y = _centres(left, width, wide), _centres(top, height, high)
     x = torch.where(mirrored[:, None], x.flip(1), x)
+    x, y = (sent(centres, images.device) for centres in (x, y))
     # not affine_grid: its matrix product may round to TF32
-    x, y = x.to(images.device)[:, None, :].expand(-1, high, -1), y.to(images.device)[:, :, None].expand(-1, -1, wide)
+    x, y = x[:, None, :].expand(-1, high, -1), y[:, :, None].expand(-1, -1, wide)
     return grid_sample(images, torch.stack([x, y], -1), mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -172,6 +170,13 @@ def _crops(
     width, height = (torch.where(found, side.gather(0, first)[0], 1.0) for side in (width, height))
     left, top = torch.rand(2, count, generator=generator)
     return left * (1 - width), top * (1 - height), width, height
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a copy to a GPU, from memory that stays in place, waits for nothing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from traceback import clear_frames
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_memory_full(error):
             raise
-    # The error is let go by now, and with it the tensors that its traceback held.
+        clear_frames(error.__traceback__)  # whoever called this still holds the error, and it the tensors in its frames
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()

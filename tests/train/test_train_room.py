@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from weakref import ReferenceType, ref
 
 import pytest
 import timm
@@ -135,6 +136,28 @@ def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) 
     counted.clear()
     with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO, grad_accum_steps=5), CPU)
     assert set(counted) == {2}
+
+
+def test_what_did_not_fit_is_gone_before_something_smaller_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error lives on in whoever handles it, and in its frames what the network had computed."""
+    computed: list[ReferenceType[Tensor]] = []
+
+    class Runs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            activations = x + 1
+            computed.append(ref(activations))
+            raise torch.OutOfMemoryError("full")
+
+    def tried(*_: object) -> int:
+        assert [there() for there in computed] == [None]
+        return 8
+
+    monkeypatch.setattr(room, "largest_batch", tried)
+    with (
+        pytest.raises(GrowkitError, match="--batch-size 8"),
+        room.telling_what_fits(vit(), images(), SETTINGS, CPU),
+    ):
+        Runs()(torch.zeros(1))
 
 
 def test_other_errors_of_torch_are_left_alone() -> None:
