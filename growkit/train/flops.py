@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from growkit.train.data import seeded
 from growkit.train.making import MakesWeights, made_once
 from growkit.train.memory import without_storage
-from growkit.train.score import mode_kept
 
 aten = torch.ops.aten
 
@@ -37,38 +35,25 @@ class StepCost:
 
 
 def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]) -> StepCost:
-    """Run one training step of `model` on `batch` and count it.
-
-    The model comes back as it was: buffers, gradients, modes, and the random numbers.
+    """Count a training step of `model` on a batch like this one; nothing is computed, on any device.
 
     Args:
         model: the module to train; its forward is part of the step, whatever it does.
-        batch: images (N, C, H, W) and the targets `loss_fn` takes, on the model's device.
+        batch: images (N, C, H, W) and the targets `loss_fn` takes.
         loss_fn: maps (outputs, targets) to a scalar.
     """
-    images, targets = batch
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
-    try:
-        # weights that are made are ready before; to make them is counted apart, the same for every device
-        with mode_kept(model), seeded("count", device=images.device), made_once(model.train(), 2), counter:
-            loss_fn(model(images), targets).backward()
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    images, targets = (tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for tensor in batch)
+    bare, counter = without_storage(model), FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    # weights that are made are ready before; to make them is counted apart
+    with made_once(bare, 2), counter:
+        loss_fn(bare(images), targets).backward()
     making = count_making(model)
     flops = counter.get_total_flops() + making
     return StepCost(flops, flops // 2, flops / len(images), making)
 
 
 def count_making(model: nn.Module) -> int:
-    """FLOPs of making weights once, in this process, forward and backward, without computing anything.
+    """FLOPs of making weights once, in this process, forward and backward; nothing is computed.
 
     In the slices that a CPU takes; larger ones, as on a GPU, repeat no more. 0 for a model that makes no weights.
     """

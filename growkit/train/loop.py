@@ -20,7 +20,8 @@ from growkit.errors import GrowkitError
 from growkit.train import distributed, making
 from growkit.train import resume as resuming
 from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
-from growkit.train.flops import StepCost, count_making, count_step
+from growkit.train.flops import count_making, count_step
+from growkit.train.memory import without_storage
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
@@ -302,6 +303,7 @@ class _Training:
             self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
         if settings.grad_checkpointing:
             recompute_blocks(model)
+        bare = without_storage(model)
         for part in (model,) if self.ema is None else (model, self.ema.module):
             if settings.shard:
                 distributed.shard(part, device)
@@ -325,11 +327,11 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        cost, processes = self._try_one_batch(data), distributed.size()
+        cost, processes = count_step(bare, self._try_one_batch(data), self.loss_of), distributed.size()
         flops = cost.of_update(settings.grad_accum_steps)
         if processes > 1:
-            with making.shared(model, processes):
-                flops += count_making(model) - cost.flops_of_making
+            with making.shared(bare, processes):
+                flops += count_making(bare) - cost.flops_of_making
         self.flops_per_step = flops * processes
         self.network = distributed.together(model, device)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
@@ -338,8 +340,8 @@ class _Training:
             making.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
-    def _try_one_batch(self, data: Data) -> StepCost:
-        """Find how many outputs the model has, and what one batch costs in this process; nothing is learned."""
+    def _try_one_batch(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Find how many outputs the model has, and give a batch as the network and its loss take it."""
         images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
         with seeded("outputs", device=self.device):
             logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
@@ -351,12 +353,11 @@ class _Training:
             )
         require_labels(labels, self.outputs)
         self.loss_of, self.mix = _loss(self.settings, self.outputs)
-        images, targets = images.to(self.device), labels.to(self.device)
+        if self.mix is None:
+            return images, labels
         with seeded("outputs", device=self.device):
-            if self.mix is not None:
-                images, targets = self.mix(images, targets)
-        with autocast(self.settings.precision, self.device):
-            return count_step(self.model, (images, targets), self.loss_of)
+            mixed: tuple[Tensor, Tensor] = self.mix(images.to(self.device), labels.to(self.device))
+        return mixed
 
     @property
     def lr(self) -> float:
