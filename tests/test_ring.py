@@ -107,6 +107,8 @@ def test_slicing_changes_neither_value_nor_gradient(case):
 class Team:
     """torch.distributed among threads: what `ring` asks of it."""
 
+    ReduceOp = torch.distributed.ReduceOp
+
     def __init__(self, size):
         self.barrier, self.given, self.own = threading.Barrier(size, timeout=60), [None] * size, threading.local()
 
@@ -123,6 +125,9 @@ class Team:
     def all_gather(self, parts, own):
         for part, theirs in zip(parts, self._exchanged(own), strict=True):
             part.copy_(theirs)
+
+    def all_reduce(self, own, _):
+        own.copy_(torch.stack(self._exchanged(own.clone())).amax(0))
 
     def reduce_scatter(self, total, parts):
         total.copy_(sum(theirs[self.own.rank] for theirs in self._exchanged(parts)))

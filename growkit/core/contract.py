@@ -2,17 +2,24 @@
 
 opt_einsum finds the order. Its own calls plan anew each time, and torch.einsum copies both factors of a pair into an
 order of axes that suits it; either may take longer than the product. So the larger factor stays as it lies in memory
-wherever the indices summed over are neighbours: (before, summed, after) becomes (before, new, after).
+wherever the indices summed over are neighbours, (before, summed, after) becomes (before, new, after), or lie at both
+ends: (lead, before, summed) becomes (before, new). Factors in float16 make float16 intermediates, for whose sums see
+`float32_sums`; what comes of the last product, and gradients of the operands, are float32 then.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
+from types import ModuleType
 
 import opt_einsum
 import torch
 from torch import Tensor
+
+from growkit.core.half import kernels_for
 
 Shapes = tuple[tuple[int, ...], ...]
 Path = tuple[tuple[int, ...], ...]
@@ -25,13 +32,14 @@ class Pair:
     large, small        places of the factors
     of_large, of_small  their indices, axis by axis
     before, after, new  the product's indices are before + new + after; the new ones come from the small factor
-    summed              the indices of both
+    lead, summed        the indices of both: those in front of `before`, and the others
     """
 
     large: int
     small: int
     of_large: str
     of_small: str
+    lead: str
     before: str
     summed: str
     after: str
@@ -62,26 +70,36 @@ def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
         (large, of_large), (small, of_small) = (one, two) if one[0] in heirs else (two, one)
         summed = "".join(index for index in of_large if index in of_small)
         new = "".join(index for index in of_small if index not in summed)
+        lead, kept = "", "".join(index for index in of_large if index not in summed)
         if summed and summed in of_large:
             before, after = of_large.split(summed)
-        else:  # not neighbours: the large factor is copied into another order, of a result that of the result
-            before, after = "".join(index for index in of_large if index not in summed), ""
-            before = before if waiting else "".join(sorted(before, key=result.index))
-        pairs.append(Pair(large, small, of_large, of_small, before, summed, after, new))
+        elif kept and kept in of_large:
+            before, after = kept, ""
+            lead, summed = of_large.split(kept)
+        else:  # the large factor is copied into another order, of a result that of the result
+            before, after = kept if waiting else "".join(sorted(kept, key=result.index)), ""
+        pairs.append(Pair(large, small, of_large, of_small, lead, before, summed, after, new))
         heirs |= {made} if large in heirs else set()
         waiting.append((made, pairs[-1].indices))
         made += 1
     return tuple(pairs)
 
 
-def contract(equation: str, path: Path, operands: Sequence[Tensor]) -> Tensor:
-    """torch.einsum(equation, *operands) along `path`; each index is in two of operands and result."""
+def contract(equation: str, path: Path, operands: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """torch.einsum(equation, *operands) along `path`; each index is in two of operands and result.
+
+    Written to `out` where that is given, whatever its strides.
+    """
     pairs = pairs_of(equation, path)
     values = dict(enumerate(operands))
-    for made, pair in enumerate(pairs, start=len(operands)):
-        values[made] = _product(pair, values.pop(pair.large), values.pop(pair.small))
-    (result,) = values.values()
-    return _ordered(result, pairs[-1].indices, equation.split("->")[1])
+    for made, (pair, then) in enumerate(pairwise(pairs), start=len(operands)):
+        values[made] = _product(pair, values.pop(pair.large), values.pop(pair.small), then)
+    pair, result = pairs[-1], equation.split("->")[1]
+    parts = _parts(pair, values.pop(pair.large), values.pop(pair.small), wide=True)
+    if out is None:
+        return _ordered(_together(parts), pair.indices, result)
+    torch.sum(parts, 0, out=_ordered(out, result, pair.indices))
+    return out
 
 
 def gradients(
@@ -102,57 +120,127 @@ def gradients(
         if above is None:
             continue
         large, small = values[pair.large], values[pair.small]
+        if asked[pair.small] and asked[pair.large] and pair.large >= given > pair.small:
+            together = _gradients_together(pair, above, large, small)
+            if together is not None:
+                found[pair.small], found[pair.large] = together
+                continue
         if asked[pair.small]:
-            found[pair.small] = _gradient_of_small(pair, above, large, small)
+            found[pair.small] = _gradient_of_small(pair, above, large, small, wide=pair.small < given)
         if asked[pair.large]:
-            found[pair.large] = _gradient_of_large(pair, above, large, small)
+            found[pair.large] = _gradient_of_large(pair, above, large, small, wide=pair.large < given)
     return found
 
 
-def _product(pair: Pair, large: Tensor, small: Tensor) -> Tensor:
-    """(before, summed, after) times (new, summed): (before, new, after)."""
-    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.new, pair.summed)
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """CUDA adds up float16 products in float32 throughout; afterwards as torch was set to before."""
+    place = torch.backends.cuda.matmul
+    before = place.allow_fp16_reduced_precision_reduction
+    try:
+        place.allow_fp16_reduced_precision_reduction = False
+        yield
+    finally:
+        place.allow_fp16_reduced_precision_reduction = before
+
+
+def _product(pair: Pair, large: Tensor, small: Tensor, then: Pair | None = None) -> Tensor:
+    """(before, new, after); where a kernel makes it, what `then` sums over lies together in memory."""
+    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
+    kernels = _kernels(pair, here, there)
+    if kernels:
+        sizes = dict(zip(pair.of_large + pair.of_small, (*large.shape, *small.shape), strict=True))
+        orders = [pair.indices]
+        if then and then.lead and then.of_large == pair.indices:
+            orders.insert(0, then.before + then.lead + then.summed)
+        for order in orders:
+            made = _ordered(large.new_empty([sizes[index] for index in order]), order, pair.indices)
+            if kernels.product(there[0], here[0], made, len(pair.before), len(pair.new)):
+                return made
+    return _together(_parts(pair, large, small, wide=False))
+
+
+def _parts(pair: Pair, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
+    """For each index of `lead` (before, summed, after) times (new, summed): (before, new, after), still to be added."""
+    if pair.lead and _ordered(large, pair.of_large, pair.before + pair.lead + pair.summed).is_contiguous():
+        pair = replace(pair, lead="", summed=pair.lead + pair.summed)
+    here = _folded_large(pair, large)
+    there = _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
     if not pair.after:
-        made = here.squeeze(2) @ there.T
+        made = _matmul(here.squeeze(3), there.mT, wide)
     else:
-        made = torch.bmm(there.expand(len(here), -1, -1), here) if pair.before else there @ here[0]
-    return made.reshape(
-        [
-            *_sizes(large, pair.of_large, pair.before),
-            *_sizes(small, pair.of_small, pair.new),
-            *_sizes(large, pair.of_large, pair.after),
-        ]
+        made = _matmul(there.expand(here.shape[1], -1, -1), here.squeeze(0), wide)
+    sizes = (
+        *_sizes(large, pair.of_large, pair.before),
+        *_sizes(small, pair.of_small, pair.new),
+        *_sizes(large, pair.of_large, pair.after),
     )
+    return made.reshape(-1, *sizes)
 
 
-def _gradient_of_large(pair: Pair, grad: Tensor, large: Tensor, small: Tensor) -> Tensor:
+def _gradients_together(pair: Pair, grad: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of small and large, read and written once, where a kernel does that."""
+    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
+    kernels = _kernels(pair, here, there)
+    if not kernels:
+        return None
     above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
-    there = _folded(small, pair.of_small, pair.summed, pair.new)
+    of_small, of_large = kernels.gradients(there[0], here[0], above)
+    order = pair.new + pair.summed
+    of_small = of_small.reshape(_sizes(small, pair.of_small, order))
+    return _ordered(of_small, order, pair.of_small), of_large.reshape(large.shape)
+
+
+def _kernels(pair: Pair, large: Tensor, small: Tensor) -> ModuleType | None:
+    """growkit.core.kernels, where they apply to the folded factors."""
+    if not pair.after or large.dtype != torch.float16 or not (kernels := kernels_for(large)):
+        return None
+    return kernels if max(small.shape) <= kernels.LARGEST else None
+
+
+def _together(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _gradient_of_large(pair: Pair, grad: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
+    above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
+    there = _folded(small, pair.of_small, pair.lead, pair.summed, pair.new)
     if not pair.after:
-        made = above.squeeze(2) @ there.T
+        made = _matmul(above.squeeze(2).expand(len(there), -1, -1), there.mT, wide)
     else:
-        made = torch.bmm(there.expand(len(above), -1, -1), above) if pair.before else there @ above[0]
-    order = pair.before + pair.summed + pair.after
+        made = _matmul(there.expand(len(above), -1, -1), above, wide)
+    order = pair.lead + pair.before + pair.summed + pair.after
     return _ordered(made.reshape(_sizes(large, pair.of_large, order)), order, pair.of_large)
 
 
-def _gradient_of_small(pair: Pair, grad: Tensor, large: Tensor, small: Tensor) -> Tensor:
+def _gradient_of_small(pair: Pair, grad: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
     above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
     here = _folded_large(pair, large)
     if not pair.after:
-        made = above.squeeze(2).T @ here.squeeze(2)
-    elif not pair.before:
-        made = above[0] @ here[0].T
+        made = _matmul(above.squeeze(2).T.expand(len(here), -1, -1), here.squeeze(3), wide)
     elif above.shape[1] <= above.shape[2]:
-        made = torch.bmm(above, here.mT).sum(0)
+        made = _together(_matmul(above, here.squeeze(0).mT, wide))
     else:  # sums of many small products would be larger than the factors
-        made = above.transpose(0, 1).flatten(1) @ here.transpose(0, 1).flatten(1).T
-    order = pair.new + pair.summed
+        made = _matmul(above.transpose(0, 1).flatten(1), here.squeeze(0).transpose(0, 1).flatten(1).T, wide)
+    order = pair.lead + pair.new + pair.summed
     return _ordered(made.reshape(_sizes(small, pair.of_small, order)), order, pair.of_small)
 
 
+def _matmul(one: Tensor, other: Tensor, wide: bool) -> Tensor:
+    """Matrices, or as many of one as of the other; of float16 ones the product is float32 if `wide`."""
+    if len(one) == 1 and one.dim() == 3:
+        return _matmul(one[0], other[0], wide)[None]
+    product = torch.bmm if one.dim() == 3 else torch.mm
+    if not wide or one.dtype != torch.float16:
+        return product(one, other)
+    if one.is_cuda:
+        return product(one, other, out_dtype=torch.float32)
+    return product(one.float(), other.float())
+
+
 def _folded_large(pair: Pair, large: Tensor) -> Tensor:
-    return _folded(large, pair.of_large, pair.before, pair.summed, pair.after)
+    """(lead, before, summed, after); of lead and after one is empty."""
+    return _folded(large, pair.of_large, pair.lead, pair.before, pair.summed, pair.after)
 
 
 def _folded(tensor: Tensor, indices: str, *groups: str) -> Tensor:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from growkit.core.contract import Path, cheapest_path, contract, gradients
+from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, pairs_of
+from growkit.core.half import halved, may_halve, scale_of
 from growkit.errors import GrowkitError
 
 AXES = "BOLI"
@@ -107,19 +108,20 @@ class RingOperator(nn.Module):
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
             plan = self._plan(x, cores, self.processes)
-            if plan.slices == 1:
-                return _product(self.equation, x, cores)
+            if plan.slices == 1 and not may_halve(x):
+                return _product(self.equation, [x, *cores])
             sliced: Tensor = _Sliced.apply(self.equation, plan, x, *cores)
             return sliced
-        grown = x.new_zeros(_grown_shape(self.equation, cores))
+        grown = _grown_like(x, self.equation, cores).zero_()
         for ring in _independent_rings(_without_dead_bonds(cores)):
-            for (place,), slice_ in _cut(self.equation, self._plan(x, ring), grown, ring):
-                place += _product(self.equation, x, slice_)
+            for (place,), slice_ in _cut(self.equation, self._plan(x, ring), grown, [x, *ring]):
+                place += _product(self.equation, slice_)
         return grown
 
     def _plan(self, x: Tensor, cores: Sequence[Tensor], parts: int = 1) -> "ContractionPlan":
         shapes = tuple(tuple(core.shape) for core in cores)
         fewest = FEWEST_ON_GPU if x.is_cuda else FEWEST_ELEMENTS
+        fewest *= 2 if torch.is_grad_enabled() and may_halve(x) else 1  # of half the size
         return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest, parts)
 
     def layer(self, x: Tensor, index: int) -> Tensor:
@@ -127,7 +129,7 @@ class RingOperator(nn.Module):
         cores = [self.cores[axis] for axis in self.order]
         position = self.order.index("L")
         cores[position] = cores[position][:, :, index : index + 1]
-        return _product(self.equation, x, cores).squeeze(AXES.index("L"))
+        return _product(self.equation, [x, *cores]).squeeze(AXES.index("L"))
 
     def dense(self) -> Tensor:
         """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
@@ -173,29 +175,45 @@ def _independent_rings(cores: list[Tensor]) -> list[list[Tensor]]:
 class _Sliced(torch.autograd.Function):
     """A ring applied slice by slice, each written where it belongs; intermediates are made again for gradients.
 
-    torch's checkpointing would do as much, but takes longer about a slice than a GPU does.
+    torch's checkpointing would do as much, but takes longer about a slice than a GPU does. Where torch may multiply in
+    TF32, factors and intermediates are float16.
     """
 
     @staticmethod
     def forward(ctx: Any, equation: str, plan: "ContractionPlan", x: Tensor, *cores: Tensor) -> Tensor:
         ctx.equation, ctx.plan = equation, plan
-        ctx.save_for_backward(x, *cores)
-        grown = x.new_empty(_grown_shape(equation, cores))
-        for places, slice_ in _cut(equation, plan, grown, cores):
-            _hand_round(_product(equation, x, slice_), places)
+        grown = _grown_like(x, equation, cores)
+        factors, scales = [x, *cores], []
+        if may_halve(x):
+            factors, scales = map(list, zip(*map(halved, factors), strict=True))
+            factors = _laid_out(equation, plan, factors)
+        ctx.save_for_backward(*factors, *scales)
+        with float32_sums():
+            for places, slice_ in _cut(equation, plan, grown, factors):
+                if plan.parts > 1:
+                    made = _product(equation, slice_)
+                    _hand_round(made.mul_(prod(scales)) if scales else made, places)
+                elif scales:
+                    torch.mul(_product(equation, slice_), prod(scales), out=places[0])
+                else:
+                    _product(equation, slice_, out=places[0])
         return grown
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *cores = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
+        factors, scales = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        steepest = _scale_of_sums(grad, ctx.plan.parts) if scales else None
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
-        with without_autocast(x.device.type):
-            for places, slice_ in _cut(ctx.equation, ctx.plan, grad, cores):
-                for number, part in enumerate(_gradients(ctx.equation, x, slice_, _sum_of_own(places), wanted)):
+        with without_autocast(grad.device.type), float32_sums():
+            for places, slice_ in _cut(ctx.equation, ctx.plan, grad, factors):
+                above = _sum_of_own(places)
+                if steepest is not None:
+                    above, _ = halved(above, steepest)
+                for number, part in enumerate(_gradients(ctx.equation, slice_, above, wanted)):
                     total = found[number]
                     if part is None:
                         continue
@@ -205,8 +223,13 @@ class _Sliced(torch.autograd.Function):
                         found[number] = part
                     else:
                         total += part
-            if pieces:
-                found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
+        if pieces:
+            found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
+        if steepest is not None:
+            whole = steepest * prod(scales)
+            for part, scale in zip(found, scales, strict=True):
+                if part is not None:
+                    part.mul_(whole / scale)
         return None, None, *found
 
 
@@ -216,14 +239,30 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _cut(
-    equation: str, plan: "ContractionPlan", grown: Tensor, cores: Sequence[Tensor]
+    equation: str, plan: "ContractionPlan", grown: Tensor, factors: Sequence[Tensor]
 ) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
-    """Views of what is grown, slice by slice, one in each process's part; with each the cores that make this one's."""
-    position, dim = _position(equation, plan), AXES.index(plan.axis)
+    """Views of what is grown, slice by slice, one in each process's part; with each the factors of this one's."""
+    position, dim = 1 + _position(equation, plan), AXES.index(plan.axis)
     parts = (part.split(plan.width, dim) for part in grown.chunk(plan.parts, dim))
-    own = cores[position].chunk(plan.parts, dim=2)[_number(plan.parts)]
+    own = factors[position].chunk(plan.parts, dim=2)[_number(plan.parts)]
     for places, piece in zip(zip(*parts, strict=True), own.split(plan.width, dim=2), strict=True):
-        yield places, [*cores[:position], piece, *cores[position + 1 :]]
+        yield places, [*factors[:position], piece, *factors[position + 1 :]]
+
+
+def _laid_out(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, cores in memory as products take them: otherwise each slice would copy them."""
+    laid, position = list(factors), 1 + _position(equation, plan)
+    laid[position] = laid[position].narrow(2, 0, plan.width)
+    without_single, path, operands = _prepared(equation, laid)
+    laid[position] = factors[position]
+    for pair in pairs_of(without_single, path):
+        if 0 < pair.small < len(operands):
+            term = _terms(equation)[pair.small - 1]
+            taken = pair.new + pair.lead + pair.summed
+            order = [term.index(index) for index in sorted(term, key=(taken + term).index)]
+            back = [order.index(place) for place in range(len(order))]
+            laid[pair.small] = laid[pair.small].permute(order).contiguous().permute(back)
+    return laid
 
 
 def _number(parts: int) -> int:
@@ -252,6 +291,14 @@ def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
+    """For `halved`: what no sum over the processes exceeds, the same in each."""
+    scale = scale_of(grad)
+    if parts > 1 and not scale.is_meta:
+        dist.all_reduce(scale, dist.ReduceOp.MAX)
+    return scale * parts
+
+
 def _among_zeros(own: Tensor, parts: int) -> Tensor:
     """This process's part of a core's gradient, with zeros where others have theirs."""
     if parts == 1:
@@ -271,28 +318,26 @@ def _position(equation: str, plan: "ContractionPlan") -> int:
     return next(n for n, term in enumerate(_terms(equation)) if term[2] == plan.axis)
 
 
-def _grown_shape(equation: str, cores: Sequence[Tensor]) -> list[int]:
+def _grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
+    """What will be grown of x, in memory layer by layer, as weights are."""
     sizes = {term[2]: core.shape[2] for term, core in zip(_terms(equation), cores, strict=True)}
-    return [sizes[axis] for axis in AXES]
+    return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in AXES])
 
 
-def _product(equation: str, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """The einsum of `equation` in the cheapest order."""
-    return contract(*_prepared(equation, x, cores))
+def _product(equation: str, factors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The einsum of `equation` in the cheapest order; the factors are x and the cores."""
+    return contract(*_prepared(equation, factors), out)
 
 
-def _gradients(
-    equation: str, x: Tensor, cores: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """Gradients of `_product` for x and the cores."""
-    parts = gradients(*_prepared(equation, x, cores), grad, wanted)[::-1]
-    for tensor in (x, *cores):
-        part = parts.pop()
-        yield None if part is None else part.reshape(tensor.shape)
+def _gradients(equation: str, factors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of `_product` for its factors."""
+    found = gradients(*_prepared(equation, factors), grad, wanted)
+    return [part if part is None else part.reshape(of.shape) for part, of in zip(found, factors, strict=True)]
 
 
-def _prepared(equation: str, x: Tensor, cores: Sequence[Tensor]) -> tuple[str, Path, list[Tensor]]:
-    """Equation, order and operands, without bonds of one index: torch sums over those by copying what is big."""
+def _prepared(equation: str, factors: Sequence[Tensor]) -> tuple[str, Path, list[Tensor]]:
+    """Equation, order and factors, without bonds of one index: torch sums over those by copying what is big."""
+    x, *cores = factors
     path, _, _ = cheapest_path(equation, tuple(x.shape), tuple(tuple(core.shape) for core in cores))
     single = {BONDS[n] for n, core in enumerate(cores) if len(core) == 1}
     if not single:

@@ -45,16 +45,15 @@ def pack(weights: Weights) -> Tensor:
 
 def unpack(stacked: Tensor, *, gated: bool = False) -> Weights:
     """Inverse of pack: (B, O, L, I) -> the six slots, or seven with a gate, layered."""
-    slots = stacked.permute(0, 2, 1, 3)
+    blocks = stacked.permute(0, 2, 1, 3).unbind(0)
     hidden = HIDDEN[: 1 + gated]
-    k = (len(slots) - 4) // (len(hidden) + 1)
-    weights = dict(zip(MATRICES[:4], slots[:4].unbind(0), strict=True))
+    k = (len(blocks) - 4) // (len(hidden) + 1)
+    weights = dict(zip(MATRICES[:4], blocks[:4], strict=True))
     # A copy, as the others will be when they are joined: a view would keep the whole stack alive.
-    weights["o.weight"] = weights["o.weight"].contiguous()
-    *rows, columns = slots[4:].split(k)
-    for slot, blocks in zip(hidden, rows, strict=True):
-        weights[f"{slot}.weight"] = torch.cat(blocks.unbind(0), dim=1)
-    weights["out.weight"] = torch.cat(columns.unbind(0), dim=2)
+    weights["o.weight"] = weights["o.weight"].clone(memory_format=torch.contiguous_format)
+    for number, slot in enumerate(hidden):
+        weights[f"{slot}.weight"] = torch.cat(blocks[4 + number * k : 4 + (number + 1) * k], dim=1)
+    weights["out.weight"] = torch.cat(blocks[4 + len(hidden) * k :], dim=2)
     return weights
 
 

@@ -1,0 +1,136 @@
+"""Triton kernels for what memory bounds: float16 products of which one factor is a small matrix, and their making.
+
+cuBLAS reads what such a product's gradients share once for each, and no faster than 3 of 4 TB/s.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = 128  # rows and columns of the small matrix
+MOST_ELEMENTS = 4096  # that a program halves
+PROGRAMS = 4  # on each multiprocessor, where sums run on through many columns
+
+
+def halve(values: Tensor, scale: Tensor) -> Tensor | None:
+    """The values over `scale` (), contiguous, in float16; None where they lie in memory in more than four steps."""
+    steps = in_steps(values.shape, values.stride(), 4)
+    if steps is None or steps[-1][1] > 1:
+        return None
+    sizes, strides = zip(*steps, strict=True)
+    half = torch.empty(values.shape, dtype=torch.float16, device=values.device)
+    block = min(MOST_ELEMENTS, triton.next_power_of_2(sizes[3]))
+    grid = (sizes[0] * sizes[1] * sizes[2] * triton.cdiv(sizes[3], block),)
+    _halve[grid](values, scale, half, *sizes[1:], *strides[:3], block)
+    return half
+
+
+def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -> bool:
+    """Write (new, summed) times each of (before, summed, after) to `made`; False where its memory is in no such order.
+
+    As many axes of `made` as `before` and `new` say are those indices, the others, which lie together, are `after`.
+    """
+    cuts = (0, before), (before, before + new), (before + new, made.dim())
+    places, rows, columns = (in_steps(made.shape[cut:end], made.stride()[cut:end], 2) for cut, end in cuts)
+    if places is None or rows is None or columns is None or columns[0][0] > 1 or columns[1][1] > 1:
+        return False
+    (outer_size, outer), (inner_size, inner) = places
+    (_, major), (minor_size, minor) = rows
+    after = columns[1][0]
+    blocks = _blocks(*small.shape)
+    grid = (outer_size * inner_size * triton.cdiv(after, blocks[-1]),)
+    sizes = after, *small.shape, inner_size, minor_size
+    _product[grid](small.contiguous(), large.contiguous(), made, *sizes, outer, inner, major, minor, *blocks)
+    return True
+
+
+def gradients(small: Tensor, large: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `small` in float32, of `large` in float16, from that of their product (before, new, after)."""
+    (new, summed), (before, _, after) = small.shape, large.shape
+    blocks = _blocks(new, summed)
+    tiles = before * triton.cdiv(after, blocks[-1])
+    programs = min(tiles, PROGRAMS * _multiprocessors(large.device))
+    of_large = torch.empty_like(large, memory_format=torch.contiguous_format)
+    parts = torch.empty((programs, new, summed), dtype=torch.float32, device=large.device)
+    factors = small.contiguous(), large.contiguous(), above.contiguous()
+    stages = 3 if max(blocks[:2]) <= 64 else 2  # a multiprocessor's memory holds
+    _gradients[(programs,)](*factors, of_large, parts, tiles, after, new, summed, *blocks, num_stages=stages)
+    return parts.sum(0), of_large
+
+
+def in_steps(sizes: Sequence[int], strides: Sequence[int], most: int) -> list[tuple[int, int]] | None:
+    """Sizes and strides of a tensor's axes as those of `most` axes, outer ones first; None where it takes more."""
+    steps: list[tuple[int, int]] = []
+    for size, stride in reversed([pair for pair in zip(sizes, strides, strict=True) if pair[0] != 1]):
+        if steps and stride == steps[0][0] * steps[0][1]:
+            steps[0] = (steps[0][0] * size, steps[0][1])
+        else:
+            steps.insert(0, (size, stride))
+    # a step of 0 keeps places divisible by 16, so that what is written there goes in pieces of 16 bytes
+    return [(1, 0)] * (most - len(steps)) + steps if len(steps) <= most else None
+
+
+def _blocks(*sizes: int) -> tuple[int, ...]:
+    """What a program takes at once: of new and summed indices all, 16 at least for a tensor core, and of columns."""
+    blocks = tuple(max(16, triton.next_power_of_2(size)) for size in sizes)
+    return *blocks, 128 if max(blocks) <= 64 else 64
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _halve(values, scale, half, first, second, columns, outer, middle, inner, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0) // blocks
+    places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    start = (row // (first * second)).to(tl.int64) * outer
+    start += (row // second % first).to(tl.int64) * middle + (row % second).to(tl.int64) * inner
+    found = tl.load(values + start + places, places < columns, 0.0) / tl.load(scale)
+    tl.store(half + row.to(tl.int64) * columns + places, found.to(tl.float16), places < columns)
+
+
+@triton.jit
+def _product(
+    small, large, made, after, new, summed, inner_places, minor_rows, outer, inner, major, minor,
+    NEW: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    tiles = tl.cdiv(after, COLUMNS)
+    place = tl.program_id(0) // tiles
+    columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    rows, sums = tl.arange(0, NEW), tl.arange(0, SUMMED)
+    inside = columns < after
+    matrix = tl.load(small + rows[:, None] * summed + sums, (rows < new)[:, None] & (sums < summed), 0.0)
+    first = large + place.to(tl.int64) * summed * after
+    values = tl.load(first + sums[:, None] * after + columns, (sums < summed)[:, None] & inside, 0.0)
+    first = made + (place // inner_places).to(tl.int64) * outer + (place % inner_places).to(tl.int64) * inner
+    row = (rows // minor_rows).to(tl.int64) * major + (rows % minor_rows).to(tl.int64) * minor
+    tl.store(first + row[:, None] + columns, tl.dot(matrix, values).to(tl.float16), (rows < new)[:, None] & inside)
+
+
+@triton.jit
+def _gradients(
+    small, large, above, of_large, parts, all_tiles, after, new, summed,
+    NEW: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    tiles = tl.cdiv(after, COLUMNS)
+    rows, sums = tl.arange(0, NEW), tl.arange(0, SUMMED)
+    turned = tl.load(small + sums[:, None] + rows * summed, (sums < summed)[:, None] & (rows < new), 0.0)
+    of_small = tl.zeros((NEW, SUMMED), tl.float32)
+    for tile in tl.range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+        place = (tile // tiles).to(tl.int64)
+        columns = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < after
+        at_large = place * summed * after + sums[:, None] * after + columns
+        in_large = (sums < summed)[:, None] & inside
+        at_above = place * new * after + rows[:, None] * after + columns
+        values = tl.load(large + at_large, in_large, 0.0)
+        steep = tl.load(above + at_above, (rows < new)[:, None] & inside, 0.0)
+        tl.store(of_large + at_large, tl.dot(turned, steep).to(tl.float16), in_large)
+        of_small = tl.dot(steep, tl.trans(values), of_small)
+    at_parts = tl.program_id(0) * new * summed + rows[:, None] * summed + sums
+    tl.store(parts + at_parts, of_small, (rows < new)[:, None] & (sums < summed))

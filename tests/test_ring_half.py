@@ -1,0 +1,106 @@
+"""A ring whose factors are float16, as on a GPU that may multiply in TF32: near float64, whatever the scale."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ring import Team, random_ring, rings
+
+from growkit.core import ring as ring_module
+from growkit.core.half import halved, may_halve
+from growkit.core.ring import contraction_plan
+from growkit.train.score import multiplying
+
+ROUNDING = 2.0**-11  # of a float16 factor, relative
+
+
+@pytest.fixture(autouse=True)
+def halving(monkeypatch):
+    monkeypatch.setattr(ring_module, "may_halve", lambda x: x.dtype == torch.float32)
+
+
+def gap(found, truth, size=None):
+    """Relative to `size`, that of the sums without their signs: what cancels is not an error."""
+    return float((found.double() - truth).norm() / (truth if size is None else size).norm())
+
+
+def grown_and_gradients(ring, x, weights):
+    grown = ring(x)
+    return grown.detach(), *torch.autograd.grad((grown * weights).sum(), [x, *ring.cores.values()])
+
+
+def sizes_of(ring, x, weights):
+    ring = copy.deepcopy(ring)
+    with torch.no_grad():
+        for core in ring.cores.values():
+            core.abs_()
+    return grown_and_gradients(ring, x.detach().abs().requires_grad_(), weights.abs())
+
+
+@given(rings, st.booleans(), st.sampled_from([0, -40, 40]), st.sampled_from([0, -60, 30]))
+@settings(max_examples=60, deadline=None)
+def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in_slices, magnitude, steepness):
+    """Weights and gradients of any magnitude: 2^-40 is far below what float16 holds, 2^30 far above."""
+    exact, x = random_ring(*case)
+    x = (x.detach() * 2.0**magnitude).requires_grad_()
+    weights = torch.randn(exact(x).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = weights * 2.0**steepness
+    truth, size = grown_and_gradients(exact, x, weights), sizes_of(exact, x, weights)
+    half = copy.deepcopy(exact).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_module, "FEWEST_ELEMENTS", 8 if in_slices else ring_module.FEWEST_ELEMENTS)
+        contraction_plan.cache_clear()
+        found = grown_and_gradients(half, x.detach().float().requires_grad_(), weights.float())
+    contraction_plan.cache_clear()
+    assert all(tensor.dtype == torch.float32 for tensor in found)
+    assert max(map(gap, found, truth, size)) < 8 * ROUNDING  # of five factors and three intermediates
+    assert gap(found[0], truth[0]) > 1e-6  # it is float16 that was measured
+
+
+def test_processes_share_a_ring_of_float16_factors():
+    ring, x = random_ring(*EXAMPLE)
+    ring, x = ring.float(), x.detach().float()
+    weights = torch.randn(2, *ring(x).shape, generator=torch.Generator().manual_seed(1))
+    truth = grown_and_gradients(copy.deepcopy(ring).double(), x.double().requires_grad_(), weights.double().mean(0))
+    team = Team(2)
+
+    def work(number):
+        own = copy.deepcopy(ring)
+        own.processes = 2
+        return grown_and_gradients(own, x.clone().requires_grad_(), weights[number])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_module, "dist", team)
+        found = team.run(work)
+    assert torch.equal(found[0][0], found[1][0])
+    assert gap(found[0][0], truth[0]) < 10 * ROUNDING
+    for expected, *parts in zip(truth[1:], *(gradients for _, *gradients in found), strict=True):
+        assert gap(sum(parts) / 2, expected) < 10 * ROUNDING
+
+
+def test_without_gradients_a_ring_is_exact():
+    """Growing and scoring stay in float32; steps of training alone are rounded."""
+    exact, x = random_ring(*EXAMPLE)
+    with torch.no_grad():
+        assert gap(copy.deepcopy(exact).float()(x.float()), exact(x)) < 1e-6
+
+
+@pytest.mark.parametrize("largest", [0.0, 1.0, 3.0, 65504.0, 1e-30, 1e30])
+def test_halved_values_are_a_power_of_two_away(largest):
+    values = largest * torch.tensor([[1.0, -0.5], [0.25, 0.0]])
+    half, scale = halved(values.T)
+    assert half.is_contiguous()
+    assert half.dtype == torch.float16
+    assert torch.frexp(scale)[0] == 0.5
+    assert not largest or 0.5 <= half.abs().max() <= 1
+    assert torch.allclose(half.float() * scale, values.T, rtol=ROUNDING, atol=0)
+
+
+def test_a_cpu_never_halves():
+    with multiplying(tf32=True):
+        assert not may_halve(torch.ones(2))
+
+
+EXAMPLE = ({"B": 3, "O": 6, "L": 2, "I": 5}, {"B": 3, "O": 8, "L": 4, "I": 7}, [2, 3, 2, 2], "BOLI", 0)
