@@ -57,13 +57,14 @@ PROMISED = {
     "memory_ratio_rank_10": 1.5,
     "flops_ratio": 1.05,
 }
-TF32 = "growkit, TF32"  # the same ring, products of float32 in TF32
+TF32 = "growkit, TF32"  # the same ring where TF32 is allowed: float16 factors, of as many bits
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "small": "deit_small",
         "big": "deit_base",
         "batch_size": 256,
-        "rounds": 20,
+        "rounds": 8,
+        "updates": 5,
         "precision": "bf16",
     },
     "cpu": {
@@ -71,6 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "big": "deit_tiny,embed_dim=128,depth=6,num_heads=2",
         "batch_size": 16,
         "rounds": 5,
+        "updates": 1,
         "precision": "fp32",
     },
 }
@@ -115,6 +117,7 @@ def main() -> None:
             "precision": options.precision,
             "device": str(device),
             "rounds": options.rounds,
+            "updates": options.updates,
             "seed": options.seed,
             "promised": PROMISED,
             "arithmetic": arithmetic,
@@ -147,7 +150,8 @@ def parser_of(description: str | None, ranks: str) -> argparse.ArgumentParser:
     parser.add_argument("--big", help="target; deit_base on a GPU, a tiny one on a CPU")
     parser.add_argument("--ranks", type=ranks_of, default=ranks, help="rank of every bond, several with commas")
     parser.add_argument("--batch-size", type=whole, help="images of each process; 256 on a GPU, 16 on a CPU")
-    parser.add_argument("--rounds", type=whole, help="steps of each kind per rank")
+    parser.add_argument("--rounds", type=whole, help="turns of each kind per rank")
+    parser.add_argument("--updates", type=whole, help="a turn, before the device is waited for; 5 on a GPU, 1 on a CPU")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
@@ -181,10 +185,13 @@ def compare_steps(
     """Time and memory of operator steps beside plain ones, measured and printed."""
     # Memory first: on a GPU while nothing else lies there, on a CPU while this process is small.
     peaks = {rank: peak(source, target, rank, device, options) for rank in (0, *ranks)}
+    tf32_peaks = {}
+    if device.type == "cuda":
+        tf32_peaks = {rank: peak_here(source, target, rank, device, options, tf32=True) for rank in ranks}
     steps = []
-    row = "{:>4} {:>12} {:>12} {:>6} {:>10} {:>8} {:>12} {:>12} {:>6} {:>8}".format
+    row = "{:>4} {:>12} {:>12} {:>6} {:>10} {:>8} {:>12} {:>12} {:>6} {:>8} {:>10}".format
     sides = ("operator MB", "plain MB", "ratio", "promised")
-    print(row("rank", "operator ms", "plain ms", "ratio", "with TF32", "promised", *sides))
+    print(row("rank", "operator ms", "plain ms", "ratio", "with TF32", "promised", *sides, "with TF32"))
     for rank in ranks:
         found = {
             "rank": rank,
@@ -193,6 +200,8 @@ def compare_steps(
             "plain_peak_bytes": peaks[0],
             "memory_ratio": peaks[rank] / peaks[0],
         }
+        if rank in tf32_peaks:
+            found["tf32_memory_ratio"] = tf32_peaks[rank] / peaks[0]
         steps.append(found)
         bound = device.type == "cuda" and rank == PROMISED["rank"] and options.grad_accum_steps == 1
         times = (1e3 * found["operator_seconds"], 1e3 * found["plain_seconds"])
@@ -207,6 +216,7 @@ def compare_steps(
                 *(f"{size:.0f}" for size in sizes),
                 f"{found['memory_ratio']:.2f}",
                 PROMISED["memory_ratio"] if bound else "-",
+                f"{found['tf32_memory_ratio']:.2f}" if "tf32_memory_ratio" in found else "-",
             )
         )
     if device.type == "cpu":
@@ -300,11 +310,12 @@ def contest(
         ready = ready_on(device)
         for name, (rival, _, apply) in ready.items():
             if not name.startswith("LiGO"):  # LiGO's is another function
+                (there,) = ready[rival][2]()
+                with multiplying(name == TF32):
+                    (here,) = apply()
                 with torch.no_grad():
-                    (there,) = ready[rival][2]()
-                    with multiplying(name == TF32):
-                        (here,) = apply()
-                found[name]["relative_gap"] = gap = float((here - there).norm() / there.norm())
+                    found[name]["relative_gap"] = gap = float((here - there).norm() / there.norm())
+                del here, there
                 assert gap < (1e-2 if name == TF32 else 1e-5), f"{name} is {gap:.1e} away from growkit"
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
         order = random.Random(options.seed)
@@ -426,9 +437,16 @@ def update_of(
                     del loss  # and with its graph the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        now(device)  # once the device has done it
 
     return update
+
+
+def seconds_of(update: Callable[[], None], device: torch.device, times: int) -> float:
+    """Seconds of an update: `times` of them one after the other, as training makes them, which waits for none."""
+    start = now(device)
+    for _ in range(times):
+        update()
+    return (now(device) - start) / times
 
 
 def time_steps(
@@ -438,7 +456,7 @@ def time_steps(
     device: torch.device,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Seconds of operator and plain steps in random order, and the median of their ratios by round."""
+    """Seconds of operator and plain steps, in turns in random order, and the median of their ratios by round."""
     kinds = {"operator": (rank, False), "plain": (0, False)}
     if device.type == "cuda":
         kinds["operator, TF32"] = (rank, True)
@@ -448,9 +466,7 @@ def time_steps(
     warm_up = 2
     for _ in range(warm_up + options.rounds):
         for name in order.sample(list(steps), len(steps)):
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(steps[name], device, options.updates))
     seconds = {name: taken[warm_up:] for name, taken in seconds.items()}
 
     def ratio(name: str) -> float:
@@ -498,12 +514,14 @@ def peak_here(
     rank: int,
     device: torch.device,
     options: argparse.Namespace,
+    *,
+    tf32: bool = False,
 ) -> int:
     """Peak bytes of two steps in this process."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step = step_of(source, target, rank, device, options)
+    step = step_of(source, target, rank, device, options, tf32=tf32)
     for _ in range(2):  # the second has the optimizer's state
         step()
     if device.type == "cuda":

@@ -15,13 +15,12 @@ import random
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from operator_cost import grown_model, parsed, parser_of, update_of
+from operator_cost import grown_model, parsed, parser_of, seconds_of, update_of
 from torch import nn
 
 from growkit.arch import build
@@ -85,10 +84,8 @@ def compare(
     for _ in range(warm_up + options.rounds):
         for way in order.sample(list(updates), len(updates)):
             dist.barrier()
-            start = time.perf_counter()
             with making.shared(operator, sharing[way]):
-                updates[way]()
-            taken = torch.tensor(time.perf_counter() - start)
+                taken = torch.tensor(seconds_of(updates[way], device, options.updates))
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             seconds[way].append(float(taken))
     found = []
