@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def may_halve(x: Tensor) -> bool:
-    """Whether torch is allowed to multiply float32 matrices like this one in TF32."""
-    tf32: bool = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return x.is_cuda and x.dtype == torch.float32 and tf32
+    """Whether torch is allowed to multiply float32 matrices like this one in TF32, on a GPU that can."""
+    if not x.is_cuda or x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def scale_of(values: Tensor) -> Tensor:
@@ -28,12 +29,16 @@ def halved(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]
     What is below 2^-14 of it loses bits, below 2^-25 it is zero.
     """
     scale = scale_of(values) if scale is None else scale
-    kernels = kernels_for(values)
-    if kernels and (half := kernels.halve(values, scale)) is not None:
-        return half, scale
     half = torch.empty(values.shape, dtype=torch.float16, device=values.device)
-    torch.mul(values, 1 / scale, out=half)
+    scaled(values, 1 / scale, half)
     return half, scale
+
+
+def scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Write values * scale () to `out`, whatever its strides."""
+    kernels = kernels_for(values)
+    if not kernels or not kernels.scaled(values, scale, out):
+        torch.mul(values, scale, out=out)
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:

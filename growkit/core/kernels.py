@@ -11,21 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST = 128  # rows and columns of the small matrix
-MOST_ELEMENTS = 4096  # that a program halves
-PROGRAMS = 4  # on each multiprocessor, where sums run on through many columns
+MOST_ELEMENTS = 4096  # that a program scales
 
 
-def halve(values: Tensor, scale: Tensor) -> Tensor | None:
-    """The values over `scale` (), contiguous, in float16; None where they lie in memory in more than four steps."""
-    steps = in_steps(values.shape, values.stride(), 4)
-    if steps is None or steps[-1][1] > 1:
-        return None
+def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """Write values * scale () to `out`, of which one is contiguous; False where the other lies in over four steps."""
+    steps = in_steps(*((values.shape, values.stride()) if out.is_contiguous() else (out.shape, out.stride())), 4)
+    if steps is None or steps[3][1] > 1 or not (out.is_contiguous() or values.is_contiguous()):
+        return False
     sizes, strides = zip(*steps, strict=True)
-    half = torch.empty(values.shape, dtype=torch.float16, device=values.device)
     block = min(MOST_ELEMENTS, triton.next_power_of_2(sizes[3]))
     grid = (sizes[0] * sizes[1] * sizes[2] * triton.cdiv(sizes[3], block),)
-    _halve[grid](values, scale, half, *sizes[1:], *strides[:3], block)
-    return half
+    with torch.cuda.device_of(values):
+        _scaled[grid](values, scale, out, *sizes[1:], *strides[:3], out.is_contiguous(), block)
+    return True
 
 
 def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -> bool:
@@ -43,7 +42,8 @@ def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -
     blocks = _blocks(*small.shape)
     grid = (outer_size * inner_size * triton.cdiv(after, blocks[-1]),)
     sizes = after, *small.shape, inner_size, minor_size
-    _product[grid](small.contiguous(), large.contiguous(), made, *sizes, outer, inner, major, minor, *blocks)
+    with torch.cuda.device_of(large):
+        _product[grid](small.contiguous(), large.contiguous(), made, *sizes, outer, inner, major, minor, *blocks)
     return True
 
 
@@ -52,12 +52,13 @@ def gradients(small: Tensor, large: Tensor, above: Tensor) -> tuple[Tensor, Tens
     (new, summed), (before, _, after) = small.shape, large.shape
     blocks = _blocks(new, summed)
     tiles = before * triton.cdiv(after, blocks[-1])
-    programs = min(tiles, PROGRAMS * _multiprocessors(large.device))
+    programs = min(tiles, _of(large.device)["multiprocessor_count"])
     of_large = torch.empty_like(large, memory_format=torch.contiguous_format)
     parts = torch.empty((programs, new, summed), dtype=torch.float32, device=large.device)
     factors = small.contiguous(), large.contiguous(), above.contiguous()
-    stages = 3 if max(blocks[:2]) <= 64 else 2  # a multiprocessor's memory holds
-    _gradients[(programs,)](*factors, of_large, parts, tiles, after, new, summed, *blocks, num_stages=stages)
+    options = {"num_warps": 8, "num_stages": _stages(blocks, large.device)}
+    with torch.cuda.device_of(large):
+        _gradients[(programs,)](*factors, of_large, parts, tiles, after, new, summed, *blocks, **options)
     return parts.sum(0), of_large
 
 
@@ -79,19 +80,33 @@ def _blocks(*sizes: int) -> tuple[int, ...]:
     return *blocks, 128 if max(blocks) <= 64 else 64
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _stages(blocks: Sequence[int], device: torch.device) -> int:
+    """How many tiles a multiprocessor's memory holds at once, beside the small matrix and what is written."""
+    new, summed, columns = blocks
+    room = _of(device)["max_shared_mem"] - 2 * summed * (new + columns)
+    return max(1, min(4, room // (2 * (new + summed) * columns)))
+
+
+def _of(device: torch.device) -> dict[str, int]:
+    """What Triton knows of a GPU; where it interprets, on a CPU, the least."""
+    if device.type != "cuda":
+        return {"multiprocessor_count": 1, "max_shared_mem": 0}
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)
 
 
 @triton.jit
-def _halve(values, scale, half, first, second, columns, outer, middle, inner, BLOCK: tl.constexpr):
+def _scaled(
+    values, scale, out, first, second, columns, outer, middle, inner, READS_IN_STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
     blocks = tl.cdiv(columns, BLOCK)
     row = tl.program_id(0) // blocks
     places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    start = (row // (first * second)).to(tl.int64) * outer
-    start += (row // second % first).to(tl.int64) * middle + (row % second).to(tl.int64) * inner
-    found = tl.load(values + start + places, places < columns, 0.0) / tl.load(scale)
-    tl.store(half + row.to(tl.int64) * columns + places, found.to(tl.float16), places < columns)
+    in_steps = (row // (first * second)).to(tl.int64) * outer + (row // second % first).to(tl.int64) * middle
+    in_steps += (row % second).to(tl.int64) * inner
+    in_one = row.to(tl.int64) * columns
+    made = tl.load(values + (in_steps if READS_IN_STEPS else in_one) + places, places < columns, 0.0) * tl.load(scale)
+    to = out + (in_one if READS_IN_STEPS else in_steps) + places
+    tl.store(to, made.to(out.dtype.element_ty), places < columns)
 
 
 @triton.jit

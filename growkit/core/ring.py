@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, pairs_of
-from growkit.core.half import halved, may_halve, scale_of
+from growkit.core.half import halved, may_halve, scale_of, scaled
 from growkit.errors import GrowkitError
 
 AXES = "BOLI"
@@ -194,7 +194,7 @@ class _Sliced(torch.autograd.Function):
                     made = _product(equation, slice_)
                     _hand_round(made.mul_(prod(scales)) if scales else made, places)
                 elif scales:
-                    torch.mul(_product(equation, slice_), prod(scales), out=places[0])
+                    scaled(_product(equation, slice_), prod(scales), places[0])
                 else:
                     _product(equation, slice_, out=places[0])
         return grown

@@ -58,6 +58,8 @@ def _along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """`tensor` with `matrix`, (new, old) or one for each layer (L, new, old), applied to one of its axes."""
     if matrix.ndim == 3:
         return torch.einsum("lno,lo...->ln...", matrix, tensor.movedim(axis, 1)).movedim(1, axis)
+    if axis == tensor.ndim - 1:  # as it will lie in memory
+        return tensor @ matrix.mT
     return torch.tensordot(matrix, tensor, dims=([1], [axis])).movedim(0, axis)
 
 
