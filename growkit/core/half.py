@@ -4,6 +4,7 @@ Of TF32's range float16 has a part. So factors are scaled by powers of two, whic
 """
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -17,21 +18,20 @@ def may_halve(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def scale_of(values: Tensor) -> Tensor:
-    """The power of two, shape (), over which the largest of the values lies between 1/2 and 1. Waits for no GPU."""
-    _, exponent = torch.frexp(torch.linalg.vector_norm(values, math.inf))
-    return torch.exp2(exponent.to(values.dtype))
+def scales_of(tensors: Sequence[Tensor]) -> Tensor:
+    """For each tensor the power of two over which its largest value lies between 1/2 and 1. Waits for no GPU."""
+    _, exponents = torch.frexp(torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]))
+    return torch.exp2(exponents.to(tensors[0].dtype))
 
 
-def halved(values: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The values over `scale`, their own if none is given, in float16 and contiguous; and the scale.
+def halved(values: Tensor, factor: Tensor) -> Tensor:
+    """The values times `factor` (), one over their scale, in float16 and contiguous.
 
-    What is below 2^-14 of it loses bits, below 2^-25 it is zero.
+    What is below 2^-14 of the scale loses bits, below 2^-25 it is zero.
     """
-    scale = scale_of(values) if scale is None else scale
     half = torch.empty(values.shape, dtype=torch.float16, device=values.device)
-    scaled(values, 1 / scale, half)
-    return half, scale
+    scaled(values, factor, half)
+    return half
 
 
 def scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:

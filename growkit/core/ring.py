@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from math import prod
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, pairs_of
-from growkit.core.half import halved, may_halve, scale_of, scaled
+from growkit.core.half import halved, may_halve, scaled, scales_of
 from growkit.errors import GrowkitError
 
 AXES = "BOLI"
@@ -183,28 +184,29 @@ class _Sliced(torch.autograd.Function):
     def forward(ctx: Any, equation: str, plan: "ContractionPlan", x: Tensor, *cores: Tensor) -> Tensor:
         ctx.equation, ctx.plan = equation, plan
         grown = _grown_like(x, equation, cores)
-        factors, scales = [x, *cores], []
+        factors, scales = [x, *cores], None
         if may_halve(x):
-            factors, scales = map(list, zip(*map(halved, factors), strict=True))
-            factors = _laid_out(equation, plan, factors)
-        ctx.save_for_backward(*factors, *scales)
+            scales = scales_of(factors)
+            factors = _laid_out(equation, plan, list(map(halved, factors, 1 / scales)))
+            whole = scales.prod()
+        ctx.save_for_backward(*factors, scales)
         with float32_sums():
             for places, slice_ in _cut(equation, plan, grown, factors):
                 if plan.parts > 1:
                     made = _product(equation, slice_)
-                    _hand_round(made.mul_(prod(scales)) if scales else made, places)
-                elif scales:
-                    scaled(_product(equation, slice_), prod(scales), places[0])
-                else:
+                    _hand_round(made if scales is None else made.mul_(whole), places)
+                elif scales is None:
                     _product(equation, slice_, out=places[0])
+                else:
+                    scaled(_product(equation, slice_), whole, places[0])
         return grown
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
-        factors, scales = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
-        steepest = _scale_of_sums(grad, ctx.plan.parts) if scales else None
+        *factors, scales = ctx.saved_tensors
+        steepest = None if scales is None else _scale_of_sums(grad, ctx.plan.parts)
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
@@ -212,7 +214,7 @@ class _Sliced(torch.autograd.Function):
             for places, slice_ in _cut(ctx.equation, ctx.plan, grad, factors):
                 above = _sum_of_own(places)
                 if steepest is not None:
-                    above, _ = halved(above, steepest)
+                    above = halved(above, 1 / steepest)
                 for number, part in enumerate(_gradients(ctx.equation, slice_, above, wanted)):
                     total = found[number]
                     if part is None:
@@ -226,10 +228,9 @@ class _Sliced(torch.autograd.Function):
         if pieces:
             found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
         if steepest is not None:
-            whole = steepest * prod(scales)
-            for part, scale in zip(found, scales, strict=True):
+            for part, scale in zip(found, steepest * scales.prod() / scales, strict=True):
                 if part is not None:
-                    part.mul_(whole / scale)
+                    part.mul_(scale)
         return None, None, *found
 
 
@@ -293,7 +294,7 @@ def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
 
 def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
     """For `halved`: what no sum over the processes exceeds, the same in each."""
-    scale = scale_of(grad)
+    (scale,) = scales_of([grad])
     if parts > 1 and not scale.is_meta:
         dist.all_reduce(scale, dist.ReduceOp.MAX)
     return scale * parts
@@ -398,14 +399,21 @@ def _at_most(elements: float, plans: list[ContractionPlan]) -> list[ContractionP
 def _plans_along(
     position: int, equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str, parts: int
 ) -> Iterator[ContractionPlan]:
-    """Each part of the axis order[position] in one piece, in two slices, in four and so on."""
+    """Each part of the axis order[position] in one piece, in two slices, in three, in four and so on."""
     shape, sliced = cores[position], list(cores)
-    each = width = shape[2] // parts
-    while True:
+    each = shape[2] // parts
+    for pieces in _counts():
+        width = -(-each // pieces)
         sliced[position] = (shape[0], shape[1], width, shape[3])
         _, flops, largest = cheapest_path(equation, x, tuple(sliced))
         slices = parts * -(-each // width)
         yield ContractionPlan(order[position], width, slices, flops * slices, largest, parts)
         if width == 1 or (slices >= MANY_SLICES and largest <= MOST_ELEMENTS):
             return
-        width = -(-width // 2)
+
+
+def _counts() -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12 and so on."""
+    yield 1
+    for power in count():
+        yield from (2 << power, 3 << power)

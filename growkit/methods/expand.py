@@ -41,16 +41,33 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
     interpolation are special cases.
     """
     grown: Weights = {}
+    alike: dict[tuple[object, ...], list[str]] = {}  # slots by shape and matrices
+    ways: dict[tuple[object, ...], list[tuple[int, Tensor]]] = {}
     for spec in tensors:
         axes = (LAYERS, *spec.dims) if spec.layered else spec.dims
         reads = None if spec.reads is None else spec.reads + spec.layered
         for slot in spec.slots:
-            tensor = weights[slot]
+            way = []
             for axis, space in reversed(list(enumerate(axes))):
                 space_map = maps.get((slot, space)) or maps.get(space) if space else None
                 if space_map is not None:
-                    tensor = _along(tensor, axis, space_map.read if axis == reads else space_map.write)
-            grown[slot] = tensor
+                    way.append((axis, space_map.read if axis == reads else space_map.write))
+            # vectors go together, for each alone is little work; a matrix for each layer takes one tensor
+            joint = len(spec.dims) == 1 and all(matrix.ndim == 2 for _, matrix in way)
+            key: tuple[object, ...] = (
+                None if joint else slot,
+                weights[slot].shape,
+                *((axis, id(matrix)) for axis, matrix in way),
+            )
+            alike.setdefault(key, []).append(slot)
+            ways[key] = way
+            grown[slot] = weights[slot]  # in this order
+    for key, slots in alike.items():
+        tensors_of = [weights[slot] for slot in slots]
+        together = torch.stack(tensors_of) if len(slots) > 1 else tensors_of[0]
+        for axis, matrix in ways[key]:
+            together = _along(together, axis + (len(slots) > 1), matrix)
+        grown.update(zip(slots, together.unbind(0) if len(slots) > 1 else [together], strict=True))
     return grown
 
 
