@@ -1,5 +1,6 @@
 """What only a GPU can show: pytest -m gpu. The truth is the CPU, in float64 or float32."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from program import growkit
 from torch import Tensor, nn
 
+from growkit.core import ring as ring_module
 from growkit.core.ring import AXES, RingOperator
 from growkit.errors import GrowkitError
 from growkit.grow import grow
@@ -24,7 +26,7 @@ from growkit.settings import GrowSettings
 from growkit.train import loop
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
-from growkit.train.score import score_model
+from growkit.train.score import multiplying, score_model
 from growkit.train.settings import FitSettings
 
 pytestmark = pytest.mark.gpu
@@ -132,16 +134,49 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def test_ring_sliced_on_the_gpu_equals_float64() -> None:
-    old, new = {"B": 12, "O": 96, "L": 4, "I": 96}, {"B": 12, "O": 384, "L": 8, "I": 384}
-    exact = RingOperator(old, new, [4] * 4, dtype=torch.float64)
+def random_ring(old: dict[str, int], new: dict[str, int], rank: int) -> tuple[RingOperator, Tensor]:
+    """In float64, with what it grows."""
+    ring = RingOperator(old, new, [rank] * 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for core in exact.cores.values():
-            core.normal_(generator=torch.Generator().manual_seed(0))
-    x = torch.randn([old[axis] for axis in AXES], dtype=torch.float64)
-    fast = RingOperator(old, new, [4] * 4)
-    fast.load_state_dict(exact.state_dict())
-    assert relative(fast.to(GPU)(x.float().to(GPU)), exact(x)) < 1e-5
+        for core in ring.cores.values():
+            core.normal_(generator=generator)
+    return ring, torch.randn([old[axis] for axis in AXES], dtype=torch.float64, generator=generator)
+
+
+def test_ring_sliced_on_the_gpu_equals_float64() -> None:
+    exact, x = random_ring({"B": 12, "O": 96, "L": 4, "I": 96}, {"B": 12, "O": 384, "L": 8, "I": 384}, 4)
+    fast = copy.deepcopy(exact).float().to(GPU)
+    assert relative(fast(x.float().to(GPU)), exact(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rank", "count"), [(1, 4), (4, 5), (6, 24)], ids=["bonds of one", "odd sizes", "more than kernels take"]
+)
+def test_ring_of_float16_factors_is_as_near_float64_as_tf32(
+    rank: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, by kernels and, where the small factors have over 128 rows, by cuBLAS."""
+    kernels = pytest.importorskip("growkit.core.kernels")
+    products: list[bool] = []
+    made = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda *given: products.append(True) or made(*given))
+    exact, x = random_ring(
+        {"B": count, "O": 40, "L": count, "I": 24}, {"B": count, "O": 56, "L": count + 1, "I": 72}, rank
+    )
+    upstream = 1e-8 * torch.randn(exact(x).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    truth = [exact(x), *torch.autograd.grad(exact(x), list(exact.parameters()), upstream)]
+    ring = copy.deepcopy(exact).float().to(GPU)
+    gaps: dict[str, list[float]] = {}
+    for way, halves in (("float16", ring_module.may_halve), ("tf32", lambda _: False)):
+        monkeypatch.setattr(ring_module, "may_halve", halves)
+        with multiplying(tf32=True):
+            grown = ring(x.float().to(GPU))
+            found = [grown, *torch.autograd.grad(grown, list(ring.parameters()), upstream.float().to(GPU))]
+        gaps[way] = [relative(here.detach(), there.detach()) for here, there in zip(found, truth, strict=True)]
+    assert products or rank * count > kernels.LARGEST
+    for ours, theirs in zip(gaps["float16"], gaps["tf32"], strict=True):
+        assert 1e-5 < ours < 2 * theirs + 1e-4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

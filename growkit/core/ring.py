@@ -206,15 +206,18 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
         *factors, scales = ctx.saved_tensors
-        steepest = None if scales is None else _scale_of_sums(grad, ctx.plan.parts)
+        steepest = flat = None
+        if scales is not None:
+            steepest = _scale_of_sums(grad, ctx.plan.parts)
+            flat = 1 / steepest
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
         with without_autocast(grad.device.type), float32_sums():
             for places, slice_ in _cut(ctx.equation, ctx.plan, grad, factors):
                 above = _sum_of_own(places)
-                if steepest is not None:
-                    above = halved(above, 1 / steepest)
+                if flat is not None:
+                    above = halved(above, flat)
                 for number, part in enumerate(_gradients(ctx.equation, slice_, above, wanted)):
                     total = found[number]
                     if part is None:
