@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import signal
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -407,7 +408,7 @@ def train_batches(
 
     On several processes each gets its part of every batch, the same images with the same augmentation as a single
     process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
-    used; resident images are there already.
+    used; on a GPU the images are there already.
 
     Where an image cannot be read, the next one that can stands in for it, as timm has it, so that one bad file of a
     million does not end a run at night; but it is told, in data.unreadable, and many are refused: training would go on
@@ -430,6 +431,13 @@ def train_batches(
             cropped = crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole))
             yield data.train.normalised(cropped), labels
         return
+    batches = _read_to_train(data, settings, sampler, device)
+    yield from _ahead(batches, device) if device.type == "cuda" else batches
+
+
+def _read_to_train(
+    data: Data, settings: FitSettings, sampler: "_Places", device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     read = failed = 0
     images_of = _Augmented(data.train, settings.seed)
     for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
@@ -437,6 +445,28 @@ def train_batches(
         data.unreadable.update(dict.fromkeys(told))
         _refuse_many(failed, read, data.unreadable)
         yield batch
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, images on the GPU: each is copied there while the one before it is worked on."""
+    copying = torch.cuda.Stream(device)
+    waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    def arrived() -> tuple[Tensor, Tensor]:
+        images, labels, event = waiting.popleft()
+        working = torch.cuda.current_stream(device)
+        working.wait_event(event)
+        images.record_stream(working)  # its memory is not given away before this work is done
+        return images, labels
+
+    for images, labels in batches:
+        with torch.cuda.stream(copying):
+            sent = images.to(device, non_blocking=True)
+            waiting.append((sent, labels, copying.record_event()))
+        if len(waiting) > 1:
+            yield arrived()
+    while waiting:
+        yield arrived()
 
 
 def val_batches(

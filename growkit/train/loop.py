@@ -15,6 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from growkit.errors import GrowkitError
 from growkit.train import distributed, making
@@ -404,8 +405,10 @@ class _Training:
 
         A loss is that of the weights before its update: a gradient that is not finite shows in the next one.
         """
-        own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained)
-        (broken,) = distributed.agreed(not all(bool(torch.isfinite(tensor).all()) for tensor in own))
+        own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained]
+        # waits for the GPU once, not for each tensor; a share of a sharded one may be empty
+        largest = get_total_norm([tensor for tensor in own if tensor.numel()], norm_type=math.inf)
+        (broken,) = distributed.agreed(not math.isfinite(largest))
         if broken:
             raise GrowkitError(f"weights are not finite after update {step}; {REMEDY}{kept}")
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:

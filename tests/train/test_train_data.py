@@ -4,8 +4,10 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from train_samples import CONFIG, write_images
 from growkit.errors import GrowkitError
 from growkit.train.data import (
     Data,
+    _ahead,
     batches_per_epoch,
     channel_config,
     hold_out,
@@ -405,3 +408,44 @@ def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings
     data = opened(FitSettings(batch_size=8, workers=0, cache="ram", color_jitter=0.0))
     with pytest.raises(GrowkitError, match="--cache"):
         unaugmented(data, 5, seed=1)
+
+
+def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream in which things take place in turn stands in for the GPU's."""
+    happened: list[str] = []
+    names = iter("ABC")
+
+    class Stream:
+        def __init__(self, _: object) -> None: ...
+
+        def record_event(self) -> str:
+            name = next(names)
+            happened.append(f"copy {name}")
+            return name
+
+        def wait_event(self, event: str) -> None:
+            happened.append(f"wait for {event}")
+
+    class Sent:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, _: object, *, non_blocking: bool) -> "Sent":
+            assert non_blocking
+            return Sent(self.number)
+
+        def record_stream(self, _: Stream) -> None:
+            happened.append(f"keep {'ABC'[self.number]}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    given: Any = ((Sent(number), torch.tensor(number)) for number in range(3))
+    for images, label in _ahead(given, torch.device("cuda")):
+        assert images.number == label
+        happened.append(f"work on {'ABC'[images.number]}")
+    assert happened == [
+        *("copy A", "copy B", "wait for A", "keep A", "work on A"),
+        *("copy C", "wait for B", "keep B", "work on B"),
+        *("wait for C", "keep C", "work on C"),
+    ]
