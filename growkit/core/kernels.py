@@ -4,6 +4,7 @@ cuBLAS reads what such a product's gradients share once for each, and no faster 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -87,8 +88,9 @@ def _stages(blocks: Sequence[int], device: torch.device) -> int:
     return max(1, min(4, room // (2 * (new + summed) * columns)))
 
 
+@lru_cache
 def _of(device: torch.device) -> dict[str, int]:
-    """What Triton knows of a GPU; where it interprets, on a CPU, the least."""
+    """What Triton knows of a GPU, asked once, for the answer takes milliseconds; where it interprets, the least."""
     if device.type != "cuda":
         return {"multiprocessor_count": 1, "max_shared_mem": 0}
     return triton.runtime.driver.active.utils.get_device_properties(device.index)

@@ -40,7 +40,8 @@ def pack(weights: Weights) -> Tensor:
     width = attention[0].shape[1]
     hidden = [weights[f"{slot}.weight"] for slot in HIDDEN if f"{slot}.weight" in weights]
     blocks = [block for matrix in hidden for block in matrix.split(width, dim=1)]
-    return torch.stack([*attention, *blocks, *weights["out.weight"].split(width, dim=2)]).permute(0, 2, 1, 3)
+    matrices = (*attention, *blocks, *weights["out.weight"].split(width, dim=2))
+    return torch.stack([matrix.transpose(0, 1) for matrix in matrices])  # in memory as a ring takes it
 
 
 def unpack(stacked: Tensor, *, gated: bool = False) -> Weights:
