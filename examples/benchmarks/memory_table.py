@@ -5,9 +5,9 @@
 Parameters and FLOPs are counted, FLOPs by torch over a whole update of the batch. Activations are what autograd keeps
 from the forward to the backward pass, counted through its hooks for saved tensors on tensors without storage, with
 attention's matrix never stored (flash attention) and, in bf16, under autocast. Seconds are FLOPs over a throughput
-that is given, by default what an H200 was measured at on DeiT-S -> DeiT-B; the ring's contraction stays in float32 and
-gets one of its own. Not in the table: what lies in the buffers of kernels, of the allocator and of NCCL, and the slices
-of the contraction.
+that is given, by default what an H200 was measured at on DeiT-S -> DeiT-B; the ring's contraction has two of its own,
+in float32 and with --tf32. Not in the table: what lies in the buffers of kernels, of the allocator and of NCCL, and the
+slices of the contraction.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=256, help="images of an update")
     parser.add_argument("--tflops", type=float, default=290, help="TFLOP/s of the network, in bf16")
-    parser.add_argument("--fp32-tflops", type=float, default=26, help="TFLOP/s of the contraction, in float32")
+    parser.add_argument("--fp32-tflops", type=float, default=39, help="TFLOP/s of the contraction, in float32")
+    parser.add_argument("--tf32-tflops", type=float, default=320, help="TFLOP/s of the contraction with --tf32")
     parser.add_argument("--pairs", help="only targets whose name holds this")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -53,9 +54,12 @@ def main() -> None:
         *("activations per image, MB: float32", "bf16"),
     )
     table(columns, [memory_row(row) for row in found])
-    columns = ("target", "update", "trained, M", "held besides activations, GB", "TFLOP per update", "s per update")
-    assumed = f"{options.tflops:g} TFLOP/s in the network and {options.fp32_tflops:g} in the ring's contraction"
-    print(f"\nBatch {options.batch_size}, one GPU, at {assumed}.\n")
+    columns = (
+        *("target", "update", "trained, M", "held besides activations, GB", "TFLOP per update"),
+        *("s per update", "with --tf32"),
+    )
+    ring = f"{options.fp32_tflops:g} in the ring's contraction, {options.tf32_tflops:g} with --tf32"
+    print(f"\nBatch {options.batch_size}, one GPU, at {options.tflops:g} TFLOP/s in the network and {ring}.\n")
     table(columns, [line for row in found for line in update_rows(row)])
     if options.out:
         content = {"calculated": found, "options": {**vars(options), "out": None}, "versions": versions()}
@@ -76,6 +80,7 @@ def calculate(small: str, big: str, sets: tuple[str, ...], options: argparse.Nam
             "held_bytes": 16 * parameters,
             "flops": plain,
             "seconds": plain / options.tflops / 1e12,
+            "tf32_seconds": plain / options.tflops / 1e12,
         }
     ]
     state = build(source.name, source.arguments, device="meta").state_dict()
@@ -92,6 +97,7 @@ def calculate(small: str, big: str, sets: tuple[str, ...], options: argparse.Nam
                 "held_bytes": 4 * before + 8 * parameters + 16 * trained,
                 "flops": flops,
                 "seconds": (plain / options.tflops + contraction / options.fp32_tflops) / 1e12,
+                "tf32_seconds": (plain / options.tflops + contraction / options.tf32_tflops) / 1e12,
             }
         )
     return {
@@ -152,7 +158,7 @@ def update_rows(row: dict[str, Any]) -> list[list[str]]:
         [
             *(row["target"].partition(" ")[0], update["update"], f"{update['trained'] / 1e6:.1f}"),
             f"{update['held_bytes'] / 1e9:.2f}",
-            *(f"{update['flops'] / 1e12:.1f}", f"{update['seconds']:.2f}"),
+            *(f"{update['flops'] / 1e12:.1f}", f"{update['seconds']:.2f}", f"{update['tf32_seconds']:.2f}"),
         ]
         for update in row["updates"]
     ]
