@@ -87,7 +87,7 @@ class FitSettings:
     """auto, fp32, bf16 or fp16; auto is bf16 on GPUs that have it and fp32 elsewhere."""
 
     tf32: bool = False
-    """Let CUDA multiply with 10 bits of each mantissa while training: TF32, and scaled float16 in an operator's ring."""
+    """Let CUDA multiply with 10 bits of each mantissa while training: TF32, scaled float16 in an operator's ring."""
 
     compile: str | None = None
     """Compile the network with torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune."""
