@@ -71,6 +71,7 @@ def test_scaled_values_are_read_and_written_in_any_order_of_rows(axes):
     assert torch.equal(place[:, 1:4].permute(axes), made.float() / 4)
     assert not place[:, ::4].any()  # what lies beside it is left alone
     assert not kernels.scaled(values.mT, scale, made.mT.contiguous())
+    assert not kernels.scaled(values[..., :1].expand(values.shape), scale, made)  # one number in place of many
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.data())

@@ -229,6 +229,22 @@ def test_without_vectors_the_ring_alone_is_trained():
     assert trained == {f"method.ring.cores.{axis}" for axis in "BOLI"}
 
 
+def test_vectors_that_are_alike_grow_together_and_no_others():
+    """Stacked they would share memory where nothing grows, and a precision where theirs differ."""
+    source, target = PAIRS["twice as wide"]
+    weights = source.split(randomised(source).state_dict())
+    kept = expand(source.tensors, weights, {})
+    assert all(kept[slot] is weights[slot] for slot in weights)
+    width = source.spaces["embed"].size
+    spaces = {"embed": SpaceMap(*[maps.duplicate(width, target.spaces["embed"].size).float()] * 2)}
+    single = {slot: weight.float() for slot, weight in weights.items()}
+    alone = {spec.slots[0]: expand([spec], single, spaces) for spec in source.tensors}
+    together = expand(source.tensors, single, spaces)
+    assert list(together) == [slot for spec in source.tensors for slot in spec.slots]
+    for grown in alone.values():
+        assert all(torch.allclose(together[slot], grown[slot], atol=1e-6) for slot in grown)
+
+
 def test_mango_at_rank_1_without_noise_is_duplication():
     """Rank 1 at its start equals FPI (bert2BERT, Chen et al., ACL 2022, section 3.2) on whole multiples."""
     source, target = PAIRS["twice as wide"]

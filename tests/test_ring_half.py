@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ring import Team, random_ring, rings
 
+from growkit.core import half
 from growkit.core import ring as ring_module
 from growkit.core.half import halved, may_halve, scales_of
-from growkit.core.ring import contraction_plan
+from growkit.core.ring import RingOperator, contraction_plan
 from growkit.train.score import multiplying
 
 ROUNDING = 2.0**-11  # of a float16 factor, relative
@@ -48,21 +49,49 @@ def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in
     weights = torch.randn(exact(x).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weights = weights * 2.0**steepness
     truth, size = grown_and_gradients(exact, x, weights), sizes_of(exact, x, weights)
-    half = copy.deepcopy(exact).float()
+    rounded = copy.deepcopy(exact).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring_module, "FEWEST_ELEMENTS", 8 if in_slices else ring_module.FEWEST_ELEMENTS)
         contraction_plan.cache_clear()
-        found = grown_and_gradients(half, x.detach().float().requires_grad_(), weights.float())
+        found = grown_and_gradients(rounded, x.detach().float().requires_grad_(), weights.float())
     contraction_plan.cache_clear()
     assert all(tensor.dtype == torch.float32 for tensor in found)
     assert max(map(gap, found, truth, size)) < 8 * ROUNDING  # of five factors and three intermediates
     assert gap(found[0], truth[0]) > 1e-6  # it is float16 that was measured
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nothing_overflows_where_everything_adds_up(sign):
+    """As many summands as DeiT-S has, none of which cancels: by float16 alone 384 x 48 x 48 of them are infinite."""
+    old, new = {"B": 12, "O": 384, "L": 12, "I": 2}, {"B": 12, "O": 2, "L": 12, "I": 384}
+    exact = RingOperator(old, new, [4] * 4, dtype=torch.float64)
+    with torch.no_grad():
+        for core in exact.cores.values():
+            core.fill_(sign * 0.9)
+    x = torch.full([old[axis] for axis in "BOLI"], 0.9, dtype=torch.float64, requires_grad=True)
+    weights = torch.full([new[axis] for axis in "BOLI"], 0.9, dtype=torch.float64)
+    truth = grown_and_gradients(exact, x, weights)
+    found = grown_and_gradients(copy.deepcopy(exact).float(), x.detach().float().requires_grad_(), weights.float())
+    assert max(map(gap, found, truth)) < 8 * ROUNDING
+
+
+def test_room_is_made_for_no_more_than_the_cores_can_do():
+    """Copies of what they grow leave the factors at full scale."""
+    ring, x = random_ring(*EXAMPLE)
+    for core in ring.cores.values():
+        core.data.copy_(torch.eye(core.shape[1], core.shape[2], dtype=torch.float64)[None, :, :, None])
+    cores = [ring.cores[axis] for axis in ring.order]
+    with torch.no_grad():
+        _, scales, steeper = ring_module._halved(ring.equation, ring._plan(x, cores), [x, *cores])
+        assert torch.equal(scales, scales_of([x, *cores]))
+    assert steeper == 1
+
+
 def test_processes_share_a_ring_of_float16_factors():
     ring, x = random_ring(*EXAMPLE)
     ring, x = ring.float(), x.detach().float()
     weights = torch.randn(2, *ring(x).shape, generator=torch.Generator().manual_seed(1))
+    weights[1] *= 2**20  # by the first process's own scale the sum would be infinite
     truth = grown_and_gradients(copy.deepcopy(ring).double(), x.double().requires_grad_(), weights.double().mean(0))
     team = Team(2)
 
@@ -91,17 +120,21 @@ def test_without_gradients_a_ring_is_exact():
 def test_halved_values_are_a_power_of_two_away(largest):
     values = largest * torch.tensor([[1.0, -0.5], [0.25, 0.0]])
     (scale,) = scales_of([values])
-    half = halved(values.T, 1 / scale)
-    assert half.is_contiguous()
-    assert half.dtype == torch.float16
+    made = halved(values.T, 1 / scale)
+    assert made.is_contiguous()
+    assert made.dtype == torch.float16
     assert torch.frexp(scale)[0] == 0.5
-    assert not largest or 0.5 <= half.abs().max() <= 1
-    assert torch.allclose(half.float() * scale, values.T, rtol=ROUNDING, atol=0)
+    assert not largest or 0.5 <= made.abs().max() <= 1
+    assert torch.allclose(made.float() * scale, values.T, rtol=ROUNDING, atol=0)
 
 
 def test_a_cpu_never_halves():
     with multiplying(tf32=True):
         assert not may_halve(torch.ones(2))
+
+
+def test_kernels_that_do_not_run_are_done_without():
+    assert half._kernels(torch.device("cpu")) is None
 
 
 EXAMPLE = ({"B": 3, "O": 6, "L": 2, "I": 5}, {"B": 3, "O": 8, "L": 4, "I": 7}, [2, 3, 2, 2], "BOLI", 0)

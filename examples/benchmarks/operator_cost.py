@@ -452,11 +452,12 @@ def seconds_of(update: Callable[[], None], device: torch.device, times: int) -> 
             update()
         return (time.perf_counter() - start) / times
     begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    update()
-    begun.record()
-    for _ in range(times):
+    with torch.cuda.device(device):  # an event is of its stream's device
         update()
-    done.record()
+        begun.record()
+        for _ in range(times):
+            update()
+        done.record()
     done.synchronize()
     return begun.elapsed_time(done) / 1e3 / times
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="each process has one of its own"
     )
-    parser.add_argument("--tf32", action="store_true", help="the ring's products in TF32")
+    parser.add_argument("--tf32", action="store_true", help="as training's --tf32: the ring's factors in float16")
     parser.set_defaults(grad_accum_steps=1)
     options, device, source, target = parsed(parser)
     if distributed.local_rank() is None:

@@ -58,11 +58,16 @@ def cheapest_path(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[Pat
     return tuple(tuple(step) for step in path), int(info.opt_cost), int(info.largest_intermediate)
 
 
+def _given(equation: str) -> list[str]:
+    """The indices of each operand."""
+    return equation.split("->")[0].split(",")
+
+
 @lru_cache(maxsize=1024)
 def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
     """The products of `path`, an order as opt_einsum gives it; the first operand is taken for the large one."""
-    given, result = equation.split("->")
-    waiting = list(enumerate(given.split(",")))  # places and their indices
+    result = equation.split("->")[1]
+    waiting = list(enumerate(_given(equation)))  # places and their indices
     made = len(waiting)
     heirs, pairs = {0}, []  # places of the first operand and of what came of it
     for step in path:
@@ -120,6 +125,7 @@ def gradients(
         if above is None:
             continue
         large, small = values[pair.large], values[pair.small]
+        above = _folded(above, pair.indices, pair.before, pair.new, pair.after)
         if asked[pair.small] and asked[pair.large] and pair.large >= given > pair.small:
             together = _gradients_together(pair, above, large, small)
             if together is not None:
@@ -132,16 +138,46 @@ def gradients(
     return found
 
 
+def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How large intermediates can be where no element of an operand is above 1: of `contract`, and of `gradients`.
+
+    Both of shape (), at least 1; the second for a gradient of the result that is not above 1 either.
+    """
+    pairs, given = pairs_of(equation, path), len(operands)
+    one = torch.ones((), device=operands[0].device)
+    terms = zip(_given(equation), operands, strict=True)
+    sizes = {index: size for term, operand in terms for index, size in zip(term, operand.shape, strict=True)}
+
+    def sums(pair: Pair, over: str) -> Tensor:
+        """The largest sum of magnitudes of the small factor over these of its indices."""
+        if pair.small >= given:
+            return largest[pair.small] * prod(sizes[index] for index in over)
+        small = operands[pair.small].float().abs()
+        return small.sum([pair.of_small.index(index) for index in over]).amax() if over else small.amax()
+
+    largest = [one] * given
+    for pair in pairs:
+        largest.append(largest[pair.large] * sums(pair, pair.lead + pair.summed))
+    above = {len(largest) - 1: one}
+    for place in reversed(range(given, len(largest))):
+        pair = pairs[place - given]
+        above[pair.large] = above[place] * sums(pair, pair.new)
+        above[pair.small] = above[place] * largest[pair.large] * prod(sizes[i] for i in pair.before + pair.after)
+    backwards = [above[place] for place in range(given, len(largest))]
+    return torch.stack([one, *largest[given:-1]]).amax(), torch.stack([one, *backwards]).amax()
+
+
 @contextmanager
 def float32_sums() -> Iterator[None]:
     """CUDA adds up float16 products in float32 throughout; afterwards as torch was set to before."""
     place = torch.backends.cuda.matmul
-    before = place.allow_fp16_reduced_precision_reduction
+    name = "allow_fp16_reduced_precision_reduction"
+    before = getattr(place, name), getattr(place, f"{name}_split_k")
     try:
-        place.allow_fp16_reduced_precision_reduction = False
+        setattr(place, name, False)
         yield
     finally:
-        place.allow_fp16_reduced_precision_reduction = before
+        setattr(place, name, before)
 
 
 def _product(pair: Pair, large: Tensor, small: Tensor, then: Pair | None = None) -> Tensor:
@@ -178,13 +214,12 @@ def _parts(pair: Pair, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
     return made.reshape(-1, *sizes)
 
 
-def _gradients_together(pair: Pair, grad: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor] | None:
+def _gradients_together(pair: Pair, above: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor] | None:
     """Of small and large, read and written once, where a kernel does that."""
     here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
     kernels = _kernels(pair, here, there)
     if not kernels:
         return None
-    above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
     of_small, of_large = kernels.gradients(there[0], here[0], above)
     order = pair.new + pair.summed
     of_small = of_small.reshape(_sizes(small, pair.of_small, order))
@@ -202,8 +237,8 @@ def _together(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def _gradient_of_large(pair: Pair, grad: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
-    above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
+def _gradient_of_large(pair: Pair, above: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
+    """From the product's gradient (before, new, after)."""
     there = _folded(small, pair.of_small, pair.lead, pair.summed, pair.new)
     if not pair.after:
         made = _matmul(above.squeeze(2).expand(len(there), -1, -1), there.mT, wide)
@@ -213,8 +248,8 @@ def _gradient_of_large(pair: Pair, grad: Tensor, large: Tensor, small: Tensor, *
     return _ordered(made.reshape(_sizes(large, pair.of_large, order)), order, pair.of_large)
 
 
-def _gradient_of_small(pair: Pair, grad: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
-    above = _folded(grad, pair.indices, pair.before, pair.new, pair.after)
+def _gradient_of_small(pair: Pair, above: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
+    """From the product's gradient (before, new, after)."""
     here = _folded_large(pair, large)
     if not pair.after:
         made = _matmul(above.squeeze(2).T.expand(len(here), -1, -1), here.squeeze(3), wide)

@@ -1,14 +1,19 @@
 """Factors in float16 where TF32 would do: ten bits of mantissa as well, half the memory, twice the rate.
 
-Of TF32's range float16 has a part. So factors are scaled by powers of two, which changes no bit of a mantissa.
+Of TF32's range float16 has a part. So factors are scaled by powers of two, which changes no bit of a mantissa, and by
+`growkit.core.contract.growth` so far that no intermediate leaves it.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+ROOM = 2**15  # float16 ends a little below 2^16
+FARTHEST = 100  # power of two that float32 still holds, and one over it
 
 
 def may_halve(x: Tensor) -> bool:
@@ -21,7 +26,13 @@ def may_halve(x: Tensor) -> bool:
 def scales_of(tensors: Sequence[Tensor]) -> Tensor:
     """For each tensor the power of two over which its largest value lies between 1/2 and 1. Waits for no GPU."""
     _, exponents = torch.frexp(torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]))
-    return torch.exp2(exponents.to(tensors[0].dtype))
+    return torch.exp2(exponents.clamp(-FARTHEST, FARTHEST).to(tensors[0].dtype))
+
+
+def power_above(value: Tensor) -> Tensor:
+    """A power of two that is not below the value, and at least 1."""
+    _, exponent = torch.frexp(value)
+    return torch.exp2(exponent.clamp(min=0).to(value.dtype))
 
 
 def halved(values: Tensor, factor: Tensor) -> Tensor:
@@ -43,10 +54,17 @@ def scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """growkit.core.kernels where they run."""
-    if not tensor.is_cuda:
-        return None
+    return _kernels(tensor.device) if tensor.is_cuda else None
+
+
+@lru_cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """They are tried: Triton is not made for every system that CUDA runs on, and where it is needs a C compiler."""
     try:
         from growkit.core import kernels
-    except ImportError:  # triton is not made for every system that CUDA runs on
+
+        one = torch.ones(1, device=device)
+        kernels.scaled(one, one[0], one.half())
+    except Exception:  # of Triton's, of the compiler's, of the driver's
         return None
     return kernels

@@ -1,6 +1,6 @@
 """Triton kernels for what memory bounds: float16 products of which one factor is a small matrix, and their making.
 
-cuBLAS reads what such a product's gradients share once for each, and no faster than 3 of 4 TB/s.
+cuBLAS reads what such a product's gradients share once for each, and on an H200 no faster than 3 of 4 TB/s.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ MOST_ELEMENTS = 4096  # that a program scales
 def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
     """Write values * scale () to `out`, of which one is contiguous; False where the other lies in over four steps."""
     steps = in_steps(*((values.shape, values.stride()) if out.is_contiguous() else (out.shape, out.stride())), 4)
-    if steps is None or steps[3][1] > 1 or not (out.is_contiguous() or values.is_contiguous()):
+    if steps is None or not _adjoin(steps[3]) or not (out.is_contiguous() or values.is_contiguous()):
         return False
     sizes, strides = zip(*steps, strict=True)
     block = min(MOST_ELEMENTS, triton.next_power_of_2(sizes[3]))
@@ -35,7 +35,7 @@ def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -
     """
     cuts = (0, before), (before, before + new), (before + new, made.dim())
     places, rows, columns = (in_steps(made.shape[cut:end], made.stride()[cut:end], 2) for cut, end in cuts)
-    if places is None or rows is None or columns is None or columns[0][0] > 1 or columns[1][1] > 1:
+    if places is None or rows is None or columns is None or columns[0][0] > 1 or not _adjoin(columns[1]):
         return False
     (outer_size, outer), (inner_size, inner) = places
     (_, major), (minor_size, minor) = rows
@@ -73,6 +73,11 @@ def in_steps(sizes: Sequence[int], strides: Sequence[int], most: int) -> list[tu
             steps.insert(0, (size, stride))
     # a step of 0 keeps places divisible by 16, so that what is written there goes in pieces of 16 bytes
     return [(1, 0)] * (most - len(steps)) + steps if len(steps) <= most else None
+
+
+def _adjoin(step: tuple[int, int]) -> bool:
+    """Whether what an axis of this size and stride holds lies together."""
+    return step[1] == 1 or step[0] == 1
 
 
 def _blocks(*sizes: int) -> tuple[int, ...]:

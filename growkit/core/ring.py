@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, pairs_of
-from growkit.core.half import halved, may_halve, scaled, scales_of
+from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, growth, pairs_of
+from growkit.core.half import ROOM, halved, may_halve, power_above, scaled, scales_of
 from growkit.errors import GrowkitError
 
 AXES = "BOLI"
@@ -186,11 +186,10 @@ class _Sliced(torch.autograd.Function):
         grown = _grown_like(x, equation, cores)
         factors, scales = [x, *cores], None
         if may_halve(x):
-            scales = scales_of(factors)
-            factors = _laid_out(equation, plan, list(map(halved, factors, 1 / scales)))
+            factors, scales, ctx.steeper = _halved(equation, plan, factors)
             whole = scales.prod()
         ctx.save_for_backward(*factors, scales)
-        with float32_sums():
+        with nullcontext() if scales is None else float32_sums():
             for places, slice_ in _cut(equation, plan, grown, factors):
                 if plan.parts > 1:
                     made = _product(equation, slice_)
@@ -208,12 +207,12 @@ class _Sliced(torch.autograd.Function):
         *factors, scales = ctx.saved_tensors
         steepest = flat = None
         if scales is not None:
-            steepest = _scale_of_sums(grad, ctx.plan.parts)
+            steepest = _scale_of_sums(grad, ctx.plan.parts) * ctx.steeper
             flat = 1 / steepest
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
-        with without_autocast(grad.device.type), float32_sums():
+        with without_autocast(grad.device.type), nullcontext() if scales is None else float32_sums():
             for places, slice_ in _cut(ctx.equation, ctx.plan, grad, factors):
                 above = _sum_of_own(places)
                 if flat is not None:
@@ -253,12 +252,25 @@ def _cut(
         yield places, [*factors[:position], piece, *factors[position + 1 :]]
 
 
+def _halved(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Factors in float16, their scales (n,), and by how much () the gradient from above is to be scaled besides.
+
+    x and that gradient are made so much smaller that no intermediate leaves float16's range, whatever the cores hold.
+    """
+    scales = scales_of(factors)
+    made = _laid_out(equation, plan, list(map(halved, factors, 1 / scales)))
+    without_single, path, _ = _prepared(equation, _first_slice(equation, plan, made))
+    _, _, operands = _prepared(equation, made)
+    forwards, backwards = (power_above(bound / ROOM) for bound in growth(without_single, path, operands))
+    scales[0] *= forwards
+    made[0] /= forwards
+    return made, scales, backwards
+
+
 def _laid_out(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors, cores in memory as products take them: otherwise each slice would copy them."""
-    laid, position = list(factors), 1 + _position(equation, plan)
-    laid[position] = laid[position].narrow(2, 0, plan.width)
-    without_single, path, operands = _prepared(equation, laid)
-    laid[position] = factors[position]
+    """The factors, cores in memory as products take them: otherwise each slice would copy those that are not cut."""
+    laid = list(factors)
+    without_single, path, operands = _prepared(equation, _first_slice(equation, plan, factors))
     for pair in pairs_of(without_single, path):
         if 0 < pair.small < len(operands):
             term = _terms(equation)[pair.small - 1]
@@ -267,6 +279,12 @@ def _laid_out(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor])
             back = [order.index(place) for place in range(len(order))]
             laid[pair.small] = laid[pair.small].permute(order).contiguous().permute(back)
     return laid
+
+
+def _first_slice(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors that make the first slice."""
+    position = 1 + _position(equation, plan)
+    return [factor.narrow(2, 0, plan.width) if n == position else factor for n, factor in enumerate(factors)]
 
 
 def _number(parts: int) -> int:
@@ -300,7 +318,7 @@ def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
     (scale,) = scales_of([grad])
     if parts > 1 and not scale.is_meta:
         dist.all_reduce(scale, dist.ReduceOp.MAX)
-    return scale * parts
+    return scale * 2 ** (parts - 1).bit_length()
 
 
 def _among_zeros(own: Tensor, parts: int) -> Tensor:

@@ -41,8 +41,8 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
     interpolation are special cases.
     """
     grown: Weights = {}
-    alike: dict[tuple[object, ...], list[str]] = {}  # slots by shape and matrices
-    ways: dict[tuple[object, ...], list[tuple[int, Tensor]]] = {}
+    alike: dict[object, list[str]] = {}  # slots by what they are and their matrices
+    ways: dict[object, list[tuple[int, Tensor]]] = {}
     for spec in tensors:
         axes = (LAYERS, *spec.dims) if spec.layered else spec.dims
         reads = None if spec.reads is None else spec.reads + spec.layered
@@ -53,15 +53,13 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
                 if space_map is not None:
                     way.append((axis, space_map.read if axis == reads else space_map.write))
             # vectors go together, for each alone is little work; a matrix for each layer takes one tensor
-            joint = len(spec.dims) == 1 and all(matrix.ndim == 2 for _, matrix in way)
-            key: tuple[object, ...] = (
-                None if joint else slot,
-                weights[slot].shape,
-                *((axis, id(matrix)) for axis, matrix in way),
-            )
+            joint = way and len(spec.dims) == 1 and all(matrix.ndim == 2 for _, matrix in way)
+            tensor = weights[slot]
+            kind = (tensor.shape, tensor.dtype, tensor.device) if joint else (slot,)
+            key: object = (kind, tuple((axis, id(matrix)) for axis, matrix in way))
             alike.setdefault(key, []).append(slot)
             ways[key] = way
-            grown[slot] = weights[slot]  # in this order
+            grown[slot] = tensor  # in this order
     for key, slots in alike.items():
         tensors_of = [weights[slot] for slot in slots]
         together = torch.stack(tensors_of) if len(slots) > 1 else tensors_of[0]

@@ -30,6 +30,7 @@ from growkit.train.settings import AUTO, FitSettings
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
+BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
 FEW = 2  # unreadable images are no share yet
 
 
@@ -448,25 +449,28 @@ def _read_to_train(
 
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, images on the GPU: each is copied there while the one before it is worked on."""
+    """The batches, images on the GPU: each is copied there while the one before it is worked on.
+
+    At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
+    """
     copying = torch.cuda.Stream(device)
     waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
 
-    def arrived() -> tuple[Tensor, Tensor]:
-        images, labels, event = waiting.popleft()
+    def handed_out() -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels, copied = waiting.popleft()
         working = torch.cuda.current_stream(device)
-        working.wait_event(event)
-        images.record_stream(working)  # its memory is not given away before this work is done
-        return images, labels
+        working.wait_event(copied)
+        yield images, labels
+        copying.wait_event(working.record_event())  # before another batch is copied to where this one lies
 
     for images, labels in batches:
         with torch.cuda.stream(copying):
-            sent = images.to(device, non_blocking=True)
-            waiting.append((sent, labels, copying.record_event()))
+            waiting.append((images.to(device, non_blocking=True), labels, copying.record_event()))
+        del images
         if len(waiting) > 1:
-            yield arrived()
+            yield from handed_out()
     while waiting:
-        yield arrived()
+        yield from handed_out()
 
 
 def val_batches(

@@ -18,10 +18,9 @@ aten = torch.ops.aten
 class StepCost:
     """Matrix products and convolutions of a forward and a backward pass over one batch.
 
-    A multiply-accumulate (MAC) is two FLOPs. What a fused attention kernel computes twice is
-    counted once, so that the figures do not depend on device or kernel; what
-    torch.utils.checkpoint computes twice is counted twice. The optimizer's own arithmetic, norms
-    and activations are not counted.
+    A multiply-accumulate (MAC) is two FLOPs. What torch.utils.checkpoint computes twice is counted twice; what a fused
+    attention kernel computes twice, once: nothing is computed, so the figures depend on no device or kernel. The
+    optimizer's own arithmetic, norms and activations are not counted.
     """
 
     flops_per_step: int
@@ -35,15 +34,15 @@ class StepCost:
 
 
 def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable[[Any, Tensor], Tensor]) -> StepCost:
-    """Count a training step of `model` on a batch like this one; nothing is computed, on any device.
+    """Count a training step of `model` on a batch like this one; nothing is computed.
 
     Args:
-        model: the module to train; its forward is part of the step, whatever it does.
+        model: the module to train; its forward has to run on torch's meta device, and so may look at no value.
         batch: images (N, C, H, W) and the targets `loss_fn` takes.
         loss_fn: maps (outputs, targets) to a scalar.
     """
     images, targets = (tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for tensor in batch)
-    bare, counter = without_storage(model), FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    bare, counter = without_storage(model), FlopCounterMode(display=False)
     # weights that are made are ready before; to make them is counted apart
     with made_once(bare, 2), counter:
         loss_fn(bare(images), targets).backward()
@@ -64,32 +63,3 @@ def count_making(model: nn.Module) -> int:
         made = [tensor for tensor in maker.weights().values() if tensor.requires_grad]
         torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])
     return counter.get_total_flops()
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Shapes (N, heads, tokens, width): the scores and the weighted sum of the values."""
-    n, heads, tokens, width = query
-    seen = key[-2]
-    return int(2 * n * heads * tokens * seen * (width + value[-1]))
-
-
-def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    # each of the two products has two gradients of its own size
-    return 2 * _attention_flops(query, key, value)
-
-
-def _attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for the fused kernels, the CPU's among them, that count no recomputation."""
-    forward = (
-        aten._scaled_dot_product_flash_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention,
-    )
-    backward = (
-        aten._scaled_dot_product_flash_attention_backward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward,
-        aten._scaled_dot_product_efficient_attention_backward,
-        aten._scaled_dot_product_cudnn_attention_backward,
-    )
-    return dict.fromkeys(forward, _attention_flops) | dict.fromkeys(backward, _attention_backward_flops)

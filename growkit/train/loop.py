@@ -123,7 +123,6 @@ def fit(
     elif folder is not None:
         distributed.by_leader(lambda: resuming.clear(folder))
         distributed.begin()
-
     accumulate = settings.grad_accum_steps
     batches = train_batches(
         data,
@@ -328,7 +327,8 @@ class _Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        cost, processes = count_step(bare, self._try_one_batch(data), self.loss_of), distributed.size()
+        batch, processes = self._try_one_batch(data), distributed.size()
+        cost = count_step(bare, batch, self.loss_of)
         flops = cost.of_update(settings.grad_accum_steps)
         if processes > 1:
             with making.shared(bare, processes):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
-from growkit.train.data import Data, images_per_batch, size_of, train_batches
+from growkit.train.data import BATCHES_AHEAD, Data, images_per_batch, size_of, train_batches
 from growkit.train.making import made_once
 from growkit.train.memory import step_peak, without_storage
 from growkit.train.resident import free_bytes
-from growkit.train.score import autocast, mode_kept
+from growkit.train.score import autocast, mode_kept, multiplying
 from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
@@ -48,8 +48,10 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
     room = ROOM * free_bytes(device) + own  # the weights are there already
     batches = min(batches, 2)  # from the second on, the gradients of those before are there
 
+    ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
+
     def counted(size: int) -> int:
-        return step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
+        return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
 
     small, large = counted(8), counted(16)
     each = max(1, (large - small) // 8)
@@ -66,7 +68,7 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
 
 def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
     try:
-        with mode_kept(model), made_once(model, batches):
+        with mode_kept(model), multiplying(settings.tf32), made_once(model, batches):
             for _ in range(batches):
                 with autocast(settings.precision, images.device):
                     model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()

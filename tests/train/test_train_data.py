@@ -411,41 +411,41 @@ def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings
 
 
 def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream in which things take place in turn stands in for the GPU's."""
+    """Streams that note what is asked of them stand in for the GPU's; none of two batches is copied over the other."""
     happened: list[str] = []
-    names = iter("ABC")
+    events = iter(range(1, 99))
 
     class Stream:
-        def __init__(self, _: object) -> None: ...
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "copying"
 
-        def record_event(self) -> str:
-            name = next(names)
-            happened.append(f"copy {name}")
-            return name
+        def record_event(self) -> int:
+            event = next(events)
+            happened.append(f"{self.name}: event {event}")
+            return event
 
-        def wait_event(self, event: str) -> None:
-            happened.append(f"wait for {event}")
+        def wait_event(self, event: int) -> None:
+            happened.append(f"{self.name}: wait for {event}")
 
-    class Sent:
-        def __init__(self, number: int) -> None:
-            self.number = number
+    class Images:
+        def __init__(self, name: str) -> None:
+            self.name = name
 
-        def to(self, _: object, *, non_blocking: bool) -> "Sent":
+        def to(self, _: object, *, non_blocking: bool) -> "Images":
             assert non_blocking
-            return Sent(self.number)
-
-        def record_stream(self, _: Stream) -> None:
-            happened.append(f"keep {'ABC'[self.number]}")
+            happened.append(f"copy {self.name}")
+            return Images(self.name)
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    given: Any = ((Sent(number), torch.tensor(number)) for number in range(3))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("working"))
+    given: Any = ((Images(name), torch.tensor(number)) for number, name in enumerate("ABC"))
     for images, label in _ahead(given, torch.device("cuda")):
-        assert images.number == label
-        happened.append(f"work on {'ABC'[images.number]}")
+        assert images.name == "ABC"[label]
+        happened.append(f"work on {images.name}")
     assert happened == [
-        *("copy A", "copy B", "wait for A", "keep A", "work on A"),
-        *("copy C", "wait for B", "keep B", "work on B"),
-        *("wait for C", "keep C", "work on C"),
+        *("copy A", "copying: event 1", "copy B", "copying: event 2", "working: wait for 1", "work on A"),
+        *("working: event 3", "copying: wait for 3", "copy C", "copying: event 4", "working: wait for 2", "work on B"),
+        *("working: event 5", "copying: wait for 5", "working: wait for 4", "work on C"),
+        *("working: event 6", "copying: wait for 6"),
     ]

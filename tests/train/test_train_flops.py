@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -49,13 +48,6 @@ def test_step_of_a_vit_costs_what_the_formula_says(vit: nn.Module) -> None:
     assert cost.macs_per_step == 2 * patches + 3 * rest
     assert cost.flops_per_step == 2 * cost.macs_per_step
     assert cost.flops_per_image == cost.flops_per_step / IMAGES
-
-
-@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_cost_does_not_depend_on_the_attention_kernel(vit: nn.Module, backend: SDPBackend) -> None:
-    patches, rest = forward_macs()
-    with sdpa_kernel(backend):
-        assert count_step(vit, batch(), cross_entropy).macs_per_step == 2 * patches + 3 * rest
 
 
 def test_frozen_weights_cost_no_gradient(vit: nn.Module) -> None:

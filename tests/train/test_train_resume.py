@@ -85,7 +85,7 @@ class Kill:
     """Raises KilledError in the second batch of update `step`."""
 
     def __init__(self, step: int, settings: FitSettings):
-        self.left = 1 + step * settings.grad_accum_steps  # one more pass counts FLOPs
+        self.left = step * settings.grad_accum_steps
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if module.training:
