@@ -5,12 +5,14 @@ import hashlib
 import os
 import random
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -535,6 +537,16 @@ def _loading(settings: FitSettings, pin_memory: bool) -> dict[str, Any]:
 
 
 def _quiet_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers when it is done with them."""
+    """Leave Ctrl-C to the main process, which ends its workers when it is done with them, and say nothing of its death.
+
+    Python hands images on in a thread of the worker; where the main process is killed meanwhile, that thread fails.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, EOFError | ConnectionError):
+            shown(kind, error, trace)
+
+    sys.excepthook = show

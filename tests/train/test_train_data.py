@@ -3,6 +3,8 @@
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -408,6 +410,19 @@ def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings
     data = opened(FitSettings(batch_size=8, workers=0, cache="ram", color_jitter=0.0))
     with pytest.raises(GrowkitError, match="--cache"):
         unaugmented(data, 5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(EOFError(), False), (ConnectionResetError(), False), (ValueError("odd"), True)]
+)
+def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Exception, told: bool) -> None:
+    """As Python's thread tells it that hands images on, in a process whose signals are its own."""
+    code = (
+        "import sys; from growkit.train.data import _quiet_worker; _quiet_worker(0);"
+        f" error = {error!r}; sys.excepthook(type(error), error, None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (type(error).__name__ in done.stderr) == told
 
 
 def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
