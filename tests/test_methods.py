@@ -230,7 +230,7 @@ def test_without_vectors_the_ring_alone_is_trained():
 
 
 def test_vectors_that_are_alike_grow_together_and_no_others():
-    """Stacked they would share memory where nothing grows, and a precision where theirs differ."""
+    """Where nothing grows, stacked ones would be copies that share memory."""
     source, target = PAIRS["twice as wide"]
     weights = source.split(randomised(source).state_dict())
     kept = expand(source.tensors, weights, {})

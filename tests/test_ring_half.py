@@ -10,6 +10,7 @@ from test_ring import Team, random_ring, rings
 
 from growkit.core import half
 from growkit.core import ring as ring_module
+from growkit.core.contract import float32_sums
 from growkit.core.half import halved, may_halve, scales_of
 from growkit.core.ring import RingOperator, contraction_plan
 from growkit.train.score import multiplying
@@ -126,6 +127,27 @@ def test_halved_values_are_a_power_of_two_away(largest):
     assert torch.frexp(scale)[0] == 0.5
     assert not largest or 0.5 <= made.abs().max() <= 1
     assert torch.allclose(made.float() * scale, values.T, rtol=ROUNDING, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e-45, 3e38])
+def test_ends_of_the_range_make_no_nan(largest):
+    values = torch.tensor([largest, 0.0])
+    (scale,) = scales_of([values])
+    assert not halved(values, 1 / scale).isnan().any()
+
+
+def test_torch_is_left_as_it_was_set():
+    place = torch.backends.cuda.matmul
+    before = place.allow_fp16_reduced_precision_reduction, place.allow_fp16_reduced_precision_reduction_split_k
+    try:
+        for chosen in ((True, True), (False, True), (False, False)):
+            place.allow_fp16_reduced_precision_reduction = chosen
+            with float32_sums():
+                assert not place.allow_fp16_reduced_precision_reduction
+            found = place.allow_fp16_reduced_precision_reduction, place.allow_fp16_reduced_precision_reduction_split_k
+            assert found == chosen
+    finally:
+        place.allow_fp16_reduced_precision_reduction = before
 
 
 def test_a_cpu_never_halves():

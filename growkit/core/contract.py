@@ -58,7 +58,7 @@ def cheapest_path(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[Pat
     return tuple(tuple(step) for step in path), int(info.opt_cost), int(info.largest_intermediate)
 
 
-def _given(equation: str) -> list[str]:
+def terms_of(equation: str) -> list[str]:
     """The indices of each operand."""
     return equation.split("->")[0].split(",")
 
@@ -67,7 +67,7 @@ def _given(equation: str) -> list[str]:
 def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
     """The products of `path`, an order as opt_einsum gives it; the first operand is taken for the large one."""
     result = equation.split("->")[1]
-    waiting = list(enumerate(_given(equation)))  # places and their indices
+    waiting = list(enumerate(terms_of(equation)))  # places and their indices
     made = len(waiting)
     heirs, pairs = {0}, []  # places of the first operand and of what came of it
     for step in path:
@@ -145,7 +145,7 @@ def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tenso
     """
     pairs, given = pairs_of(equation, path), len(operands)
     one = torch.ones((), device=operands[0].device)
-    terms = zip(_given(equation), operands, strict=True)
+    terms = zip(terms_of(equation), operands, strict=True)
     sizes = {index: size for term, operand in terms for index, size in zip(term, operand.shape, strict=True)}
 
     def sums(pair: Pair, over: str) -> Tensor:
@@ -182,9 +182,9 @@ def float32_sums() -> Iterator[None]:
 
 def _product(pair: Pair, large: Tensor, small: Tensor, then: Pair | None = None) -> Tensor:
     """(before, new, after); where a kernel makes it, what `then` sums over lies together in memory."""
-    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
-    kernels = _kernels(pair, here, there)
+    kernels = _kernels(pair, large, small)
     if kernels:
+        here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
         sizes = dict(zip(pair.of_large + pair.of_small, (*large.shape, *small.shape), strict=True))
         orders = [pair.indices]
         if then and then.lead and then.of_large == pair.indices:
@@ -216,10 +216,10 @@ def _parts(pair: Pair, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
 
 def _gradients_together(pair: Pair, above: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor] | None:
     """Of small and large, read and written once, where a kernel does that."""
-    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
-    kernels = _kernels(pair, here, there)
+    kernels = _kernels(pair, large, small)
     if not kernels:
         return None
+    here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
     of_small, of_large = kernels.gradients(there[0], here[0], above)
     order = pair.new + pair.summed
     of_small = of_small.reshape(_sizes(small, pair.of_small, order))
@@ -227,10 +227,11 @@ def _gradients_together(pair: Pair, above: Tensor, large: Tensor, small: Tensor)
 
 
 def _kernels(pair: Pair, large: Tensor, small: Tensor) -> ModuleType | None:
-    """growkit.core.kernels, where they apply to the folded factors."""
+    """growkit.core.kernels, where they apply to these factors."""
     if not pair.after or large.dtype != torch.float16 or not (kernels := kernels_for(large)):
         return None
-    return kernels if max(small.shape) <= kernels.LARGEST else None
+    sides = (prod(_sizes(small, pair.of_small, side)) for side in (pair.new, pair.summed))
+    return kernels if max(sides) <= kernels.LARGEST else None
 
 
 def _together(parts: Tensor) -> Tensor:

@@ -19,7 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from growkit.core.contract import Path, cheapest_path, contract, float32_sums, gradients, growth, pairs_of
+from growkit.core.contract import (
+    Pair,
+    Path,
+    cheapest_path,
+    contract,
+    float32_sums,
+    gradients,
+    growth,
+    pairs_of,
+    terms_of,
+)
 from growkit.core.half import ROOM, halved, may_halve, power_above, scaled, scales_of
 from growkit.errors import GrowkitError
 
@@ -258,22 +268,21 @@ def _halved(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -
     x and that gradient are made so much smaller that no intermediate leaves float16's range, whatever the cores hold.
     """
     scales = scales_of(factors)
-    made = _laid_out(equation, plan, list(map(halved, factors, 1 / scales)))
+    made = list(map(halved, factors, 1 / scales))
     without_single, path, _ = _prepared(equation, _first_slice(equation, plan, made))
     _, _, operands = _prepared(equation, made)
     forwards, backwards = (power_above(bound / ROOM) for bound in growth(without_single, path, operands))
     scales[0] *= forwards
     made[0] /= forwards
-    return made, scales, backwards
+    return _laid_out(equation, pairs_of(without_single, path), made), scales, backwards
 
 
-def _laid_out(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors, cores in memory as products take them: otherwise each slice would copy those that are not cut."""
+def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, cores in memory as `pairs` take them: otherwise each slice would copy those that are not cut."""
     laid = list(factors)
-    without_single, path, operands = _prepared(equation, _first_slice(equation, plan, factors))
-    for pair in pairs_of(without_single, path):
-        if 0 < pair.small < len(operands):
-            term = _terms(equation)[pair.small - 1]
+    for pair in pairs:
+        if 0 < pair.small < len(factors):
+            term = terms_of(equation)[pair.small]
             taken = pair.new + pair.lead + pair.summed
             order = [term.index(index) for index in sorted(term, key=(taken + term).index)]
             back = [order.index(place) for place in range(len(order))]
@@ -330,19 +339,14 @@ def _among_zeros(own: Tensor, parts: int) -> Tensor:
     return whole
 
 
-def _terms(equation: str) -> list[str]:
-    """The indices of each core, as in pbBq."""
-    return equation.split("->")[0].split(",")[1:]
-
-
 def _position(equation: str, plan: "ContractionPlan") -> int:
     """Which core is cut."""
-    return next(n for n, term in enumerate(_terms(equation)) if term[2] == plan.axis)
+    return next(n for n, term in enumerate(terms_of(equation)[1:]) if term[2] == plan.axis)
 
 
 def _grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
     """What will be grown of x, in memory layer by layer, as weights are."""
-    sizes = {term[2]: core.shape[2] for term, core in zip(_terms(equation), cores, strict=True)}
+    sizes = {term[2]: core.shape[2] for term, core in zip(terms_of(equation)[1:], cores, strict=True)}
     return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in AXES])
 
 

@@ -54,12 +54,10 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
                     way.append((axis, space_map.read if axis == reads else space_map.write))
             # vectors go together, for each alone is little work; a matrix for each layer takes one tensor
             joint = way and len(spec.dims) == 1 and all(matrix.ndim == 2 for _, matrix in way)
-            tensor = weights[slot]
-            kind = (tensor.shape, tensor.dtype, tensor.device) if joint else (slot,)
-            key: object = (kind, tuple((axis, id(matrix)) for axis, matrix in way))
+            key: object = (weights[slot].shape if joint else slot, tuple((axis, id(matrix)) for axis, matrix in way))
             alike.setdefault(key, []).append(slot)
             ways[key] = way
-            grown[slot] = tensor  # in this order
+            grown[slot] = weights[slot]  # in this order
     for key, slots in alike.items():
         tensors_of = [weights[slot] for slot in slots]
         together = torch.stack(tensors_of) if len(slots) > 1 else tensors_of[0]
