@@ -2,14 +2,14 @@
 
     python examples/benchmarks/throughput.py --data IMAGENET --model deit_base --batch-size 256 --workers 16
 
-Same model, batch, precision, images, augmentation (crops and flips) and workers; segments of both, and of growkit with
-each of --with, alternate in random order in one process. An epoch should be longer than a segment, two times --steps:
-where one ends, timm's loader has nothing ready, and a segment is all waiting. Then: the share of the machine's measured
-matmul peak, and where a training step's time goes. The promise is for a GPU; on a CPU this is a smoke test.
+Same model, batch, precision, images, augmentation (crops, flips and what is asked for) and workers; segments of both,
+and of growkit with each of --with, alternate in random order in one process. An epoch should be longer than a segment,
+two times --steps: where one ends, timm's loader has nothing ready, and a segment is all waiting. Then: the share of the
+machine's measured matmul peak, and where a training step's time goes. The promise is for a GPU, and on a CPU this is a
+smoke test; but --read-only, which leaves the model out, tells there too which of the two reads faster.
 """
 
 import argparse
-import functools
 import json
 import math
 import random
@@ -35,7 +35,7 @@ from growkit.pipeline import pick_device
 from growkit.plan import step_flops
 from growkit.record import hardware, versions
 from growkit.source import Source, fresh
-from growkit.train.data import open_data
+from growkit.train.data import open_data, train_batches
 from growkit.train.loop import StepRecord, fit
 from growkit.train.score import amp_dtype, autocast
 from growkit.train.settings import FitSettings
@@ -65,12 +65,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--steps", type=int, default=20, help="updates timed in a segment; as many warm it up")
     parser.add_argument("--rounds", type=int, default=5, help="segments of each kind")
-    parser.add_argument("--with", dest="more", default="cache-ram,cache-device", help=WITH_HELP)
+    parser.add_argument(
+        "--aa", help="timm's AutoAugment policy, as in rand-m9-mstd0.5; images in a cache cannot have it"
+    )
+    parser.add_argument("--reprob", type=float, default=0.0, help="of erasing; images in a cache cannot have it")
+    parser.add_argument("--read-only", action="store_true", help="time the reading of batches, without a model")
+    parser.add_argument("--with", dest="more", help=f"{WITH_HELP}; cache-ram,cache-device if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
     device = pick_device(options.device)
-    asked = [] if options.more == "none" else options.more.split(",")
+    left_out = "none" if options.aa or options.reprob or options.read_only else "cache-ram,cache-device"
+    more = options.more or left_out
+    asked = [] if more == "none" else more.split(",")
     if unknown := {part for name in asked for part in name.split("+")} - set(WITH):
         parser.error(f"--with {', '.join(sorted(unknown))}: choose from {WITH_HELP.removeprefix('of ')}")
     if not (Path(options.data) / "train").is_dir():
@@ -82,11 +89,11 @@ def main() -> None:
     if whole := images // options.batch_size < 2 * options.steps:
         print(f"{images} images are fewer than a segment takes: loaders that begin anew each epoch look slow")
 
-    kinds: dict[str, Callable[[], float]] = {"growkit": growkit_segment(options, device)}
-    kinds["timm"] = functools.partial(timm_segment, options, device)
+    ours, theirs = (growkit_reading, timm_reading) if options.read_only else (growkit_segment, timm_segment)
+    kinds: dict[str, Callable[[], float]] = {"growkit": ours(options, device), "timm": theirs(options, device)}
     for name in asked:
         together = {key: value for part in name.split("+") for key, value in WITH[part].items()}
-        kinds[f"growkit, {name}"] = growkit_segment(options, device, **together)
+        kinds[f"growkit, {name}"] = ours(options, device, **together)
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     order = random.Random(options.seed)
     for number in range(options.rounds):
@@ -100,20 +107,16 @@ def main() -> None:
         if name != "timm"
     }
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    peak, per_image = matmul_peak(options, device), flops_per_image(options)
-    used = {name: median * per_image / peak for name, median in medians.items()}
-    print(f"{options.model}, batch {options.batch_size}, {options.precision}, {options.workers} workers, {device}")
-    print(f"medians of {options.rounds} segments")
-    print(f"matmul peak {peak / 1e12:.3g} TFLOP/s; {per_image / 1e9:.3g} GFLOP for each image")
+    what = "reading alone" if options.read_only else f"{options.model}, {options.precision}"
+    print(
+        f"{what}, batch {options.batch_size}, {options.workers} workers, {device}; medians of {options.rounds} segments"
+    )
     for name, median in medians.items():
         against = ratios.get(name, [1.0])
         spread = f"{statistics.median(against):.3f} ({min(against):.3f} to {max(against):.3f}) x timm"
-        print(f"{name:34} {median:10.1f} images/s, {used[name]:6.1%} of the peak, {spread}")
+        print(f"{name:34} {median:10.1f} images/s, {spread}")
     print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
-    where = shares(options, device)
-    print("where the time of growkit's training steps goes:")
-    for name, share in where.items():
-        print(f"{share:7.1%}  {name}")
+    work = {} if options.read_only else work_of(options, device, medians)
     if options.out:
         given = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
         content = {
@@ -125,14 +128,30 @@ def main() -> None:
             "median_images_per_second": medians,
             "ratio": statistics.median(ratios["growkit"]),
             "ratios": ratios,
-            "matmul_peak_flops_per_second": peak,
-            "flops_per_image": per_image,
-            "share_of_peak": used,
-            "shares_of_time": where,
+            **work,
             "versions": versions(),
             "hardware": hardware(),
         }
         options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def work_of(options: argparse.Namespace, device: torch.device, medians: dict[str, float]) -> dict[str, Any]:
+    """Print how much of the machine's arithmetic is used, and where the time goes; the same for the file."""
+    peak, per_image = matmul_peak(options, device), flops_per_image(options)
+    used = {name: median * per_image / peak for name, median in medians.items()}
+    print(f"matmul peak {peak / 1e12:.3g} TFLOP/s; {per_image / 1e9:.3g} GFLOP for each image")
+    for name, share in used.items():
+        print(f"{share:7.1%} of the peak  {name}")
+    where = shares(options, device)
+    print("where the time of growkit's training steps goes:")
+    for name, share in where.items():
+        print(f"{share:7.1%}  {name}")
+    return {
+        "matmul_peak_flops_per_second": peak,
+        "flops_per_image": per_image,
+        "share_of_peak": used,
+        "shares_of_time": where,
+    }
 
 
 def start_of(options: argparse.Namespace) -> Source:
@@ -152,6 +171,8 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
         seed=options.seed,
         eval_every=0,
         color_jitter=0,  # which images in a cache cannot have
+        aa=options.aa,
+        reprob=options.reprob,
     )
 
 
@@ -204,37 +225,76 @@ def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float
     return {name: found[name] / total for name in largest}
 
 
-def timm_segment(options: argparse.Namespace, device: torch.device) -> float:
+def growkit_reading(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[[], float]:
+    """Images per second of the second half of as many batches, which nothing is done with."""
+    source, settings = start_of(options), replace(settings_of(options), **changes)
+    data = open_data(options.data, source.preprocessing, settings)
+
+    def segment() -> float:
+        batches = train_batches(data, settings, 0, 2 * options.steps, device=device)
+        return rate(lambda: next(batches), options, device)
+
+    return segment
+
+
+def timm_reading(options: argparse.Namespace, device: torch.device) -> Callable[[], float]:
+    """The same of timm's loader."""
+    source, settings = start_of(options), settings_of(options)
+
+    def segment() -> float:
+        batches = endless(timm_loader(source.preprocessing, settings, Path(options.data) / "train", device))
+        return rate(lambda: next(batches), options, device)
+
+    return segment
+
+
+def timm_segment(options: argparse.Namespace, device: torch.device) -> Callable[[], float]:
     """Images per second of the second half of as many updates in a loop as timm's train script has it."""
     source, settings = start_of(options), settings_of(options)
-    model = source.model().to(device).train()
-    batches = endless(timm_loader(source.preprocessing, settings, Path(options.data) / "train", device))
-    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule, _ = create_scheduler_v2(optimizer, sched=settings.sched, num_epochs=2, updates_per_epoch=options.steps)
     loss_of = nn.CrossEntropyLoss()
-    start = 0.0
-    for step in range(2 * options.steps):
-        if step == options.steps:
+
+    def segment() -> float:
+        model = source.model().to(device).train()
+        batches = endless(timm_loader(source.preprocessing, settings, Path(options.data) / "train", device))
+        optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+        schedule, _ = create_scheduler_v2(
+            optimizer, sched=settings.sched, num_epochs=2, updates_per_epoch=options.steps
+        )
+        losses: list[Tensor] = []
+
+        def update() -> None:
+            images, labels = next(batches)
+            images, labels = images.to(device), labels.to(device)
+            with autocast(settings.precision, device):
+                loss = loss_of(model(images), labels)
+            loss.backward()
+            dispatch_clip_grad(model.parameters(), settings.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            schedule.step_update(len(losses))
+
+        found = rate(update, options, device)
+        if not math.isfinite(losses[-1].item()):
+            sys.exit("timm's loop: the loss is not finite")
+        return found
+
+    return segment
+
+
+def rate(step: Callable[[], Any], options: argparse.Namespace, device: torch.device) -> float:
+    """Images per second of the second half of 2 * options.steps calls."""
+    for number in range(2 * options.steps):
+        if number == options.steps:
             wait(device)
             start = time.perf_counter()
-        images, labels = next(batches)
-        images, labels = images.to(device), labels.to(device)
-        with autocast(settings.precision, device):
-            loss = loss_of(model(images), labels)
-        loss.backward()
-        dispatch_clip_grad(model.parameters(), settings.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step_update(step + 1)
+        step()
     wait(device)
-    rate = options.steps * settings.batch_size / (time.perf_counter() - start)
-    if not math.isfinite(loss.item()):
-        sys.exit("timm's loop: the loss is not finite")
-    return rate
+    return options.steps * options.batch_size / (time.perf_counter() - start)
 
 
 def timm_loader(config: dict[str, Any], settings: FitSettings, folder: Path, device: torch.device) -> Any:
-    """timm's loader of training images, with the prefetcher where there is a GPU."""
+    """timm's loader of training images, as its train script has it: with the prefetcher, which normalises batches."""
     dataset = create_dataset("", root=str(folder), is_training=True, batch_size=settings.batch_size)
     if len(dataset) < settings.batch_size:
         sys.exit(f"{folder}: {len(dataset)} images fill no batch of {settings.batch_size}; lower --batch-size")
@@ -246,13 +306,15 @@ def timm_loader(config: dict[str, Any], settings: FitSettings, folder: Path, dev
         scale=(settings.scale_min, 1.0),
         hflip=settings.hflip,
         color_jitter=settings.color_jitter,
+        auto_augment=settings.aa,
+        re_prob=settings.reprob,
+        re_mode="pixel",
         interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
         persistent_workers=settings.workers > 0,
-        use_prefetcher=device.type == "cuda",
         device=device,
     )
 

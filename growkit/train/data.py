@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 from growkit.errors import GrowkitError, first_line
 from growkit.pictures import UnreadablePictureError, unreadable
 from growkit.train.distributed import part, rank, size
+from growkit.train.erasing import Erased, Erasing, together
 from growkit.train.folders import FolderReader, Pictures, open_folders
+from growkit.train.normalise import Normalisation
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
 from growkit.train.settings import AUTO, FitSettings
 
@@ -36,6 +38,10 @@ BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
 FEW = 2  # unreadable images are no share yet
 
 
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
 @dataclass(frozen=True)
 class Data:
     """Images to train on and to evaluate on.
@@ -44,6 +50,7 @@ class Data:
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
     unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order
+    normalised   makes what the network takes of a batch of `train` (N, C, H, W), on the device
     """
 
     train: Dataset[Any]
@@ -51,6 +58,7 @@ class Data:
     classes: list[str]
     identity: Mapping[str, Any] = field(default_factory=dict)
     unreadable: dict[str, None] = field(default_factory=dict)
+    normalised: Callable[[Tensor], Tensor] = _as_they_are
 
     @property
     def remarks(self) -> list[str]:
@@ -95,16 +103,16 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         train, val, classes = open_folders(Path(data), settings.val_split, mode)
         files = {"files": _digest(train.reader.samples, train.reader.root)}
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
+    normalised = Normalisation(config["mean"], config["std"])
     try:
         augment = create_transform(
             **preprocessing,
             is_training=True,
+            normalize=False,
             scale=(settings.scale_min, 1.0),
             hflip=settings.hflip,
             color_jitter=settings.color_jitter or None,
             auto_augment=settings.aa,
-            re_prob=settings.reprob,
-            re_mode="pixel",
         )
     except (AssertionError, ValueError, KeyError) as error:  # timm's ways to refuse a policy
         raise GrowkitError(
@@ -113,13 +121,17 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
     if settings.cache == "none":
+        if settings.reprob:
+            augment.transforms.append(Erasing(settings.reprob))
         train.transform = _Converted(mode, augment)
         val.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
-        return Data(train=train, val=val, classes=classes, identity=identity)
+        return Data(train=train, val=val, classes=classes, identity=identity, normalised=normalised)
     train.transform = val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
-    size, mean, std = config["input_size"], config["mean"], config["std"]
     kept, judged = (
-        Resident(Decoded(split, partial(_in_order, split, stand_ins, settings), size, settings.cache), mean, std)
+        Resident(
+            Decoded(split, partial(_in_order, split, stand_ins, settings), config["input_size"], settings.cache),
+            normalised,
+        )
         for split, stand_ins in ((train, STAND_INS), (val, 0))
     )
     return Data(train=kept, val=judged, classes=classes, identity=identity)
@@ -154,7 +166,7 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
     train = data.train if keep == 1 else _part(data.train, sorted(kept))
     identity = {**data.identity, "hold_out": f"share {share}, keep {keep}, seed {seed}"}
     by, on = (
-        Data(train, _part(data.val, sorted(part)), data.classes, identity, data.unreadable) for part in (chosen, tested)
+        replace(data, train=train, val=_part(data.val, sorted(part)), identity=identity) for part in (chosen, tested)
     )
     return by, on
 
@@ -207,10 +219,10 @@ def channel_config(data_config: Mapping[str, Any]) -> dict[str, Any]:
 class _Converted:
     """A transform of PIL images that first gives them `mode`, as torchvision's datasets do not."""
 
-    def __init__(self, mode: str, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, mode: str, transform: Callable[[Image.Image], Any]):
         self.mode, self.transform = mode, transform
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Any:
         return self.transform(image if image.mode == self.mode else image.convert(self.mode))
 
 
@@ -338,7 +350,11 @@ def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
     missing = [why for sample, why in read if sample is None and why]
     if missing:
         return None, missing
-    return default_collate([sample for sample, _ in read]), [why for _, why in read if why]
+    samples = [sample for sample, _ in read]
+    if isinstance(samples[0][0], Erased):
+        images, labels = (list(part) for part in zip(*samples, strict=True))
+        return (together(images), default_collate(labels)), [why for _, why in read if why]
+    return default_collate(samples), [why for _, why in read if why]
 
 
 def _loaded(dataset: _Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
@@ -435,12 +451,16 @@ def train_batches(
             yield data.train.normalised(cropped), labels
         return
     batches = _read_to_train(data, settings, sampler, device)
-    yield from _ahead(batches, device) if device.type == "cuda" else batches
+    if device.type == "cuda":
+        yield from _ahead(batches, data.normalised, device)
+        return
+    for read, labels in batches:
+        yield _ready(read, data.normalised, device), labels
 
 
 def _read_to_train(
     data: Data, settings: FitSettings, sampler: "_Places", device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor | Erased, Tensor]]:
     read = failed = 0
     images_of = _Augmented(data.train, settings.seed)
     for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
@@ -450,8 +470,17 @@ def _read_to_train(
         yield batch
 
 
-def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, images on the GPU: each is copied there while the one before it is worked on.
+def _ready(images: Tensor | Erased, normalised: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """Images (N, C, H, W) on the device, as the network takes them."""
+    if isinstance(images, Erased):
+        return images.over(_ready(images.images, normalised, device))
+    return normalised(images.to(device, non_blocking=True))
+
+
+def _ahead(
+    batches: Iterator[tuple[Tensor | Erased, Tensor]], normalised: Callable[[Tensor], Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, normalised images on the GPU: each is copied there while the one before it is worked on.
 
     At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
     """
@@ -467,8 +496,7 @@ def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> It
 
     for images, labels in batches:
         with torch.cuda.stream(copying):
-            waiting.append((images.to(device, non_blocking=True), labels, copying.record_event()))
-        del images
+            waiting.append((_ready(images, normalised, device), labels, copying.record_event()))
         if len(waiting) > 1:
             yield from handed_out()
     while waiting:

@@ -17,6 +17,7 @@ from torch.nn.functional import grid_sample
 from torch.utils.data import Dataset
 
 from growkit.errors import GrowkitError
+from growkit.train.normalise import Normalisation, sent
 from growkit.train.settings import FitSettings
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
@@ -81,8 +82,8 @@ class Resident(Dataset[Any]):
     index   which of its images are meant, in order; all of them when left out
     """
 
-    def __init__(self, decoded: Decoded, mean: Sequence[float], std: Sequence[float], index: Tensor | None = None):
-        self.decoded, self.mean, self.std = decoded, mean, std
+    def __init__(self, decoded: Decoded, normalised: Normalisation, index: Tensor | None = None):
+        self.decoded, self.normalised = decoded, normalised
         self.index = torch.arange(decoded.shape[0]) if index is None else index
 
     def __len__(self) -> int:
@@ -90,20 +91,12 @@ class Resident(Dataset[Any]):
 
     def part(self, index: Sequence[int]) -> Self:
         """Some of the images, by their places in this one; decoded once for all parts."""
-        return type(self)(self.decoded, self.mean, self.std, self.index[torch.as_tensor(index)])
+        return type(self)(self.decoded, self.normalised, self.index[torch.as_tensor(index)])
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
         return sent(images[sent(chosen, images.device)], device).float(), self.decoded.labels[chosen]
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """Images with values 0 to 255 as the network takes them."""
-        # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-        full, mean, std = (
-            sent(torch.tensor(v), images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)
-        )
-        return images.div(full).sub(mean).div(std)
 
     def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The images at the places of each batch, normalised."""
@@ -170,13 +163,6 @@ def _crops(
     width, height = (torch.where(found, side.gather(0, first)[0], 1.0) for side in (width, height))
     left, top = torch.rand(2, count, generator=generator)
     return left * (1 - width), top * (1 - height), width, height
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a copy to a GPU, from memory that stays in place, waits for nothing."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Batches that depend on seed, epoch and image alone; wrong folders, and how they say so."""
 
+import copy
 import random
 import shutil
 import struct
@@ -13,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from train_samples import CONFIG, write_images
@@ -23,6 +28,8 @@ from growkit.errors import GrowkitError
 from growkit.train.data import (
     Data,
     _ahead,
+    _Places,
+    _read_to_train,
     batches_per_epoch,
     channel_config,
     hold_out,
@@ -34,6 +41,8 @@ from growkit.train.data import (
     unaugmented,
     val_batches,
 )
+from growkit.train.erasing import Erased, Erasing, together
+from growkit.train.normalise import Normalisation
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]
@@ -50,6 +59,45 @@ def test_worker_count_does_not_change_the_batches(opened: Open) -> None:
     none, one, two = (list(train_batches(opened(HARD), replace(HARD, workers=workers), 0, 5)) for workers in (0, 1, 2))
     assert same(none, one)
     assert same(none, two)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("reprob", [0.0, 0.7])
+def test_batches_are_what_timms_transform_of_each_image_makes(opened: Open, reprob: float, workers: int) -> None:
+    """It normalises and erases floats, image by image; growkit does so of whole batches, which travel in bytes."""
+    settings = replace(HARD, reprob=reprob, workers=workers)
+    data = opened(settings)
+    config = {name: CONFIG[name] for name in ("input_size", "mean", "std", "interpolation")}
+    full: Any = copy.copy(data.train)
+    full.transform = timm.data.create_transform(
+        **config, is_training=True, auto_augment=settings.aa, color_jitter=None, re_prob=reprob, re_mode="pixel"
+    )
+    expected = list(train_batches(Data(full, data.val, data.classes), settings, 0, 3))
+    found = list(train_batches(data, settings, 0, 3))
+    assert same(found, expected)
+    assert all(images.dtype == torch.float32 and images.is_contiguous() for images, _ in found)
+    sampler = _Places(data, settings, 0, 3)
+    for read, labels in _read_to_train(data, settings, sampler, torch.device("cpu")):
+        assert (read.images if isinstance(read, Erased) else read).dtype == torch.uint8
+        assert len(labels) == 8
+
+
+@given(
+    shape=st.tuples(st.sampled_from([1, 3]), st.integers(1, 40), st.integers(1, 40)),
+    probability=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_what_is_erased_is_what_timm_erases(shape: tuple[int, int, int], probability: float, seed: int) -> None:
+    erasing, timms = Erasing(probability), RandomErasing(probability, mode="pixel", device="cpu")
+    with seeded(seed):
+        images = torch.randint(0, 256, (6, *shape), dtype=torch.uint8)
+    normalised = Normalisation([0.5] * shape[0], [0.25] * shape[0])
+    with seeded(seed, "erase"):
+        batch = together([erasing(image) for image in images])
+    with seeded(seed, "erase"):
+        expected = torch.stack([timms(normalised(image[None])[0]) for image in images])
+    assert torch.equal(batch.images, images)
+    assert torch.equal(batch.over(normalised(batch.images)), expected)
 
 
 def test_batches_from_the_middle_are_those_of_the_whole_run(opened: Open) -> None:
@@ -454,13 +502,19 @@ def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypat
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("working"))
+
+    def normalised(images: Any) -> Any:
+        happened[-1] += ", normalise"
+        return images
+
     given: Any = ((Images(name), torch.tensor(number)) for number, name in enumerate("ABC"))
-    for images, label in _ahead(given, torch.device("cuda")):
+    for images, label in _ahead(given, normalised, torch.device("cuda")):
         assert images.name == "ABC"[label]
         happened.append(f"work on {images.name}")
     assert happened == [
-        *("copy A", "copying: event 1", "copy B", "copying: event 2", "working: wait for 1", "work on A"),
-        *("working: event 3", "copying: wait for 3", "copy C", "copying: event 4", "working: wait for 2", "work on B"),
+        *("copy A, normalise", "copying: event 1", "copy B, normalise", "copying: event 2"),
+        *("working: wait for 1", "work on A", "working: event 3", "copying: wait for 3"),
+        *("copy C, normalise", "copying: event 4", "working: wait for 2", "work on B"),
         *("working: event 5", "copying: wait for 5", "working: wait for 4", "work on C"),
         *("working: event 6", "copying: wait for 6"),
     ]

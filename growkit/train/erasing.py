@@ -1,0 +1,67 @@
+"""timm's random erasing of images in bytes: the noise is drawn with the image, and written once that is normalised."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import default_collate
+
+NOTHING = torch.zeros(1)  # what an image that is not looked at is made of
+
+
+class Erased(NamedTuple):
+    """Images in bytes, and what is to be written over them.
+
+    images   (N, C, H, W), or one (C, H, W)
+    boxes    (K, 5): image of the batch, top, left, height and width
+    noise    of all boxes, one after the other, (C, height, width) each
+    """
+
+    images: Tensor
+    boxes: Tensor
+    noise: Tensor
+
+    def over(self, normalised: Tensor) -> Tensor:
+        """The images, normalised by now, with the noise written into them."""
+        boxes, channels = self.boxes.tolist(), normalised.shape[1]
+        noise = self.noise.to(normalised.device, non_blocking=True)
+        pieces = noise.split([channels * high * wide for *_, high, wide in boxes])
+        for (number, top, left, high, wide), piece in zip(boxes, pieces, strict=True):
+            normalised[number, :, top : top + high, left : left + wide] = piece.view(channels, high, wide)
+        return normalised
+
+
+class _Noted(Tensor):
+    """A tensor that notes what is written to it in place of holding it."""
+
+    written: tuple[tuple[slice, ...], Tensor] | None = None
+
+    def __setitem__(self, place: Any, values: Any) -> None:
+        self.written = place, values
+
+
+class Erasing:
+    """Draws with `probability` a box of an image in bytes (C, H, W), and noise for it, as timm does of floats."""
+
+    def __init__(self, probability: float):
+        self.erase = RandomErasing(probability, mode="pixel", device="cpu")
+
+    def __call__(self, image: Tensor) -> Erased:
+        """The image as it is, with at most one box."""
+        noted = NOTHING.expand(image.shape).as_subclass(_Noted)
+        self.erase(noted)
+        if noted.written is None:
+            return Erased(image, torch.empty(0, 5, dtype=torch.long), NOTHING[:0])
+        (_, rows, columns), noise = noted.written
+        box = [0, rows.start, columns.start, *noise.shape[1:]]
+        return Erased(image, torch.tensor([box]), noise.flatten())
+
+
+def together(images: Sequence[Erased]) -> Erased:
+    """One batch of single images."""
+    boxes = [one.boxes + torch.tensor([number, 0, 0, 0, 0]) for number, one in enumerate(images)]
+    return Erased(
+        default_collate([one.images for one in images]), torch.cat(boxes), torch.cat([one.noise for one in images])
+    )
