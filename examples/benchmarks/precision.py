@@ -101,7 +101,7 @@ def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.nda
     if not arguments.data or source is None:
         noise = noise_images(preprocessing(model), arguments.images + arguments.calibration, 0)
         return model, noise[: arguments.images], noise[arguments.images :], None
-    from growkit.train.data import open_data, val_batches
+    from growkit.train.data import open_data, unaugmented, val_batches
     from growkit.train.settings import FitSettings
 
     reading = FitSettings(batch_size=250, workers=0)
@@ -110,10 +110,7 @@ def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.nda
     images, classes = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     generator = np.random.default_rng(0)
     order = generator.permutation(len(images))
-    train: Any = data.train
-    train.transform = data.val.transform  # type: ignore[attr-defined]
-    picked = generator.permutation(len(train))[: arguments.calibration]
-    calibration = np.stack([train[int(index)][0].numpy() for index in picked])
+    calibration = unaugmented(data, arguments.calibration, seed=0).numpy()
     judged = order[: arguments.samples]
     return model, images[order[: arguments.images]], calibration, (images[judged], classes[judged])
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 from growkit.errors import GrowkitError, first_line
 from growkit.pictures import UnreadablePictureError, unreadable
 from growkit.train.distributed import part, rank, size
-from growkit.train.erasing import Erased, Erasing, together
+from growkit.train.erasing import Erased, ErasedBatch, Erasing, together
 from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.normalise import Normalisation
 from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
@@ -50,7 +50,7 @@ class Data:
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
     unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order
-    normalised   makes what the network takes of a batch of `train` (N, C, H, W), on the device
+    normalised   makes what the network takes of images (N, C, H, W) of `train` and `val`, on the device
     """
 
     train: Dataset[Any]
@@ -120,13 +120,13 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         ) from None
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
+    val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
     if settings.cache == "none":
         if settings.reprob:
             augment.transforms.append(Erasing(settings.reprob))
         train.transform = _Converted(mode, augment)
-        val.transform = _Converted(mode, create_transform(**preprocessing, **cropping))
         return Data(train=train, val=val, classes=classes, identity=identity, normalised=normalised)
-    train.transform = val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
+    train.transform = val.transform
     kept, judged = (
         Resident(
             Decoded(split, partial(_in_order, split, stand_ins, settings), config["input_size"], settings.cache),
@@ -447,20 +447,14 @@ def train_batches(
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
             generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
-            cropped = crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole))
-            yield data.train.normalised(cropped), labels
+            yield crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole)), labels
         return
-    batches = _read_to_train(data, settings, sampler, device)
-    if device.type == "cuda":
-        yield from _ahead(batches, data.normalised, device)
-        return
-    for read, labels in batches:
-        yield _ready(read, data.normalised, device), labels
+    yield from _on(device, data.normalised, _read_to_train(data, settings, sampler, device))
 
 
 def _read_to_train(
     data: Data, settings: FitSettings, sampler: "_Places", device: torch.device
-) -> Iterator[tuple[Tensor | Erased, Tensor]]:
+) -> Iterator[tuple[Tensor | ErasedBatch, Tensor]]:
     read = failed = 0
     images_of = _Augmented(data.train, settings.seed)
     for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
@@ -470,17 +464,27 @@ def _read_to_train(
         yield batch
 
 
-def _ready(images: Tensor | Erased, normalised: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """Images (N, C, H, W) on the device, as the network takes them."""
-    if isinstance(images, Erased):
+def _on(
+    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, images on the device as the network takes them."""
+    if device.type == "cuda":
+        yield from _ahead(device, normalised, batches)
+        return
+    for images, labels in batches:
+        yield _ready(images, normalised, device), labels
+
+
+def _ready(images: Tensor | ErasedBatch, normalised: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    if isinstance(images, ErasedBatch):
         return images.over(_ready(images.images, normalised, device))
     return normalised(images.to(device, non_blocking=True))
 
 
 def _ahead(
-    batches: Iterator[tuple[Tensor | Erased, Tensor]], normalised: Callable[[Tensor], Tensor], device: torch.device
+    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, normalised images on the GPU: each is copied there while the one before it is worked on.
+    """The same on a GPU: each batch is copied there while the one before it is worked on.
 
     At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
     """
@@ -508,7 +512,8 @@ def val_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
 
-    On several processes each gets its part of them, in as many batches as the others. Nothing stands in for an image
+    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
+    used; on a GPU the images are there already. Nothing stands in for an image
     that cannot be read: the figure would be of other images than it says.
 
     Raises:
@@ -519,8 +524,8 @@ def val_batches(
     if isinstance(data.val, Resident):
         yield from data.val.evaluation(shares, device)
         return
-    for batch, _ in _loaded(_Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda"):
-        yield batch
+    read = _loaded(_Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
+    yield from _on(device, data.normalised, (batch for batch, _ in read))
 
 
 def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
@@ -534,7 +539,7 @@ def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
     plain = copy.copy(data.train)
     plain.transform = data.val.transform  # type: ignore[attr-defined]
     places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
-    return torch.stack([plain[int(place)][0] for place in places])
+    return data.normalised(torch.stack([plain[int(place)][0] for place in places]))
 
 
 def _shares(images: int, batch_size: int) -> list[list[int]]:

@@ -12,11 +12,18 @@ NOTHING = torch.zeros(1)  # what an image that is not looked at is made of
 
 
 class Erased(NamedTuple):
-    """Images in bytes, and what is to be written over them.
+    """An image in bytes (C, H, W), and where noise (C, height, width) is to be written over it, if anywhere."""
 
-    images   (N, C, H, W), or one (C, H, W)
-    boxes    (K, 5): image of the batch, top, left, height and width
-    noise    of all boxes, one after the other, (C, height, width) each
+    image: Tensor
+    corner: tuple[int, int] | None = None  # row and column
+    noise: Tensor = NOTHING
+
+
+class ErasedBatch(NamedTuple):
+    """Images in bytes (N, C, H, W), and what is to be written over them.
+
+    boxes   (K, 5): image of the batch, top, left, height and width
+    noise   of all boxes, one after the other, (C, height, width) each
     """
 
     images: Tensor
@@ -53,15 +60,16 @@ class Erasing:
         noted = NOTHING.expand(image.shape).as_subclass(_Noted)
         self.erase(noted)
         if noted.written is None:
-            return Erased(image, torch.empty(0, 5, dtype=torch.long), NOTHING[:0])
+            return Erased(image)
         (_, rows, columns), noise = noted.written
-        box = [0, rows.start, columns.start, *noise.shape[1:]]
-        return Erased(image, torch.tensor([box]), noise.flatten())
+        return Erased(image, (rows.start, columns.start), noise)
 
 
-def together(images: Sequence[Erased]) -> Erased:
+def together(images: Sequence[Erased]) -> ErasedBatch:
     """One batch of single images."""
-    boxes = [one.boxes + torch.tensor([number, 0, 0, 0, 0]) for number, one in enumerate(images)]
-    return Erased(
-        default_collate([one.images for one in images]), torch.cat(boxes), torch.cat([one.noise for one in images])
+    boxes = [(number, *one.corner, *one.noise.shape[1:]) for number, one in enumerate(images) if one.corner]
+    return ErasedBatch(
+        default_collate([one.image for one in images]),
+        torch.tensor(boxes, dtype=torch.long).view(-1, 5),
+        torch.cat([NOTHING[:0], *(one.noise.flatten() for one in images if one.corner)]),
     )

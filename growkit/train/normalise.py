@@ -18,7 +18,7 @@ class Normalisation:
     std: Sequence[float]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) with values 0 to 255, in bytes or float32, as the network takes them."""
+        """Images (N, C, H, W) in bytes as the network takes them."""
         # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
         full, mean, std = (
             sent(torch.tensor(v), images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)

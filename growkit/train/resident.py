@@ -94,15 +94,14 @@ class Resident(Dataset[Any]):
         return type(self)(self.decoded, self.normalised, self.index[torch.as_tensor(index)])
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (len(places), C, H, W) with values 0 to 255, and labels, which stay on the CPU."""
+        """Images (len(places), C, H, W) as the network takes them, and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
-        return sent(images[sent(chosen, images.device)], device).float(), self.decoded.labels[chosen]
+        return self.normalised(sent(images[sent(chosen, images.device)], device)), self.decoded.labels[chosen]
 
     def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at the places of each batch, normalised."""
+        """The images at the places of each batch."""
         for places in batches:
-            images, labels = self.batch(torch.tensor(places), device)
-            yield self.normalised(images), labels
+            yield self.batch(torch.tensor(places), device)
 
 
 def refuse_other_augmentation(settings: FitSettings) -> None:

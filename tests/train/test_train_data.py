@@ -41,7 +41,7 @@ from growkit.train.data import (
     unaugmented,
     val_batches,
 )
-from growkit.train.erasing import Erased, Erasing, together
+from growkit.train.erasing import ErasedBatch, Erasing, together
 from growkit.train.normalise import Normalisation
 from growkit.train.settings import FitSettings
 
@@ -78,7 +78,7 @@ def test_batches_are_what_timms_transform_of_each_image_makes(opened: Open, repr
     assert all(images.dtype == torch.float32 and images.is_contiguous() for images, _ in found)
     sampler = _Places(data, settings, 0, 3)
     for read, labels in _read_to_train(data, settings, sampler, torch.device("cpu")):
-        assert (read.images if isinstance(read, Erased) else read).dtype == torch.uint8
+        assert (read.images if isinstance(read, ErasedBatch) else read).dtype == torch.uint8
         assert len(labels) == 8
 
 
@@ -450,7 +450,8 @@ def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
     assert torch.equal(got, unaugmented(data, 5, seed=1))
     assert not torch.equal(got, unaugmented(data, 5, seed=2))
     paths = [data.train.reader[index][0] for index in range(size_of(data.train))]
-    plain = {data.val.transform(Image.open(path).convert("RGB")).numpy().tobytes() for path in paths}
+    evaluated = timm.data.create_transform(**CONFIG)
+    plain = {evaluated(Image.open(path).convert("RGB")).numpy().tobytes() for path in paths}
     assert all(one.numpy().tobytes() in plain for one in got)
 
 
@@ -471,6 +472,24 @@ def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Ex
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (type(error).__name__ in done.stderr) == told
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_gets_the_batches_that_the_cpu_gets(opened: Open, workers: int) -> None:
+    settings = replace(HARD, workers=workers)
+    on_cpu, on_gpu = (
+        (
+            *train_batches(opened(settings), settings, 0, 7, device=device),
+            *val_batches(opened(settings), settings, device=device),
+        )
+        for device in ("cpu", "cuda")
+    )
+    for here, there in zip(on_cpu, on_gpu, strict=True):
+        assert there[0].is_cuda
+        assert not there[1].is_cuda
+        assert torch.equal(here[0], there[0].cpu())
+        assert torch.equal(here[1], there[1])
 
 
 def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +527,7 @@ def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypat
         return images
 
     given: Any = ((Images(name), torch.tensor(number)) for number, name in enumerate("ABC"))
-    for images, label in _ahead(given, normalised, torch.device("cuda")):
+    for images, label in _ahead(torch.device("cuda"), normalised, given):
         assert images.name == "ABC"[label]
         happened.append(f"work on {images.name}")
     assert happened == [

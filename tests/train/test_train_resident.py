@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -33,10 +34,10 @@ def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
     return len(first) == len(second) and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
-def as_evaluated(data: Data) -> Any:
-    """The training images, prepared as those for evaluation are."""
+def as_evaluated(data: Data, config: dict[str, Any] = CONFIG) -> Any:
+    """The training images, prepared as timm prepares those for evaluation."""
     plain: Any = copy.copy(data.train)
-    plain.transform = data.val.transform
+    plain.transform = timm.data.create_transform(**config)
     return plain
 
 
@@ -75,7 +76,7 @@ def test_batches_without_augmentation_are_the_images_as_evaluation_sees_them(ima
         config = {**CONFIG, "input_size": size}
         data = open_data(str(images), config, WHOLE)
         ordinary = open_data(str(images), config, ORDINARY)
-        plain = as_evaluated(ordinary)
+        plain = as_evaluated(ordinary, config)
         places = [index for batch in _Places(data, WHOLE, 0, 6) for _, index in batch]
         expected = torch.stack([plain[place][0] for place in places])
         assert torch.equal(torch.cat([batch for batch, _ in batches(data, WHOLE)]), expected)
