@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one step after the other; about a quarter of an hour on one H200.
 #   examples/gpu.sh IMAGES OUT [STEP ...]     IMAGES holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32
-# Steps, all unless some are named: tests operator batches latency throughput savings several. What each prints goes to
-# OUT/STEP.log, its figures to OUT/STEP.json, of savings to OUT/savings. A step that fails or takes too long does not
+# Steps, all unless some are named: tests operator batches latency throughput reading savings several. What each prints
+# goes to OUT/STEP.log, its figures to OUT/STEP.json, of savings to OUT/savings. A step that fails or takes too long does not
 # stop the others; the exit status is then 1. `python` is that of the environment growkit is installed in.
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
@@ -11,7 +11,7 @@ images=$(realpath "$1") root=$(realpath "$(dirname "$0")/..")
 mkdir -p "$2" && out=$(realpath "$2")
 shift 2
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests operator batches latency throughput savings several)
+[ ${#steps[@]} -gt 0 ] || steps=(tests operator batches latency throughput reading savings several)
 gpus=$(python -c 'import torch; print(max(torch.cuda.device_count(), 2 * (not torch.cuda.is_available())))')
 benchmarks=$root/examples/benchmarks failed=0
 
@@ -35,6 +35,9 @@ for name in "${steps[@]}"; do
     throughput)
       step throughput 200 python "$benchmarks/throughput.py" --data "$images" --batch-size 256 --workers 12 \
         --rounds 3 --with cache-device,compile "${figures[@]}" ;;
+    reading)
+      step reading 200 python "$benchmarks/throughput.py" --data "$images" --batch-size 256 --workers 12 \
+        --rounds 3 --read-only --aa rand-m9-mstd0.5 --reprob 0.25 "${figures[@]}" ;;
     savings)
       step savings 600 python "$benchmarks/savings.py" --data "$images" --out "$out/savings" --results "$out" \
         --pairs width --epochs 10 --seeds 2 --jobs 3 ;;

@@ -216,6 +216,13 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert all(0 < share < 1 for share in content["share_of_peak"].values())
     assert 0.5 < sum(content["shares_of_time"].values()) <= 1
     assert content["epochs_end_in_segments"]  # of a few images
+    options = ["--batch-size", 4, "--workers", 1, "--steps", 2, "--rounds", 2, "--device", "cpu", "--out", out]
+    augmented = ["--aa", "rand-m9-mstd0.5", "--reprob", 0.5]
+    run("throughput.py", "--data", tmp_path / "images", "--read-only", *augmented, *options)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    assert list(content["ratios"]) == ["growkit"]
+    assert min(content["ratios"]["growkit"]) > 0
 
 
 @pytest.mark.slow  # trains thrice in one process
