@@ -25,7 +25,8 @@ from growkit.record import RunFolder, versions
 from growkit.settings import GrowSettings
 from growkit.source import FETCHED, Source, fresh, load_source
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
-from growkit.train.data import Data, open_data, size_of, val_batches
+from growkit.train.batches import val_batches
+from growkit.train.data import Data, open_data, size_of
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE

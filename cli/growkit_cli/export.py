@@ -82,7 +82,7 @@ def export(
     calibration = batches = None
     if data is not None:
         from growkit.pipeline import labelled
-        from growkit.train.data import unaugmented, val_batches
+        from growkit.train.batches import unaugmented, val_batches
 
         reading = FitSettings(data_dir=data_dir, val_split=val_split)
         opened = labelled(data, source, reading, image_size=settings.image_size)

@@ -210,7 +210,7 @@ def with_file(
     batches = None
     if data is not None:
         from growkit.pipeline import labelled
-        from growkit.train.data import val_batches
+        from growkit.train.batches import val_batches
 
         batches = val_batches(labelled(data, source, reading, image_size=form.image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))

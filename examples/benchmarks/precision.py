@@ -101,7 +101,8 @@ def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.nda
     if not arguments.data or source is None:
         noise = noise_images(preprocessing(model), arguments.images + arguments.calibration, 0)
         return model, noise[: arguments.images], noise[arguments.images :], None
-    from growkit.train.data import open_data, unaugmented, val_batches
+    from growkit.train.batches import unaugmented, val_batches
+    from growkit.train.data import open_data
     from growkit.train.settings import FitSettings
 
     reading = FitSettings(batch_size=250, workers=0)

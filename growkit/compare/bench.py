@@ -19,7 +19,8 @@ from growkit.grow import grow, make_method
 from growkit.plan import step_flops
 from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
-from growkit.train.data import Data, batches_per_epoch, images_per_batch
+from growkit.train.batches import batches_per_epoch, images_per_batch
+from growkit.train.data import Data
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks

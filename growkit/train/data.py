@@ -1,18 +1,11 @@
-"""Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
+"""Labelled images to train on and to evaluate on: opened, divided, and how they become what a network takes."""
 
-import copy
 import hashlib
 import os
-import random
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,22 +13,18 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from growkit.errors import GrowkitError, first_line
-from growkit.pictures import UnreadablePictureError, unreadable
-from growkit.train.distributed import part, rank, size
-from growkit.train.erasing import Erased, ErasedBatch, Erasing, together
+from growkit.train.erasing import Erasing
 from growkit.train.folders import FolderReader, Pictures, open_folders
+from growkit.train.loading import STAND_INS, in_order
 from growkit.train.normalise import Normalisation
-from growkit.train.resident import Decoded, Resident, crop_and_flip, refuse_other_augmentation
-from growkit.train.settings import AUTO, FitSettings
+from growkit.train.resident import Decoded, Resident, refuse_other_augmentation
+from growkit.train.seeds import seeded
+from growkit.train.settings import FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
-STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
-MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
-BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
-FEW = 2  # unreadable images are no share yet
 
 
 def _as_they_are(images: Tensor) -> Tensor:
@@ -129,7 +118,7 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     train.transform = val.transform
     kept, judged = (
         Resident(
-            Decoded(split, partial(_in_order, split, stand_ins, settings), config["input_size"], settings.cache),
+            Decoded(split, partial(in_order, split, stand_ins, settings), config["input_size"], settings.cache),
             normalised,
         )
         for split, stand_ins in ((train, STAND_INS), (val, 0))
@@ -262,324 +251,7 @@ def _digest(samples: list[tuple[str, int]], root: str) -> str:
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
 
-@contextmanager
-def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, every random draw is a function of `parts` alone; afterwards all is as before.
-
-    Covers the generators of Python, NumPy, torch on the CPU and, given a CUDA `device`, there.
-    """
-    with _random_kept(device):
-        _seed(*parts, device=device)
-        yield
-
-
-@contextmanager
-def _random_kept(device: torch.device | None = None) -> Iterator[None]:
-    on_gpu = device is not None and device.type == "cuda"
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-def _number(*parts: int | str) -> int:
-    """A seed that is a function of `parts`."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch wants it below 2**63
-
-
-def _seed(*parts: int | str, device: torch.device | None = None) -> None:
-    seed = _number(*parts)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if device is not None and device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-class _Read(Dataset[Any]):
-    """`dataset` for loaders: gives samples, each with the reason where another one stands in for it.
-
-    An error that a worker raised would reach the user as a page of traceback, so reasons travel with the batch. In the
-    place of an unreadable image comes the next one, up to `stand_ins` further on: which, depends on the image alone.
-    """
-
-    def __init__(self, dataset: Any, stand_ins: int):
-        self.dataset, self.stand_ins = dataset, stand_ins
-
-    def __getitems__(self, places: list[Any]) -> list[Any]:
-        """A whole batch, as loaders ask for it."""
-        return [self._read(place) for place in places]
-
-    def _read(self, index: int) -> tuple[Any, str | None]:
-        why = None
-        for step in range(1 + self.stand_ins):
-            place = (index + step) % len(self.dataset)
-            try:
-                return self.dataset[place], why
-            except UnreadablePictureError as error:
-                why = why or str(error)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, in torchvision's hands
-                why = why or unreadable(f"image {place}", first_line(error, 160))
-        return None, why
-
-
-class _Augmented(_Read):
-    """`dataset`, asked for (epoch, index): what is drawn for an image depends on these alone."""
-
-    def __init__(self, dataset: Any, seed: int):
-        super().__init__(dataset, STAND_INS)
-        self.seed = seed
-
-    def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
-        """A whole batch; NumPy takes 0.2 ms to give its state back."""
-        with _random_kept():
-            return [self._draw(epoch, index) for epoch, index in places]
-
-    def _draw(self, epoch: int, index: int) -> Any:
-        _seed(self.seed, "image", epoch, index)
-        return self._read(index)
-
-
-def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
-    """Samples as one batch, and why some are others than asked for; no batch where one is missing, and why."""
-    missing = [why for sample, why in read if sample is None and why]
-    if missing:
-        return None, missing
-    samples = [sample for sample, _ in read]
-    if isinstance(samples[0][0], Erased):
-        images, labels = (list(part) for part in zip(*samples, strict=True))
-        return (together(images), default_collate(labels)), [why for _, why in read if why]
-    return default_collate(samples), [why for _, why in read if why]
-
-
-def _loaded(dataset: _Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
-    """Batches, with the reasons of those images in them that another one stands in for.
-
-    Raises:
-        UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
-    """
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=_collated, **_loading(settings, pin_memory))
-    for batch, told in loader:
-        if batch is None:
-            more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
-            raise UnreadablePictureError(told[0] + more)
-        yield batch, told
-
-
-def _in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[Any]:
-    """All images of `dataset` once, and what is said of those that could not be read."""
-    places = torch.arange(size_of(dataset)).split(256)
-    return _loaded(_Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
-
-
-def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
-    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
-    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
-        first = next(iter(lines))
-        raise UnreadablePictureError(
-            f"{failed} of the first {read} training images could not be read; the first: {first}"
-        )
-
-
-class _Places(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
-
-    def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
-        self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
-        self.whole = images_per_batch(data, settings)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_of = torch.empty(0), -1
-        for number in range(self.first, self.last):
-            epoch, place = divmod(number, self.images // self.whole)
-            if epoch != order_of:
-                with seeded(self.settings.seed, "order", epoch):
-                    order, order_of = torch.randperm(self.images), epoch
-            batch = order[place * self.whole : (place + 1) * self.whole]
-            yield [(epoch, index) for index in batch[part(self.whole)].tolist()]
-
-
-def images_per_batch(data: Data, settings: FitSettings) -> int:
-    """Images of a training batch; a dataset smaller than one is one batch.
-
-    Raises:
-        GrowkitError: the size is still to be found.
-    """
-    if settings.batch_size == AUTO:
-        raise GrowkitError("--batch-size auto: only grow, finetune and train find it; give a number here")
-    return min(settings.batch_size, size_of(data.train))
-
-
-def batches_per_epoch(data: Data, settings: FitSettings) -> int:
-    """Training batches in an epoch; the last images of an epoch that fill no batch are left out."""
-    return size_of(data.train) // images_per_batch(data, settings)
-
-
-def train_batches(
-    data: Data, settings: FitSettings, first: int, last: int, *, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
-
-    On several processes each gets its part of every batch, the same images with the same augmentation as a single
-    process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
-    used; on a GPU the images are there already.
-
-    Where an image cannot be read, the next one that can stands in for it, as timm has it, so that one bad file of a
-    million does not end a run at night; but it is told, in data.unreadable, and many are refused: training would go on
-    with other images than it was given.
-
-    Raises:
-        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and more than FEW of them; or
-            one and all STAND_INS after it. The message names one and the reason.
-    """
-    device = torch.device(device)
-    sampler = _Places(data, settings, first, last)
-    if isinstance(data.train, Resident):
-        data.train.decoded.on(device)
-        told = data.train.decoded.told
-        data.unreadable.update(dict.fromkeys(told))
-        _refuse_many(len(told), data.train.decoded.shape[0], told)
-        for number, places in enumerate(sampler, start=first):
-            images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
-            generator = torch.Generator().manual_seed(_number(settings.seed, "crops", number))
-            yield crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole)), labels
-        return
-    yield from _on(device, data.normalised, _read_to_train(data, settings, sampler, device))
-
-
-def _read_to_train(
-    data: Data, settings: FitSettings, sampler: "_Places", device: torch.device
-) -> Iterator[tuple[Tensor | ErasedBatch, Tensor]]:
-    read = failed = 0
-    images_of = _Augmented(data.train, settings.seed)
-    for batch, told in _loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
-        read, failed = read + len(batch[-1]), failed + len(told)
-        data.unreadable.update(dict.fromkeys(told))
-        _refuse_many(failed, read, data.unreadable)
-        yield batch
-
-
-def _on(
-    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, images on the device as the network takes them."""
-    if device.type == "cuda":
-        yield from _ahead(device, normalised, batches)
-        return
-    for images, labels in batches:
-        yield _ready(images, normalised, device), labels
-
-
-def _ready(images: Tensor | ErasedBatch, normalised: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    if isinstance(images, ErasedBatch):
-        return images.over(_ready(images.images, normalised, device))
-    return normalised(images.to(device, non_blocking=True))
-
-
-def _ahead(
-    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same on a GPU: each batch is copied there while the one before it is worked on.
-
-    At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
-    """
-    copying = torch.cuda.Stream(device)
-    waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
-
-    def handed_out() -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels, copied = waiting.popleft()
-        working = torch.cuda.current_stream(device)
-        working.wait_event(copied)
-        yield images, labels
-        copying.wait_event(working.record_event())  # before another batch is copied to where this one lies
-
-    for images, labels in batches:
-        with torch.cuda.stream(copying):
-            waiting.append((_ready(images, normalised, device), labels, copying.record_event()))
-        if len(waiting) > 1:
-            yield from handed_out()
-    while waiting:
-        yield from handed_out()
-
-
-def val_batches(
-    data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
-
-    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
-    used; on a GPU the images are there already. Nothing stands in for an image
-    that cannot be read: the figure would be of other images than it says.
-
-    Raises:
-        GrowkitError: an image cannot be read; the message names it and the reason.
-    """
-    device = torch.device(device)
-    shares = _shares(size_of(data.val), settings.batch_size)
-    if isinstance(data.val, Resident):
-        yield from data.val.evaluation(shares, device)
-        return
-    read = _loaded(_Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
-    yield from _on(device, data.normalised, (batch for batch, _ in read))
-
-
-def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
-    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
-
-    Raises:
-        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
-    """
-    if isinstance(data.train, Resident):
-        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
-    plain = copy.copy(data.train)
-    plain.transform = data.val.transform  # type: ignore[attr-defined]
-    places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
-    return data.normalised(torch.stack([plain[int(place)][0] for place in places]))
-
-
-def _shares(images: int, batch_size: int) -> list[list[int]]:
-    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
-    places = torch.arange(images)
-    if size() == 1:
-        return [batch.tolist() for batch in places.split(batch_size) if len(batch)]
-    if images < size():
-        raise GrowkitError(f"{images} images for evaluation do not give each of {size()} processes one; use fewer")
-    # nearly equal, none below batch_size but where there are fewer images in all
-    batches = places.tensor_split(max(1, images // batch_size))
-    return [batch.tensor_split(size())[rank()].tolist() for batch in batches]
-
-
 def size_of(dataset: Dataset[Any]) -> int:
     """Number of images."""
     assert isinstance(dataset, Sized)
     return len(dataset)
-
-
-def _loading(settings: FitSettings, pin_memory: bool) -> dict[str, Any]:
-    return {
-        "num_workers": settings.workers,
-        "pin_memory": pin_memory,
-        "worker_init_fn": _quiet_worker,
-        "generator": torch.Generator(),  # else a loader draws from the global one
-    }
-
-
-def _quiet_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers when it is done with them, and say nothing of its death.
-
-    Python hands images on in a thread of the worker; where the main process is killed meanwhile, that thread fails.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    shown = sys.excepthook
-
-    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, EOFError | ConnectionError):
-            shown(kind, error, trace)
-
-    sys.excepthook = show

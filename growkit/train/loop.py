@@ -20,11 +20,13 @@ from torch.nn.utils import get_total_norm
 from growkit.errors import GrowkitError
 from growkit.train import distributed, making
 from growkit.train import resume as resuming
-from growkit.train.data import Data, batches_per_epoch, images_per_batch, seeded, size_of, train_batches
+from growkit.train.batches import batches_per_epoch, images_per_batch, train_batches
+from growkit.train.data import Data, size_of
 from growkit.train.flops import count_making, count_step
 from growkit.train.memory import without_storage
 from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
+from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 from growkit.train.watch import StepRecord, board, ending, stop_signals
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
-from growkit.train.data import BATCHES_AHEAD, Data, images_per_batch, size_of, train_batches
+from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
+from growkit.train.data import Data, size_of
 from growkit.train.making import made_once
 from growkit.train.memory import step_peak, without_storage
 from growkit.train.resident import free_bytes

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.data import Data, images_per_batch, size_of, val_batches
+from growkit.train.batches import images_per_batch, val_batches
+from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.settings import FitSettings
 

@@ -25,24 +25,19 @@ from torch.utils.data import TensorDataset
 from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
-from growkit.train.data import (
-    Data,
+from growkit.train.batches import (
+    Places,
     _ahead,
-    _Places,
     _read_to_train,
     batches_per_epoch,
-    channel_config,
-    hold_out,
-    labels_of,
-    open_data,
-    seeded,
-    size_of,
     train_batches,
     unaugmented,
     val_batches,
 )
+from growkit.train.data import Data, channel_config, hold_out, labels_of, open_data, size_of
 from growkit.train.erasing import ErasedBatch, Erasing, together
 from growkit.train.normalise import Normalisation
+from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]
@@ -76,7 +71,7 @@ def test_batches_are_what_timms_transform_of_each_image_makes(opened: Open, repr
     found = list(train_batches(data, settings, 0, 3))
     assert same(found, expected)
     assert all(images.dtype == torch.float32 and images.is_contiguous() for images, _ in found)
-    sampler = _Places(data, settings, 0, 3)
+    sampler = Places(data, settings, 0, 3)
     for read, labels in _read_to_train(data, settings, sampler, torch.device("cpu")):
         assert (read.images if isinstance(read, ErasedBatch) else read).dtype == torch.uint8
         assert len(labels) == 8
@@ -467,7 +462,7 @@ def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings
 def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Exception, told: bool) -> None:
     """As Python's thread tells it that hands images on, in a process whose signals are its own."""
     code = (
-        "import sys; from growkit.train.data import _quiet_worker; _quiet_worker(0);"
+        "import sys; from growkit.train.loading import _quiet_worker; _quiet_worker(0);"
         f" error = {error!r}; sys.excepthook(type(error), error, None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,7 +23,8 @@ from growkit.deploy.reference import Preprocessing
 from growkit.errors import GrowkitError
 from growkit.pictures import UnreadablePictureError
 from growkit.text import visible
-from growkit.train.data import Data, hold_out, labels_of, open_data, size_of, train_batches, unaugmented, val_batches
+from growkit.train.batches import train_batches, unaugmented, val_batches
+from growkit.train.data import Data, hold_out, labels_of, open_data, size_of
 from growkit.train.loop import fit
 from growkit.train.settings import FitSettings
 

@@ -23,7 +23,8 @@ from train_samples import Net
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
-from growkit.train.data import Data, train_batches, val_batches
+from growkit.train.batches import train_batches, val_batches
+from growkit.train.data import Data
 from growkit.train.loop import StepRecord, fit
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings

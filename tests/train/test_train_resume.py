@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from train_samples import CONFIG, Net, write_images
 
 from growkit.errors import GrowkitError
-from growkit.train.data import Data, open_data, val_batches
+from growkit.train.batches import val_batches
+from growkit.train.data import Data, open_data
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resume import load_trainable, trainable_state
 from growkit.train.score import Scores, evaluate, predictor

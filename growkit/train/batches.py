@@ -1,0 +1,201 @@
+"""Labelled images in batches that depend only on (seed, epoch, image), never on workers or luck."""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from growkit.errors import GrowkitError
+from growkit.pictures import UnreadablePictureError
+from growkit.train.data import Data, size_of
+from growkit.train.distributed import part, rank, size
+from growkit.train.erasing import ErasedBatch
+from growkit.train.loading import Augmented, Read, loaded
+from growkit.train.resident import Resident, crop_and_flip
+from growkit.train.seeds import number_of, seeded
+from growkit.train.settings import AUTO, FitSettings
+
+MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
+BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
+FEW = 2  # unreadable images are no share yet
+
+
+def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
+    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
+    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
+        first = next(iter(lines))
+        raise UnreadablePictureError(
+            f"{failed} of the first {read} training images could not be read; the first: {first}"
+        )
+
+
+class Places(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
+
+    def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
+        self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
+        self.whole = images_per_batch(data, settings)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_of = torch.empty(0), -1
+        for number in range(self.first, self.last):
+            epoch, place = divmod(number, self.images // self.whole)
+            if epoch != order_of:
+                with seeded(self.settings.seed, "order", epoch):
+                    order, order_of = torch.randperm(self.images), epoch
+            batch = order[place * self.whole : (place + 1) * self.whole]
+            yield [(epoch, index) for index in batch[part(self.whole)].tolist()]
+
+
+def images_per_batch(data: Data, settings: FitSettings) -> int:
+    """Images of a training batch; a dataset smaller than one is one batch.
+
+    Raises:
+        GrowkitError: the size is still to be found.
+    """
+    if settings.batch_size == AUTO:
+        raise GrowkitError("--batch-size auto: only grow, finetune and train find it; give a number here")
+    return min(settings.batch_size, size_of(data.train))
+
+
+def batches_per_epoch(data: Data, settings: FitSettings) -> int:
+    """Training batches in an epoch; the last images of an epoch that fill no batch are left out."""
+    return size_of(data.train) // images_per_batch(data, settings)
+
+
+def train_batches(
+    data: Data, settings: FitSettings, first: int, last: int, *, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
+
+    On several processes each gets its part of every batch, the same images with the same augmentation as a single
+    process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
+    used; on a GPU the images are there already.
+
+    Where an image cannot be read, the next one that can stands in for it, as timm has it, so that one bad file of a
+    million does not end a run at night; but it is told, in data.unreadable, and many are refused: training would go on
+    with other images than it was given.
+
+    Raises:
+        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and more than FEW of them; or
+            one and all STAND_INS after it. The message names one and the reason.
+    """
+    device = torch.device(device)
+    sampler = Places(data, settings, first, last)
+    if isinstance(data.train, Resident):
+        data.train.decoded.on(device)
+        told = data.train.decoded.told
+        data.unreadable.update(dict.fromkeys(told))
+        _refuse_many(len(told), data.train.decoded.shape[0], told)
+        for number, places in enumerate(sampler, start=first):
+            images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
+            generator = torch.Generator().manual_seed(number_of(settings.seed, "crops", number))
+            yield crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole)), labels
+        return
+    yield from _on(device, data.normalised, _read_to_train(data, settings, sampler, device))
+
+
+def _read_to_train(
+    data: Data, settings: FitSettings, sampler: "Places", device: torch.device
+) -> Iterator[tuple[Tensor | ErasedBatch, Tensor]]:
+    read = failed = 0
+    images_of = Augmented(data.train, settings.seed)
+    for batch, told in loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
+        read, failed = read + len(batch[-1]), failed + len(told)
+        data.unreadable.update(dict.fromkeys(told))
+        _refuse_many(failed, read, data.unreadable)
+        yield batch
+
+
+def _on(
+    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, images on the device as the network takes them."""
+    if device.type == "cuda":
+        yield from _ahead(device, normalised, batches)
+        return
+    for images, labels in batches:
+        yield _ready(images, normalised, device), labels
+
+
+def _ready(images: Tensor | ErasedBatch, normalised: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    if isinstance(images, ErasedBatch):
+        return images.over(_ready(images.images, normalised, device))
+    return normalised(images.to(device, non_blocking=True))
+
+
+def _ahead(
+    device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same on a GPU: each batch is copied there while the one before it is worked on.
+
+    At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
+    """
+    copying = torch.cuda.Stream(device)
+    waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    def handed_out() -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels, copied = waiting.popleft()
+        working = torch.cuda.current_stream(device)
+        working.wait_event(copied)
+        yield images, labels
+        copying.wait_event(working.record_event())  # before another batch is copied to where this one lies
+
+    for images, labels in batches:
+        with torch.cuda.stream(copying):
+            waiting.append((_ready(images, normalised, device), labels, copying.record_event()))
+        if len(waiting) > 1:
+            yield from handed_out()
+    while waiting:
+        yield from handed_out()
+
+
+def val_batches(
+    data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
+
+    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
+    used; on a GPU the images are there already. Nothing stands in for an image
+    that cannot be read: the figure would be of other images than it says.
+
+    Raises:
+        GrowkitError: an image cannot be read; the message names it and the reason.
+    """
+    device = torch.device(device)
+    shares = _shares(size_of(data.val), settings.batch_size)
+    if isinstance(data.val, Resident):
+        yield from data.val.evaluation(shares, device)
+        return
+    read = loaded(Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
+    yield from _on(device, data.normalised, (batch for batch, _ in read))
+
+
+def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
+    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
+
+    Raises:
+        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
+    """
+    if isinstance(data.train, Resident):
+        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
+    plain = copy.copy(data.train)
+    plain.transform = data.val.transform  # type: ignore[attr-defined]
+    places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
+    return data.normalised(torch.stack([plain[int(place)][0] for place in places]))
+
+
+def _shares(images: int, batch_size: int) -> list[list[int]]:
+    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
+    places = torch.arange(images)
+    if size() == 1:
+        return [batch.tolist() for batch in places.split(batch_size) if len(batch)]
+    if images < size():
+        raise GrowkitError(f"{images} images for evaluation do not give each of {size()} processes one; use fewer")
+    # nearly equal, none below batch_size but where there are fewer images in all
+    batches = places.tensor_split(max(1, images // batch_size))
+    return [batch.tensor_split(size())[rank()].tolist() for batch in batches]
