@@ -24,33 +24,6 @@ BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
 FEW = 2  # unreadable images are no share yet
 
 
-def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
-    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
-    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
-        first = next(iter(lines))
-        raise UnreadablePictureError(
-            f"{failed} of the first {read} training images could not be read; the first: {first}"
-        )
-
-
-class Places(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
-
-    def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
-        self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
-        self.whole = images_per_batch(data, settings)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_of = torch.empty(0), -1
-        for number in range(self.first, self.last):
-            epoch, place = divmod(number, self.images // self.whole)
-            if epoch != order_of:
-                with seeded(self.settings.seed, "order", epoch):
-                    order, order_of = torch.randperm(self.images), epoch
-            batch = order[place * self.whole : (place + 1) * self.whole]
-            yield [(epoch, index) for index in batch[part(self.whole)].tolist()]
-
-
 def images_per_batch(data: Data, settings: FitSettings) -> int:
     """Images of a training batch; a dataset smaller than one is one batch.
 
@@ -85,7 +58,7 @@ def train_batches(
             one and all STAND_INS after it. The message names one and the reason.
     """
     device = torch.device(device)
-    sampler = Places(data, settings, first, last)
+    sampler = _Places(data, settings, first, last)
     if isinstance(data.train, Resident):
         data.train.decoded.on(device)
         told = data.train.decoded.told
@@ -99,8 +72,61 @@ def train_batches(
     yield from _on(device, data.normalised, _read_to_train(data, settings, sampler, device))
 
 
+def val_batches(
+    data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
+
+    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
+    used; on a GPU the images are there already. Nothing stands in for an image
+    that cannot be read: the figure would be of other images than it says.
+
+    Raises:
+        GrowkitError: an image cannot be read; the message names it and the reason.
+    """
+    device = torch.device(device)
+    shares = _shares(size_of(data.val), settings.batch_size)
+    if isinstance(data.val, Resident):
+        yield from data.val.evaluation(shares, device)
+        return
+    read = loaded(Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
+    yield from _on(device, data.normalised, (batch for batch, _ in read))
+
+
+def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
+    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
+
+    Raises:
+        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
+    """
+    if isinstance(data.train, Resident):
+        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
+    plain = copy.copy(data.train)
+    plain.transform = data.val.transform  # type: ignore[attr-defined]
+    places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
+    return data.normalised(torch.stack([plain[int(place)][0] for place in places]))
+
+
+class _Places(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
+
+    def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
+        self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
+        self.whole = images_per_batch(data, settings)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_of = torch.empty(0), -1
+        for number in range(self.first, self.last):
+            epoch, place = divmod(number, self.images // self.whole)
+            if epoch != order_of:
+                with seeded(self.settings.seed, "order", epoch):
+                    order, order_of = torch.randperm(self.images), epoch
+            batch = order[place * self.whole : (place + 1) * self.whole]
+            yield [(epoch, index) for index in batch[part(self.whole)].tolist()]
+
+
 def _read_to_train(
-    data: Data, settings: FitSettings, sampler: "Places", device: torch.device
+    data: Data, settings: FitSettings, sampler: _Places, device: torch.device
 ) -> Iterator[tuple[Tensor | ErasedBatch, Tensor]]:
     read = failed = 0
     images_of = Augmented(data.train, settings.seed)
@@ -109,6 +135,15 @@ def _read_to_train(
         data.unreadable.update(dict.fromkeys(told))
         _refuse_many(failed, read, data.unreadable)
         yield batch
+
+
+def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
+    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
+    if len(lines) > FEW and failed > MOST_UNREADABLE * read:
+        first = next(iter(lines))
+        raise UnreadablePictureError(
+            f"{failed} of the first {read} training images could not be read; the first: {first}"
+        )
 
 
 def _on(
@@ -154,43 +189,8 @@ def _ahead(
         yield from handed_out()
 
 
-def val_batches(
-    data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
-
-    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
-    used; on a GPU the images are there already. Nothing stands in for an image
-    that cannot be read: the figure would be of other images than it says.
-
-    Raises:
-        GrowkitError: an image cannot be read; the message names it and the reason.
-    """
-    device = torch.device(device)
-    shares = _shares(size_of(data.val), settings.batch_size)
-    if isinstance(data.val, Resident):
-        yield from data.val.evaluation(shares, device)
-        return
-    read = loaded(Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
-    yield from _on(device, data.normalised, (batch for batch, _ in read))
-
-
-def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
-    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
-
-    Raises:
-        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
-    """
-    if isinstance(data.train, Resident):
-        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
-    plain = copy.copy(data.train)
-    plain.transform = data.val.transform  # type: ignore[attr-defined]
-    places = np.random.default_rng(seed).permutation(size_of(plain))[:count]
-    return data.normalised(torch.stack([plain[int(place)][0] for place in places]))
-
-
 def _shares(images: int, batch_size: int) -> list[list[int]]:
-    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
+    """_Places of this process's images for evaluation, batch by batch; no batch is empty."""
     places = torch.arange(images)
     if size() == 1:
         return [batch.tolist() for batch in places.split(batch_size) if len(batch)]

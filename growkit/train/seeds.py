@@ -22,6 +22,7 @@ def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[No
 
 @contextmanager
 def random_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Afterwards the generators that `seeded` covers are as before."""
     on_gpu = device is not None and device.type == "cuda"
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -39,6 +40,7 @@ def number_of(*parts: int | str) -> int:
 
 
 def seed_all(*parts: int | str, device: torch.device | None = None) -> None:
+    """Have every draw from here on be a function of `parts`."""
     seed = number_of(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -26,7 +26,7 @@ from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
 from growkit.train.batches import (
-    Places,
+    _Places,
     _ahead,
     _read_to_train,
     batches_per_epoch,
@@ -71,7 +71,7 @@ def test_batches_are_what_timms_transform_of_each_image_makes(opened: Open, repr
     found = list(train_batches(data, settings, 0, 3))
     assert same(found, expected)
     assert all(images.dtype == torch.float32 and images.is_contiguous() for images, _ in found)
-    sampler = Places(data, settings, 0, 3)
+    sampler = _Places(data, settings, 0, 3)
     for read, labels in _read_to_train(data, settings, sampler, torch.device("cpu")):
         assert (read.images if isinstance(read, ErasedBatch) else read).dtype == torch.uint8
         assert len(labels) == 8

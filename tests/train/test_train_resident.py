@@ -17,7 +17,7 @@ from train_samples import CONFIG, Net
 
 from growkit.errors import GrowkitError
 from growkit.train import resident
-from growkit.train.batches import Places, train_batches, val_batches
+from growkit.train.batches import _Places, train_batches, val_batches
 from growkit.train.data import Data, hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE, StepRecord, fit
 from growkit.train.resident import Decoded, Resident, _crops, crop_and_flip
@@ -78,7 +78,7 @@ def test_batches_without_augmentation_are_the_images_as_evaluation_sees_them(ima
         data = open_data(str(images), config, WHOLE)
         ordinary = open_data(str(images), config, ORDINARY)
         plain = as_evaluated(ordinary, config)
-        places = [index for batch in Places(data, WHOLE, 0, 6) for _, index in batch]
+        places = [index for batch in _Places(data, WHOLE, 0, 6) for _, index in batch]
         expected = torch.stack([plain[place][0] for place in places])
         assert torch.equal(torch.cat([batch for batch, _ in batches(data, WHOLE)]), expected)
 
@@ -109,7 +109,7 @@ def test_order_of_images_is_that_of_the_ordinary_path(opened: Open) -> None:
         for batch, _ in batches(kept, settings, 3, 12)
         for shown in batch
     ]
-    expected = Places(ordinary, replace(ORDINARY, batch_size=5), 3, 12)
+    expected = _Places(ordinary, replace(ORDINARY, batch_size=5), 3, 12)
     assert found == [index for batch in expected for _, index in batch]
     labels = [list(map(Tensor.tolist, (y for _, y in batches(d, settings, 3, 12)))) for d in (kept, ordinary)]
     assert labels[0] == labels[1]
