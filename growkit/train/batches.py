@@ -78,8 +78,8 @@ def val_batches(
     """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
 
     On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
-    used; on a GPU the images are there already. Nothing stands in for an image
-    that cannot be read: the figure would be of other images than it says.
+    used; on a GPU the images are there already. Nothing stands in for an image that cannot be read: the figure would be
+    of other images than it says.
 
     Raises:
         GrowkitError: an image cannot be read; the message names it and the reason.

@@ -26,8 +26,8 @@ from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
 from growkit.train.batches import (
-    _Places,
     _ahead,
+    _Places,
     _read_to_train,
     batches_per_epoch,
     train_batches,
