@@ -177,8 +177,10 @@ def _ahead(
         images, labels, copied = waiting.popleft()
         working = torch.cuda.current_stream(device)
         working.wait_event(copied)
-        yield images, labels
-        copying.wait_event(working.record_event())  # before another batch is copied to where this one lies
+        try:
+            yield images, labels
+        finally:  # before another batch is copied to where this one lies
+            copying.wait_event(working.record_event())
 
     for images, labels in batches:
         with torch.cuda.stream(copying):

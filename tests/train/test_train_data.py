@@ -532,3 +532,9 @@ def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypat
         *("working: event 5", "copying: wait for 5", "working: wait for 4", "work on C"),
         *("working: event 6", "copying: wait for 6"),
     ]
+    happened.clear()
+    given = ((Images(name), torch.tensor(number)) for number, name in enumerate("ABC"))
+    batches = _ahead(torch.device("cuda"), normalised, given)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert happened[-3:] == ["working: wait for 7", "working: event 9", "copying: wait for 9"]
