@@ -3,6 +3,7 @@
 import copy
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
@@ -467,6 +468,24 @@ def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Ex
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (type(error).__name__ in done.stderr) == told
+
+
+def test_readers_leave_an_interrupt_to_the_main_process() -> None:
+    class Deaf(Dataset[Any]):
+        """Labels tell whether a process hears Ctrl-C."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, _: int) -> tuple[Tensor, int]:
+            return torch.zeros(1), int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+    data = Data(train=Deaf(), val=Deaf(), classes=[])
+    for workers in (0, 1):
+        settings = FitSettings(batch_size=4, workers=workers)
+        for batches in (train_batches(data, settings, 0, 1), val_batches(data, settings)):
+            ((_, deaf),) = batches
+            assert deaf.tolist() == [workers] * 4
 
 
 @pytest.mark.gpu
