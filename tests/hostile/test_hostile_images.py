@@ -145,7 +145,7 @@ def read_all(folder: Path) -> None:
     for place, (path, _) in enumerate(data.val.reader.samples):  # type: ignore[attr-defined]
         began, given, error, expected = time.perf_counter(), None, None, None
         try:
-            given = hash_of(data.val[place][0])
+            given = hash_of(data.normalised(data.val[place][0][None])[0])
         except UnreadablePictureError as raised:
             error = str(raised)
         seconds = time.perf_counter() - began

@@ -481,11 +481,15 @@ def test_readers_leave_an_interrupt_to_the_main_process() -> None:
             return torch.zeros(1), int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
     data = Data(train=Deaf(), val=Deaf(), classes=[])
-    for workers in (0, 1):
-        settings = FitSettings(batch_size=4, workers=workers)
-        for batches in (train_batches(data, settings, 0, 1), val_batches(data, settings)):
-            ((_, deaf),) = batches
-            assert deaf.tolist() == [workers] * 4
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
+    try:
+        for workers in (0, 1):
+            settings = FitSettings(batch_size=4, workers=workers)
+            for batches in (train_batches(data, settings, 0, 1), val_batches(data, settings)):
+                ((_, deaf),) = batches
+                assert deaf.tolist() == [workers] * 4
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.gpu
