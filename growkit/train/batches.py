@@ -192,7 +192,7 @@ def _ahead(
 
 
 def _shares(images: int, batch_size: int) -> list[list[int]]:
-    """_Places of this process's images for evaluation, batch by batch; no batch is empty."""
+    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
     places = torch.arange(images)
     if size() == 1:
         return [batch.tolist() for batch in places.split(batch_size) if len(batch)]
