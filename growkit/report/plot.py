@@ -253,7 +253,7 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
 
 
 def _thinned(series: Series, log_x: bool) -> list[int]:
-    """_Places of the points to draw: few enough, the last among them."""
+    """Places of the points to draw: few enough, the last among them."""
     count = len(series.points)
     every = max(1, math.ceil(count / POINTS))
     kept = sorted({*range(0, count, every), count - 1} if count else ())
