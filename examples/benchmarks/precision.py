@@ -101,7 +101,7 @@ def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.nda
     if not arguments.data or source is None:
         noise = noise_images(preprocessing(model), arguments.images + arguments.calibration, 0)
         return model, noise[: arguments.images], noise[arguments.images :], None
-    from growkit.train.batches import unaugmented, val_batches
+    from growkit.train.batches import val_batches
     from growkit.train.data import open_data
     from growkit.train.settings import FitSettings
 
@@ -111,7 +111,10 @@ def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.nda
     images, classes = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     generator = np.random.default_rng(0)
     order = generator.permutation(len(images))
-    calibration = unaugmented(data, arguments.calibration, seed=0).numpy()
+    train: Any = data.train
+    train.transform = data.val.transform  # type: ignore[attr-defined]
+    picked = generator.permutation(len(train))[: arguments.calibration]
+    calibration = data.normalised(torch.stack([train[int(index)][0] for index in picked])).numpy()
     judged = order[: arguments.samples]
     return model, images[order[: arguments.images]], calibration, (images[judged], classes[judged])
 

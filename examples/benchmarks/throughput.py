@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from growkit.errors import GrowkitError
 from growkit.pipeline import pick_device
 from growkit.plan import step_flops
 from growkit.record import hardware, versions
@@ -51,6 +52,7 @@ WITH: dict[str, dict[str, Any]] = {
     "grad-checkpointing": {"grad_checkpointing": True},
 }
 WITH_HELP = f"of {', '.join(WITH)}, several at once with +, as in cache-ram+compile; or none"
+ENDLESS = 10**6  # updates of a run that is stopped: where an end is near, readers have no more to do, and timm's go on
 SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is the peak
 OPS_SHOWN = 12
 
@@ -72,7 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--reprob", type=float, default=0.0, help="of erasing; images in a cache cannot have it")
     parser.add_argument("--read-only", action="store_true", help="time the reading of batches, without a model")
-    parser.add_argument("--with", dest="more", help=f"{WITH_HELP}; cache-ram,cache-device if left out")
+    parser.add_argument("--with", dest="more", help=f"{WITH_HELP}; left out, both caches where they can be compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
@@ -92,10 +94,14 @@ def main() -> None:
         print(f"{images} images are fewer than a segment takes: loaders that begin anew each epoch look slow")
 
     ours, theirs = (growkit_reading, timm_reading) if options.read_only else (growkit_segment, timm_segment)
-    kinds: dict[str, Callable[[], float]] = {"growkit": ours(options, device), "timm": theirs(options, device)}
-    for name in asked:
-        together = {key: value for part in name.split("+") for key, value in WITH[part].items()}
-        kinds[f"growkit, {name}"] = ours(options, device, **together)
+    kinds: dict[str, Callable[[], float]] = {}
+    try:
+        kinds |= {"growkit": ours(options, device), "timm": theirs(options, device)}
+        for name in asked:
+            together = {key: value for part in name.split("+") for key, value in WITH[part].items()}
+            kinds[f"growkit, {name}"] = ours(options, device, **together)
+    except GrowkitError as error:
+        parser.error(str(error))
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     order = random.Random(options.seed)
     for number in range(options.rounds):
@@ -117,14 +123,12 @@ def main() -> None:
         against = ratios.get(name, [1.0])
         spread = f"{statistics.median(against):.3f} ({min(against):.3f} to {max(against):.3f}) x timm"
         print(f"{name:34} {median:10.1f} images/s, {spread}")
-    print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
     work = {} if options.read_only else work_of(options, device, medians)
     if options.out:
         given = {name: value for name, value in vars(options).items() if name not in ("out", "data")}
         content = {
             "command": shlex.join(sys.argv),
             "options": given,
-            "promised": PROMISED,
             "epochs_end_in_segments": whole,
             "images_per_second": rates,
             "median_images_per_second": medians,
@@ -138,7 +142,8 @@ def main() -> None:
 
 
 def work_of(options: argparse.Namespace, device: torch.device, medians: dict[str, float]) -> dict[str, Any]:
-    """Print how much of the machine's arithmetic is used, and where the time goes; the same for the file."""
+    """Print what is promised, how much of the machine is used, and where the time goes; the same for the file."""
+    print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
     peak, per_image = matmul_peak(options, device), flops_per_image(options)
     used = {name: median * per_image / peak for name, median in medians.items()}
     print(f"matmul peak {peak / 1e12:.3g} TFLOP/s; {per_image / 1e9:.3g} GFLOP for each image")
@@ -149,6 +154,7 @@ def work_of(options: argparse.Namespace, device: torch.device, medians: dict[str
     for name, share in where.items():
         print(f"{share:7.1%}  {name}")
     return {
+        "promised": PROMISED,
         "matmul_peak_flops_per_second": peak,
         "flops_per_image": per_image,
         "share_of_peak": used,
@@ -165,7 +171,7 @@ def start_of(options: argparse.Namespace) -> Source:
 def settings_of(options: argparse.Namespace) -> FitSettings:
     """growkit's settings; the timm loop takes its own from them."""
     return FitSettings(
-        steps=2 * options.steps,
+        steps=ENDLESS,
         log_every=options.steps,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -185,7 +191,13 @@ def growkit_segment(options: argparse.Namespace, device: torch.device, **changes
 
     def segment() -> float:
         records: list[StepRecord] = []
-        fit(source.model(), data, settings, device=device, on_step=records.append)
+
+        def stop_in_time(record: StepRecord) -> None:
+            records.append(record)
+            if record.step == 2 * options.steps:
+                raise KeyboardInterrupt
+
+        fit(source.model(), data, settings, device=device, on_step=stop_in_time)
         return records[-1].images_per_second
 
     return segment
@@ -233,8 +245,7 @@ def growkit_reading(options: argparse.Namespace, device: torch.device, **changes
     data = open_data(options.data, source.preprocessing, settings)
 
     def segment() -> float:
-        # as timm's goes on: where the end is near, readers have no more to do and the last batches come fast
-        with closing(train_batches(data, settings, 0, 10**6, device=device)) as batches:  # type: ignore[type-var]
+        with closing(train_batches(data, settings, 0, ENDLESS, device=device)) as batches:  # type: ignore[type-var]
             return rate(lambda: next(batches), options, device)
 
     return segment

@@ -85,12 +85,21 @@ def val_batches(
         GrowkitError: an image cannot be read; the message names it and the reason.
     """
     device = torch.device(device)
-    shares = _shares(size_of(data.val), settings.batch_size)
     if isinstance(data.val, Resident):
-        yield from data.val.evaluation(shares, device)
+        yield from data.val.evaluation(_shares(size_of(data.val), settings.batch_size), device)
         return
-    read = loaded(Read(data.val, 0), shares, settings, pin_memory=device.type == "cuda")
-    yield from _on(device, data.normalised, (batch for batch, _ in read))
+    yield from _on(device, data.normalised, read_to_evaluate(data, settings, pin_memory=device.type == "cuda"))
+
+
+def read_to_evaluate(data: Data, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `val_batches` as they are read, in memory of the CPU; of images that are not cached.
+
+    Raises:
+        GrowkitError: an image cannot be read; the message names it and the reason.
+    """
+    shares = _shares(size_of(data.val), settings.batch_size)
+    for batch, _ in loaded(Read(data.val, 0), shares, settings, pin_memory=pin_memory):
+        yield batch
 
 
 def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
@@ -166,7 +175,7 @@ def _ready(images: Tensor | ErasedBatch, normalised: Callable[[Tensor], Tensor],
 def _ahead(
     device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same on a GPU: each batch is copied there while the one before it is worked on.
+    """The batches of `_on` on a GPU: each is copied there while the one before it is worked on.
 
     At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
     """

@@ -35,11 +35,13 @@ def _as_they_are(images: Tensor) -> Tensor:
 class Data:
     """Images to train on and to evaluate on.
 
-    train, val   map-style datasets of (image tensor (C, H, W), label), or both resident
+    train, val   map-style datasets of (image (C, H, W), label), or both resident: what `open_data` opens gives bytes,
+                 training images that may be erased as Erased
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
     unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order
-    normalised   makes what the network takes of images (N, C, H, W) of `train` and `val`, on the device
+    normalised   makes what the network takes of images (N, C, H, W) of the datasets, on the device; resident ones do so
+                 themselves
     """
 
     train: Dataset[Any]

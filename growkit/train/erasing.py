@@ -31,7 +31,7 @@ class ErasedBatch(NamedTuple):
     noise: Tensor
 
     def over(self, normalised: Tensor) -> Tensor:
-        """The images, normalised by now, with the noise written into them."""
+        """The images, normalised by now, with the noise written into them in place."""
         boxes, channels = self.boxes.tolist(), normalised.shape[1]
         noise = self.noise.to(normalised.device, non_blocking=True)
         pieces = noise.split([channels * high * wide for *_, high, wide in boxes])
@@ -67,9 +67,9 @@ class Erasing:
 
 def together(images: Sequence[Erased]) -> ErasedBatch:
     """One batch of single images."""
-    boxes = [(number, *one.corner, *one.noise.shape[1:]) for number, one in enumerate(images) if one.corner]
+    boxes = [(number, *one.corner, *one.noise.shape[1:]) for number, one in enumerate(images) if one.corner is not None]
     return ErasedBatch(
         default_collate([one.image for one in images]),
         torch.tensor(boxes, dtype=torch.long).view(-1, 5),
-        torch.cat([NOTHING[:0], *(one.noise.flatten() for one in images if one.corner)]),
+        torch.cat([NOTHING[:0], *(one.noise.flatten() for one in images if one.corner is not None)]),
     )

@@ -49,8 +49,7 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
     room = ROOM * free_bytes(device) + own  # the weights are there already
     batches = min(batches, 2)  # from the second on, the gradients of those before are there
 
-    # and in bytes before
-    ahead = BATCHES_AHEAD * images[0].numel() * (images.element_size() + 1) if device.type == "cuda" else 0
+    ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
 
     def counted(size: int) -> int:
         return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.batches import images_per_batch, val_batches
+from growkit.train.batches import images_per_batch, read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
+from growkit.train.resident import Resident
 from growkit.train.settings import FitSettings
 
 Done = Callable[[int, int], None]  # images done, images in all
@@ -142,8 +143,10 @@ def read_through(
             is still to be found.
     """
     images_per_batch(data, settings)
-    batches = val_batches(data, settings, device=device)
-    for _ in followed(batches, -(-size_of(data.val) // size()), progress):
+    if isinstance(data.val, Resident):
+        data.val.decoded.on(device)
+        return
+    for _ in followed(read_to_evaluate(data, settings), -(-size_of(data.val) // size()), progress):
         pass
 
 

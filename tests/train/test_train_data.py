@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from growkit.train.batches import (
     _Places,
     _read_to_train,
     batches_per_epoch,
+    read_to_evaluate,
     train_batches,
     unaugmented,
     val_batches,
@@ -157,6 +159,7 @@ def test_evaluation_sees_every_image_once_without_chance(opened: Open, images: P
     picture = Image.open(images / "val" / "cat" / "0.png").resize((8, 8), Image.Resampling.BICUBIC)
     expected = (np.asarray(picture) / 255 - CONFIG["mean"]) / CONFIG["std"]
     assert np.allclose(batches[0][0][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    assert all(read.dtype == torch.uint8 for read, _ in read_to_evaluate(opened(settings), settings))
 
 
 def test_reading_batches_changes_no_global_random_state(opened: Open) -> None:
@@ -508,6 +511,20 @@ def test_a_gpu_gets_the_batches_that_the_cpu_gets(opened: Open, workers: int) ->
         assert not there[1].is_cuda
         assert torch.equal(here[0], there[0].cpu())
         assert torch.equal(here[1], there[1])
+
+
+@pytest.mark.parametrize("reprob", [0.0, 0.7])
+def test_batches_copied_ahead_are_those_that_are_not(
+    opened: Open, reprob: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a GPU's path does but for the copying, on tensors of the CPU."""
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: MagicMock())
+    settings = replace(HARD, reprob=reprob)
+    data = opened(settings)
+    cpu = torch.device("cpu")
+    read = _read_to_train(data, settings, _Places(data, settings, 0, 4), cpu)
+    assert same(list(_ahead(cpu, data.normalised, read)), list(train_batches(data, settings, 0, 4)))
 
 
 def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:

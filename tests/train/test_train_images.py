@@ -26,10 +26,15 @@ from growkit.text import visible
 from growkit.train.batches import train_batches, unaugmented, val_batches
 from growkit.train.data import Data, hold_out, labels_of, open_data, size_of
 from growkit.train.loop import fit
+from growkit.train.score import read_through
 from growkit.train.settings import FitSettings
 
 PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0, scale_min=1.0, hflip=0.0)
-KINDS = pytest.mark.parametrize("settings", [PLAIN, replace(PLAIN, cache="ram")], ids=["ordinary", "resident"])
+KINDS = pytest.mark.parametrize(
+    "settings",
+    [PLAIN, replace(PLAIN, reprob=1.0), replace(PLAIN, cache="ram")],
+    ids=["ordinary", "erased", "resident"],
+)
 RNG = np.random.default_rng(0)
 RGB = Image.fromarray(RNG.integers(0, 255, (12, 15, 3)).astype(np.uint8))
 DEEP = Image.fromarray(np.arange(180, dtype=np.uint16).reshape(12, 15) * 300)
@@ -137,7 +142,12 @@ def test_unreadable_image_is_named_alike_by_workers_by_a_cache_and_for_calibrati
     cut(folder / "val" / "dog" / "1.png", 0.8)
     said = refusal(folder)
     assert refusal(folder, replace(PLAIN, workers=2)) == said
-    assert refusal(folder, replace(PLAIN, cache="ram", workers=1)) == said
+    cached = replace(PLAIN, cache="ram", workers=1)
+    assert refusal(folder, cached) == said
+    for settings in (PLAIN, cached):
+        with pytest.raises(UnreadablePictureError) as caught:
+            read_through(open_data(str(folder), CONFIG, settings), settings, torch.device("cpu"))
+        assert str(caught.value) == said
     shutil.copy(folder / "val" / "dog" / "1.png", folder / "train" / "dog" / "1.png")
     with pytest.raises(GrowkitError, match=r"train/dog/1\.png: not a readable picture"):
         unaugmented(open_data(str(folder), CONFIG, PLAIN), 6, seed=0)

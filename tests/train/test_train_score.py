@@ -1,5 +1,8 @@
 """Scores against plain numpy, and what evaluate refuses."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.score import Scores, evaluate, followed, multiplying, predictor, refuse_tf32
+from growkit.train.data import Data
+from growkit.train.score import Scores, evaluate, followed, multiplying, predictor, read_through, refuse_tf32
 from growkit.train.settings import FitSettings
 
 
@@ -140,3 +144,14 @@ def test_scoring_tells_how_far_it_is_after_each_batch() -> None:
     batches = [(torch.zeros(n, 3), torch.zeros(n)) for n in (4, 4, 2)]
     assert list(followed(batches, 10, lambda *done: told.append(done))) == batches
     assert told == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_reading_through_looks_at_every_image_and_makes_nothing_of_them(opened: Callable[[FitSettings], Data]) -> None:
+    def refused(images: Tensor) -> Tensor:
+        raise AssertionError
+
+    told: list[tuple[int, int]] = []
+    settings = FitSettings(batch_size=5, workers=0)
+    data = replace(opened(settings), normalised=refused)
+    read_through(data, settings, torch.device("cpu"), progress=lambda *done: told.append(done))
+    assert told == [(5, 12), (10, 12), (12, 12)]
