@@ -31,19 +31,9 @@ from growkit.train.distributed import by_leader, leads, local_rank, restarted, s
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
-from growkit.train.score import (
-    Done,
-    Scores,
-    Scoring,
-    evaluate,
-    followed,
-    predictor,
-    read_through,
-    refuse_tf32,
-    score_model,
-    silent,
-)
+from growkit.train.score import Scores, evaluate, predictor, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done, Tell, followed, silent
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
 Watch = Callable[[StepRecord], None]
@@ -172,11 +162,12 @@ def grow_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Grown:
     """Grow `source` into `to`, train the operator where there is data, and write run/grown.
 
-    `say` gets lines for the user, `watch` the progress of operator training, `scoring` that of scoring.
+    `say` gets lines for the user, `watch` the progress of operator training, `tell` that of reading and
+    scoring images.
 
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
@@ -193,7 +184,7 @@ def grow_model(
     source, opened = with_input(source, sets), None
     if data is not None:
         operator = replace(operator or FitSettings(), seed=settings.seed)
-        opened = open_data(data, source.preprocessing, operator)
+        opened = open_data(data, source.preprocessing, operator, tell=tell)
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
@@ -209,7 +200,7 @@ def grow_model(
         operator = _sized(grown, opened, operator, chosen, say)
         refuse_unusable(opened, operator)
         scores = {
-            name: score_model(scored, opened, operator, chosen, progress=scoring(told))
+            name: score_model(scored, opened, operator, chosen, progress=tell(f"scoring the {told}"))
             for name, scored, told in (("source", small, "source"), ("step0", model, "grown model"))
         }
         for name, found in scores.items():
@@ -228,7 +219,7 @@ def grow_model(
             for line in opened.remarks:
                 say(line)
             scores["operator"] = score_model(
-                grown.materialize(), opened, operator, chosen, progress=scoring("grown model")
+                grown.materialize(), opened, operator, chosen, progress=tell("scoring the grown model")
             )
         else:
             say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
@@ -315,16 +306,14 @@ def train_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
     draft = fresh(name, sets, ["?"], seed=settings.seed)
-    opened = open_data(data, draft.preprocessing, settings)
+    opened = open_data(data, draft.preprocessing, settings, tell=tell)
     labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
     source = fresh(name, sets, labels, seed=settings.seed)
-    return _fit_into(
-        run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch, scoring
-    )
+    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch, tell)
 
 
 def finetune_model(
@@ -338,10 +327,10 @@ def finetune_model(
     resume: bool = False,
     say: Say = lambda line: None,
     watch: Watch | None = None,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
-    opened = open_data(data, source.preprocessing, settings)
+    opened = open_data(data, source.preprocessing, settings, tell=tell)
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
         say(note)
@@ -358,7 +347,7 @@ def finetune_model(
         resume,
         say,
         watch,
-        scoring,
+        tell,
     )
 
 
@@ -375,7 +364,7 @@ def _fit_into(
     resume: bool,
     say: Say,
     watch: Watch | None,
-    scoring: Scoring,
+    tell: Tell,
 ) -> Trained:
     resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
@@ -384,10 +373,10 @@ def _fit_into(
     refuse_unusable(opened, settings)
     start = None
     if command == "finetune" and not resume:
-        start = score_model(model, opened, settings, chosen, progress=scoring("start"))
+        start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
     elif not resume:
-        read_through(opened, settings, chosen, progress=scoring("validation images' readability"))
+        read_through(opened, settings, chosen, progress=tell("reading the validation images"))
     history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
     model.train()
 
@@ -405,12 +394,13 @@ def _fit_into(
         kept = plain(best)
         by_leader(lambda: _replace(folder, kept, source, {**history, "scores": asdict(scores)}))
 
+    scoring = "scoring the validation images"
     fitted = fit(
         model,
         opened,
         settings,
         device=chosen,
-        evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=scoring("validation images")),
+        evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=tell(scoring)),
         folder=folder / LAST,
         resume=resume,
         on_step=watch,

@@ -89,8 +89,8 @@ def test_scoring_shows_a_bar_with_its_rate_once_it_takes_long(
 ) -> None:
     clock = iter(seconds * n for n in range(9))
     monkeypatch.setattr("growkit_cli.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with telling(Console()) as scoring:
-        progress = scoring("source")
+    with telling(Console()) as tell:
+        progress = tell("scoring the source")
         for done in (10, 20, 30, 40):
             progress(done, 40)
     said = capsys.readouterr().out.splitlines()

@@ -65,7 +65,7 @@ def compare(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    with following(console, "comparing") as follow, telling(console) as scoring:
+    with following(console, "comparing") as follow, telling(console) as tell:
         compared = compare_methods(
             RunFolder(run),
             loaded,
@@ -80,7 +80,7 @@ def compare(
             command=shlex.join(["growkit", *sys.argv[1:]]),
             say=console.say,
             follow=follow,
-            scoring=scoring,
+            tell=tell,
         )
     console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
     console.table("cost", *cost_table(compared.arms))

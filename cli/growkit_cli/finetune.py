@@ -38,7 +38,7 @@ def finetune(
     loaded = load_source(path)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "fine-tuning") as watch, telling(console) as scoring:
+    with watching(console, "fine-tuning") as watch, telling(console) as tell:
         trained = finetune_model(
             folder,
             loaded,
@@ -49,7 +49,7 @@ def finetune(
             resume=resume,
             say=console.say,
             watch=watch,
-            scoring=scoring,
+            tell=tell,
         )
     tell_trained(console, trained)
     ended(console, trained.fitted)

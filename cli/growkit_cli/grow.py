@@ -69,7 +69,7 @@ def grow(
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "training the operator") as watch, telling(console) as scoring:
+    with watching(console, "training the operator") as watch, telling(console) as tell:
         grown = grow_model(
             RunFolder(run),
             loaded,
@@ -83,7 +83,7 @@ def grow(
             resume=resume,
             say=console.say,
             watch=watch,
-            scoring=scoring,
+            tell=tell,
         )
     if grown.operator and grown.scores:
         before, after = grown.scores["step0"], grown.scores["operator"]

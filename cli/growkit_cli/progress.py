@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from growkit.pipeline import Trained
     from growkit.train.loop import FitResult, StepRecord
 
-QUICK = 1.0  # seconds of scoring that need no bar
+QUICK = 1.0  # seconds of reading or scoring images that need no bar
 
 
 @contextmanager
@@ -37,20 +37,20 @@ def watching(console: Console, title: str) -> Iterator[Callable[["StepRecord"], 
 
 @contextmanager
 def telling(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yield `scoring(what)`, which makes what is told how many images of how many are scored.
+    """Yield `tell(what)`, which makes what is told how many images of how many are done.
 
     It shows a bar once that has taken QUICK seconds.
     """
     with ExitStack() as shown:
 
-        def scoring(what: str) -> Callable[[int, int], None]:
+        def tell(what: str) -> Callable[[int, int], None]:
             began = time.monotonic()
             bars: list[Callable[[int], Bar]] = []
 
             def progress(done: int, total: int) -> None:
                 seconds = time.monotonic() - began
                 if not bars and seconds > QUICK and done < total:
-                    bars.append(shown.enter_context(console.progress(f"scoring the {what}")))
+                    bars.append(shown.enter_context(console.progress(what)))
                 if bars:
                     bars[0](total).update(done, f"{done / seconds:.0f} images/s")
                 if bars and done >= total:
@@ -58,7 +58,7 @@ def telling(console: Console) -> Iterator[Callable[[str], Callable[[int, int], N
 
             return progress
 
-        yield scoring
+        yield tell
 
 
 @contextmanager

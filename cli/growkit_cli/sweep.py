@@ -64,7 +64,7 @@ def sweep(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    with following(console, "sweeping") as follow, telling(console) as scoring:
+    with following(console, "sweeping") as follow, telling(console) as tell:
         swept = sweep_settings(
             RunFolder(run),
             loaded,
@@ -81,7 +81,7 @@ def sweep(
             command=shlex.join(["growkit", *sys.argv[1:]]),
             say=console.say,
             follow=follow,
-            scoring=scoring,
+            tell=tell,
         )
     console.table(f"trials, best first; {settings.metric} on held-out images", *trials_table(swept.tried))
     console.say(f"recommended: trial {swept.best.number}")

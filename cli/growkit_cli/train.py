@@ -34,7 +34,7 @@ def train(
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
-    with watching(console, f"training {architecture}") as watch, telling(console) as scoring:
+    with watching(console, f"training {architecture}") as watch, telling(console) as tell:
         trained = train_model(
             RunFolder(run),
             architecture,
@@ -46,7 +46,7 @@ def train(
             resume=resume,
             say=console.say,
             watch=watch,
-            scoring=scoring,
+            tell=tell,
         )
     tell_trained(console, trained)
     ended(console, trained.fitted)

@@ -24,8 +24,9 @@ from growkit.train.data import Data
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
-from growkit.train.score import Scores, Scoring, refuse_tf32, score_model, silent
+from growkit.train.score import Scores, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Tell, silent
 from growkit.train.watch import interruption
 
 Watch = Callable[[StepRecord], None]
@@ -50,7 +51,7 @@ class Bench:
     test       the images scored once, as validation images
     recipe     how the full budget is spent from nothing
     operator   how operators are trained
-    scoring    what is told of scoring as it goes
+    tell       what is told how many images are scored
     """
 
     source: Source
@@ -61,7 +62,7 @@ class Bench:
     operator: FitSettings
     device: torch.device
     folder: Path
-    scoring: Scoring = silent
+    tell: Tell = silent
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
 
     def refuse_unusable(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
@@ -147,7 +148,7 @@ class Bench:
 
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
         """Scores on the held-out images, or on the test images."""
-        progress = self.scoring("test images" if test else "held-out images")
+        progress = self.tell(f"scoring the {'test' if test else 'held-out'} images")
         return score_model(model, self.test if test else self.data, self.recipe, self.device, progress=progress)
 
     def fresh(self, arm: Arm) -> nn.Module:

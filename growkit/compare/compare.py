@@ -29,8 +29,9 @@ from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import Source
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import Scoring, amp_dtype, read_through, silent
+from growkit.train.score import amp_dtype, read_through
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Tell, silent
 
 BEGUN = "begun.json"
 SCHEMA = 2  # of every file a comparison writes
@@ -269,12 +270,13 @@ def compare_methods(
     command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: lambda record: None,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.
 
     `recipe` says what the full budget is: the target trained from nothing for its epochs or steps. `say` gets lines for
-    the user, `follow` makes what watches a run of a given title, `scoring` what is told how far scoring is.
+    the user, `follow` makes what watches a run of a given title, `tell` what is told how many images are read or
+    scored.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a
@@ -295,7 +297,7 @@ def compare_methods(
         folder=run.compare,
         split=settings,
         say=say,
-        scoring=scoring,
+        tell=tell,
     )
     comparison = Comparison(bench, settings, say=say, follow=follow)
     comparison.prepare(resume=resume)
@@ -345,19 +347,19 @@ def bench_of(
     device: torch.device,
     folder: Path,
     say: Say,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Bench:
     """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
     adapted = with_input(source, sets)
-    opened = open_data(data, adapted.preprocessing, recipe)
+    opened = open_data(data, adapted.preprocessing, recipe, tell=tell)
     adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.adapted, *notes):
         say(note)
-    read_through(opened, recipe, device, progress=scoring("validation images' readability"))
+    read_through(opened, recipe, device, progress=tell("reading the validation images"))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
-    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, scoring)
+    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:

@@ -44,8 +44,8 @@ from growkit.record import RunFolder, hardware, versions
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
-from growkit.train.score import Scoring, silent
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Tell, silent
 
 NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
@@ -100,7 +100,7 @@ def sweep_settings(
     command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: lambda record: None,
-    scoring: Scoring = silent,
+    tell: Tell = silent,
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
@@ -126,7 +126,7 @@ def sweep_settings(
         folder=run.sweep,
         split=settings,
         say=say,
-        scoring=scoring,
+        tell=tell,
     )
     pilot = Pilot(bench, settings, say=say, follow=follow)
     pilot.prepare(resume=resume)

@@ -23,6 +23,7 @@ from growkit.train.normalise import Normalisation
 from growkit.train.resident import Decoded, Resident, refuse_other_augmentation
 from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Tell, silent
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 
@@ -62,7 +63,7 @@ class Data:
         ]
 
 
-def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) -> Data:
+def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings, *, tell: Tell = silent) -> Data:
     """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
 
     Lists the files, reads no image. Training images are augmented as `settings` says, those for
@@ -73,6 +74,7 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
         data: directory, or timm dataset string whose files lie in settings.data_dir.
         data_config: what timm.data.resolve_model_data_config gives; see `channel_config`.
         settings: augmentation and where datasets lie.
+        tell: told how many images are decoded, where they are cached.
 
     Raises:
         GrowkitError: nothing usable is there, or cached images are to be augmented by more than crops and flips;
@@ -120,10 +122,16 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings) 
     train.transform = val.transform
     kept, judged = (
         Resident(
-            Decoded(split, partial(in_order, split, stand_ins, settings), config["input_size"], settings.cache),
+            Decoded(
+                split,
+                partial(in_order, split, stand_ins, settings),
+                config["input_size"],
+                settings.cache,
+                partial(tell, f"decoding the {what} images"),
+            ),
             normalised,
         )
-        for split, stand_ins in ((train, STAND_INS), (val, 0))
+        for split, stand_ins, what in ((train, STAND_INS, "training"), (val, 0, "validation"))
     )
     return Data(train=kept, val=judged, classes=classes, identity=identity)
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from growkit.errors import GrowkitError
 from growkit.train.normalise import Normalisation, sent
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
 TRIES = 10  # theirs, too, before the whole image is taken
@@ -31,13 +32,21 @@ class Decoded:
     read     gives batches of uint8 images (n, C, H, W) and labels (n,), in order, and lines about unreadable images
     size     (C, H, W) of an image
     cache    where they stay: "device", the one that asked last, or "ram"
+    begin    called when decoding begins; gives what is told how many are decoded
     labels   (N,) on the CPU, where the training loop looks at them; empty before the images are decoded
     told     the lines, likewise
     """
 
-    def __init__(self, dataset: Dataset[Any], read: Callable[[], Iterator[Any]], size: Sequence[int], cache: str):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        read: Callable[[], Iterator[Any]],
+        size: Sequence[int],
+        cache: str,
+        begin: Callable[[], Done],
+    ):
         assert isinstance(dataset, Sized)
-        self.dataset, self.read, self.cache = dataset, read, cache
+        self.dataset, self.read, self.cache, self.begin = dataset, read, cache, begin
         self.shape = (len(dataset), *size)
         self.told: list[str] = []
         self.labels = torch.empty(0, dtype=torch.long)
@@ -66,12 +75,13 @@ class Decoded:
     def _decode(self, device: torch.device) -> Tensor:
         images = torch.empty(self.shape, dtype=torch.uint8, device=device)
         labels: list[Tensor] = []
-        done = 0
+        done, progress = 0, self.begin()
         for (batch, found), told in self.read():
             self.told += told
             images[done : done + len(batch)] = batch
             labels.append(found)
             done += len(batch)
+            progress(done, len(images))
         self.labels = torch.cat(labels)
         return images
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,9 @@ from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.resident import Resident
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done, followed
 
-Done = Callable[[int, int], None]  # images done, images in all
-Scoring = Callable[[str], Done]  # what is scored -> what is told of it
-T = TypeVar("T", bound=tuple[Tensor, ...])
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
-
-
-def silent(what: str) -> Done:
-    """A Scoring that tells nobody."""
-    return lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -148,15 +140,6 @@ def read_through(
         return
     for _ in followed(read_to_evaluate(data, settings), -(-size_of(data.val) // size()), progress):
         pass
-
-
-def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
-    """The batches, labels last in each; `progress` is told how many of `total` images are done."""
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch[-1])
-        progress(min(done, total), total)
 
 
 def require_labels(labels: Tensor, outputs: int) -> None:

@@ -219,6 +219,20 @@ def test_images_are_decoded_once_for_all_runs_and_splits(opened: Open, decodings
     assert decodings == [26, 12]
 
 
+def test_decoding_is_told_as_it_goes(images: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def tell(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: told.append((what, done, total))
+
+    data = open_data(str(images), CONFIG, RESIDENT, tell=tell)
+    assert told == []
+    for _ in range(2):
+        list(val_batches(data, RESIDENT))
+        batches(data, RESIDENT)
+        assert told == [("decoding the validation images", 12, 12), ("decoding the training images", 26, 26)]
+
+
 def test_images_move_between_devices_without_decoding_and_only_a_move_needs_room(
     opened: Open, decodings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
