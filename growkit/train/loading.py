@@ -16,6 +16,7 @@ from growkit.train.erasing import Erased, together
 from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
 
+PATIENCE = 60  # seconds that a process which reads serves on after SIGTERM
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 
 
@@ -104,12 +105,14 @@ def in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[An
 
 
 def _quiet_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers when it is done with them, and say nothing of its death.
+    """Leave signals to the main process, which ends its workers when it is done with them; say nothing of its death.
 
-    Python hands images on in a thread of the worker; where the main process is killed meanwhile, that thread fails.
+    torchrun, `timeout` and schedulers send SIGTERM to all processes of a job, and training needs its images until it
+    has saved. Python hands images on in a thread of the worker; where the main process is killed meanwhile, that thread
+    fails.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
     shown = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

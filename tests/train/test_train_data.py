@@ -1,6 +1,7 @@
 """Batches that depend on seed, epoch and image alone; wrong folders, and how they say so."""
 
 import copy
+import os
 import random
 import shutil
 import signal
@@ -39,11 +40,13 @@ from growkit.train.batches import (
 )
 from growkit.train.data import Data, channel_config, hold_out, labels_of, open_data, size_of
 from growkit.train.erasing import ErasedBatch, Erasing, together
+from growkit.train.loading import PATIENCE
 from growkit.train.normalise import Normalisation
 from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]
+CALM = FitSettings(batch_size=4, workers=1)
 HARD = FitSettings(batch_size=8, workers=0, aa="rand-m9-mstd0.5", reprob=0.5, color_jitter=0.0)
 
 
@@ -493,6 +496,26 @@ def test_readers_leave_an_interrupt_to_the_main_process() -> None:
                 assert deaf.tolist() == [workers] * 4
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_readers_serve_on_for_a_while_after_sigterm() -> None:
+    """Schedulers send it to all processes of a job; training saves before it ends."""
+
+    class Struck(Dataset[Any]):
+        """Labels tell how many seconds a reader has left."""
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, _: int) -> tuple[Tensor, int]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return torch.zeros(1), signal.alarm(PATIENCE)
+
+    data = Data(train=Struck(), val=Struck(), classes=[])
+    for batches in (train_batches(data, CALM, 0, 2), val_batches(data, CALM)):
+        left = torch.cat([labels for _, labels in batches])
+        assert len(left) == 8
+        assert ((left > 0) & (left <= PATIENCE)).all()
 
 
 @pytest.mark.gpu

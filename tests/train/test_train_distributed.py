@@ -368,9 +368,10 @@ def test_crops_of_a_part_are_those_of_the_whole_batch(scale_min: float) -> None:
     assert not torch.equal(found, crop_and_flip(images[part], settings, torch.Generator().manual_seed(3)))
 
 
-# On the command line. The driver is growkit, but its second process kills itself in update 4 of the first attempt.
+# On the command line. The driver is growkit, but in update 4 its second process kills itself, at the first attempt, or
+# asks torchrun to end.
 DRIVER = """
-import os, signal
+import os, signal, time
 from growkit.train import loop
 from growkit_cli.main import main
 real = loop._Training.update
@@ -378,6 +379,10 @@ def update(self, step, batches):
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if os.environ.get("KILL") and first and os.environ["RANK"] == "1" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("END") and step >= 4:
+        if os.environ["RANK"] == "1" and step == 4:
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.5)
     return real(self, step, batches)
 loop._Training.update = update
 main()
@@ -388,7 +393,7 @@ QUICK = ["--opt", "sgd", "--lr", "0.01", "--batch-size", "8", "--workers", "0", 
 
 
 def torchrun(
-    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True
+    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True, end: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """growkit train on two processes."""
     script = place / "driver.py"
@@ -396,7 +401,12 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "--", str(script), *training(images), *map(str, words)]
     return subprocess.run(
-        command, cwd=place, env=environment(KILL="1" if kill else ""), capture_output=True, text=True, timeout=300
+        command,
+        cwd=place,
+        env=environment(KILL="1" if kill else "", END="1" if end else ""),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -429,6 +439,16 @@ def test_killed_worker_ends_the_job_with_a_clear_error_and_one_process_goes_on(t
     growkit(*training(images), "--run", tmp_path / "whole")
     assert furthest(weights_in(tmp_path / "killed"), weights_in(tmp_path / "whole")) < 1e-5
     assert len((tmp_path / "killed/trained/last/metrics.jsonl").read_text().splitlines()) >= 2
+
+
+def test_sigterm_to_torchrun_saves_what_was_learned_whoever_reads(tmp_path: Path, images: Path) -> None:
+    """torchrun passes it on to all processes, to those that read images, too."""
+    words = ("--workers", 1, "--steps", 60, "--save-seconds", 300, "--run", tmp_path / "ended")
+    done = torchrun(tmp_path, images, *words, kill=False, end=True)
+    assert done.returncode != 0
+    assert "error: " not in done.stderr
+    assert "interrupted; what was learned is saved" in done.stderr
+    assert 4 <= torch.load(tmp_path / "ended/trained/last/state.pt", weights_only=True)["step"] < 60
 
 
 @pytest.mark.slow  # torchrun starts its workers twice
