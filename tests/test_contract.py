@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growkit.core.contract import cheapest_path, contract, gradients, pairs_of
+from growkit.core.contract import cheapest_orders, contract, gradients, pairs_of
 
 RING = ("boli", "pbBq", "qoOr", "rlLs", "siIp")
 EQUATION = ",".join(RING) + "->BOLI"
@@ -42,7 +42,7 @@ def test_large_factor_is_never_copied_where_einsum_would_copy_it_four_times():
     """DeiT-S to DeiT-B at rank 4, a slice of 12: the cores O, B and L sum neighbours, I both ends."""
     size = dict(zip("boliBOLIpqrs", (12, 384, 12, 384, 12, 12, 12, 768, 4, 4, 4, 4), strict=True))
     shapes = [tuple(size[index] for index in term) for term in RING]
-    path, _, _ = cheapest_path(EQUATION, shapes[0], tuple(shapes[1:]))
+    path = cheapest_orders(EQUATION, shapes[0], tuple(shapes[1:]))[0].path
     pairs = pairs_of(EQUATION, path)
     assert [pair.of_small for pair in pairs] == ["qoOr", "pbBq", "rlLs", "siIp"]
     assert [(pair.lead, pair.summed) for pair in pairs] == [("", "o"), ("", "bq"), ("", "rl"), ("p", "si")]

@@ -6,12 +6,13 @@ from math import prod
 import opt_einsum
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.core import ring as ring_module
-from growkit.core.ring import AXES, ContractionPlan, RingOperator, cheapest_path, contraction_plan
+from growkit.core.contract import Order, cheapest_orders
+from growkit.core.ring import AXES, ContractionPlan, RingOperator, _plans_along, contraction_plan
 from growkit.train.memory import Alive
 
 ORDERS = ["B" + "".join(rest) for rest in permutations("OLI")]
@@ -83,11 +84,41 @@ def test_any_ring_counts_the_best_order_and_its_gradients(old, new, ranks, order
     assert forward + backward <= 1.05 * (best + gradients)
 
 
+wide = st.sampled_from([(192, 384), (384, 768), (320, 1024), (448, 1024), (768, 1024)])
+deep = st.sampled_from([(2, 8), (4, 4), (6, 6), (12, 12), (12, 24)])
+uneven = st.lists(st.one_of(st.just(1), st.integers(1, 10)), min_size=4, max_size=4)
+
+
+@pytest.mark.parametrize("fewest", [ring_module.FEWEST_ELEMENTS, ring_module.FEWEST_ON_GPU])
+@given(wide, deep, st.sampled_from([8, 12]), uneven, st.permutations(AXES))
+@example((384, 768), (12, 12), 12, [7, 1, 4, 1], "IBLO")  # forwards as cheap in another order, backwards not
+@example((192, 384), (2, 8), 8, [8, 2, 7, 1], "LOBI")
+@example((448, 1024), (6, 6), 12, [4, 8, 1, 8], "OLBI")
+@settings(max_examples=25, deadline=None)
+def test_any_ring_in_slices_counts_the_best_order_and_its_gradients(fewest, wide, deep, matrices, ranks, order):
+    """But where that makes intermediates of more than 128 MB, or 256 MB on a GPU, and other plans do not."""
+    old, new = ({"B": matrices, "O": wide[n], "L": deep[n], "I": wide[n]} for n in (0, 1))
+    ring, x = on_meta(old, new, ranks, "".join(order))
+    best, gradients, again = optimum(ring, x)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ring_module, "fewest_elements", lambda grown, gpu: fewest)
+        forward, backward = counted(ring, x)
+    cores = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
+    plans = [plan for n in range(4) for plan in _plans_along(n, ring.equation, tuple(x.shape), cores, ring.order, 1)]
+    near = [
+        plan for plan in plans if plan.flops <= 1.05 * best and plan.training_flops <= 1.05 * (best + gradients + again)
+    ]
+    if min(plan.largest_elements for plan in near) <= max(fewest, ring_module.MOST_ELEMENTS):
+        assert forward <= 1.05 * best
+        assert forward + backward <= 1.05 * (best + gradients + again)
+
+
 def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
     best, *_ = optimum(ring, x)
     dearer = ((0, 1), (0, 2), (0, 1), (0, 1))  # B and L first
-    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: (dearer, best, ring_module.FEWEST_ELEMENTS))
+    found = Order(dearer, best, best, ring_module.FEWEST_ELEMENTS)
+    monkeypatch.setattr(ring_module, "cheapest_orders", lambda *_: (found,))
     contraction_plan.cache_clear()
     try:
         assert counted(ring, x)[0] > 1.5 * best
@@ -98,10 +129,10 @@ def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
 def test_a_plan_is_found_once_for_each_shape(monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, (2, 3, 1, 2), "BOLI")
     ring(x)
-    searches = contraction_plan.cache_info().misses, cheapest_path.cache_info().misses
-    monkeypatch.setattr(opt_einsum.paths, "optimal", None)  # whoever searches fails
+    searches = contraction_plan.cache_info().misses, cheapest_orders.cache_info().misses
+    monkeypatch.setattr(opt_einsum, "contract_path", None)  # whoever searches fails
     ring(x).sum().backward()
-    assert (contraction_plan.cache_info().misses, cheapest_path.cache_info().misses) == searches
+    assert (contraction_plan.cache_info().misses, cheapest_orders.cache_info().misses) == searches
 
 
 def test_slices_on_a_gpu_are_fewer_and_cost_no_more():
@@ -161,7 +192,7 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     ],
 )
 def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, taken, monkeypatch):
-    made = [ContractionPlan("O", 1, slices, flops, largest) for flops, slices, largest in plans]
+    made = [ContractionPlan((), "O", 1, slices, flops, flops, largest) for flops, slices, largest in plans]
     monkeypatch.setattr(ring_module, "_plans_along", lambda position, *_: made if position == 0 else [])
     cores = ((1, 1, grown, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1))
     assert contraction_plan.__wrapped__("", (1,) * 4, cores, AXES) is made[taken]
@@ -169,7 +200,7 @@ def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, 
 
 @pytest.mark.parametrize(("largest", "most_slices"), [(2**25, 256), (2**25 + 1, 1024)])
 def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest, most_slices, monkeypatch):
-    monkeypatch.setattr(ring_module, "cheapest_path", lambda *_: ((), 1, largest))
+    monkeypatch.setattr(ring_module, "cheapest_orders", lambda *_: (Order((), 1, 1, largest),))
     plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES, 1)
     assert max(plan.slices for plan in plans) == most_slices
 

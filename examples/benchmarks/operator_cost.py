@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from growkit.arch import build, find, find_target, parse_sets
 from growkit.arch.spec import LAYERS, Architecture
-from growkit.core.ring import AXES, RingOperator, cheapest_path, contraction_plan
+from growkit.core.contract import cheapest_orders
+from growkit.core.ring import AXES, RingOperator, contraction_plan
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow, make_method
 from growkit.methods.mango import Mango, mlp_blocks, pack
@@ -376,12 +377,12 @@ def count(source: Architecture, target: Architecture, rank: int) -> dict[str, An
     state = build(source.name, source.arguments, device="meta").state_dict()
     shape = tuple(pack(source.split(state)).shape)
     plan = contraction_plan(ring.equation, shape, cores, ring.order)
-    _, best, _ = cheapest_path(ring.equation, shape, cores)
+    best = cheapest_orders(ring.equation, shape, cores)[0].flops
     position = ring.order.index("L")
     layers = cores[position][2]
     one_layer = list(cores)
     one_layer[position] = (*cores[position][:2], 1, cores[position][3])
-    _, per_layer, _ = cheapest_path(ring.equation, shape, tuple(one_layer))
+    per_layer = cheapest_orders(ring.equation, shape, tuple(one_layer))[0].flops
     return {
         "rank": rank,
         "flops": plan.flops,

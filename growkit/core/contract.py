@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import prod
 from types import ModuleType
+from typing import NamedTuple
 
+import numpy as np
 import opt_einsum
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from growkit.core.half import kernels_for
 
 Shapes = tuple[tuple[int, ...], ...]
 Path = tuple[tuple[int, ...], ...]
+SPARE = 1.05  # arithmetic that an order may take beside the cheapest, for what it saves elsewhere
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,70 @@ class Pair:
         return self.before + self.new + self.after
 
 
+class Order(NamedTuple):
+    """A pairwise order of an equation's products.
+
+    flops           of the products, 2 per multiply-add
+    training_flops  those, and of a backward pass: the gradients of all but the first operand, and intermediates again
+    largest         elements of the largest intermediate, or of the result
+    """
+
+    path: Path
+    flops: int
+    training_flops: int
+    largest: int
+
+
 @lru_cache(maxsize=1024)
-def cheapest_path(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[Path, int, int]:
-    """Pairwise order of least arithmetic, its FLOPs (2 per multiply-add), its largest intermediate."""
-    path, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
-    return tuple(tuple(step) for step in path), int(info.opt_cost), int(info.largest_intermediate)
+def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[Order, ...]:
+    """The order of least arithmetic; then, where it is another, that of least in training among those nearly as good.
+
+    The first may multiply two operands that both want a gradient, for next to nothing less.
+    """
+    best, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
+    paths, over, left, factors = _orders(equation)
+    sizes = np.array([float(info.size_dict[index]) for index in _letters(equation)])
+    forwards = np.where(over, sizes, 1).prod(-1) * (1 + (over != left).any(-1))  # (orders, products)
+    flops = forwards.sum(-1)
+    training = flops + (forwards * factors).sum(-1) + forwards[:, :-1].sum(-1)
+    largest = np.where(left, sizes, 1).prod(-1).max(-1)
+    number = paths.index(tuple(tuple(step) for step in best))
+    other = int(np.where(flops <= SPARE * flops[number], training, np.inf).argmin())
+    chosen = (number, other) if training[other] < training[number] else (number,)
+    return tuple(Order(paths[n], int(flops[n]), int(training[n]), int(largest[n])) for n in chosen)
+
+
+def _letters(equation: str) -> str:
+    return "".join(dict.fromkeys(equation.split("->")[0].replace(",", "")))
+
+
+@lru_cache(maxsize=64)
+def _orders(equation: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """All orders, and of each product of each: the indices it runs over, those that are left (orders, products,
+    indices), and how many of its factors want gradients (orders, products).
+    """
+    terms, result, letters = terms_of(equation), set(equation.split("->")[1]), _letters(equation)
+    paths = _paths(len(terms))
+    over = np.zeros((len(paths), len(terms) - 1, len(letters)), bool)
+    left, factors = over.copy(), np.zeros(over.shape[:2], int)
+    for number, path in enumerate(paths):
+        waiting = [(set(term), place > 0) for place, term in enumerate(terms)]
+        for place, step in enumerate(path):
+            (one, wants_one), (two, wants_two) = (waiting.pop(taken) for taken in sorted(step, reverse=True))
+            made = (one | two) & result.union(*(term for term, _ in waiting))
+            over[number, place] = [index in one | two for index in letters]
+            left[number, place] = [index in made for index in letters]
+            factors[number, place] = wants_one + wants_two
+            waiting.append((made, wants_one or wants_two))
+    return paths, over, left, factors
+
+
+@lru_cache(maxsize=8)
+def _paths(operands: int) -> tuple[Path, ...]:
+    """All pairwise orders, as opt_einsum writes them: places among what is left; what is made comes last."""
+    if operands == 1:
+        return ((),)
+    return tuple((pair, *rest) for pair in combinations(range(operands), 2) for rest in _paths(operands - 1))
 
 
 def terms_of(equation: str) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from math import prod
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from growkit.core.contract import (
+    SPARE,
     Pair,
     Path,
-    cheapest_path,
+    cheapest_orders,
     contract,
     float32_sums,
     gradients,
@@ -40,8 +42,8 @@ BONDS = "pqrs"
 SLICE_SHARE = 1 / 8
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
 FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
+SHARE_ON_GPU = 0.8  # but at most as much of the result: beside a small model even one of those would weigh
 MANY_SLICES = 256  # more are not made for the share's sake: each takes some dozens of kernels
-SPARE = 1.05  # arithmetic that a plan may take beside the cheapest for smaller slices
 
 
 class RingOperator(nn.Module):
@@ -120,18 +122,19 @@ class RingOperator(nn.Module):
         if torch.is_grad_enabled():
             plan = self._plan(x, cores, self.processes)
             if plan.slices == 1 and not may_halve(x):
-                return _product(self.equation, [x, *cores])
+                return _product(self.equation, plan.path, [x, *cores])
             sliced: Tensor = _Sliced.apply(self.equation, plan, x, *cores)
             return sliced
         grown = _grown_like(x, self.equation, cores).zero_()
         for ring in _independent_rings(_without_dead_bonds(cores)):
-            for (place,), slice_ in _cut(self.equation, self._plan(x, ring), grown, [x, *ring]):
-                place += _product(self.equation, slice_)
+            plan = self._plan(x, ring)
+            for (place,), slice_ in _cut(self.equation, plan, grown, [x, *ring]):
+                place += _product(self.equation, plan.path, slice_)
         return grown
 
     def _plan(self, x: Tensor, cores: Sequence[Tensor], parts: int = 1) -> "ContractionPlan":
         shapes = tuple(tuple(core.shape) for core in cores)
-        fewest = FEWEST_ON_GPU if x.is_cuda else FEWEST_ELEMENTS
+        fewest = fewest_elements(prod(core.shape[2] for core in cores), gpu=x.is_cuda)
         fewest *= 2 if torch.is_grad_enabled() and may_halve(x) else 1  # of half the size
         return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest, parts)
 
@@ -140,7 +143,9 @@ class RingOperator(nn.Module):
         cores = [self.cores[axis] for axis in self.order]
         position = self.order.index("L")
         cores[position] = cores[position][:, :, index : index + 1]
-        return _product(self.equation, [x, *cores]).squeeze(AXES.index("L"))
+        shapes = tuple(tuple(core.shape) for core in cores)
+        path = cheapest_orders(self.equation, tuple(x.shape), shapes)[0].path
+        return _product(self.equation, path, [x, *cores]).squeeze(AXES.index("L"))
 
     def dense(self) -> Tensor:
         """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
@@ -202,12 +207,12 @@ class _Sliced(torch.autograd.Function):
         with nullcontext() if scales is None else float32_sums():
             for places, slice_ in _cut(equation, plan, grown, factors):
                 if plan.parts > 1:
-                    made = _product(equation, slice_)
+                    made = _product(equation, plan.path, slice_)
                     _hand_round(made if scales is None else made.mul_(whole), places)
                 elif scales is None:
-                    _product(equation, slice_, out=places[0])
+                    _product(equation, plan.path, slice_, out=places[0])
                 else:
-                    scaled(_product(equation, slice_), whole, places[0])
+                    scaled(_product(equation, plan.path, slice_), whole, places[0])
         return grown
 
     @staticmethod
@@ -227,7 +232,7 @@ class _Sliced(torch.autograd.Function):
                 above = _sum_of_own(places)
                 if flat is not None:
                     above = halved(above, flat)
-                for number, part in enumerate(_gradients(ctx.equation, slice_, above, wanted)):
+                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, above, wanted)):
                     total = found[number]
                     if part is None:
                         continue
@@ -269,12 +274,11 @@ def _halved(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -
     """
     scales = scales_of(factors)
     made = list(map(halved, factors, 1 / scales))
-    without_single, path, _ = _prepared(equation, _first_slice(equation, plan, made))
-    _, _, operands = _prepared(equation, made)
-    forwards, backwards = (power_above(bound / ROOM) for bound in growth(without_single, path, operands))
+    without_single, operands = _prepared(equation, made)
+    forwards, backwards = (power_above(bound / ROOM) for bound in growth(without_single, plan.path, operands))
     scales[0] *= forwards
     made[0] /= forwards
-    return _laid_out(equation, pairs_of(without_single, path), made), scales, backwards
+    return _laid_out(equation, pairs_of(without_single, plan.path), made), scales, backwards
 
 
 def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -> list[Tensor]:
@@ -288,12 +292,6 @@ def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -
             back = [order.index(place) for place in range(len(order))]
             laid[pair.small] = laid[pair.small].permute(order).contiguous().permute(back)
     return laid
-
-
-def _first_slice(equation: str, plan: "ContractionPlan", factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors that make the first slice."""
-    position = 1 + _position(equation, plan)
-    return [factor.narrow(2, 0, plan.width) if n == position else factor for n, factor in enumerate(factors)]
 
 
 def _number(parts: int) -> int:
@@ -350,41 +348,51 @@ def _grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
     return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in AXES])
 
 
-def _product(equation: str, factors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """The einsum of `equation` in the cheapest order; the factors are x and the cores."""
-    return contract(*_prepared(equation, factors), out)
+def _product(equation: str, path: Path, factors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The einsum of `equation` along `path`; the factors are x and the cores."""
+    without_single, operands = _prepared(equation, factors)
+    return contract(without_single, path, operands, out)
 
 
-def _gradients(equation: str, factors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    equation: str, path: Path, factors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of `_product` for its factors."""
-    found = gradients(*_prepared(equation, factors), grad, wanted)
+    without_single, operands = _prepared(equation, factors)
+    found = gradients(without_single, path, operands, grad, wanted)
     return [part if part is None else part.reshape(of.shape) for part, of in zip(found, factors, strict=True)]
 
 
-def _prepared(equation: str, factors: Sequence[Tensor]) -> tuple[str, Path, list[Tensor]]:
-    """Equation, order and factors, without bonds of one index: torch sums over those by copying what is big."""
+def _prepared(equation: str, factors: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
+    """Equation and factors without bonds of one index: torch sums over those by copying what is big."""
     x, *cores = factors
-    path, _, _ = cheapest_path(equation, tuple(x.shape), tuple(tuple(core.shape) for core in cores))
     single = {BONDS[n] for n, core in enumerate(cores) if len(core) == 1}
     if not single:
-        return equation, path, [x, *cores]
+        return equation, [x, *cores]
     operands = [
         core.squeeze(tuple(place for n, place in ((n, 0), ((n + 1) % 4, 3)) if BONDS[n] in single))
         for n, core in enumerate(cores)
     ]
-    return equation.translate({ord(bond): None for bond in single}), path, [x, *operands]
+    return equation.translate({ord(bond): None for bond in single}), [x, *operands]
 
 
 @dataclass(frozen=True)
 class ContractionPlan:
     """How a ring is applied: in slices of `width` along the grown `axis`, in as many `parts` as processes share it."""
 
+    path: Path  # in which a slice is contracted
     axis: str
     width: int
     slices: int  # of all parts together
     flops: int  # of one forward application, 2 per multiply-add, of all parts together
+    training_flops: int  # those and of a backward pass
     largest_elements: int  # of the largest intermediate
     parts: int = 1
+
+
+def fewest_elements(grown: int, *, gpu: bool) -> int:
+    """Below how many elements no slice need be cut, where `grown` elements are made in all."""
+    return max(FEWEST_ELEMENTS, min(FEWEST_ON_GPU, int(SHARE_ON_GPU * grown))) if gpu else FEWEST_ELEMENTS
 
 
 @lru_cache(maxsize=256)
@@ -400,7 +408,8 @@ def contraction_plan(
 
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
-    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first. Of the plans within SPARE of the cheapest, those with
+    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first, that of training: but for intermediates of more than
+    MOST_ELEMENTS, which none may have. Of the plans within SPARE of the cheapest, those with
     intermediates of at most SLICE_SHARE of the result (or of `fewest` elements) are taken, or those with the smallest.
     Where `parts` divides no grown axis, the plan has one part.
     """
@@ -410,8 +419,10 @@ def contraction_plan(
     plans = [plan for position in positions for plan in _plans_along(position, equation, x, cores, order, parts)]
     most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
     able = _at_most(max(MOST_ELEMENTS, fewest), plans)
-    cheapest = min(plan.flops for plan in able)
-    able = _at_most(most, [plan for plan in able if plan.flops <= SPARE * cheapest])
+    for cost in (attrgetter("training_flops"), attrgetter("flops")):
+        enough = max(SPARE * cost(plans[0]), min(map(cost, able)))  # the first is the best order, in one piece
+        able = [plan for plan in able if cost(plan) <= enough]
+    able = _at_most(most, able)
     return min(able, key=lambda plan: (plan.flops, plan.slices))
 
 
@@ -430,10 +441,11 @@ def _plans_along(
     for pieces in _counts():
         width = -(-each // pieces)
         sliced[position] = (shape[0], shape[1], width, shape[3])
-        _, flops, largest = cheapest_path(equation, x, tuple(sliced))
         slices = parts * -(-each // width)
-        yield ContractionPlan(order[position], width, slices, flops * slices, largest, parts)
-        if width == 1 or (slices >= MANY_SLICES and largest <= MOST_ELEMENTS):
+        for one in cheapest_orders(equation, x, tuple(sliced)):
+            costs = slices * one.flops, slices * one.training_flops
+            yield ContractionPlan(one.path, order[position], width, slices, *costs, one.largest, parts)
+        if width == 1 or (slices >= MANY_SLICES and one.largest <= MOST_ELEMENTS):
             return
 
 

@@ -73,8 +73,8 @@ def joined(device: torch.device) -> Iterator[None]:
         if not _is_lost(error):
             raise
         raise GrowkitError(
-            "another process of this run ended or cannot be reached; its own output says why. The state that was"
-            " saved last is whole, --resume goes on from there"
+            "another process of this run ended or cannot be reached; its own output says why. What was saved last is"
+            " whole, --resume goes on from there, or begins anew where nothing was"
         ) from error
     finally:
         # After an error NCCL would wait for the others. gloo does not, and its threads must not outlive the

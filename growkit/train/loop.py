@@ -37,7 +37,7 @@ FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one ke
 REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
 SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
 # settings that change how a run is watched or fed, never what it computes
-FREE_TO_CHANGE = ("shard", "workers", "save_seconds", "tensorboard", "data_dir", "dataset_download")
+FREE_TO_CHANGE = ("shard", "workers", "log_every", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from growkit.train.telling import Done
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
 TRIES = 10  # theirs, too, before the whole image is taken
+CONTAINER = Path("/sys/fs/cgroup")  # version 2
 ROOM = 0.8  # of the free memory that images may take
 
 
@@ -175,12 +176,28 @@ def _crops(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device`; where the system does not say, all the machine has."""
+    """Bytes of memory that are free on `device`, on the CPU this process's share of what torchrun's on the host have.
+
+    Where the system does not say, all the machine has.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
+        available = 1024 * int(_entry(Path("/proc/meminfo"), "MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63 - 1
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63 - 1
+    return min(available, _left_to_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _left_to_container() -> int:
+    """Bytes that this process's control group may still take, as in Docker and Kubernetes; without a limit, many."""
+    try:
+        most, taken = (int((CONTAINER / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        return most - taken + int(_entry(CONTAINER / "memory.stat", "inactive_file"))  # files that can be read again
+    except (OSError, ValueError, StopIteration):  # none, or "max"
+        return 2**63 - 1
+
+
+def _entry(file: Path, name: str) -> str:
+    """What a file of the system's says of `name`."""
+    return next(words[1] for words in map(str.split, file.read_text("ascii").splitlines()) if words[0] == name)

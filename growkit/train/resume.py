@@ -70,7 +70,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = state["identity"]
     except Exception:  # torch raises whatever its reader stumbles over
         raise GrowkitError(f"{path}: damaged; start anew without --resume") from None

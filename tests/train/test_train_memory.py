@@ -6,7 +6,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from growkit.arch import build, find, find_target
-from growkit.core.ring import contraction_plan
+from growkit.core import ring
+from growkit.core.ring import contraction_plan, fewest_elements
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train.making import made_once
@@ -88,6 +89,20 @@ def test_operator_of_a_small_model_peaks_little_above_a_plain_step_at_any_batch(
     plain = step_peak(build(target.name, target.arguments, device="meta").train(), batch, "bf16", batches)
     operator = grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=rank))
     assert step_peak(operator.train(), batch, "bf16", batches) <= most * plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "rank", "most"), [(2, 4, 1.25), (12, 4, 1.25), (12, 10, 1.5)])
+def test_slices_for_a_gpu_outweigh_no_small_model(
+    depth: int, rank: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "fewest_elements", lambda grown, gpu: fewest_elements(grown, gpu=True))
+    source = find("deit_tiny_patch16_224", {"depth": depth})
+    target, _ = find_target(source, "deit_small_patch16_224", [f"depth={depth}"])
+    batch = (8, 3, 224, 224)
+    plain = step_peak(build(target.name, target.arguments, device="meta").train(), batch, "bf16")
+    operator = grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=rank))
+    assert step_peak(operator.train(), batch, "bf16") <= most * plain
 
 
 def test_slices_of_an_absolute_size_would_outweigh_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
