@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from growkit.arch import build, find
 from growkit.checkpoint import write_model
 from growkit.demo import write_digits
+from growkit_cli.main import app
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -149,6 +151,8 @@ def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_rin
         ("operator_cost.py", ["--rounds", "0"], "error: argument --rounds: 0: expected 1 or more"),
         ("operator_cost.py", ["--big", "deit_tiny,embed_dim=32,num_heads=1"], "error: embed: 64 -> 32 would shrink"),
         ("operator_cost.py", ["--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder; make it"),
+        ("startup.py", ["--runs", "0"], "error: --runs 0: expected 1 or more"),
+        ("startup.py", ["--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder; make it"),
         ("several_processes.py", [], "error: start it with torchrun --nproc-per-node N"),
     ],
 )
@@ -174,11 +178,24 @@ def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(tmp_path
     out = tmp_path / "grow.json"
     sets = [word for item in SMALL for word in ("--small-set", item)]
     sets += [word for item in ("embed_dim=64", "depth=2", "num_heads=4") for word in ("--big-set", item)]
-    run("grow.py", "--small", "vit_tiny", "--big", "vit_tiny", *sets, "--rank", 2, "--runs", 1, "--out", out)
+    told = run("grow.py", "--small", "vit_tiny", "--big", "vit_tiny", *sets, "--rank", 2, "--runs", 1, "--out", out)
+    assert "peak GiB" in told
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["timm_logits_gap"] <= content["promised"]["logits_gap"]
     assert content["runs"][0]["peak_bytes"] > 0
+
+
+@pytest.mark.slow  # two starts of every command
+def test_startup_benchmark_writes_finite_figures_of_every_command(tmp_path: Path) -> None:
+    out = tmp_path / "startup.json"
+    told = run("startup.py", "--runs", 1, "--out", out)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert not_finite(content) == []
+    commands = {f"growkit {name}" for name in typer.main.get_command(app).commands}  # type: ignore[attr-defined]
+    assert set(content["first_lines"]) == commands
+    assert set(content["seconds"]) == {"growkit --help", "python -c pass", *commands}
+    assert all(name in told and len(taken) == 1 and taken[0] > 0 for name, taken in content["seconds"].items())
 
 
 @pytest.mark.slow

@@ -48,9 +48,13 @@ def main() -> None:
         loaded_gap = apart(gap_of_timm, checkpoint, options.small, options.small_set, runs[0]["folder"])
     seconds, peak = max(r["seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
     cpu = max(r["cpu_seconds"] for r in runs)
-    promised = f"promised {bounds['seconds']:.0f} s and {bounds['peak_bytes'] / 2**30:.1f} GiB on two idle cores"
-    print(f"{options.small} -> {options.big}, rank {options.rank}, worst of {len(runs)} runs; load before {load:.1f}")
-    print(f"grow: {seconds:.1f} s ({cpu:.1f} of the CPU), peak {peak / 2**30:.2f} GiB ({promised})")
+    print(f"worst of {len(runs)} runs; load before {load:.1f}; promised on two idle cores")
+    pair = f"{options.small} -> {options.big}"
+    row = f"{{:{len(pair)}}} {{:>4}} {{:>8}} {{:>8}} {{:>8}} {{:>8}} {{:>8}}".format
+    print(row("", "rank", "seconds", "promised", "of CPU", "peak GiB", "promised"))
+    sizes = (peak / 2**30, bounds["peak_bytes"] / 2**30)
+    times = (f"{seconds:.1f}", f"{bounds['seconds']:.0f}", f"{cpu:.1f}")
+    print(row(pair, options.rank, *times, *(f"{size:.2f}" for size in sizes)))
     print(f"step-0 gap, as grow says: {runs[0]['step0_gap']:.1e}")
     verdict = "within" if loaded_gap <= bounds["logits_gap"] else "NOT within"
     print(f"timm alone loads it: logits {loaded_gap:.1e} from the source's, {verdict} {bounds['logits_gap']}")
