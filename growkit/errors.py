@@ -3,6 +3,7 @@
 MEMORY_IS_FULL = (
     *("not enough memory", "out of memory", "can't allocate memory", "bad allocation", "bad_alloc"),
     *("status_alloc_failed", "failed to allocate"),  # of CUDA's libraries; of ONNX Runtime's CUDA provider
+    *("unable to resize file", "unable to write to file", "unable to allocate shared memory"),  # of readers of images
 )
 
 

@@ -442,6 +442,9 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
     """
     refuse_tf32(settings, device)
     sized = with_batch_size(model, opened, settings, device)
+    images = size_of(opened.train)
+    if isinstance(settings.batch_size, int) and settings.batch_size > images:
+        say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         say(f"--batch-size {sized.batch_size} is the largest that fits {device}; --lr {settings.lr:g} is not scaled")
     return sized

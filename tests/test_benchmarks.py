@@ -153,6 +153,9 @@ def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_rin
         ("operator_cost.py", ["--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder; make it"),
         ("startup.py", ["--runs", "0"], "error: --runs 0: expected 1 or more"),
         ("startup.py", ["--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder; make it"),
+        ("throughput.py", ["--data", ".", "--rounds", "0"], "error: --rounds 0: expected 1 or more"),
+        ("throughput.py", ["--data", ".", "--device", "tpu"], "error: --device tpu"),
+        ("throughput.py", ["--data", ".", "--out", "no/such/x.json"], "error: --out no/such/x.json: no such folder"),
         ("several_processes.py", [], "error: start it with torchrun --nproc-per-node N"),
     ],
 )

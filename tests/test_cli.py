@@ -243,6 +243,7 @@ def test_version_is_printed_without_a_command(arguments: tuple[str, ...], capsys
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("unable to resize file </torch_1_2_0> to the right size: File too large (27)"),
     ],
 )
 def test_memory_that_is_used_up_is_one_line(
@@ -313,6 +314,17 @@ def test_grow_records_what_made_the_model(
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
     assert step["hashes"] == {"source": history["source"]["sha256"], "grown": history["weights_sha256"]}
     assert (step["options"]["seed"], step["options"]["rank"]) == (7, 3)
+
+
+def test_batch_of_more_images_than_there_are_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    options = ("--batch-size", "1000", "--steps", "1", "--workers", "0", "--run", tmp_path)
+    status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
+    assert status == 0
+    images = len(list((place / DATA[1] / "train").rglob("*.png")))
+    assert f"--batch-size 1000: there are {images} training images, and a batch takes them all" in out
 
 
 def test_batch_size_auto_is_found_said_and_recorded(

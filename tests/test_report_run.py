@@ -242,6 +242,16 @@ def test_comparison_with_another_model_is_shown_but_decides_nothing(tmp_path: Pa
     assert "which is not the model as it stands now" in text(run)
 
 
+def test_comparison_that_counts_is_named_where_others_were_made_since(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    steps = content["steps"]
+    number = next(n for n, step in enumerate(steps) if step["command"] == "evaluate")
+    steps.append({**steps[number], "hashes": {"source": "ee" * 32, "model": "ff" * 32}})
+    write_json(run.record, content)
+    assert f"Done 2 times; this is {number + 1}. evaluate. Others: {len(steps)}. evaluate" in text(run)
+
+
 def test_figures_nobody_knows_yet_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     content = verification()

@@ -78,7 +78,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     options = parser.parse_args()
-    device = pick_device(options.device)
+    for name in ("batch_size", "steps", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: no such folder; make it first")
+    try:
+        device = pick_device(options.device)
+    except GrowkitError as error:
+        parser.error(str(error))
     left_out = "none" if options.aa or options.reprob or options.read_only else "cache-ram,cache-device"
     more = options.more or left_out
     asked = [] if more == "none" else more.split(",")

@@ -99,7 +99,7 @@ class Architecture:
                 got = tuple(state[name].shape)
                 raise GrowkitError(f"weights do not fit {self.name}: {name} has shape {got}, expected {shape}")
             if not torch.isfinite(state[name]).all():
-                raise GrowkitError(f"{name} holds values that are not finite; growing would spread them")
+                raise GrowkitError(f"weights of {self.name}: {name} holds values that are not finite; take others")
 
     def split(self, state: StateDict) -> Weights:
         """Checkpoint names -> slots; layered tensors come stacked, (L, out, in)."""

@@ -252,9 +252,12 @@ def _earlier(facts: Facts, command: str) -> list[str]:
     return earlier_line(facts.all(command))
 
 
-def earlier_line(steps: Sequence[Step]) -> list[str]:
-    """A line that names the steps before the last, which counts; none where there is one."""
+def earlier_line(steps: Sequence[Step], shown: Step | None = None) -> list[str]:
+    """A line that names the steps beside the one `shown`, the last where it is left out; none where there is one."""
     if len(steps) < 2:
         return []
-    named = ", ".join(f"{step.name} ({step.finished})" if step.finished else step.name for step in steps[:-1])
-    return [f"Done {len(steps)} times; this is {steps[-1].name}, the last. Earlier: {named}."]
+    shown = shown or steps[-1]
+    others = [step for step in steps if step is not shown]
+    named = ", ".join(f"{step.name} ({step.finished})" if step.finished else step.name for step in others)
+    which = f"{shown.name}, the last. Earlier" if shown is steps[-1] else f"{shown.name}. Others"
+    return [f"Done {len(steps)} times; this is {which}: {named}."]

@@ -93,7 +93,7 @@ def _behaviour(facts: Facts) -> Section:
     scores, predictions, classes = agreement_sections(step.figures)
     parts = [replace(one, title=one.title.capitalize()) for one in (scores, predictions, replace(classes, folded=True))]
     return Section(
-        title, "\n".join([*lines, *([stale] if stale else []), *earlier_line(facts.all("evaluate"))]), parts=parts
+        title, "\n".join([*lines, *([stale] if stale else []), *earlier_line(facts.all("evaluate"), step)]), parts=parts
     )
 
 

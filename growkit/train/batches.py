@@ -123,6 +123,9 @@ class _Places(Sampler[list[tuple[int, int]]]):
         self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
         self.whole = images_per_batch(data, settings)
 
+    def __len__(self) -> int:
+        return self.last - self.first
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, order_of = torch.empty(0), -1
         for number in range(self.first, self.last):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -82,16 +83,19 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
     Raises:
         UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_collated,
-        num_workers=settings.workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker,
-        generator=torch.Generator(),  # else a loader draws from the global one
-    )
-    for batch, told in loader:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_collated,
+            num_workers=min(settings.workers, len(sampler)),
+            pin_memory=pin_memory,
+            worker_init_fn=_quiet_worker,
+            generator=torch.Generator(),  # else a loader draws from the global one
+        )
+        batches = iter(loader)
+    for batch, told in batches:
         if batch is None:
             more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
             raise UnreadablePictureError(told[0] + more)

@@ -1,6 +1,7 @@
 """Batches that depend on seed, epoch and image alone; wrong folders, and how they say so."""
 
 import copy
+import multiprocessing
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -474,6 +476,17 @@ def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Ex
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (type(error).__name__ in done.stderr) == told
+
+
+def test_there_are_no_more_readers_than_batches_and_torch_says_nothing_of_their_number(opened: Open) -> None:
+    """It warns where there are more than cores."""
+    settings = FitSettings(batch_size=8, workers=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = train_batches(opened(settings), settings, 0, 3)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 3
+        assert len(list(batches)) == 2
 
 
 def test_readers_leave_an_interrupt_to_the_main_process() -> None:
