@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from rich.console import Console as RichConsole
 
 from growkit import __version__
 from growkit_cli.console import Console
@@ -96,3 +97,38 @@ def test_scoring_shows_a_bar_with_its_rate_once_it_takes_long(
     said = capsys.readouterr().out.splitlines()
     assert len(said) == lines
     assert said[:1] == (["scoring the source 10/40 5 images/s"] if lines else [])
+
+
+def test_lines_for_logs_say_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(100, 1000, 30))
+    monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Console().progress("training") as bar:
+        for done in (20, 30, 40, 60):  # resumed at 20: what was done before took none of this time
+            bar(60).update(done, "loss 1.0")
+    assert capsys.readouterr().out.splitlines() == [
+        "training 20/60 loss 1.0",
+        "training 30/60 loss 1.0, 0:01:30 left",
+        "training 40/60 loss 1.0, 0:01:00 left",
+        "training 60/60 loss 1.0",
+    ]
+
+
+def test_a_terminal_shows_how_long_work_takes_and_how_long_it_will(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.rich = RichConsole(force_terminal=True, width=120)
+    with console.working("exporting"), console.progress("latency") as bar:
+        bar(9).update(1, "first")
+        console.say("a line")
+    said = capsys.readouterr().out
+    assert "exporting" in said
+    assert "0:00:00" in said
+    assert "-:--:--" in said  # time left
+    assert "a line" in said
+
+
+def test_a_log_is_not_told_that_work_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().working("exporting"):
+        pass
+    assert capsys.readouterr().out == ""

@@ -3,14 +3,16 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from growkit.text import visible
@@ -93,6 +95,22 @@ class Console:
             if self.rich.is_terminal:  # elsewhere it would print an empty line
                 live.stop()
 
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show on a terminal how long work takes that cannot tell how far it is."""
+        if not self.rich.is_terminal:
+            yield
+            return
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=self.rich, transient=True) as live:
+            live.add_task(_cell(title), total=None)
+            yield
+
+
+def _clock(seconds: float) -> str:
+    """As rich writes a time: 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
 
 def _cell(content: object) -> str:
     """What rich shows as `content`, letter for letter."""
@@ -124,8 +142,13 @@ class PlainBar(Bar):
         self.console, self.title, self.total = console, title, total
         self.every = max(1, total // 20)
         self.next: float = self.every
+        self.first: tuple[float, float] | None = None  # time and what was done then
 
     def update(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        began, before = self.first = self.first or (now, done)
         if done >= self.next or done == self.total:
-            self.console.say(f"{self.title} {done}/{self.total} {note}".rstrip())
+            left = (now - began) / (done - before) * (self.total - done) if before < done < self.total else 0
+            told = f"{note}, {_clock(left)} left" if left >= 1 else note
+            self.console.say(f"{self.title} {done}/{self.total} {told}".rstrip())
             self.next = done + self.every if done != self.total else done + 1

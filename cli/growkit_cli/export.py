@@ -97,7 +97,7 @@ def export(
         "arguments": source.architecture.arguments,
         "history": without_folders(source.history),
     }
-    with whole_folder(target) as partial:
+    with console.working("exporting"), whole_folder(target) as partial:
         exported = write_export(
             source.model(),
             partial,

@@ -69,7 +69,7 @@ def grow(
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "training the operator") as watch, telling(console) as tell:
+    with console.working("growing"), watching(console, "training the operator") as watch, telling(console) as tell:
         grown = grow_model(
             RunFolder(run),
             loaded,

@@ -214,7 +214,7 @@ def with_file(
 
         batches = val_batches(labelled(data, source, reading, image_size=form.image_size), reading)
     console.say("comparing answers" + (", then times" if settings.latency else ""))
-    with console.progress("latency") as bar:
+    with console.working("verifying"), console.progress("latency") as bar:
         total = timing_steps(settings, form)
         return verify_onnx(
             network,
