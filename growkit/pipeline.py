@@ -551,6 +551,11 @@ def _answering_onnx(path: Path, provider: str) -> Answering:
         raise
     except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
         reason = first_line(error, 200)
+        if "NOT_IMPLEMENTED" in reason:  # a bfloat16 file on a CPU
+            raise GrowkitError(
+                f"{path}: ONNX Runtime has no kernels for it on this device ({reason});"
+                f" `growkit verify --onnx-file {path} --data ...` scores it"
+            ) from None
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
     if not prepared:
         raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")

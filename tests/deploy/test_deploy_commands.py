@@ -295,3 +295,16 @@ def test_every_form_is_evaluated_as_the_plain_file_is(options: tuple[str, ...], 
     images = noise_images(Preprocessing(**plain.identity.preprocessing), 4, 2)
     got, wanted = answering.predict(torch.from_numpy(images)).numpy(), plain.run(images)
     assert np.abs(got - wanted).max() < (0.1 if "bf16" in options else 1e-5)
+
+
+def test_form_that_the_device_has_no_kernels_for_is_sent_to_verify(tmp_path: Path) -> None:
+    """ONNX Runtime has no Expand of bfloat16 on a CPU."""
+    types = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BFLOAT16, [2, 2]) for name in "xy"]
+    shape = onnx.helper.make_tensor("s", onnx.TensorProto.INT64, [2], [2, 2])
+    node = onnx.helper.make_node("Expand", ["x", "s"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", types[:1], types[1:], [shape])
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+    with pytest.raises(GrowkitError, match=r"no kernels for it on this device .*growkit verify --onnx-file") as caught:
+        _answering_onnx(path, "cpu")
+    assert "not readable" not in str(caught.value)
