@@ -316,28 +316,30 @@ def test_grow_records_what_made_the_model(
     assert (step["options"]["seed"], step["options"]["rank"]) == (7, 3)
 
 
-def test_batch_of_more_images_than_there_are_is_said(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("auto", "--batch-size {eights} is the largest that fits cpu; --lr 0.0001 is not scaled"),
+        ("1000", "--batch-size 1000: there are {images} training images, and a batch takes them all"),
+    ],
+)
+def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
+    asked: str,
+    told: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(place)
-    options = ("--batch-size", "1000", "--steps", "1", "--workers", "0", "--run", tmp_path)
+    options = ("--batch-size", asked, "--steps", "1", "--workers", "0", "--run", tmp_path)
     status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
     assert status == 0
     images = len(list((place / DATA[1] / "train").rglob("*.png")))
-    assert f"--batch-size 1000: there are {images} training images, and a batch takes them all" in out
-
-
-def test_batch_size_auto_is_found_said_and_recorded(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
-    options = ("--batch-size", "auto", "--steps", "1", "--workers", "0", "--run", tmp_path)
-    status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
-    assert status == 0
-    images = len(list((place / DATA[1] / "train").rglob("*.png")))
-    assert f"--batch-size {images // 8 * 8} is the largest that fits cpu; --lr 0.0001 is not scaled" in out
+    eights = images // 8 * 8
+    assert told.format(images=images, eights=eights) in out
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
-    assert step["options"]["batch_size"] == images // 8 * 8
+    assert step["options"]["batch_size"] == (eights if asked == "auto" else 1000)
 
 
 def test_table_too_wide_for_the_terminal_is_printed_row_by_row_and_whole(

@@ -419,8 +419,9 @@ def contraction_plan(
     plans = [plan for position in positions for plan in _plans_along(position, equation, x, cores, order, parts)]
     most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
     able = _at_most(max(MOST_ELEMENTS, fewest), plans)
+    whole = cheapest_orders(equation, x, cores)[0]
     for cost in (attrgetter("training_flops"), attrgetter("flops")):
-        enough = max(SPARE * cost(plans[0]), min(map(cost, able)))  # the first is the best order, in one piece
+        enough = max(SPARE * cost(whole), min(map(cost, able)))
         able = [plan for plan in able if cost(plan) <= enough]
     able = _at_most(most, able)
     return min(able, key=lambda plan: (plan.flops, plan.slices))
