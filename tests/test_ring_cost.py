@@ -104,13 +104,14 @@ def test_any_ring_in_slices_counts_the_best_order_and_its_gradients(fewest, wide
         patched.setattr(ring_module, "fewest_elements", lambda grown, gpu: fewest)
         forward, backward = counted(ring, x)
     cores = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
-    plans = [plan for n in range(4) for plan in _plans_along(n, ring.equation, tuple(x.shape), cores, ring.order, 1)]
-    near = [
-        plan for plan in plans if plan.flops <= 1.05 * best and plan.training_flops <= 1.05 * (best + gradients + again)
-    ]
-    if min(plan.largest_elements for plan in near) <= max(fewest, ring_module.MOST_ELEMENTS):
-        assert forward <= 1.05 * best
-        assert forward + backward <= 1.05 * (best + gradients + again)
+    asked, all_three = (ring.equation, tuple(x.shape), cores, ring.order), best + gradients + again
+    for parts in (1, 2):  # alone, and one of two processes that share it
+        plans = [plan for n in range(4) for plan in _plans_along(n, *asked, parts)]
+        near = [plan for plan in plans if plan.flops <= 1.05 * best and plan.training_flops <= 1.05 * all_three]
+        if near and min(plan.largest_elements for plan in near) <= max(fewest, ring_module.MOST_ELEMENTS):
+            assert contraction_plan(*asked, fewest, parts) in near
+            assert parts > 1 or forward <= 1.05 * best
+            assert parts > 1 or forward + backward <= 1.05 * all_three
 
 
 def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
