@@ -28,15 +28,14 @@ from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
-from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
+from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, evaluate, predictor, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, followed, silent
+from growkit.train.telling import Done, Tell, followed, silent, unheard
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
-Watch = Callable[[StepRecord], None]
 Say = Callable[[str], None]
 
 
@@ -161,13 +160,11 @@ def grow_model(
     force: bool = False,
     resume: bool = False,
     say: Say = lambda line: None,
-    watch: Watch | None = None,
     tell: Tell = silent,
 ) -> Grown:
     """Grow `source` into `to`, train the operator where there is data, and write run/grown.
 
-    `say` gets lines for the user, `watch` the progress of operator training, `tell` that of reading and
-    scoring images.
+    `say` gets lines for the user, `tell` how far operator training, reading and scoring images are.
 
     Raises:
         GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
@@ -214,7 +211,7 @@ def grow_model(
                 device=chosen,
                 folder=run.path / "operator",
                 resume=resume,
-                on_step=watch,
+                progress=tell("training the operator"),
             )
             for line in opened.remarks:
                 say(line)
@@ -305,7 +302,6 @@ def train_model(
     force: bool = False,
     resume: bool = False,
     say: Say = lambda line: None,
-    watch: Watch | None = None,
     tell: Tell = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
@@ -313,7 +309,7 @@ def train_model(
     opened = open_data(data, draft.preprocessing, settings, tell=tell)
     labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
     source = fresh(name, sets, labels, seed=settings.seed)
-    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, watch, tell)
+    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, tell)
 
 
 def finetune_model(
@@ -326,7 +322,6 @@ def finetune_model(
     force: bool = False,
     resume: bool = False,
     say: Say = lambda line: None,
-    watch: Watch | None = None,
     tell: Tell = silent,
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
@@ -346,7 +341,6 @@ def finetune_model(
         force,
         resume,
         say,
-        watch,
         tell,
     )
 
@@ -363,7 +357,6 @@ def _fit_into(
     force: bool,
     resume: bool,
     say: Say,
-    watch: Watch | None,
     tell: Tell,
 ) -> Trained:
     resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
@@ -394,7 +387,7 @@ def _fit_into(
         kept = plain(best)
         by_leader(lambda: _replace(folder, kept, source, {**history, "scores": asdict(scores)}))
 
-    scoring = "scoring the validation images"
+    scoring, training = "scoring the validation images", f"training {source.architecture.name}"
     fitted = fit(
         model,
         opened,
@@ -403,8 +396,8 @@ def _fit_into(
         evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=tell(scoring)),
         folder=folder / LAST,
         resume=resume,
-        on_step=watch,
         on_best=keep,
+        progress=tell("fine-tuning" if command == "finetune" else training),
     )
     for line in opened.remarks:
         say(line)
@@ -451,7 +444,7 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
 
 
 def evaluate_model(
-    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = lambda done, total: None
+    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
 ) -> Scores:
     """Scores of a model on the validation images of `data`."""
     opened, chosen = labelled(data, source, settings), pick_device(device)
@@ -524,9 +517,7 @@ def _replace(folder: Path, model: nn.Module, source: Source, history: dict[str, 
     replace_model(folder, model, preprocessing=source.preprocessing, labels=source.labels, history=history)
 
 
-def evaluate_onnx(
-    path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = lambda done, total: None
-) -> Scores:
+def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = unheard) -> Scores:
     """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
 
     Raises:
@@ -591,7 +582,7 @@ def evaluate_against(
     from_sets: Sequence[str] = (),
     device: str = "auto",
     say: Say = lambda line: None,
-    progress: Done = lambda done, total: None,
+    progress: Done = unheard,
 ) -> tuple[Agreement, bool]:
     """How a model's answers on the validation images of `data` differ from those of the source it came from.
 

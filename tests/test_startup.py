@@ -1,5 +1,6 @@
 """`growkit --help` answers without loading what only work needs."""
 
+import itertools
 import os
 import pty
 import subprocess
@@ -85,18 +86,25 @@ def test_one_of_several_processes_says_the_first_line(rank: str, lines: int) -> 
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(0.1, 0), (2.0, 4)])
-def test_scoring_shows_a_bar_with_its_rate_once_it_takes_long(
+def test_scoring_within_training_has_a_bar_of_its_own_once_it_takes_long(
     seconds: float, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(seconds * n for n in range(9))
-    monkeypatch.setattr("growkit_cli.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with telling(Console()) as tell:
-        progress = tell("scoring the source")
-        for done in (10, 20, 30, 40):
-            progress(done, 40)
+        training, scoring = tell("training"), tell("scoring the source")
+        training(0, 2)
+        for done in (0, 10, 20, 30, 40):
+            scoring(done, 40, "5 images/s")
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines
+        assert said[-1:] == (["scoring the source 40/40 5 images/s"] if lines else [])
+        training(1, 2, "loss 1.0")
+        training(2, 2, "loss 0.5")
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == lines
-    assert said[:1] == (["scoring the source 10/40 5 images/s"] if lines else [])
+    assert [line.split(",")[0] for line in said] == (
+        ["training 1/2 loss 1.0", "training 2/2 loss 0.5"] if lines else []
+    )
 
 
 def test_lines_for_logs_say_how_long_it_will_take(
@@ -108,11 +116,47 @@ def test_lines_for_logs_say_how_long_it_will_take(
         for done in (20, 30, 40, 60):  # resumed at 20: what was done before took none of this time
             bar(60).update(done, "loss 1.0")
     assert capsys.readouterr().out.splitlines() == [
-        "training 20/60 loss 1.0",
         "training 30/60 loss 1.0, 0:01:30 left",
         "training 40/60 loss 1.0, 0:01:00 left",
         "training 60/60 loss 1.0",
     ]
+
+
+def test_a_log_gets_few_lines_of_fast_work_and_some_of_slow_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines_of(total: int, parts: int, seconds: float) -> list[str]:
+        clock = itertools.count(0, seconds)
+        monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        with Console().progress("training") as bar:
+            for done in range(total * parts + 1):
+                bar(total).update(done / parts)
+        return capsys.readouterr().out.splitlines()
+
+    assert len(lines_of(1000, 1, 0.1)) == 20
+    assert lines_of(9, 1, 0.1) == []  # all of it took less than a second
+    slow = lines_of(2, 10, 12)  # two updates of ten batches of twelve seconds
+    assert slow[:2] == ["training 0/2 0:03:24 left", "training 0/2 0:02:48 left"]
+    assert slow[-1] == "training 2/2"
+    assert len(slow) == 7
+
+
+def test_a_terminal_keeps_the_bar_of_long_work_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def last_of(seconds: float) -> str:
+        screen = RichConsole(force_terminal=True, width=120)
+        console = Console()
+        console.rich = screen
+        with console.progress("scoring") as bar:
+            bar(9).update(0)
+            assert "scoring" in capsys.readouterr().out  # at once
+            for task in bar(9).live.tasks:  # type: ignore[attr-defined]
+                task.start_time -= seconds
+            bar(9).update(9)
+        return capsys.readouterr().out.split("scoring")[-1]
+
+    erased = "\x1b[1A\x1b[2K"
+    assert last_of(0).endswith(erased)
+    assert not last_of(2).endswith(erased)
 
 
 def test_a_terminal_shows_how_long_work_takes_and_how_long_it_will(capsys: pytest.CaptureFixture[str]) -> None:

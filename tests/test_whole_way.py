@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +111,10 @@ def start(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} was never printed")
+def wait_for_updates(process: subprocess.Popen[str], metrics: Path, updates: int) -> None:
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < updates:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
@@ -123,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
     settings = ["--data", images, "--epochs", 12, "--lr", 1e-3, "--log-every", 1, "--save-seconds", 0, *QUICK]
     unbroken = start(tmp_path, "finetune", "small", *settings, "--run", "a")
     killed = start(tmp_path, "finetune", "small", *settings, "--run", "b")
-    wait_for_line(killed, "fine-tuning 24/72")
+    wait_for_updates(killed, tmp_path / "b" / "finetuned" / "last" / "metrics.jsonl", 24)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     resumed = start(tmp_path, "finetune", "small", *settings, "--run", "b", "--resume")

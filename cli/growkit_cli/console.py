@@ -1,6 +1,7 @@
 """What the commands print: tables and progress for people, one JSON object for programs."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -12,11 +13,22 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from growkit.text import visible
 
+QUICK = 1.0  # seconds of work that leave nothing to show
+RARELY = 30.0  # seconds without a line that a log is left for where work goes on
+SPEED = 600.0  # seconds that the time left is estimated from: an update of a large model may take minutes
 LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how wide they are
 
 
@@ -67,18 +79,18 @@ class Console:
     def progress(self, title: str) -> Iterator[Callable[[int], "Bar"]]:
         """Yield `bar(total)`, which shows a bar from its first call on: rate, time left, a note.
 
-        Plain lines now and then where there is no terminal.
+        Plain lines now and then where there is no terminal. Of what took less than QUICK nothing stays.
         """
         shown: list[Bar] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        live = Progress(*columns, console=self.rich)
+        live = Progress(*columns, console=self.rich, speed_estimate_period=SPEED)
 
         def bar(total: int) -> Bar:
             if not shown:
@@ -93,6 +105,7 @@ class Console:
             yield bar
         finally:
             if self.rich.is_terminal:  # elsewhere it would print an empty line
+                live.live.transient = all(task.elapsed is None or task.elapsed < QUICK for task in live.tasks)
                 live.stop()
 
     @contextmanager
@@ -136,19 +149,24 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """About twenty lines for the whole work, for logs and pipes."""
+    """A line for each twentieth of the work, and where that is slow for every RARELY; for logs and pipes."""
 
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
         self.every = max(1, total // 20)
         self.next: float = self.every
         self.first: tuple[float, float] | None = None  # time and what was done then
+        self.said = math.inf  # time of the last line
 
     def update(self, done: float, note: str = "") -> None:
         now = time.monotonic()
         began, before = self.first = self.first or (now, done)
-        if done >= self.next or done == self.total:
-            left = (now - began) / (done - before) * (self.total - done) if before < done < self.total else 0
-            told = f"{note}, {_clock(left)} left" if left >= 1 else note
-            self.console.say(f"{self.title} {done}/{self.total} {told}".rstrip())
-            self.next = done + self.every if done != self.total else done + 1
+        self.said = min(self.said, now)
+        due = done >= self.next or done == self.total or now - self.said >= RARELY
+        if now - began < QUICK or not due:
+            return
+        left = (now - began) / (done - before) * (self.total - done) if before < done < self.total else 0
+        told = [note, f"{_clock(left)} left" if left >= 1 else ""]
+        self.console.say(f"{self.title} {int(done)}/{self.total} {', '.join(filter(None, told))}".rstrip())
+        self.said = now
+        self.next = done + self.every if done != self.total else done + 1

@@ -8,6 +8,7 @@ import typer
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, Run, with_settings
+from growkit_cli.progress import telling
 
 DATA_OPTIONS = ("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split")
 OTHERS = tuple(name for name in FitSettings.__dataclass_fields__ if name not in DATA_OPTIONS)
@@ -54,7 +55,7 @@ def evaluate(
     path = model or folder.furthest()
     if against is not None:
         console.say(f"evaluating {path} against {against}")
-        with console.progress("evaluating") as bar:
+        with telling(console) as tell:
             found, recorded = evaluate_against(
                 folder,
                 str(path),
@@ -65,7 +66,7 @@ def evaluate(
                 from_sets=from_sets or (),
                 device=device,
                 say=console.say,
-                progress=lambda done, total: bar(total).update(done, "images"),
+                progress=tell("evaluating"),
             )
         content = asdict(found)
         for section in agreement_sections(content):
@@ -79,11 +80,8 @@ def evaluate(
         console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
         return
     console.say(f"evaluating {path}")
-    with console.progress("evaluating") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar(total).update(done, "images")
-
+    with telling(console) as tell:
+        progress = tell("evaluating")
         if path.suffix == ".onnx":
             provider = device if device in ("auto", "cpu") else "cuda"
             scores = evaluate_onnx(path, data, settings, provider=provider, progress=progress)

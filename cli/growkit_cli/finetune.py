@@ -7,7 +7,7 @@ from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, tell_trained, telling, watching
+from growkit_cli.progress import ended, tell_trained, telling
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
@@ -38,7 +38,7 @@ def finetune(
     loaded = load_source(path)
     for note in loaded.notes:
         console.say(note)
-    with watching(console, "fine-tuning") as watch, telling(console) as tell:
+    with telling(console) as tell:
         trained = finetune_model(
             folder,
             loaded,
@@ -48,7 +48,6 @@ def finetune(
             force=force,
             resume=resume,
             say=console.say,
-            watch=watch,
             tell=tell,
         )
     tell_trained(console, trained)

@@ -23,7 +23,7 @@ from growkit_cli.options import (
     with_settings,
 )
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, telling, watching
+from growkit_cli.progress import ended, telling
 
 
 @with_settings(GrowSettings)
@@ -69,7 +69,7 @@ def grow(
     loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
     for note in loaded.notes:
         console.say(note)
-    with console.working("growing"), watching(console, "training the operator") as watch, telling(console) as tell:
+    with console.working("growing"), telling(console) as tell:
         grown = grow_model(
             RunFolder(run),
             loaded,
@@ -82,7 +82,6 @@ def grow(
             force=force,
             resume=resume,
             say=console.say,
-            watch=watch,
             tell=tell,
         )
     if grown.operator and grown.scores:

@@ -1,60 +1,34 @@
-"""Training progress as a person reads it: rate, loss, score, time left."""
+"""Progress as a person reads it: rate, loss, score, time left."""
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
-from growkit_cli.console import Bar, Console
+from growkit_cli.console import Console
 
 if TYPE_CHECKING:
     from growkit.pipeline import Trained
-    from growkit.train.loop import FitResult, StepRecord
-
-QUICK = 1.0  # seconds of reading or scoring images that need no bar
-
-
-@contextmanager
-def watching(console: Console, title: str) -> Iterator[Callable[["StepRecord"], None]]:
-    """Yield a callback for fit(on_step=...) that shows a bar from its first record on."""
-    with console.progress(title) as show:
-        scored = ""
-
-        def watch(record: "StepRecord") -> None:
-            nonlocal scored
-            if record.scores is not None:
-                scored = f" top-1 {record.scores.top1:.2%}"
-            bar = show(record.total)
-            note = f"loss {record.loss:.4f}{scored} lr {record.lr:.1e} {record.images_per_second:.0f} images/s"
-            bar.update(record.step, note)
-
-        yield watch
+    from growkit.train.loop import FitResult
+    from growkit.train.telling import Done, Tell
 
 
 @contextmanager
-def telling(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yield `tell(what)`, which makes what is told how many images of how many are done.
-
-    It shows a bar once that has taken QUICK seconds.
-    """
+def telling(console: Console) -> Iterator["Tell"]:
+    """Yield `tell(what)`, which makes what shows how many images or updates of how many are done."""
     with ExitStack() as shown:
 
-        def tell(what: str) -> Callable[[int, int], None]:
-            began = time.monotonic()
-            bars: list[Callable[[int], Bar]] = []
+        def tell(what: str) -> "Done":
+            own = shown.enter_context(ExitStack())
+            show = own.enter_context(console.progress(what))
 
-            def progress(done: int, total: int) -> None:
-                seconds = time.monotonic() - began
-                if not bars and seconds > QUICK and done < total:
-                    bars.append(shown.enter_context(console.progress(what)))
-                if bars:
-                    bars[0](total).update(done, f"{done / seconds:.0f} images/s")
-                if bars and done >= total:
-                    shown.close()
+            def progress(done: float, total: int, note: str = "") -> None:
+                show(total).update(done, note)
+                if done >= total:
+                    own.close()
 
             return progress
 
@@ -62,17 +36,16 @@ def telling(console: Console) -> Iterator[Callable[[str], Callable[[int, int], N
 
 
 @contextmanager
-def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], Callable[["StepRecord"], None]]]:
-    """Yield `follow(name, finished, total)`, which makes what watches one of many runs; a bar on terminals alone."""
+def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Done"]]:
+    """Yield `follow(name, finished, total)`, which makes what shows one of many runs; a bar on terminals alone."""
     with console.progress(title) as show:
 
-        def follow(name: str, finished: int, total: int) -> Callable[["StepRecord"], None]:
-            def watch(record: "StepRecord") -> None:
+        def follow(name: str, finished: int, runs: int) -> "Done":
+            def progress(done: float, total: int, note: str = "") -> None:
                 if console.rich.is_terminal:
-                    note = f"{name}: loss {record.loss:.4f} {record.images_per_second:.0f} images/s"
-                    show(total).update(finished + record.step / record.total, note)
+                    show(runs).update(finished + done / total, f"{name}: {note}")
 
-            return watch
+            return progress
 
         yield follow
 

@@ -9,7 +9,7 @@ from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
 from growkit_cli.processes import on_processes
-from growkit_cli.progress import ended, tell_trained, telling, watching
+from growkit_cli.progress import ended, tell_trained, telling
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO})
@@ -34,7 +34,7 @@ def train(
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
-    with watching(console, f"training {architecture}") as watch, telling(console) as tell:
+    with telling(console) as tell:
         trained = train_model(
             RunFolder(run),
             architecture,
@@ -45,7 +45,6 @@ def train(
             force=force,
             resume=resume,
             say=console.say,
-            watch=watch,
             tell=tell,
         )
     tell_trained(console, trained)

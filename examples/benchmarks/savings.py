@@ -14,15 +14,16 @@ import argparse
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from growkit.checkpoint import HISTORY
-from growkit.compare.bench import Watch
 from growkit.compare.compare import Comparison, bench_of, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
@@ -30,7 +31,6 @@ from growkit.files import read_json
 from growkit.pipeline import LAST, pick_device, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
-from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 
 PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}
@@ -44,19 +44,19 @@ UNFINISHED = 3
 
 
 class Deadline:
-    """Stops training, with its state saved, once the time is over."""
+    """Told of training, ends it as Ctrl-C does, with its state saved, once the time is over."""
 
     def __init__(self, seconds: float):
-        self.ends = time.monotonic() + seconds
+        self.ends, self.asked = time.monotonic() + seconds, False
 
-    def watch(self, record: StepRecord) -> None:
-        """For fit(on_step=...)."""
-        if time.monotonic() > self.ends:
-            raise KeyboardInterrupt
+    def __call__(self, done: float, total: int, note: str = "") -> None:
+        if time.monotonic() > self.ends and not self.asked:  # asked twice, training would end at once
+            self.asked = True
+            signal.raise_signal(signal.SIGINT)
 
-    def follow(self, title: str, finished: int, total: int) -> Watch:
+    def follow(self, title: str, finished: int, total: int) -> Self:
         """For compare_methods(follow=...)."""
-        return self.watch
+        return self
 
 
 def main() -> int:
@@ -110,7 +110,7 @@ def main() -> int:
             device=given.device,
             resume=(run.trained / "last" / "state.pt").exists(),
             force=True,
-            watch=deadline.watch,
+            tell=lambda what: deadline,
         )
         if trained.fitted.interrupted:
             print("time is over; the same command goes on", flush=True)

@@ -26,7 +26,7 @@ from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Tell, silent
+from growkit.train.telling import Done, Tell, silent, unheard
 from growkit.train.watch import interruption
 
 Watch = Callable[[StepRecord], None]
@@ -72,7 +72,7 @@ class Bench:
             for lr in tried:
                 refuse_unusable(self.data, replace(settings, lr=lr))
 
-    def start(self, arm: Arm, seed: int, operator_lr: float | None, watch: Watch | None = None) -> Start:
+    def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Done = unheard) -> Start:
         """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
 
         Raises:
@@ -101,7 +101,7 @@ class Bench:
                 found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
                 if operator_lr is not None:
                     recipe = replace(self.operator, steps=self.operator_steps(arm), lr=operator_lr, seed=seed)
-                    fitted = _fit(grown, self.data, recipe, self.device, folder, None, watch)
+                    fitted = _fit(grown, self.data, recipe, self.device, folder, None, progress)
                     model = grown.materialize()
                     with whole_file(kept) as partial:
                         write_tensors(partial, model.cpu().state_dict())
@@ -210,6 +210,7 @@ class Bench:
         lr: float,
         evals: int,
         folder: Path | None = None,
+        progress: Done = unheard,
         watch: Watch | None = None,
     ) -> dict[str, Any]:
         """Spend what is left of `flops` on the start, with a schedule that ends there; what came out, as JSON.
@@ -228,7 +229,7 @@ class Bench:
         if warmup is not None:  # the same share of every run, however short
             warmup *= steps / self.full_steps
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
-        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, watch)
+        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, progress, watch)
         if fitted.judged is not None and fitted.judged is not start.model:
             start.model.load_state_dict(fitted.judged.state_dict())
         first = start.after_operator or start.step0
@@ -260,12 +261,23 @@ def _fit(
     device: torch.device,
     folder: Path | None,
     evaluate: Callable[[nn.Module], Scores] | None,
-    watch: Watch | None,
+    progress: Done,
+    watch: Watch | None = None,
 ) -> FitResult:
     """fit() that goes on where it was stopped, and clears its state away when it is done."""
     state = None if folder is None else folder / STATE
     resume = state is not None and state.exists()
-    fitted = fit(model, data, recipe, device=device, evaluate=evaluate, folder=folder, resume=resume, on_step=watch)
+    fitted = fit(
+        model,
+        data,
+        recipe,
+        device=device,
+        evaluate=evaluate,
+        folder=folder,
+        resume=resume,
+        on_step=watch,
+        progress=progress,
+    )
     if fitted.interrupted:
         raise interruption(fitted.stopped_by)
     if state is not None:

@@ -16,7 +16,7 @@ from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import write_tensors
 from growkit.compare.arms import Arm, parse_arms
-from growkit.compare.bench import Bench, Watch
+from growkit.compare.bench import Bench
 from growkit.compare.figures import ArmFigures, arm_figures
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, SweepSettings, numbers
@@ -31,14 +31,14 @@ from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype, read_through
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Tell, silent
+from growkit.train.telling import Done, Tell, silent, unheard
 
 BEGUN = "begun.json"
 SCHEMA = 2  # of every file a comparison writes
 FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
 FAILURES = (GrowkitError, RuntimeError, MemoryError)  # of a run; torch's own errors are RuntimeErrors
 Say = Callable[[str], None]
-Follow = Callable[[str, int, int], Watch]  # title of a run, runs finished, runs in all -> what watches it
+Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Comparison:
         }
         try:
             operator_lr = self._operator_lr(cell.arm)
-            start = self.bench.start(cell.arm, cell.seed, operator_lr, self._watch(f"operator of {cell.name}"))
+            start = self.bench.start(cell.arm, cell.seed, operator_lr, self._progress(f"operator of {cell.name}"))
             trained = self.bench.train(
                 start,
                 cell.arm,
@@ -180,7 +180,7 @@ class Comparison:
                 lr=cell.lr,
                 evals=max(1, round(self.settings.evals * cell.budget)),
                 folder=folder,
-                watch=self._watch(cell.name),
+                progress=self._progress(cell.name),
             )
         except (UnreadablePictureError, UnwritableError):
             raise  # no run would fare better
@@ -196,7 +196,7 @@ class Comparison:
             f"loss {trained['final']['loss']:.4f} in {trained['seconds']:.0f} s"
         )
 
-    def _watch(self, title: str) -> Watch:
+    def _progress(self, title: str) -> Done:
         return self.follow(title, self.finished - 1, self.total)
 
     def _operator_lr(self, arm: Arm) -> float | None:
@@ -212,8 +212,8 @@ class Comparison:
         tried: dict[float, float] = {}
         for lr in self.operator_lrs:
             try:
-                watch = self._watch(f"operator of {arm.name}, lr {lr:g}")
-                start = self.bench.start(arm, self.seeds[0], lr, watch)
+                progress = self._progress(f"operator of {arm.name}, lr {lr:g}")
+                start = self.bench.start(arm, self.seeds[0], lr, progress)
             except (UnreadablePictureError, UnwritableError):
                 raise  # no run would fare better
             except FAILURES as error:
@@ -269,7 +269,7 @@ def compare_methods(
     resume: bool = False,
     command: str = "",
     say: Say = lambda line: None,
-    follow: Follow = lambda title, finished, total: lambda record: None,
+    follow: Follow = lambda title, finished, total: unheard,
     tell: Tell = silent,
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.

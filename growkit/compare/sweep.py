@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, parse_arm
-from growkit.compare.bench import Bench, Watch
+from growkit.compare.bench import Bench
 from growkit.compare.compare import (
     BEGUN,
     FAILURES,
@@ -45,7 +45,7 @@ from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Tell, silent
+from growkit.train.telling import Done, Tell, silent, unheard
 
 NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
@@ -99,7 +99,7 @@ def sweep_settings(
     resume: bool = False,
     command: str = "",
     say: Say = lambda line: None,
-    follow: Follow = lambda title, finished, total: lambda record: None,
+    follow: Follow = lambda title, finished, total: unheard,
     tell: Tell = silent,
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
@@ -207,7 +207,7 @@ class Pilot:
                 lr=lr,
                 evals=self.settings.evals,
                 folder=folder,
-                watch=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
+                progress=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
             )
         except (UnreadablePictureError, UnwritableError):
             raise  # no run would fare better
@@ -234,9 +234,9 @@ class Pilot:
             study, trial, answers = self._next(ended)
             arm, options = self.space.combine(answers)
             trial.set_user_attr("options", options)
-            watch = self.follow(f"trial {len(ended) + 1}", len(ended), self.total)
+            progress = self.follow(f"trial {len(ended) + 1}", len(ended), self.total)
             try:
-                score = self._score_of(trial, arm, options["lr"], nothing, watch)
+                score = self._score_of(trial, arm, options["lr"], nothing, progress)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
             except (UnreadablePictureError, UnwritableError):
@@ -283,14 +283,14 @@ class Pilot:
         trial = study.ask()
         return study, trial, self.space.draw(trial)
 
-    def _score_of(self, trial: Trial, arm: Arm, lr: float, nothing: dict[str, Any], watch: Watch) -> float:
+    def _score_of(self, trial: Trial, arm: Arm, lr: float, nothing: dict[str, Any], progress: Done) -> float:
         """Train a trial; its final score.
 
         Raises:
             optuna.TrialPruned: others were better at the same place.
         """
         settings, seed = self.settings, self.bench.recipe.seed
-        start = self.bench.start(arm, seed, arm.operator_lr, watch)
+        start = self.bench.start(arm, seed, arm.operator_lr, progress)
         trial.set_user_attr("operator_flops", start.flops)
         trial.set_user_attr("step0", getattr(start.step0, settings.metric))
         trial.set_user_attr("flops", start.flops)
@@ -298,7 +298,6 @@ class Pilot:
 
         def judge(record: StepRecord) -> None:
             nonlocal place
-            watch(record)
             if record.scores is None:
                 return
             place += 1
@@ -309,7 +308,16 @@ class Pilot:
             if record.step < record.total and trial.should_prune():
                 raise optuna.TrialPruned
 
-        result = self.bench.train(start, arm, flops=self.budget, seed=seed, lr=lr, evals=settings.evals, watch=judge)
+        result = self.bench.train(
+            start,
+            arm,
+            flops=self.budget,
+            seed=seed,
+            lr=lr,
+            evals=settings.evals,
+            progress=progress,
+            watch=judge,
+        )
         trial.set_user_attr("cost", self.flops_to(result, self.score(nothing)))
         return self.score(result)
 

@@ -28,6 +28,7 @@ from growkit.train.room import recompute_blocks, telling_what_fits
 from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predictor, refuse_tf32, require_labels
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
+from growkit.train.telling import Done, rate, unheard
 from growkit.train.watch import StepRecord, board, ending, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
@@ -75,6 +76,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     on_best: Callable[[nn.Module, Scores], None] | None = None,
+    progress: Done = unheard,
 ) -> FitResult:
     """Train the parameters of `model` that require a gradient, in place.
 
@@ -97,6 +99,7 @@ def fit(
         resume: go on from the state in `folder`.
         on_step: called every log_every updates, after each evaluation and at the end.
         on_best: called with the evaluated model whenever it is the best so far.
+        progress: told before every batch how many of the run's updates are done, parts of one too.
 
     Raises:
         GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
@@ -126,13 +129,18 @@ def fit(
         distributed.by_leader(lambda: resuming.clear(folder))
         distributed.begin()
     accumulate = settings.grad_accum_steps
-    batches = train_batches(
-        data,
-        settings,
-        start * accumulate,
-        plan.total * accumulate,
-        device=training.device,
-    )
+    read = train_batches(data, settings, start * accumulate, plan.total * accumulate, device=training.device)
+
+    def told(done: float) -> None:
+        since = time.perf_counter() - mark
+        progress(done, plan.total, note or rate((done - start) * plan.images_per_update, since))
+
+    def followed() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range((plan.total - start) * accumulate):
+            told(start + number / accumulate)
+            yield next(read)
+
+    batches = followed()
 
     def save() -> None:
         if folder is None:
@@ -154,6 +162,7 @@ def fit(
         distributed.by_leader(write)
 
     pending: list[Tensor] = []  # losses still on the device; reading them waits for it
+    note = ""  # on the last record
     window = training_seconds = 0.0  # seconds since the last record, and in all
     recorded = saved = start
     with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
@@ -192,6 +201,7 @@ def fit(
                     scores=scores,
                 )
                 training_seconds, window, recorded = training_seconds + window, 0.0, step
+                note = _note(record, history)
                 if folder is not None and distributed.leads():
                     resuming.append_metrics(folder, asdict(record))
                 show(record)
@@ -207,6 +217,7 @@ def fit(
             if stopping:
                 break
             mark = time.perf_counter()
+        told(len(losses))
 
     training_seconds += window
     best = _best(history) if history else (None, None)
@@ -486,6 +497,12 @@ def _identity(data: Data, settings: FitSettings) -> dict[str, Any]:
 def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
     """The evaluation with the highest top-1, then the lowest loss, then the earliest."""
     return max(history, key=lambda entry: (entry[1].top1, -entry[1].loss))
+
+
+def _note(record: StepRecord, history: list[tuple[int, Scores]]) -> str:
+    """What a bar says of a record, with the last score."""
+    scored = f" top-1 {history[-1][1].top1:.2%}" if history else ""
+    return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e} {record.images_per_second:.0f} images/s"
 
 
 def _kept_in(saved: int, folder: Path | None) -> str:

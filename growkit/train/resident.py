@@ -7,6 +7,7 @@ image as evaluation sees it, not of a larger original.
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from growkit.errors import GrowkitError
 from growkit.train.normalise import Normalisation, sent
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done
+from growkit.train.telling import Done, rate
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
 TRIES = 10  # theirs, too, before the whole image is taken
@@ -76,13 +77,14 @@ class Decoded:
     def _decode(self, device: torch.device) -> Tensor:
         images = torch.empty(self.shape, dtype=torch.uint8, device=device)
         labels: list[Tensor] = []
-        done, progress = 0, self.begin()
+        done, progress, began = 0, self.begin(), time.perf_counter()
+        progress(0, len(images))
         for (batch, found), told in self.read():
             self.told += told
             images[done : done + len(batch)] = batch
             labels.append(found)
             done += len(batch)
-            progress(done, len(images))
+            progress(done, len(images), rate(done, time.perf_counter() - began))
         self.labels = torch.cat(labels)
         return images
 

@@ -13,7 +13,7 @@ from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.resident import Resident
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, followed
+from growkit.train.telling import Done, followed, unheard
 
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
 
@@ -117,7 +117,7 @@ def score_model(
     settings: FitSettings,
     device: torch.device,
     *,
-    progress: Done = lambda done, total: None,
+    progress: Done = unheard,
 ) -> Scores:
     """Scores of a torch model on the validation images of `data`; the model is moved to the device."""
     predict = predictor(model.to(device), device, settings.precision)
@@ -125,9 +125,7 @@ def score_model(
     return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
 
 
-def read_through(
-    data: Data, settings: FitSettings, device: torch.device, *, progress: Done = lambda done, total: None
-) -> None:
+def read_through(data: Data, settings: FitSettings, device: torch.device, *, progress: Done = unheard) -> None:
     """Read the validation images once, for nothing but to be told now of one that cannot be read.
 
     Raises:

@@ -1,24 +1,42 @@
-"""How many images are read or scored, told to whoever shows it."""
+"""How far work is, told to whoever shows it."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-Done = Callable[[int, int], None]  # images done, images in all
-Tell = Callable[[str], Done]  # what is done with images, as in "scoring the source" -> what is told of it
 T = TypeVar("T", bound=tuple[Tensor, ...])
+
+
+class Done(Protocol):
+    """Is told how many of `total` images, or updates, are done, and of their rate, loss or score in a few words."""
+
+    def __call__(self, done: float, total: int, note: str = "") -> None: ...
+
+
+Tell = Callable[[str], Done]  # what is done, as in "scoring the source" -> what is told of it
+
+
+def unheard(done: float, total: int, note: str = "") -> None:
+    """A Done that nobody listens to."""
 
 
 def silent(what: str) -> Done:
     """A Tell that tells nobody."""
-    return lambda done, total: None
+    return unheard
+
+
+def rate(done: float, seconds: float) -> str:
+    """How fast images are worked on, as a note."""
+    return f"{done / seconds:.0f} images/s" if done and seconds else ""
 
 
 def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
     """The batches, labels last in each; `progress` is told how many of `total` images are done."""
-    done = 0
+    done, began = 0, time.perf_counter()
+    progress(0, total)
     for batch in batches:
         yield batch
         done += len(batch[-1])
-        progress(min(done, total), total)
+        progress(min(done, total), total, rate(done, time.perf_counter() - began))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -49,7 +50,7 @@ QUICK = {
 
 
 def unwatched(title, finished, total):
-    return lambda record: None
+    return lambda done, total, note="": None
 
 
 def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False, say=print, follow=unwatched, **given):
@@ -293,11 +294,11 @@ def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_pat
 
 def test_training_from_nothing_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
     def stopping(title, finished, total):
-        def watch(record):
-            if title == "from nothing, lr 0.004" and record.step >= 10:
-                raise KeyboardInterrupt
+        def progress(done, total, note=""):
+            if title == "from nothing, lr 0.004" and done == 10:
+                signal.raise_signal(signal.SIGINT)
 
-        return watch
+        return progress
 
     with pytest.raises(KeyboardInterrupt):
         run_sweep(tmp_path, source, digits, follow=stopping)

@@ -259,6 +259,26 @@ def test_metrics_file_holds_the_records(tmp_path: Path) -> None:
     assert all(line["images_per_second"] > 0 for line in lines)
 
 
+def test_how_far_a_run_is_shows_before_every_batch_however_rarely_it_records(tmp_path: Path) -> None:
+    told: list[tuple[float, int, str]] = []
+
+    def progress(done: float, total: int, note: str = "") -> None:
+        told.append((done, total, note))
+
+    data, settings = blobs(), replace(PLAIN, steps=4, grad_accum_steps=2, batch_size=4, eval_every=0.0, log_every=2)
+    result = fit(Net(), data, settings, folder=tmp_path, evaluate=scorer(data, settings), progress=progress)
+    assert [done for done, _, _ in told] == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+    assert {total for _, total, _ in told} == {4}
+    notes = [note for _, _, note in told]
+    assert not notes[0]
+    assert all(note.endswith(" images/s") and "loss" not in note for note in notes[1:4])
+    assert all(f"loss {result.losses[1]:.4f} lr" in note for note in notes[4:8])
+    assert f"loss {result.losses[3]:.4f} top-1 {result.history[-1][1].top1:.2%} lr" in notes[8]
+    told.clear()
+    fit(Net(), data, replace(settings, log_every=4), folder=tmp_path, resume=True, progress=progress)
+    assert [done for done, _, _ in told] == [4]
+
+
 @pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM"])
 def test_interrupt_ends_after_the_update_and_keeps_what_was_learned(tmp_path: Path, how: str) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

@@ -22,6 +22,7 @@ from growkit.train.data import Data, hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE, StepRecord, fit
 from growkit.train.resident import Decoded, Resident, _crops, crop_and_flip
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done
 
 Open = Callable[[FitSettings], Data]
 ORDINARY = FitSettings(batch_size=8, workers=0, color_jitter=0.0, scale_min=0.3)
@@ -220,17 +221,22 @@ def test_images_are_decoded_once_for_all_runs_and_splits(opened: Open, decodings
 
 
 def test_decoding_is_told_as_it_goes(images: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, float, int, bool]] = []
 
-    def tell(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: told.append((what, done, total))
+    def tell(what: str) -> Done:
+        return lambda done, total, note="": told.append((what, done, total, note.endswith(" images/s")))
 
     data = open_data(str(images), CONFIG, RESIDENT, tell=tell)
     assert told == []
     for _ in range(2):
         list(val_batches(data, RESIDENT))
         batches(data, RESIDENT)
-        assert told == [("decoding the validation images", 12, 12), ("decoding the training images", 26, 26)]
+        assert told == [
+            ("decoding the validation images", 0, 12, False),
+            ("decoding the validation images", 12, 12, True),
+            ("decoding the training images", 0, 26, False),
+            ("decoding the training images", 26, 26, True),
+        ]
 
 
 def test_images_move_between_devices_without_decoding_and_only_a_move_needs_room(

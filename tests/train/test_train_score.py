@@ -140,19 +140,26 @@ def test_tf32_is_refused_where_nothing_multiplies_so(monkeypatch: pytest.MonkeyP
     refuse_tf32(FitSettings(tf32=True), torch.device("cuda"))
 
 
-def test_scoring_tells_how_far_it_is_after_each_batch() -> None:
-    told: list[tuple[int, int]] = []
+def test_scoring_tells_how_far_it_is_before_and_after_each_batch() -> None:
+    told: list[tuple[float, int, str]] = []
+
+    def progress(done: float, total: int, note: str = "") -> None:
+        told.append((done, total, note))
+
     batches = [(torch.zeros(n, 3), torch.zeros(n)) for n in (4, 4, 2)]
-    assert list(followed(batches, 10, lambda *done: told.append(done))) == batches
-    assert told == [(4, 10), (8, 10), (10, 10)]
+    assert list(followed(batches, 10, progress)) == batches
+    assert [one[:2] for one in told] == [(0, 10), (4, 10), (8, 10), (10, 10)]
+    assert not told[0][2]
+    assert all(note.endswith(" images/s") for _, _, note in told[1:])
 
 
 def test_reading_through_looks_at_every_image_and_makes_nothing_of_them(opened: Callable[[FitSettings], Data]) -> None:
     def refused(images: Tensor) -> Tensor:
         raise AssertionError
 
-    told: list[tuple[int, int]] = []
+    told: list[tuple[float, int]] = []
     settings = FitSettings(batch_size=5, workers=0)
     data = replace(opened(settings), normalised=refused)
-    read_through(data, settings, torch.device("cpu"), progress=lambda *done: told.append(done))
-    assert told == [(5, 12), (10, 12), (12, 12)]
+    progress = lambda done, total, note="": told.append((done, total))  # noqa: E731
+    read_through(data, settings, torch.device("cpu"), progress=progress)
+    assert told == [(0, 12), (5, 12), (10, 12), (12, 12)]
