@@ -82,6 +82,8 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     state, left = _network(path, named)
     notes = (*notes, *left)
     for key, value in state.items():
+        if key.endswith("num_batches_tracked"):
+            raise GrowkitError(f"{path}: has batch norms ({key}); growkit grows timm's plain ViT and DeiT, without any")
         if not value.is_floating_point():
             raise GrowkitError(f"{path}: {key} is {value.dtype}; expected floating-point weights")
         if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
@@ -137,12 +139,15 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
     if start != b"PK" and start[:1] != b"\x80":
         raise GrowkitError(f"{path}: not readable as a torch checkpoint (neither a zip archive nor a pickle)")
     packed = zipfile.is_zipfile(path)
+    if start == b"PK" and not packed:
+        raise GrowkitError(f"{path}: a zip archive without its end, so the file was cut short; fetch it again")
     if packed:
         _refuse_damaged(path)
     try:
         # DeiT's and timm's training checkpoints keep their options in a Namespace: data, no code.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*TorchScript archive")  # refused below, in one line
+            for told in (".*TorchScript archive", "Detected pickle protocol"):  # refused below, in one line
+                warnings.filterwarnings("ignore", told)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # torch raises a dozen kinds for broken files
         if "weights_only" in str(error) or "Unsupported" in str(error):

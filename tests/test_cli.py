@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -52,6 +53,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     timm.models.save_for_hf(model, str(root / "small"), model_config=config, safe_serialization=True)
     torch.save(model.state_dict(), root / "bare.pth")
     write_images(root / "images", ("cat", "dog", "elk"), 5)
+    (root / "half.pth").write_bytes((root / "bare.pth").read_bytes()[:2000])
+    with (root / "pickle.pth").open("wb") as stream:
+        pickle.dump(model.state_dict(), stream)
+    torch.save({**model.state_dict(), "bn1.num_batches_tracked": torch.tensor(3)}, root / "resnet.pth")
     (root / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     (root / "text.onnx").write_text("no model\n")
     (root / "cut.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
@@ -80,6 +85,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 DATA = ("--data", "images")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "checkpoint cut short": (("grow", "half.pth", *TO), "so the file was cut short; fetch it again"),
+    "pickle of Python's own": (("grow", "pickle.pth", *TO), "holds more than weights"),
+    "network with batch norms": (("grow", "resnet.pth", *TO), "resnet.pth: has batch norms (bn1.num_batches_tracked)"),
     "Git LFS pointer": (("grow", "lfs.pth", *TO), "neither a zip archive nor a pickle"),
     "name with markup": (("grow", "[red]odd.pth", *TO), "[red]odd.pth: not readable"),
     "bare checkpoint without heads": (("grow", "bare.pth", *TO), "--from-set num_heads=N"),
@@ -123,7 +131,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--cache unknown": (("finetune", "small", *DATA, "--cache", "disk"), "--cache disk: must be one of none"),
     "--steps 0": ((*GROW, *DATA, "--steps", "0"), "--steps 0"),
     "--lr 0": (("finetune", "small", *DATA, "--lr", "0"), "--lr 0"),
-    "--opt unknown": (("finetune", "small", *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
+    "--opt unknown": (("finetune", "small", *DATA, "--opt", "adamm", *QUICK), "nearest: adam, "),
+    "--opt like none": (
+        ("finetune", "small", *DATA, "--opt", "?", *QUICK),
+        "give adamw, sgd, lamb or another of timm's",
+    ),
     "--sched unknown": (("finetune", "small", *DATA, "--sched", "step"), "--sched step"),
     "--precision unknown": (("finetune", "small", *DATA, "--precision", "fp8"), "--precision fp8"),
     "finetune without a model": (("finetune", *DATA), "growkit grow"),
@@ -413,6 +425,8 @@ def test_interrupted_training_exits_130_and_resumes_to_the_same_bits(
     assert (other, "the run was started with lr 0.001, not 0.002" in err) == (2, True)
     status, _, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken", "--resume")
     assert status == 0, err
+    status, out, err = growkit(capsys, *start, *settings, "--run", tmp_path / "broken", "--resume")
+    assert (status, "nothing was left to train" in out, "images/s" in out) == (0, True, False), err
     for stage in (folder, f"{folder}/last"):
         whole, broken = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("whole", "broken"))
         assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []

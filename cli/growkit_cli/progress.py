@@ -60,9 +60,12 @@ def tell_trained(console: Console, trained: "Trained") -> None:
         console.say(
             f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}"
         )
+    if not fitted.images_per_second:
+        console.say("all of its updates were made before; nothing was left to train")
+    rate = f"{fitted.images_per_second:.0f} images/s, " if fitted.images_per_second else ""
     console.say(
         f"wrote {trained.folder} after {fitted.steps} updates in {fitted.seconds:.0f} s "
-        f"({fitted.images_per_second:.0f} images/s, {fitted.flops_per_step * fitted.steps / 1e12:.2f} TFLOP)"
+        f"({rate}{fitted.flops_per_step * fitted.steps / 1e12:.2f} TFLOP)"
     )
     console.result(
         {

@@ -93,7 +93,10 @@ class Architecture:
             parts = [
                 f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names
             ]
-            raise GrowkitError(f"weights do not fit {self.name}: {'; '.join(parts)}; --from names another architecture")
+            raise GrowkitError(
+                f"weights do not fit {self.name}: {'; '.join(parts)}; give all of its weights and no others, or name"
+                " what they are (--from)"
+            )
         for name, shape in self.shapes.items():
             if tuple(state[name].shape) != shape:
                 got = tuple(state[name].shape)

@@ -4,20 +4,21 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, first_line
 from growkit.train import distributed, making
 from growkit.train import resume as resuming
 from growkit.train.batches import batches_per_epoch, images_per_batch, train_batches
@@ -468,7 +469,11 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:
-        raise GrowkitError(f"--opt {settings.opt}: not an optimizer timm can make ({error})") from None
+        near = get_close_matches(settings.opt, list_optimizers(), n=3)
+        told = f"nearest: {', '.join(near)}" if near else "give adamw, sgd, lamb or another of timm's"
+        raise GrowkitError(
+            f"--opt {settings.opt}: not an optimizer timm can make ({first_line(error)}); {told}"
+        ) from None
     return optimizer
 
 
