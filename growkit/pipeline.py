@@ -29,10 +29,10 @@ from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.distributed import by_leader, leads, local_rank, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
-from growkit.train.resume import STATE
+from growkit.train.resume import STATE, batch_size_of
 from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, evaluate, predictor, read_through, refuse_tf32, score_model
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Done, Tell, followed, silent, unheard
 
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -194,7 +194,7 @@ def grow_model(
 
     fitted, scores = None, None
     if opened is not None and operator is not None:
-        operator = _sized(grown, opened, operator, chosen, say)
+        operator = _sized(grown, opened, operator, chosen, say, run.path / "operator" if resume else None)
         refuse_unusable(opened, operator)
         scores = {
             name: score_model(scored, opened, operator, chosen, progress=tell(f"scoring the {told}"))
@@ -362,7 +362,7 @@ def _fit_into(
     resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
     chosen = pick_device(device)
     model = source.model()
-    settings = _sized(model, opened, settings, chosen, say)
+    settings = _sized(model, opened, settings, chosen, say, folder / LAST if resume else None)
     refuse_unusable(opened, settings)
     start = None
     if command == "finetune" and not resume:
@@ -427,19 +427,25 @@ def _fit_into(
     return Trained(folder, fitted, start)
 
 
-def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say) -> FitSettings:
-    """The settings with the batch size that was asked for, or found.
+def _sized(
+    model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say, resumed: Path | None
+) -> FitSettings:
+    """The settings with the batch size that was asked for, or found: once for a run, whose state is in `resumed`.
 
     Raises:
         GrowkitError: not a single image fits, or the device cannot do what the settings ask of it.
     """
     refuse_tf32(settings, device)
+    if resumed is not None and settings.batch_size == AUTO:
+        settings = replace(settings, batch_size=batch_size_of(resumed))
+        say(f"--batch-size {settings.batch_size} is what the run was started with")
     sized = with_batch_size(model, opened, settings, device)
     images = size_of(opened.train)
     if isinstance(settings.batch_size, int) and settings.batch_size > images:
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
-        say(f"--batch-size {sized.batch_size} is the largest that fits {device}; --lr {settings.lr:g} is not scaled")
+        where = str(device) if size() == 1 else f"{size()} processes"
+        say(f"--batch-size {sized.batch_size} is the largest that fits {where}; --lr {settings.lr:g} is not scaled")
     return sized
 
 

@@ -354,6 +354,29 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
     assert step["options"]["batch_size"] == (eights if asked == "auto" else 1000)
 
 
+@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
+def test_batch_size_is_found_once_for_a_run(
+    command: tuple[str, ...],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
+) -> None:
+    from growkit.train import room
+
+    monkeypatch.chdir(place)
+    words = (*command, *DATA, "--batch-size", "auto", "--steps", "3", "--workers", "0", "--run", tmp_path)
+    interrupted_at(1)
+    assert growkit(capsys, *words)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(room, "free_bytes", lambda device: pytest.fail("looked for another"))
+    status, out, err = growkit(capsys, *words, "--resume")
+    assert status == 0, err
+    assert "--batch-size 8 is what the run was started with" in out
+
+
 def test_table_too_wide_for_the_terminal_is_printed_row_by_row_and_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,15 @@ def agreed(*wishes: bool) -> list[bool]:
     return [bool(wish) for wish in found.tolist()]
 
 
+def least(count: int) -> int:
+    """The smallest `count` of any process."""
+    if size() == 1:
+        return count
+    found = torch.tensor(count)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
 def summed(values: Tensor) -> Tensor:
     """`values`, added up in place over all processes."""
     if size() > 1:

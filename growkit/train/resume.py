@@ -66,14 +66,8 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         GrowkitError: there is none, it is damaged, or its run had other settings or data
             than `identity`; the message names the first difference.
     """
-    path = folder / STATE
-    if not path.exists():
-        raise GrowkitError(f"{path}: no state to resume from; start without --resume")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        before = state["identity"]
-    except Exception:  # torch raises whatever its reader stumbles over
-        raise GrowkitError(f"{path}: damaged; start anew without --resume") from None
+    state = _read_state(folder / STATE)
+    before = state["identity"]
     for name in sorted(before.keys() | identity.keys()):
         was, now = before.get(name), identity.get(name)
         if was != now:
@@ -81,6 +75,26 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
                 f"{folder}: the run was started with {name} {was}, not {now};"
                 " give the same, or start anew without --resume"
             )
+    return state
+
+
+def batch_size_of(folder: Path) -> int:
+    """Images per batch of the run whose state is in `folder`.
+
+    Raises:
+        GrowkitError: there is none, or it is damaged.
+    """
+    return int(_read_state(folder / STATE)["identity"]["batch_size"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise GrowkitError(f"{path}: no state to resume from; start without --resume")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        int(state["identity"]["batch_size"])
+    except Exception:  # torch raises whatever its reader stumbles over
+        raise GrowkitError(f"{path}: damaged; start anew without --resume") from None
     return state
 
 

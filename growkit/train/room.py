@@ -34,16 +34,26 @@ def recompute_blocks(model: nn.Module) -> None:
     enable(True)
 
 
-def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device, batches: int = 1) -> int:
+def largest_batch(
+    model: nn.Module,
+    data: Data,
+    settings: FitSettings,
+    device: torch.device,
+    batches: int = 1,
+    *,
+    tried: bool = True,
+) -> int:
     """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not even one does.
 
-    Two small batches, whose peaks are counted without computing anything, tell what an image takes. The size that
-    follows is counted too, on a GPU tried besides, and made smaller until it fits.
+    On several processes, how many fit this one's part. Two small batches, whose peaks are counted without computing
+    anything, tell what an image takes. The size that follows is counted too, on a GPU `tried` besides, and made smaller
+    until it fits.
     """
     model.to(device)
     if settings.grad_checkpointing:
         recompute_blocks(model)
-    few = replace(settings, batch_size=4, workers=0)
+    few = replace(settings, batch_size=distributed.size(), workers=0)
+    distributed.refuse_odd(images_per_batch(data, few))
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     room = ROOM * free_bytes(device) + own  # the weights are there already
@@ -56,11 +66,13 @@ def largest_batch(model: nn.Module, data: Data, settings: FitSettings, device: t
 
     small, large = counted(8), counted(16)
     each = max(1, (large - small) // 8)
-    fits = max(0, min(int((room - small) / each) + 8, size_of(data.train)))
+    fits = max(0, min(int((room - small) / each) + 8, size_of(data.train) // distributed.size()))
     fits = fits // STEP * STEP if fits > STEP else fits
 
     def suits(size: int) -> bool:
-        return counted(size) <= room and (device.type != "cuda" or _runs(model, images, size, settings, batches))
+        if counted(size) > room:
+            return False
+        return not tried or device.type != "cuda" or _runs(model, images, size, settings, batches)
 
     while fits and not suits(fits):
         fits //= 2
@@ -86,17 +98,20 @@ def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, b
 def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> FitSettings:
     """The settings, with a number where the batch size is to be found.
 
+    Of several processes, the one with the least room decides for all.
+
     Raises:
-        GrowkitError: not a single image fits, or several processes would each find their own.
+        GrowkitError: not a single image fits, or the model is to be sharded: here it still lies whole in one place.
     """
     if settings.batch_size != AUTO:
         return settings
-    if distributed.size() > 1:
-        raise GrowkitError("--batch-size auto looks for it on one process; find it there and give the number")
-    fits = largest_batch(model, data, settings, device, settings.grad_accum_steps)
+    if settings.shard:
+        raise GrowkitError("--batch-size auto finds what fits beside a whole model; with --shard give the number")
+    batches = settings.grad_accum_steps if distributed.size() == 1 else 2  # DDP keeps gradients from update to update
+    fits = distributed.least(largest_batch(model, data, settings, device, batches))
     if not fits:
         raise GrowkitError(_nothing_fits(device))
-    return replace(settings, batch_size=fits)
+    return replace(settings, batch_size=fits * distributed.size())
 
 
 @contextmanager
@@ -116,19 +131,19 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    wanted = images_per_batch(data, settings)
-    if distributed.size() > 1:  # the others train on, or are out of memory too: nothing can be tried here
-        raise GrowkitError(
-            f"out of memory on {device} with {wanted // distributed.size()} images of each batch; give a smaller"
-            " --batch-size and more --grad-accum-steps, more processes, --grad-checkpointing or --shard"
-        )
-    fits = min(largest_batch(model, data, settings, device, 2), wanted - 1)  # the remedy has two batches or more
+    processes = distributed.size()
+    wanted = images_per_batch(data, settings) // processes
+    told = f"out of memory on {device} with {wanted} images {'of each' if processes > 1 else 'a'} batch"
+    if settings.shard:
+        raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
+    # DDP would send what a trial on one of several processes made; the remedy has two batches or more
+    fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
     if fits < 1:
         raise GrowkitError(_nothing_fits(device))
     fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
     raise GrowkitError(
-        f"out of memory on {device} with {wanted} images a batch; --batch-size {fits} --grad-accum-steps "
-        f"{settings.grad_accum_steps * wanted // fits} fits and makes the same update"
+        f"{told}; --batch-size {fits * processes} --grad-accum-steps {settings.grad_accum_steps * wanted // fits}"
+        f" {'fits' if processes == 1 else 'should fit'} and makes the same update"
         + ("" if settings.grad_checkpointing else ", --grad-checkpointing makes room for more")
     )
 

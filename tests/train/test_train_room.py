@@ -148,11 +148,12 @@ def test_what_did_not_fit_is_gone_before_something_smaller_is_tried(monkeypatch:
             computed.append(ref(activations))
             raise torch.OutOfMemoryError("full")
 
-    def tried(*_: object) -> int:
+    def tries(*_: object, tried: bool) -> int:
+        assert tried
         assert [there() for there in computed] == [None]
         return 8
 
-    monkeypatch.setattr(room, "largest_batch", tried)
+    monkeypatch.setattr(room, "largest_batch", tries)
     with (
         pytest.raises(GrowkitError, match="--batch-size 8"),
         room.telling_what_fits(vit(), images(), SETTINGS, CPU),
@@ -165,13 +166,46 @@ def test_other_errors_of_torch_are_left_alone() -> None:
         fit(Full(20, RuntimeError("shapes differ")), images(), SETTINGS)
 
 
-def test_on_several_processes_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP keeps gradients from update to update, so they are there from the first batch on."""
+    counted: list[int] = []
+    auto = replace(SETTINGS, batch_size=AUTO)
+    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
+    monkeypatch.setattr(room, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
+    alone = largest_batch(vit(), images(512), SETTINGS, CPU, 2)
+    counted.clear()
     monkeypatch.setattr(room.distributed, "size", lambda: 2)
-    monkeypatch.setattr(room, "largest_batch", lambda *_: pytest.fail("tried"))
-    with pytest.raises(GrowkitError, match="--batch-size auto looks for it on one process"):
-        with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO), CPU)
+    for theirs in (alone, 8):
+        monkeypatch.setattr(room.distributed, "least", lambda own, theirs=theirs: min(own, theirs))
+        assert with_batch_size(vit(), images(512), auto, CPU).batch_size == 2 * theirs
+    assert set(counted) == {2}
+    assert with_batch_size(vit(), images(8), auto, CPU).batch_size == 8  # there are no more
+    monkeypatch.setattr(room.distributed, "least", lambda own: 0)
+    with pytest.raises(GrowkitError, match="not even one image fits"):
+        with_batch_size(vit(), images(), auto, CPU)
+
+
+def test_one_of_several_processes_says_what_should_fit_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP listens to every backward pass of the model: it would send what a trial made."""
+    asked: list[bool] = []
+    monkeypatch.setattr(room, "largest_batch", lambda *_, tried: asked.append(tried) or 20)
+    monkeypatch.setattr(room.distributed, "size", lambda: 2)
+    says = "out of memory on cpu with 48 images of each batch; --batch-size 32 --grad-accum-steps 6 should fit and"
+    with (
+        pytest.raises(GrowkitError, match=says),
+        room.telling_what_fits(vit(), images(512), replace(SETTINGS, batch_size=96, grad_accum_steps=2), CPU),
+    ):
+        raise torch.OutOfMemoryError("full")
+    assert asked == [False]
+
+
+def test_what_fits_beside_a_sharded_model_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.distributed, "size", lambda: 2)
+    monkeypatch.setattr(room, "largest_batch", lambda *_: pytest.fail("counted"))
+    with pytest.raises(GrowkitError, match="with --shard give the number"):
+        with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO, shard=True), CPU)
     with (
         pytest.raises(GrowkitError, match="out of memory on cpu with 16 images of each batch; give a smaller"),
-        room.telling_what_fits(vit(), images(), SETTINGS, CPU),
+        room.telling_what_fits(vit(), images(), replace(SETTINGS, shard=True), CPU),
     ):
         raise torch.OutOfMemoryError("full")
