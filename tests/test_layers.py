@@ -41,8 +41,9 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "plan": ALL,
     "compare.settings": "errors ranges settings",
     "compare": f"{ALL} plan compare",
-    "pipeline": f"{ALL} plan compare",
-    "demo": f"{ALL} plan compare pipeline",
+    "evaluation": "errors text record checkpoint source train deploy",
+    "pipeline": ALL,
+    "demo": f"{ALL} pipeline",
 }
 
 

@@ -57,9 +57,9 @@ def compare(
     """
     from growkit.compare.compare import compare_methods
     from growkit.compare.page import cost_table, main_table
-    from growkit.pipeline import pick_device
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.train.device import pick_device
 
     console = Console(as_json)
     loaded = load_source(source, from_, from_sets or ())

@@ -43,7 +43,7 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from growkit.pipeline import evaluate_against, evaluate_model, evaluate_onnx
+    from growkit.evaluation import evaluate_against, evaluate_model, evaluate_onnx
     from growkit.record import RunFolder
     from growkit.report.behaviour import agreement_sections
     from growkit.report.page import write_report

@@ -81,7 +81,7 @@ def export(
         refuse_taken(triton, str(serving.name), serving, force)
     calibration = batches = None
     if data is not None:
-        from growkit.pipeline import labelled
+        from growkit.evaluation import labelled
         from growkit.train.batches import unaugmented, val_batches
 
         reading = FitSettings(data_dir=data_dir, val_split=val_split)

@@ -17,7 +17,7 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
         if "LOCAL_RANK" not in os.environ:
             return command(**given)
         from growkit.errors import GrowkitError
-        from growkit.pipeline import pick_device
+        from growkit.train.device import pick_device
         from growkit.train.distributed import first_to_say, joined
 
         try:

@@ -56,9 +56,9 @@ def sweep(
     """
     from growkit.compare.page import trials_table
     from growkit.compare.sweep import sweep_settings
-    from growkit.pipeline import pick_device
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.train.device import pick_device
 
     console = Console(as_json)
     loaded = load_source(source, from_, from_sets or ())

@@ -209,7 +209,7 @@ def with_file(
     pictures = read_pictures(images, prepared) if images is not None else None
     batches = None
     if data is not None:
-        from growkit.pipeline import labelled
+        from growkit.evaluation import labelled
         from growkit.train.batches import val_batches
 
         batches = val_batches(labelled(data, source, reading, image_size=form.image_size), reading)

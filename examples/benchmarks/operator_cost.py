@@ -37,9 +37,9 @@ from growkit.core.ring import AXES, RingOperator, contraction_plan
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow, make_method
 from growkit.methods.mango import Mango, mlp_blocks, pack
-from growkit.pipeline import pick_device
 from growkit.record import hardware, versions
 from growkit.settings import GrowSettings
+from growkit.train.device import pick_device
 from growkit.train.making import made_once
 from growkit.train.memory import Alive, step_peak
 from growkit.train.score import autocast, multiplying

@@ -28,9 +28,10 @@ from growkit.compare.compare import Comparison, bench_of, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json
-from growkit.pipeline import LAST, pick_device, train_model
+from growkit.pipeline import LAST, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
+from growkit.train.device import pick_device
 from growkit.train.settings import FitSettings
 
 PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}

@@ -33,12 +33,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from growkit.errors import GrowkitError
-from growkit.pipeline import pick_device
 from growkit.plan import step_flops
 from growkit.record import hardware, versions
 from growkit.source import Source, fresh
 from growkit.train.batches import train_batches
 from growkit.train.data import open_data
+from growkit.train.device import pick_device
 from growkit.train.loop import StepRecord, fit
 from growkit.train.score import amp_dtype, autocast
 from growkit.train.settings import FitSettings

@@ -24,7 +24,7 @@ from growkit.deploy.runtime import Assignment, Node
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import Rate, Throughput
 from growkit.errors import GrowkitError
-from growkit.pipeline import _answering_onnx
+from growkit.evaluation import _answering_onnx
 from growkit_cli.export import export, without_folders
 from growkit_cli.verify import verify
 

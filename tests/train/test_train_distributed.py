@@ -30,12 +30,12 @@ from growkit.arch import build, find
 from growkit.checkpoint import WEIGHTS
 from growkit.errors import GrowkitError
 from growkit.grow import grow
-from growkit.pipeline import pick_device
 from growkit.settings import GrowSettings
 from growkit.train import batches as reading
 from growkit.train import distributed
 from growkit.train.batches import val_batches
 from growkit.train.data import open_data
+from growkit.train.device import pick_device
 from growkit.train.distributed import joined
 from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resident import crop_and_flip

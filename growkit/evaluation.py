@@ -1,0 +1,241 @@
+"""Models held against labelled images, and against each other: model folders, checkpoints and ONNX files."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growkit.checkpoint import PREPROCESSING
+from growkit.deploy.golden import onnx_subject
+from growkit.errors import GrowkitError, first_line
+from growkit.record import RunFolder
+from growkit.source import FETCHED, Source, load_source
+from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
+from growkit.train.batches import val_batches
+from growkit.train.data import Data, open_data, size_of
+from growkit.train.device import pick_device
+from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.settings import FitSettings
+from growkit.train.telling import Done, followed, unheard
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model that answers images, from torch or from an ONNX file, and how they are prepared for it."""
+
+    path: str
+    predict: Predict
+    preprocessing: dict[str, Any]
+    labels: tuple[str, ...] | None
+    outputs: int
+    sha256: str  # of the weights or the ONNX file; empty for timm:NAME
+
+
+def labelled(data: str, source: Source, settings: FitSettings, *, image_size: int | None = None) -> Data:
+    """Data to judge `source` on as it is, its images `image_size` wide and high where that is not the source's own.
+
+    Raises:
+        GrowkitError: unusable data, or classes that are not the source's.
+    """
+    prepared = dict(source.preprocessing)
+    if image_size is not None:
+        prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
+    opened = open_data(data, prepared, settings)
+    _refuse_other_labels(data, opened.classes, source.labels)
+    return opened
+
+
+def _refuse_other_labels(
+    data: str, classes: Sequence[str], labels: Sequence[str] | None, whose: str = "the model's"
+) -> None:
+    """Raise GrowkitError where both are named and differ: every figure would be of wrong answers."""
+    if not classes or not labels or list(labels) == list(classes):
+        return
+    told = f"classes are not {whose} {len(labels)}"
+    if len(classes) == len(labels):
+        at, (one, other) = _first_difference(classes, labels)
+        told = f"class {at} is {one} and {whose} is {other}"
+    count = f"{len(classes)} " if len(classes) != len(labels) else ""
+    raise GrowkitError(f"--data {data}: its {count}{told}; give data with {whose} classes")
+
+
+def evaluate_model(
+    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
+) -> Scores:
+    """Scores of a model on the validation images of `data`."""
+    opened, chosen = labelled(data, source, settings), pick_device(device)
+    predict = predictor(source.model().to(chosen), chosen, settings.precision)
+    batches = val_batches(opened, settings, device=chosen)
+    return evaluate(predict, followed(batches, size_of(opened.val), progress))
+
+
+def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = unheard) -> Scores:
+    """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
+
+    Raises:
+        GrowkitError: no such file, none that ONNX Runtime reads, or it does not say how images are prepared.
+    """
+    answering = _answering_onnx(path, provider)
+    opened = open_data(data, answering.preprocessing, settings)
+    _refuse_other_labels(data, opened.classes, answering.labels)
+    return evaluate(answering.predict, followed(val_batches(opened, settings), size_of(opened.val), progress))
+
+
+def _answering_onnx(path: Path, provider: str) -> Answering:
+    if not path.is_file():
+        raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
+    try:
+        subject = onnx_subject(path, provider=provider)
+        prepared = subject.identity.preprocessing
+        # the network inside says how many classes there are, whatever the file makes of them
+        blank = np.zeros((1, *prepared["input_size"]), np.float32) if prepared else None
+        outputs = subject.run(blank).shape[1] if blank is not None else 0
+    except GrowkitError:
+        raise
+    except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
+        reason = first_line(error, 200)
+        if "NOT_IMPLEMENTED" in reason:  # a bfloat16 file on a CPU
+            raise GrowkitError(
+                f"{path}: ONNX Runtime has no kernels for it on this device ({reason});"
+                f" `growkit verify --onnx-file {path} --data ...` scores it"
+            ) from None
+        raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
+    if not prepared:
+        raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
+
+    def predict(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(subject.run(images.numpy()))
+        except Exception as error:  # of a dozen kinds, too
+            reason = first_line(error, 200)
+            raise GrowkitError(
+                f"{path}: ONNX Runtime cannot run it on {len(images)} images ({reason}); "
+                "give a smaller --batch-size, or export it again"
+            ) from None
+
+    return Answering(
+        path=str(path),
+        predict=predict,
+        preprocessing=prepared,
+        labels=subject.labels,
+        outputs=outputs,
+        sha256=subject.identity.onnx_sha256 or "",
+    )
+
+
+def evaluate_against(
+    run: RunFolder,
+    model: str,
+    against: str,
+    data: str,
+    settings: FitSettings,
+    *,
+    from_: str | None = None,
+    from_sets: Sequence[str] = (),
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+    progress: Done = unheard,
+) -> tuple[Agreement, bool]:
+    """How a model's answers on the validation images of `data` differ from those of the source it came from.
+
+    `model` and `against` are each a model folder, a checkpoint, timm:NAME or an .onnx file; each gets the images
+    prepared its own way. `from_` and `from_sets` are for the one that is a bare checkpoint.
+
+    A model that lies in the run folder is the run's own, and the run's record gets a step "evaluate"; of another
+    nothing is written. The second value tells which.
+
+    Raises:
+        GrowkitError: a model or the data cannot be read, or the models and the data have different classes.
+    """
+    recorded = Path(model).exists() and Path(model).resolve().is_relative_to(run.path.resolve())
+    if recorded:
+        run.refuse_unusable()
+    bare = [path for path in (model, against) if _is_bare(path)]
+    if (from_ or from_sets) and len(bare) == 2:
+        raise GrowkitError(
+            f"--from: {model} and {against} are both bare checkpoints, and it cannot tell which is meant; "
+            "give one as a model folder, as `growkit finetune` writes it"
+        )
+
+    def answering(path: str) -> Answering:
+        if Path(path).suffix == ".onnx":
+            return _answering_onnx(Path(path), device if device in ("auto", "cpu") else "cuda")
+        meant = path in bare or not bare
+        loaded = load_source(path, from_ if meant else None, from_sets if meant else ())
+        for note in loaded.notes:
+            say(note)
+        chosen = pick_device(device)
+        return Answering(
+            path=path,
+            predict=predictor(loaded.model().to(chosen), chosen, settings.precision),
+            preprocessing=loaded.preprocessing,
+            labels=loaded.labels,
+            outputs=loaded.architecture.classes,
+            sha256=loaded.sha256,
+        )
+
+    new, old = answering(model), answering(against)
+    opened = open_data(data, new.preprocessing, settings)
+    _refuse_other_classes(data, opened.classes, old, new)
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+    if _prepares_alike(old, new):
+        batches = ((images, images, labels) for images, labels in val_batches(opened, settings))
+    else:
+        say("the two prepare images differently; each gets them its own way")
+        others = open_data(data, old.preprocessing, settings)
+        batches = in_step(val_batches(others, settings), val_batches(opened, settings))
+    batches = followed(batches, size_of(opened.val), progress)
+    found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)
+    if recorded:
+        read = ("batch_size", "precision", "data_dir", "val_split")
+        run.add(
+            "evaluate",
+            options={
+                "model": model,
+                "against": against,
+                "data": data,
+                **{name: getattr(settings, name) for name in read},
+            },
+            figures=asdict(found),
+            hashes={"source": old.sha256, "model": new.sha256},
+        )
+    return found, recorded
+
+
+def _is_bare(path: str) -> bool:
+    """Whether this is a checkpoint file, for which --from and --from-set were made."""
+    return not path.startswith(FETCHED) and Path(path).suffix != ".onnx" and Path(path).is_file()
+
+
+def _prepares_alike(old: Answering, new: Answering) -> bool:
+    ways = [{key: either.preprocessing.get(key) for key in PREPROCESSING} for either in (old, new)]
+    return json.dumps(ways[0]) == json.dumps(ways[1])  # JSON knows no tuples, and ONNX metadata are JSON
+
+
+def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new: Answering) -> None:
+    """Raise GrowkitError where the two models do not answer the same classes, or the data has others."""
+    remedy = (
+        f"compare with a source of the model's classes; `growkit finetune SOURCE --data {data} --run OTHER` makes one"
+    )
+    if old.outputs != new.outputs:
+        raise GrowkitError(f"{old.path} has {old.outputs} classes and {new.path} {new.outputs}; {remedy}")
+    if old.labels and new.labels and old.labels != new.labels:
+        at, (one, other) = _first_difference(old.labels, new.labels)
+        raise GrowkitError(f"class {at} is {one} in {old.path} and {other} in {new.path}; {remedy}")
+    if classes and len(classes) != new.outputs:
+        raise GrowkitError(
+            f"--data {data}: its {len(classes)} classes are not the models' {new.outputs}; "
+            "give data with the models' classes"
+        )
+    _refuse_other_labels(data, classes, new.labels or old.labels, "the models'")
+
+
+def _first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, tuple[str, str]]:
+    pairs = enumerate(zip_longest(one, other, fillvalue="missing"))
+    return next((at, pair) for at, pair in pairs if pair[0] != pair[1])
