@@ -84,7 +84,10 @@ def batch_size_of(folder: Path) -> int:
     Raises:
         GrowkitError: there is none, or it is damaged.
     """
-    return int(_read_state(folder / STATE)["identity"]["batch_size"])
+    found = _read_state(folder / STATE)["identity"].get("batch_size")
+    if not isinstance(found, int):
+        raise GrowkitError(f"{folder / STATE}: damaged; start anew without --resume")
+    return found
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        int(state["identity"]["batch_size"])
+        dict(state["identity"])
     except Exception:  # torch raises whatever its reader stumbles over
         raise GrowkitError(f"{path}: damaged; start anew without --resume") from None
     return state
