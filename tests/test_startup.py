@@ -172,6 +172,18 @@ def test_a_terminal_shows_how_long_work_takes_and_how_long_it_will(capsys: pytes
     assert "a line" in said
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_number_of_a_bar_is_cut_on_a_narrow_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.rich = RichConsole(force_terminal=True, width=width, color_system=None)
+    note = "loss 2.1213 top-1 14.06% lr 3.8e-07 1254 images/s"
+    with console.progress("training deit_tiny_patch16_224") as bar:
+        bar(12000).update(3541, note)
+    shown = capsys.readouterr().out
+    assert "3541/12000 0:00:00 -:--:--" in shown
+    assert note in shown
+
+
 def test_a_log_is_not_told_that_work_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with Console().working("exporting"):
         pass

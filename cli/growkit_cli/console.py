@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import (
@@ -22,7 +23,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from growkit.text import visible
 
@@ -85,12 +87,11 @@ class Console:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
-        live = Progress(*columns, console=self.rich, speed_estimate_period=SPEED)
+        live = Noted(*columns, console=self.rich, speed_estimate_period=SPEED)
 
         def bar(total: int) -> Bar:
             if not shown:
@@ -137,6 +138,16 @@ class Bar:
         """Show that `done` of the total is done."""
 
 
+class Noted(Progress):
+    """Bars, each with its note below, where it takes no room from the numbers."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["note"]:
+                yield Text(task.fields["note"])
+
+
 class RichBar(Bar):
     """A live bar on a terminal."""
 
@@ -145,7 +156,7 @@ class RichBar(Bar):
         self.task = progress.add_task(_cell(title), total=total, note="")
 
     def update(self, done: float, note: str = "") -> None:
-        self.live.update(self.task, completed=done, note=_cell(note))
+        self.live.update(self.task, completed=done, note=visible(note))
 
 
 class PlainBar(Bar):
