@@ -114,8 +114,7 @@ def main() -> int:
             tell=lambda what: deadline,
         )
         if trained.fitted.interrupted:
-            print("time is over; the same command goes on", flush=True)
-            return UNFINISHED
+            raise KeyboardInterrupt
     source = load_source(str(run.trained / LAST))  # its best was chosen on images that will test it
     for pair in given.pairs.split(","):
         settings = CompareSettings(
@@ -130,32 +129,28 @@ def main() -> int:
         where = RunFolder(root / pair)
         if given.part is None:
             print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
-        try:
-            if given.jobs > 1:
-                shared = prepared(where, source, sizes(targets[pair]), settings, recipe, deadline, given)
-                if given.part is not None:
-                    shared.run_some(shared.arms[given.part :: given.jobs])
-                    continue
-                del shared
-                if UNFINISHED in side_by_side(pair, deadline, given.jobs):
-                    raise KeyboardInterrupt
-            compared = compare_methods(
-                where,
-                source,
-                "deit_tiny",
-                given.data,
-                settings,
-                recipe,
-                sets=sizes(targets[pair]),
-                device=device,
-                resume=True,
-                command=shlex.join(["python", *sys.argv]),
-                say=lambda line: print(line, flush=True),
-                follow=deadline.follow,
-            )
-        except KeyboardInterrupt:
-            print("time is over; the same command goes on", flush=True)
-            return UNFINISHED
+        if given.jobs > 1:
+            shared = prepared(where, source, sizes(targets[pair]), settings, recipe, deadline, given)
+            if given.part is not None:
+                shared.run_some(shared.arms[given.part :: given.jobs])
+                continue
+            del shared
+            if UNFINISHED in side_by_side(pair, deadline, given.jobs):
+                raise KeyboardInterrupt
+        compared = compare_methods(
+            where,
+            source,
+            "deit_tiny",
+            given.data,
+            settings,
+            recipe,
+            sets=sizes(targets[pair]),
+            device=device,
+            resume=True,
+            command=shlex.join(["python", *sys.argv]),
+            say=lambda line: print(line, flush=True),
+            follow=deadline.follow,
+        )
         print((compared.folder / "results.md").read_text(encoding="utf-8"), flush=True)
         if given.results:
             keep(compared.folder, given.results, pair)
@@ -228,5 +223,8 @@ def keep(folder: Path, results: Path, pair: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("time is over; the same command goes on", flush=True)
+        sys.exit(UNFINISHED)
     except GrowkitError as error:
         sys.exit(f"error: {error}")
