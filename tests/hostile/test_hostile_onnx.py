@@ -193,7 +193,7 @@ def test_gate_that_trusts_what_it_is_given_is_found_out(
     seen: str, server: Server, runs: dict[bool, Path], tmp_path: Path
 ) -> None:
     name, spoil = TWINS[seen]
-    deadline = 3 if seen.startswith("ended") else SECONDS
+    deadline = 3 if seen.startswith("ended") else 6 * SECONDS  # of a busy machine's memory 6 GB may take long
     job = {"spoil": textwrap.dedent(spoil), "deadline": deadline}
     _, problem = judged(server, runs, name, tmp_path / "here", (VERIFY,), **job)
     assert problem is not None
