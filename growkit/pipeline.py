@@ -320,7 +320,7 @@ def _fit_into(
         kept = plain(best)
         by_leader(lambda: _replace(folder, kept, source, {**history, "scores": asdict(scores)}))
 
-    scoring, training = "scoring the validation images", f"training {source.architecture.name}"
+    scoring, training = "scoring the validation images", f"training {source.path}"
     fitted = fit(
         model,
         opened,

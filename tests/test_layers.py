@@ -41,7 +41,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "plan": ALL,
     "compare.settings": "errors ranges settings",
     "compare": f"{ALL} plan compare",
-    "evaluation": "errors text record checkpoint source train deploy",
+    "evaluation": "errors record checkpoint source train deploy",
     "pipeline": ALL,
     "demo": f"{ALL} pipeline",
 }

@@ -184,6 +184,17 @@ def test_no_number_of_a_bar_is_cut_on_a_narrow_terminal(width: int, capsys: pyte
     assert note in shown
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_of_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console()
+    console.rich = RichConsole(force_terminal=True, width=80)
+    with console.working("growing"), console.progress("scoring") as bar:
+        bar(9).update(9)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_log_is_not_told_that_work_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with Console().working("exporting"):
         pass

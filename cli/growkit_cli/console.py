@@ -95,7 +95,7 @@ class Console:
 
         def bar(total: int) -> Bar:
             if not shown:
-                if self.rich.is_terminal:
+                if self.rich.is_interactive:
                     live.start()
                     shown.append(RichBar(live, title, total))
                 else:
@@ -105,14 +105,14 @@ class Console:
         try:
             yield bar
         finally:
-            if self.rich.is_terminal:  # elsewhere it would print an empty line
+            if self.rich.is_interactive:  # elsewhere it would print an empty line
                 live.live.transient = all(task.elapsed is None or task.elapsed < QUICK for task in live.tasks)
                 live.stop()
 
     @contextmanager
     def working(self, title: str) -> Iterator[None]:
         """Show on a terminal how long work takes that cannot tell how far it is."""
-        if not self.rich.is_terminal:
+        if not self.rich.is_interactive:
             yield
             return
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()

@@ -42,8 +42,8 @@ def following(console: Console, title: str) -> Iterator[Callable[[str, int, int]
 
         def follow(name: str, finished: int, runs: int) -> "Done":
             def progress(done: float, total: int, note: str = "") -> None:
-                if console.rich.is_terminal:
-                    show(runs).update(finished + done / total, f"{name}: {note}")
+                if console.rich.is_interactive:
+                    show(runs).update(finished + done / total, f"{name}: {note}" if note else name)
 
             return progress
 

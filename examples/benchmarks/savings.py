@@ -21,7 +21,6 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
 
 from growkit.checkpoint import HISTORY
 from growkit.compare.compare import Comparison, bench_of, compare_methods
@@ -33,6 +32,7 @@ from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
 from growkit.train.device import pick_device
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done
 
 PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}
 METHODS = {
@@ -45,19 +45,26 @@ UNFINISHED = 3
 
 
 class Deadline:
-    """Told of training, ends it as Ctrl-C does, with its state saved, once the time is over."""
+    """Ends whatever is done as Ctrl-C does, training with its state saved, once the time is over."""
 
     def __init__(self, seconds: float):
-        self.ends, self.asked = time.monotonic() + seconds, False
+        self.ends = time.monotonic() + seconds
 
-    def __call__(self, done: float, total: int, note: str = "") -> None:
-        if time.monotonic() > self.ends and not self.asked:  # asked twice, training would end at once
-            self.asked = True
-            signal.raise_signal(signal.SIGINT)
+    def tell(self, what: str) -> Done:
+        """For train_model(tell=...)."""
+        asked = False
 
-    def follow(self, title: str, finished: int, total: int) -> Self:
+        def progress(done: float, total: int, note: str = "") -> None:
+            nonlocal asked
+            if time.monotonic() > self.ends and not asked:  # asked twice, training would end at once
+                asked = True
+                signal.raise_signal(signal.SIGINT)
+
+        return progress
+
+    def follow(self, title: str, finished: int, total: int) -> Done:
         """For compare_methods(follow=...)."""
-        return self
+        return self.tell(title)
 
 
 def main() -> int:
@@ -111,7 +118,7 @@ def main() -> int:
             device=given.device,
             resume=(run.trained / "last" / "state.pt").exists(),
             force=True,
-            tell=lambda what: deadline,
+            tell=deadline.tell,
         )
         if trained.fitted.interrupted:
             raise KeyboardInterrupt

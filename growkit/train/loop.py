@@ -133,8 +133,8 @@ def fit(
     read = train_batches(data, settings, start * accumulate, plan.total * accumulate, device=training.device)
 
     def told(done: float) -> None:
-        since = time.perf_counter() - mark
-        progress(done, plan.total, note or rate((done - start) * plan.images_per_update, since))
+        seconds = window + time.perf_counter() - mark
+        progress(done, plan.total, note or rate((done - start) * plan.images_per_update, seconds))
 
     def followed() -> Iterator[tuple[Tensor, Tensor]]:
         for number in range((plan.total - start) * accumulate):
@@ -469,7 +469,8 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:
-        near = get_close_matches(settings.opt, list_optimizers(), n=3)
+        known, name = list_optimizers(), settings.opt.lower().rpartition("_")[2]  # of lookahead_adam, say
+        near = [] if name in known else get_close_matches(name, known, n=3)
         told = f"nearest: {', '.join(near)}" if near else "give adamw, sgd, lamb or another of timm's"
         raise GrowkitError(
             f"--opt {settings.opt}: not an optimizer timm can make ({first_line(error)}); {told}"

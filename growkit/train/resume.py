@@ -95,9 +95,10 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        dict(state["identity"])
     except Exception:  # torch raises whatever its reader stumbles over
-        raise GrowkitError(f"{path}: damaged; start anew without --resume") from None
+        state = {}
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise GrowkitError(f"{path}: damaged; start anew without --resume")
     return state
 
 

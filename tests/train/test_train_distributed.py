@@ -162,6 +162,7 @@ def work(rank: str, port: str, *places: str) -> None:
         except FileExistsError as error:
             found["raised"] = str(error)
         found["said"] = distributed.first_to_say("the same line")
+        found["least"] = distributed.least(3 + int(rank))
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -332,6 +333,10 @@ def test_leader_acts_for_all_and_its_error_is_everybodys(both: list[dict[str, An
 
 def test_of_one_error_one_process_tells(both: list[dict[str, Any]]) -> None:
     assert sorted(found["said"] for found in both) == [False, True]
+
+
+def test_the_least_of_all_is_found(both: list[dict[str, Any]]) -> None:
+    assert [found["least"] for found in both] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from train_samples import Net
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
+from growkit.train import loop
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
 from growkit.train.loop import StepRecord, fit
@@ -277,6 +278,32 @@ def test_how_far_a_run_is_shows_before_every_batch_however_rarely_it_records(tmp
     told.clear()
     fit(Net(), data, replace(settings, log_every=4), folder=tmp_path, resume=True, progress=progress)
     assert [done for done, _, _ in told] == [4]
+
+
+def test_rate_before_the_first_record_counts_the_time_before_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, seconds = [], [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
+
+    def progress(done: float, total: int, note: str = "") -> None:
+        told.append(note)
+        seconds[0] += 2
+
+    fit(Net(), blobs(), replace(PLAIN, steps=5, log_every=50, save_seconds=3.0), folder=tmp_path, progress=progress)
+    assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lookahead_adamw"])
+def test_optimizer_that_is_known_and_cannot_be_made_is_not_said_to_be_mistyped(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("CUDA required")
+
+    monkeypatch.setattr(loop, "create_optimizer_v2", refused)
+    with pytest.raises(GrowkitError, match=r"\(CUDA required\); give adamw, sgd, lamb or another of timm's"):
+        fit(Net(), blobs(), replace(PLAIN, opt=optimizer))
 
 
 @pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM"])
