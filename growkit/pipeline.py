@@ -127,7 +127,11 @@ def grow_model(
 
     fitted, scores = None, None
     if opened is not None and operator is not None:
-        operator = _sized(grown, opened, operator, chosen, say, run.path / "operator" if resume else None)
+        learns = any(p.requires_grad for p in grown.parameters())
+        if learns:
+            operator = _sized(grown, opened, operator, chosen, say, run.path / "operator" if resume else None)
+        elif operator.batch_size == AUTO:  # which only training can look for
+            operator = replace(operator, batch_size=FitSettings.batch_size)
         refuse_unusable(opened, operator)
         scores = {
             name: score_model(scored, opened, operator, chosen, progress=tell(f"scoring the {told}"))
@@ -136,7 +140,7 @@ def grow_model(
         for name, found in scores.items():
             say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
         del small, model
-        if any(p.requires_grad for p in grown.parameters()):
+        if learns:
             fitted = fit(
                 grown,
                 opened,

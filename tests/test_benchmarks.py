@@ -14,10 +14,16 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from growkit.arch import build, find
 from growkit.checkpoint import write_model
 from growkit.demo import write_digits
+from growkit.train.data import Data
+from growkit.train.loop import fit
+from growkit.train.score import Scores, score_model
+from growkit.train.settings import FitSettings
 from growkit_cli.main import app
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -243,6 +249,38 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert not_finite(content) == []
     assert list(content["ratios"]) == ["growkit"]
     assert min(content["ratios"]["growkit"]) > 0
+
+
+def test_a_deadline_ends_training_once_whatever_it_does_then(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("savings", FOLDER / "savings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    savings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(savings)
+    held = TensorDataset(torch.rand(32, 1, 4, 4), torch.arange(32) % 2)
+    data = Data(train=held, val=held, classes=["a", "b"])
+    settings = FitSettings(steps=8, batch_size=8, workers=0, warmup_epochs=0.0, eval_every=1.0, save_seconds=300)
+    for place, (late, scoring) in enumerate([(3, False), (4, True)]):  # before the evaluation, and in it
+        deadline = savings.Deadline(300)
+        told = deadline.tell()
+
+        def progress(done: float, total: int, note: str = "", *, told=told, deadline=deadline, late=late) -> None:
+            if done == late:
+                deadline.ends = 0
+            told(done, total, note)
+
+        def judge(model: nn.Module, *, deadline=deadline, told=told, scoring=scoring) -> Scores:
+            if scoring:
+                deadline.ends = 0
+            told(0, 32)
+            told(32, 32)
+            return score_model(model, data, settings, torch.device("cpu"))
+
+        folder = tmp_path / str(place)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        found = fit(model, data, settings, folder=folder, evaluate=judge, progress=progress)
+        assert (found.interrupted, found.steps) == (True, 4)
+        assert torch.load(folder / "state.pt", weights_only=True)["step"] == 4
 
 
 @pytest.mark.slow  # trains thrice in one process

@@ -116,10 +116,24 @@ def test_lines_for_logs_say_how_long_it_will_take(
         for done in (20, 30, 40, 60):  # resumed at 20: what was done before took none of this time
             bar(60).update(done, "loss 1.0")
     assert capsys.readouterr().out.splitlines() == [
-        "training 30/60 loss 1.0, 0:01:30 left",
+        "training 30/60 loss 1.0",
         "training 40/60 loss 1.0, 0:01:00 left",
         "training 60/60 loss 1.0",
     ]
+
+
+def test_time_left_is_not_guessed_from_what_is_done_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update may compile, or decode all images."""
+    now = [0.0]
+    monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Console().progress("training") as bar:
+        for done in range(101):
+            bar(100).update(done)
+            now[0] += 0.5 if done else 60.0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["training 1/100", "training 6/100 0:00:47 left"]
 
 
 def test_a_log_gets_few_lines_of_fast_work_and_some_of_slow_work(

@@ -135,10 +135,11 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_fixed_rule_with_data_is_scored_and_told_to_have_nothing_to_train(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("size", ["8", "auto"])
+def test_fixed_rule_with_data_is_scored_and_told_to_have_nothing_to_train(images, tmp_path, capsys, monkeypatch, size):
     monkeypatch.chdir(tmp_path)
     torch.save(published_scale(SOURCE).state_dict(), "small.pth")
-    words = ["--from-set", "num_heads=2", "--data", images, *QUICK]
+    words = ["--from-set", "num_heads=2", "--data", images, *QUICK, "--batch-size", size]
     status, out, err = growkit(capsys, "grow", "small.pth", *TARGET, *words, "--method", "lemon", "--json")
     assert status == 0
     assert "lemon is a fixed rule with nothing to train" in err

@@ -166,17 +166,21 @@ class PlainBar(Bar):
         self.console, self.title, self.total = console, title, total
         self.every = max(1, total // 20)
         self.next: float = self.every
-        self.first: tuple[float, float] | None = None  # time and what was done then
-        self.said = math.inf  # time of the last line
+        self.before: float | None = None  # what was done at the beginning
+        self.first: tuple[float, float] | None = None  # when more was done, and how much: what is done once is no rate
+        self.began = self.said = math.inf  # times of the beginning and of the last line
 
     def update(self, done: float, note: str = "") -> None:
         now = time.monotonic()
-        began, before = self.first = self.first or (now, done)
-        self.said = min(self.said, now)
+        self.began, self.said = min(self.began, now), min(self.said, now)
+        self.before = done if self.before is None else self.before
+        if self.first is None and done > self.before:
+            self.first = now, done
         due = done >= self.next or done == self.total or now - self.said >= RARELY
-        if now - began < QUICK or not due:
+        if now - self.began < QUICK or not due:
             return
-        left = (now - began) / (done - before) * (self.total - done) if before < done < self.total else 0
+        since, first = self.first or (now, done)
+        left = (now - since) / (done - first) * (self.total - done) if first < done < self.total else 0
         told = [note, f"{_clock(left)} left" if left >= 1 else ""]
         self.console.say(f"{self.title} {int(done)}/{self.total} {', '.join(filter(None, told))}".rstrip())
         self.said = now

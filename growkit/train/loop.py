@@ -215,9 +215,9 @@ def fit(
             if due or stopping:
                 save()
                 saved, saved_at = step, time.perf_counter()
+            mark = time.perf_counter()
             if stopping:
                 break
-            mark = time.perf_counter()
         told(len(losses))
 
     training_seconds += window
@@ -469,7 +469,7 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:
-        known, name = list_optimizers(), settings.opt.lower().rpartition("_")[2]  # of lookahead_adam, say
+        known, name = list_optimizers(), settings.opt.lower().removeprefix("lookahead_")
         near = [] if name in known else get_close_matches(name, known, n=3)
         told = f"nearest: {', '.join(near)}" if near else "give adamw, sgd, lamb or another of timm's"
         raise GrowkitError(

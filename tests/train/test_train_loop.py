@@ -294,6 +294,20 @@ def test_rate_before_the_first_record_counts_the_time_before_a_save(
     assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
 
 
+def test_last_rate_of_an_interrupted_run_counts_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, seconds = [], [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
+
+    def progress(done: float, total: int, note: str = "") -> None:
+        told.append(note)
+        seconds[0] += 2
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    assert fit(Net(), blobs(), replace(PLAIN, steps=9, log_every=50), progress=progress).steps == 4
+    assert told[1:] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lookahead_adamw"])
 def test_optimizer_that_is_known_and_cannot_be_made_is_not_said_to_be_mistyped(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
