@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,3 +182,32 @@ def test_comparison_from_the_command_line_prints_json_alone(images, tmp_path, ca
     status, _, err = growkit(capsys, "compare", "small.pth", *TARGET, *words, *chosen)
     assert status == 2
     assert "already exists" in err
+
+
+def test_every_command_tells_how_far_it_is(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("growkit_cli.console.QUICK", 0.0)  # else what is done in a second leaves no line
+
+    def told(*arguments: object) -> set[str]:
+        """What reached its end, as in 'training vit_tiny 3/3'."""
+        status, out, err = growkit(capsys, *arguments, "--data", images)
+        assert status == 0, err
+        return {line for line in out.splitlines() if re.match(r".* (\d+)/\1\b", line)}
+
+    def ends(lines: set[str], *expected: str) -> None:
+        assert {text for text in expected if not any(line.startswith(text) for line in lines)} == set()
+
+    sizes = ["--set", "embed_dim=32", "--set", "depth=2", "--set", "num_heads=2", "--set", "img_size=16"]
+    words = ["--steps", 3, *QUICK]
+    lines = told("train", "vit_tiny", *sizes, "--set", "patch_size=8", *words)
+    ends(lines, "reading the validation images 18/18", "training vit_tiny 3/3 loss", "scoring the validation images 18")
+    lines = told("grow", "run/trained", *TARGET, "--rank", 2, *words)
+    ends(lines, "scoring the source 18/18", "scoring the grown model 18/18", "training the operator 3/3 loss")
+    lines = told("finetune", *words)
+    ends(lines, "scoring the start 18/18", "fine-tuning 3/3 loss", "scoring the validation images 18/18")
+    ends(told("evaluate"), "evaluating 18/18")
+    ends(told("evaluate", "--against", "run/trained"), "evaluating 18/18")
+    cached = told(
+        "train", "vit_tiny", *sizes, "--set", "patch_size=8", *words, "--cache=ram", "--color-jitter=0", "--force"
+    )
+    ends(cached, "decoding the training images 48/48", "decoding the validation images 18/18")
