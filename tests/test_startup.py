@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from growkit import __version__
 from growkit_cli.console import Console
 from growkit_cli.main import app
-from growkit_cli.progress import telling
+from growkit_cli.progress import following, telling
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxruntime", "numpy", "sklearn"}
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -207,6 +207,23 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_of_a_log(
     with console.working("growing"), console.progress("scoring") as bar:
         bar(9).update(9)
     assert capsys.readouterr().out == ""
+
+
+def test_the_bar_of_many_runs_moves_within_each_and_bars_that_end_close(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.rich = RichConsole(force_terminal=True, width=100, color_system=None)
+    with following(console, "comparing") as follow, telling(console) as tell:
+        progress = follow("mango", 1, 4)
+        progress(0, 8)
+        progress(6, 8, "loss 1.0")
+        scoring = tell("scoring")
+        scoring(0, 40)
+        assert len(console.rich._live_stack) == 2
+        scoring(40, 40)
+        assert len(console.rich._live_stack) == 1
+    shown = capsys.readouterr().out
+    assert "1/4" in shown
+    assert "mango: loss 1.0" in shown
 
 
 def test_a_log_is_not_told_that_work_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
