@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -258,6 +259,29 @@ def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digi
     again = run_compare(tmp_path, source, digits, options(seeds=2), resume=True)
     assert again.arms[2].failures == ()
     assert again.arms[2].budgets[-1].top1.count == 2
+
+
+def test_a_comparison_that_is_stopped_in_the_last_scoring_of_a_run_ends_and_goes_on(
+    source, digits, tmp_path, monkeypatch
+):
+    fit, asked = bench_module.fit, []
+
+    def stopping(*given, evaluate, **more):
+        def judge(model):
+            if not asked:
+                asked.append(True)
+                signal.raise_signal(signal.SIGINT)
+            return evaluate(model)
+
+        return fit(*given, evaluate=judge, **more)
+
+    monkeypatch.setattr(bench_module, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(tmp_path, source, digits, options(methods="lemon", evals=1))
+    assert asked
+    assert not (tmp_path / "compare" / "results.json").exists()
+    again = run_compare(tmp_path, source, digits, options(methods="lemon", evals=1), resume=True)
+    assert all(arm.budgets[-1].top1 is not None for arm in again.arms)
 
 
 def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, tmp_path, monkeypatch):
