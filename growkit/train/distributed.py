@@ -88,9 +88,7 @@ def _attempt() -> str:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    # Neither has an error of its own: gloo, nor a loader whose workers torchrun's signal reached first.
-    told = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in told.lower() or "DataLoader worker" in told
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # which has no error of its own
 
 
 def _store() -> Store:

@@ -1,9 +1,14 @@
 """A data set read image by image in processes of its own, and handed over in batches of bytes."""
 
+import logging
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -11,14 +16,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from growkit.errors import first_line
+from growkit.errors import GrowkitError, first_line
 from growkit.pictures import UnreadablePictureError, unreadable
 from growkit.train.erasing import Erased, together
 from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
 
 PATIENCE = 60  # seconds that a process which reads serves on after SIGTERM
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
+log = logging.getLogger(__name__)
+_kept: list[Any] = []  # loaders that lost a process: torch's way to end them may wait for a lock that the dead hold
 
 
 class Read(Dataset[Any]):
@@ -80,26 +88,69 @@ def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
 def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
     """Batches, with the reasons of those images in them that another one stands in for.
 
+    Where a process that reads is killed, as for want of memory, half as many go on with the batch that was due.
+
     Raises:
         UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
+        GrowkitError: a process that reads crashed, as it would again.
     """
+    count, due = min(settings.workers, len(sampler)), 0
+    while due < len(sampler):
+        batches, readers = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
+        for _ in range(due, len(sampler)):
+            try:
+                batch, told = next(batches)
+            except Exception:  # a dozen kinds: what a dead process has sent may need it to be read
+                _refuse_crashed(readers)
+                if all(reader.exitcode is None for reader in readers):
+                    raise
+                for reader in readers:
+                    reader.kill()
+                _kept.append(batches)
+                count //= 2
+                instead = f"{count} go on" if count else "they are read without such processes"
+                log.warning(f"a process that reads images was killed; {instead}. Fewer --workers take less memory")
+                break
+            if batch is None:
+                more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
+                raise UnreadablePictureError(told[0] + more)
+            due += 1
+            yield batch, told
+
+
+def _begun(
+    dataset: Read, places: Iterable[Any], count: int, *, pin_memory: bool
+) -> tuple[Iterator[Any], set[BaseProcess]]:
+    """What `count` processes read at `places`, and these processes.
+
+    That one of them died shows when its batch is due: torch would raise it wherever the main thread is just then.
+    """
+    before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=places,
             collate_fn=_collated,
-            num_workers=min(settings.workers, len(sampler)),
+            num_workers=count,
             pin_memory=pin_memory,
             worker_init_fn=_quiet_worker,
             generator=torch.Generator(),  # else a loader draws from the global one
         )
         batches = iter(loader)
-    for batch, told in batches:
-        if batch is None:
-            more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
-            raise UnreadablePictureError(told[0] + more)
-        yield batch, told
+    if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return batches, set(active_children()) - before
+
+
+def _refuse_crashed(readers: Iterable[BaseProcess]) -> None:
+    """Raise GrowkitError where one of the processes ended by an error of its own machine code."""
+    for reader in readers:
+        if reader.exitcode is not None and -reader.exitcode in CRASHES:
+            raise GrowkitError(
+                f"a process that reads images crashed ({signal.Signals(-reader.exitcode).name}): an image, or the"
+                " library that decodes it, is the likely cause; PYTHONFAULTHANDLER=1 in the environment shows where"
+            ) from None
 
 
 def in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predic
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 from growkit.train.telling import Done, rate, unheard
-from growkit.train.watch import StepRecord, board, ending, stop_signals
+from growkit.train.watch import StepRecord, board, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
@@ -169,7 +169,7 @@ def fit(
     with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
         saved_at = mark = time.perf_counter()
         for step in range(start + 1, plan.total + 1):
-            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32), ending(stop):
+            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
                 pending.append(training.update(step, batches))
             last = step == plan.total
             judge = evaluate is not None and (last or plan.evaluates_at(step))

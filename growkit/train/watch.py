@@ -10,7 +10,6 @@ from types import FrameType
 
 from growkit.errors import GrowkitError, Terminated
 from growkit.files import writing
-from growkit.train import distributed
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
@@ -62,17 +61,6 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-@contextmanager
-def ending(stop: Stop) -> Iterator[None]:
-    """Around an update: readers of images that a signal to all processes of a job ended are no error of theirs."""
-    try:
-        yield
-    except RuntimeError as error:
-        if stop.asked and "DataLoader worker" in str(error) and distributed.size() == 1:
-            raise interruption(stop.number) from error
-        raise
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
@@ -529,6 +531,71 @@ def test_readers_serve_on_for_a_while_after_sigterm() -> None:
         left = torch.cat([labels for _, labels in batches])
         assert len(left) == 8
         assert ((left > 0) & (left <= PATIENCE)).all()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks whether readers live after 5 s without a batch."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+class Deadly(Dataset[Any]):
+    """Images whose labels tell them apart; image `at` ends the process that reads for another, `times` in all."""
+
+    def __init__(self, folder: Path, number: int, at: int, times: int):
+        self.folder, self.number, self.at, self.times, self.main = folder, number, at, times, os.getpid()
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        deaths = len(list(self.folder.iterdir()))
+        if os.getpid() != self.main and index == self.at and deaths < self.times:
+            (self.folder / str(deaths)).touch()
+            os.kill(os.getpid(), self.number)
+        return torch.full((1, 2, 2), float(index)), index
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGALRM])
+@pytest.mark.parametrize(("times", "left"), [(1, ["2 go on"]), (9, ["2 go on", "1 go on", "without such processes"])])
+def test_images_are_read_on_where_a_process_that_reads_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: int, times: int, left: list[str]
+) -> None:
+    """The system kills one where memory runs out; that must not end a run at night."""
+    settings = FitSettings(batch_size=4, workers=5)
+    for name, batches in (("train", lambda data, own: train_batches(data, own, 0, 12)), ("val", val_batches)):
+        (tmp_path / name).mkdir()
+        caplog.clear()
+        deadly = Deadly(tmp_path / name, number, 13, times)
+        found = list(batches(Data(train=deadly, val=deadly, classes=[]), settings))
+        calm = Deadly(tmp_path / name, number, -1, 0)
+        assert same(found, list(batches(Data(train=calm, val=calm, classes=[]), replace(settings, workers=0))))
+        assert len(caplog.messages) == len(left)
+        assert all(words in line for words, line in zip(left, caplog.messages, strict=True))
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_crash_of_a_process_that_reads_is_refused_in_one_line(tmp_path: Path) -> None:
+    """The next one would crash by the same image, and the main process after it."""
+    deadly = Deadly(tmp_path, signal.SIGSEGV, 13, 9)
+    settings = FitSettings(batch_size=4, workers=2)
+    with pytest.raises(GrowkitError, match=r"^a process that reads images crashed \(SIGSEGV\): an image, or the"):
+        list(val_batches(Data(train=deadly, val=deadly, classes=[]), settings))
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_dead_reader_interrupts_nothing_else(tmp_path: Path) -> None:
+    """torch's own way raises its death in the main thread at once: in the middle of an update, or of writing a file."""
+    deadly = Deadly(tmp_path, signal.SIGKILL, -1, 0)
+    before = set(multiprocessing.active_children())
+    batches = val_batches(Data(train=deadly, val=deadly, classes=[]), FitSettings(batch_size=4, workers=1))
+    next(batches)
+    (reader,) = set(multiprocessing.active_children()) - before
+    reader.kill()
+    reader.join()
+    time.sleep(0.1)  # Python would run a handler of the signal in here
+    assert len(list(batches)) == 5
 
 
 @pytest.mark.gpu
