@@ -132,7 +132,7 @@ def grow_model(
             operator = _sized(grown, opened, operator, chosen, say, run.path / "operator" if resume else None)
         elif operator.batch_size == AUTO:  # which only training can look for
             operator = replace(operator, batch_size=FitSettings.batch_size)
-        refuse_unusable(opened, operator)
+        refuse_unusable(opened, operator, run.path / "operator" if learns and resume else None)
         scores = {
             name: score_model(scored, opened, operator, chosen, progress=tell(f"scoring the {told}"))
             for name, scored, told in (("source", small, "source"), ("step0", model, "grown model"))
@@ -300,7 +300,7 @@ def _fit_into(
     chosen = pick_device(device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if resume else None)
-    refuse_unusable(opened, settings)
+    refuse_unusable(opened, settings, folder / LAST if resume else None)
     start = None
     if command == "finetune" and not resume:
         start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import clear_left, refuse_existing, whole_file, whole_folder
 from growkit.lock import held
-from growkit_cli.guard import written
+from growkit_cli.guard import left, written
 
 ROOT = Path(__file__).parents[1]
 # everything that a resumed run could lose
@@ -249,7 +249,7 @@ def test_resume_that_forgets_is_found_out(
 ) -> None:
     expected, points = unbroken(command)
     folder = new()
-    assert server.run(folder, COMMANDS[command], point=points // 2, signal="SIGKILL").status == -9
+    assert server.run(folder, COMMANDS[command], point=points // 3, signal="SIGKILL").status == -9
     saved = torch.load(folder / "run" / "finetuned" / "last" / "state.pt", weights_only=True)
     assert 0 < saved["step"] < 5
     left = finish(server, command, folder, forget=lost)
@@ -585,6 +585,14 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("AttributeError: not made yet")) == (130, lines)
+
+
+def test_no_state_is_promised_where_none_was_saved(tmp_path: Path) -> None:
+    for command, place in (("train", "trained/last"), ("finetune", "finetuned/last"), ("grow", "operator")):
+        (tmp_path / place).mkdir(parents=True)
+        assert left(command, {"run": tmp_path}) == "what was complete before is as it was; give the same command again"
+        (tmp_path / place / "state.pt").touch()
+        assert left(command, {"run": tmp_path}).endswith("--resume goes on")
 
 
 def test_second_signal_ends_at_once(server: Server, new: Callable[..., Path]) -> None:

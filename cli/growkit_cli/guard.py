@@ -18,9 +18,9 @@ from growkit.errors import Terminated
 from growkit.lock import held
 
 STATES = {  # where a stopped command goes on from, inside the run folder
-    "train": "trained/last",
-    "finetune": "finetuned/last",
-    "grow": "operator",
+    "train": "trained/last/state.pt",
+    "finetune": "finetuned/last/state.pt",
+    "grow": "operator/state.pt",
     "compare": "compare/begun.json",
     "sweep": "sweep/begun.json",
 }

@@ -186,8 +186,7 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if size() == 1:
         return model
-    kept = sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
-    if kept:
+    if kept := statistics(model):
         raise GrowkitError(f"{kept[0]} is no parameter and would differ by process; train this model on one process")
     if sharded(model):
         return model
@@ -196,6 +195,11 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, settled)
     place = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=place, gradient_as_bucket_view=True)
+
+
+def statistics(model: nn.Module) -> list[str]:
+    """Names of what `model` keeps besides parameters, as running statistics: every batch changes it."""
+    return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
 
 
 def gathering(network: nn.Module, now: bool) -> AbstractContextManager[Any]:

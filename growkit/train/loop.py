@@ -30,7 +30,7 @@ from growkit.train.score import Scores, amp_dtype, autocast, multiplying, predic
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 from growkit.train.telling import Done, rate, unheard
-from growkit.train.watch import StepRecord, board, stop_signals
+from growkit.train.watch import StepRecord, board, interruption, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
@@ -83,7 +83,9 @@ def fit(
 
     The result depends on the model, the data and the settings alone: not on the number of workers,
     nor on where a run was stopped and resumed. No global random state is changed. Ctrl-C or
-    SIGTERM ends the run after the update at hand, with its state saved; a second one at once.
+    SIGTERM ends the run after the batch at hand, with the state of the last whole update saved, and a
+    scoring at once where it is of one process; a second one ends at once whatever is at hand. What was not scored is
+    when the run is resumed.
 
     On several processes (`distributed.joined`) each takes its part of every batch, gradients are averaged, and the
     result is that of one process to rounding; but dropout and mixing draw for each process, and mixing pairs the
@@ -105,6 +107,7 @@ def fit(
     Raises:
         GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
             finite, --tf32 on a device without it, no state to resume from, or a state of another run.
+        KeyboardInterrupt: a second signal, or a first one before anything was learned.
     """
     began = time.perf_counter()
     plan = _plan(data, settings)
@@ -112,24 +115,30 @@ def fit(
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
     device = torch.device(device)
     refuse_tf32(settings, device)
+    identity = _identity(data, settings)
+    state = _state_of(folder, identity) if resume else None
     with telling_what_fits(model, data, settings, device):
         training = _Training(model, data, settings, device, plan)
     losses: list[float] = []
     history: list[tuple[int, Scores]] = []
     start, seconds_before = 0, 0.0
-    identity = _identity(data, settings)
-    if resume:
-        if folder is None:
-            raise GrowkitError("resuming needs the folder of the run to go on with")
-        state = resuming.load_state(folder, identity)
-        distributed.by_leader(lambda: resuming.cut_metrics(folder, state["step"]))
+
+    def owed(step: int) -> bool:
+        """Whether the model is to be scored after update `step`, and was not."""
+        scored = bool(history) and history[-1][0] == step
+        return evaluate is not None and step > 0 and not scored and (step == plan.total or plan.evaluates_at(step))
+
+    if folder is not None and state is not None:
         training.load(state["training"])
         start, seconds_before, losses = state["step"], state["seconds"], state["losses"].tolist()
         history = [(step, Scores(**scores)) for step, scores in state["history"]]
+        distributed.by_leader(lambda: resuming.cut_metrics(folder, start - owed(start)))
     elif folder is not None:
         distributed.by_leader(lambda: resuming.clear(folder))
         distributed.begin()
+    saved, saved_at = start, time.perf_counter()
     accumulate = settings.grad_accum_steps
+    divisible = not distributed.statistics(model)  # an update whose first batches leave no trace
     read = train_batches(data, settings, start * accumulate, plan.total * accumulate, device=training.device)
 
     def told(done: float) -> None:
@@ -139,11 +148,38 @@ def fit(
     def followed() -> Iterator[tuple[Tensor, Tensor]]:
         for number in range((plan.total - start) * accumulate):
             told(start + number / accumulate)
+            if number % accumulate and divisible and distributed.agreed(stop.asked)[0]:
+                raise _StoppedError
             yield next(read)
 
     batches = followed()
 
+    def updated(step: int) -> bool:
+        """Make an update; False where a stop was asked for between its batches: they are let go."""
+        try:
+            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
+                pending.append(training.update(step, batches))
+        except _StoppedError:
+            training.optimizer.zero_grad(set_to_none=True)
+            return False
+        return True
+
+    def score() -> Scores | None:
+        """Scores of the model; None where a stop was asked for meanwhile."""
+        try:
+            with stop.raising(distributed.size() == 1):
+                return None if evaluate is None else evaluate(training.judged)
+        except KeyboardInterrupt:
+            if distributed.size() > 1:
+                raise
+            stop.asked = True
+            return None
+        finally:
+            model.train()
+
     def save() -> None:
+        nonlocal saved, saved_at
+        saved, saved_at = len(losses), time.perf_counter()
         if folder is None:
             return
 
@@ -161,33 +197,38 @@ def fit(
             resuming.save_state(folder, state)
 
         distributed.by_leader(write)
+        saved_at = time.perf_counter()
 
     pending: list[Tensor] = []  # losses still on the device; reading them waits for it
     note = ""  # on the last record
     window = training_seconds = 0.0  # seconds since the last record, and in all
-    recorded = saved = start
+    recorded = start
     with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
-        saved_at = mark = time.perf_counter()
-        for step in range(start + 1, plan.total + 1):
-            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
-                pending.append(training.update(step, batches))
-            last = step == plan.total
-            judge = evaluate is not None and (last or plan.evaluates_at(step))
-            report = judge or last or step % settings.log_every == 0
+        mark = time.perf_counter()
+        for step in range(start + (not owed(start)), plan.total + 1):
+            whole = step == start or updated(step)
+            last, judge = whole and step == plan.total, whole and owed(step)
+            report = judge or last or (whole and step % settings.log_every == 0)
             due = judge or last or time.perf_counter() - saved_at >= settings.save_seconds
             due, stopping = distributed.agreed(due, stop.asked)
             if not (report or due or stopping):
                 continue
 
-            means = distributed.summed(torch.stack(pending)) / distributed.size()
-            losses += _finite(means.tolist(), len(losses), _kept_in(saved, folder))
-            pending.clear()
-            if judge or due or stopping:  # nothing that is not finite is scored, kept or saved
-                training.refuse_broken(step, _kept_in(saved, folder))
+            if pending:
+                means = distributed.summed(torch.stack(pending)) / distributed.size()
+                losses += _finite(means.tolist(), len(losses), _kept_in(saved, folder))
+                pending.clear()
+            if stopping and not losses:
+                raise interruption(stop.number)
+            new = len(losses) > saved and (due or stopping)
+            if new:  # nothing that is not finite is scored, kept or saved
+                training.refuse_broken(len(losses), _kept_in(saved, folder))
             window += time.perf_counter() - mark
-            if report:
-                scores = evaluate(training.judged) if judge and evaluate is not None else None
-                model.train()
+            if new:
+                save()
+            scores = score() if judge and not stopping else None
+            stopping = stopping or (judge and scores is None)
+            if report and (scores is not None or not judge):
                 if scores is not None:
                     history.append((step, scores))
                     if on_best is not None and _best(history) == (step, scores):
@@ -212,9 +253,8 @@ def fit(
                     except KeyboardInterrupt:
                         stop.asked = True
                 (stopping,) = distributed.agreed(stop.asked)
-            if due or stopping:
+            if (last or stopping) and (scores is not None or len(losses) > saved):
                 save()
-                saved, saved_at = step, time.perf_counter()
             mark = time.perf_counter()
             if stopping:
                 break
@@ -229,7 +269,7 @@ def fit(
         best_step=best[0],
         best_scores=best[1],
         history=tuple(history),
-        interrupted=len(losses) < plan.total,
+        interrupted=len(losses) < plan.total or owed(plan.total),
         flops_per_step=training.flops_per_step,
         macs_per_step=training.flops_per_step // 2,
         images_per_step=plan.images_per_update,
@@ -240,14 +280,29 @@ def fit(
     )
 
 
-def refuse_unusable(data: Data, settings: FitSettings) -> None:
+def refuse_unusable(data: Data, settings: FitSettings, resumed: Path | None = None) -> None:
     """What `fit` would refuse of these settings, before anything else is done.
 
+    `resumed` is the folder of a run that is to go on.
+
     Raises:
-        GrowkitError: no such optimizer, lengths or rates that do not fit together, or a batch that does not divide.
+        GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, or no
+            state to go on from, or one of another run.
     """
     _plan(data, settings)
     _optimizer(nn.Linear(1, 1), settings)
+    if resumed is not None:
+        _state_of(resumed, _identity(data, settings))
+
+
+def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
+    if folder is None:
+        raise GrowkitError("resuming needs the folder of the run to go on with")
+    return resuming.load_state(folder, identity)
+
+
+class _StoppedError(Exception):
+    """A stop was asked for between the batches of an update."""
 
 
 @dataclass(frozen=True)
@@ -508,7 +563,8 @@ def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
 def _note(record: StepRecord, history: list[tuple[int, Scores]]) -> str:
     """What a bar says of a record, with the last score."""
     scored = f" top-1 {history[-1][1].top1:.2%}" if history else ""
-    return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e} {record.images_per_second:.0f} images/s"
+    speed = f" {record.images_per_second:.0f} images/s" if record.images_per_second else ""  # only scored since resumed
+    return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e}{speed}"
 
 
 def _kept_in(saved: int, folder: Path | None) -> str:

@@ -1,5 +1,6 @@
 """Watching a run and stopping it: its records, TensorBoard, Ctrl-C and SIGTERM."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,8 +11,16 @@ from types import FrameType
 
 from growkit.errors import GrowkitError, Terminated
 from growkit.files import writing
+from growkit.train import distributed
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
+
+log = logging.getLogger(__name__)
+ANSWERED = 0.5  # seconds after which a signal is answered, where the run has not ended by then
+ANSWER = (
+    "ending when the batch or the scoring at hand is done, with its state saved; asked again, at once, with the state"
+    " that was saved last"
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,28 @@ class Stop:
 
     asked = False
     number: int | None = None  # of the signal
+    answer: threading.Timer | None = None
+    _raises = False
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
-            raise interruption(number)
+        at_once = self.asked or self._raises
         self.asked, self.number = True, number
+        if at_once:
+            raise interruption(number)
+        if distributed.leads():
+            # by a thread: what this came into may be writing just then
+            self.answer = threading.Timer(ANSWERED, log.warning, [ANSWER])
+            self.answer.daemon = True
+            self.answer.start()
+
+    @contextmanager
+    def raising(self, at_once: bool) -> Iterator[None]:
+        """Inside, being asked raises `at_once`."""
+        self._raises = at_once
+        try:
+            yield
+        finally:
+            self._raises = False
 
 
 def interruption(number: int | None) -> KeyboardInterrupt:
@@ -61,6 +87,8 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+        if stop.answer is not None:
+            stop.answer.cancel()
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from growkit.train.loop import FitResult, StepRecord, fit
 from growkit.train.resident import crop_and_flip
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
+from growkit.train.telling import Done
 from growkit_cli.processes import on_processes
 
 ROUNDING = 1e-12  # of weights of size 1 after six updates; found on the CPU: at most 1.1e-13
@@ -48,6 +49,7 @@ SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads
 PLAIN = FitSettings(
     steps=6, batch_size=8, lr=0.01, workers=0, log_every=1, eval_every=0.9, save_seconds=0.0, clip_grad=0.5
 )
+ACCUMULATED = replace(PLAIN, grad_accum_steps=2)
 SHARDED = replace(PLAIN, grad_accum_steps=2, model_ema=True, shard=True)
 MANGO = GrowSettings(rank=2)
 CASES: dict[str, tuple[FitSettings, GrowSettings | None]] = {  # with the growth operator where that is what is trained
@@ -55,7 +57,7 @@ CASES: dict[str, tuple[FitSettings, GrowSettings | None]] = {  # with the growth
     "accumulated": (replace(PLAIN, grad_accum_steps=2, smoothing=0.1, model_ema=True, workers=1), None),
     "resident": (replace(PLAIN, cache="device", color_jitter=0.0), None),
     "grown": (PLAIN, MANGO),
-    "grown, accumulated": (replace(PLAIN, grad_accum_steps=2, model_ema=True), MANGO),
+    "grown, accumulated": (replace(ACCUMULATED, model_ema=True), MANGO),
     # SGD: Adam divides what is zero but for rounding by 1e-8, and here that is enough to move a weight by 1e-11
     "grown in two stages": (replace(PLAIN, opt="sgd"), replace(MANGO, stages="width-first")),
     "grown without a ring": (PLAIN, GrowSettings(method="ligo")),
@@ -135,6 +137,16 @@ def stop_at(step: int, *, of_rank: int = 0) -> Callable[[StepRecord], None]:
     return watch
 
 
+def strike_at(done: float, *, of_rank: int) -> Done:
+    """What sends a signal to one process, before the batch with which `done` updates are done."""
+
+    def progress(now: float, total: int, note: str = "") -> None:
+        if now == done and distributed.rank() == of_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
 def work(rank: str, port: str, *places: str) -> None:
     """All that two processes do in these tests, in one start of them."""
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -144,6 +156,8 @@ def work(rank: str, port: str, *places: str) -> None:
         for name, (settings, growth) in CASES.items():
             found[name] = train(images, settings, growth=growth)
         found["stopped"] = train(images, PLAIN, folder=folder / "stopped", on_step=stop_at(3, of_rank=1))
+        struck = folder / "struck"
+        found["struck"] = train(images, ACCUMULATED, growth=MANGO, folder=struck, progress=strike_at(2.5, of_rank=1))
         found["went on"] = train(images, PLAIN, folder=folder / "alone", resume=True)
         train(images, SHARDED, folder=folder / "sharded", on_step=stop_at(3))
         found["went on sharded"] = train(images, SHARDED, folder=folder / "unsharded", resume=True)
@@ -290,6 +304,15 @@ def test_stop_that_one_process_was_asked_for_stops_both_and_one_goes_on(
     resumed = train(images, PLAIN, folder=folder / "stopped", resume=True)
     assert furthest(unbroken["weights"], resumed["weights"]) < ROUNDING
     assert len((folder / "stopped" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_signal_to_one_process_between_the_batches_of_an_update_ends_both(
+    both: list[dict[str, Any]], images: Path, folder: Path
+) -> None:
+    assert [(found["struck"]["interrupted"], len(found["struck"]["losses"])) for found in both] == [(True, 2)] * 2
+    unbroken = train(images, ACCUMULATED, growth=MANGO)
+    resumed = train(images, ACCUMULATED, growth=MANGO, folder=folder / "struck", resume=True)
+    assert furthest(unbroken["weights"], resumed["weights"]) < ROUNDING
 
 
 def test_two_processes_go_on_with_what_one_began(both: list[dict[str, Any]], images: Path, folder: Path) -> None:

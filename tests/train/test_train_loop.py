@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from train_samples import Net
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
-from growkit.train import loop
+from growkit.train import loop, watch
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
 from growkit.train.loop import StepRecord, fit
@@ -353,6 +354,91 @@ def test_signal_during_an_update_lets_it_finish(tmp_path: Path) -> None:
 
     result = fit(Signalling(), blobs(), replace(PLAIN, log_every=50), folder=tmp_path)
     assert (result.steps, result.interrupted, len(result.losses)) == (2, True, 2)
+
+
+class Struck(nn.Module):
+    """A linear model that is sent SIGINT, `at` training passes on or while it is scored a `scoring`th time."""
+
+    def __init__(self, at: int = -1, scoring: int = -1) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 2)
+        self.at, self.scoring, self.passes, self.scored = at, scoring, 0, 0
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        self.scored += not self.training and len(x) > 1  # one image tells how many outputs there are
+        if (self.passes, self.training) == (self.at, True) or (self.scored, self.training) == (self.scoring, False):
+            self.at = self.scoring = -1
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.head(x.flatten(1))
+
+
+def test_signal_between_the_batches_of_an_update_lets_go_of_them(tmp_path: Path) -> None:
+    """An update of a thousand batches may take longer than a scheduler waits."""
+    settings = replace(PLAIN, grad_accum_steps=5, log_every=50, opt="sgd")
+    stopped = fit(model := Struck(at=12), blobs(), settings, folder=tmp_path)
+    assert (stopped.steps, stopped.interrupted, len(stopped.losses), model.passes) == (2, True, 2, 12)
+    assert model.head.weight.grad is None
+    resumed = fit(other := Struck(), blobs(), settings, folder=tmp_path, resume=True)
+    unbroken = fit(whole := Struck(), blobs(), settings)
+    assert resumed.losses == unbroken.losses
+    assert torch.equal(other.head.weight, whole.head.weight)
+
+
+def test_signal_before_anything_is_learned_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(Struck(at=2), blobs(), replace(PLAIN, grad_accum_steps=5), folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_update_whose_batches_leave_a_trace_is_finished(tmp_path: Path) -> None:
+    """Running statistics of batches that count for nothing would stay."""
+    settings = replace(PLAIN, grad_accum_steps=5, log_every=50)
+    struck = nn.Sequential(nn.BatchNorm2d(3), model := Struck(at=12))
+    assert (fit(struck, blobs(), settings, folder=tmp_path).steps, model.passes) == (3, 15)
+
+
+@pytest.mark.parametrize("scoring", [1, 3])  # in the run's midst, and the last one
+def test_signal_while_scoring_ends_at_once_and_it_is_made_up_for(tmp_path: Path, scoring: int) -> None:
+    settings = replace(PLAIN, eval_every=0.25, batch_size=8, log_every=1, steps=6)
+    data = blobs()
+
+    def run(model: nn.Module, folder: Path, *, resume: bool = False) -> loop.FitResult:
+        judge = scorer(data, replace(settings, batch_size=64))
+        return fit(model, data, settings, evaluate=judge, folder=folder, resume=resume)
+
+    stopped = run(model := Struck(scoring=scoring), tmp_path / "run")
+    assert (stopped.steps, stopped.interrupted, model.scored) == (2 * scoring, True, scoring)
+    assert len(stopped.history) == scoring - 1
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2 * scoring
+    resumed, unbroken = run(Struck(), tmp_path / "run", resume=True), run(Struck(), tmp_path / "unbroken")
+    assert (resumed.history, resumed.losses) == (unbroken.history, unbroken.losses)
+    assert not resumed.interrupted
+    lines = [
+        [{**json.loads(line), "images_per_second": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("run", "unbroken")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_signal_is_answered_where_it_does_not_end_a_run_at_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Struck):
+        def forward(self, x: Tensor) -> Tensor:
+            made = super().forward(x)
+            if self.training and self.passes == 2:
+                time.sleep(0.5)
+            return made
+
+    for answered in (0.1, 1.5):
+        caplog.clear()
+        monkeypatch.setattr(watch, "ANSWERED", answered)
+        assert fit(Slow(at=2), blobs(), PLAIN).steps == 2
+        time.sleep(1.2)
+        assert caplog.messages == ([watch.ANSWER] if answered < 0.5 else [])
 
 
 def test_second_signal_stops_at_once() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -208,6 +209,14 @@ def test_resuming_with_other_settings_names_the_difference(
     with pytest.raises(GrowkitError, match=message):
         run.fit(replace(ALL_ON, **changes), resume=True)
     assert run.metrics() == before
+
+
+def test_resuming_with_other_settings_reads_no_image(unbroken: tuple[Run, FitResult]) -> None:
+    """With --cache, reading one means decoding all."""
+    run = Run(unbroken[0].folder, replace(unbroken[0].data, train=MagicMock(**{"__len__.return_value": 26})))
+    with pytest.raises(GrowkitError, match=r"started with lr 0\.\d+, not 0\.5"):
+        run.fit(replace(ALL_ON, lr=0.5), resume=True)
+    assert not run.data.train.__getitem__.called
 
 
 def test_resuming_with_other_data_names_the_difference(unbroken: tuple[Run, FitResult], tmp_path: Path) -> None:
