@@ -1,7 +1,8 @@
 """The errors a user can mend: one line that names the thing and the remedy."""
 
 MEMORY_IS_FULL = (
-    *("not enough memory", "out of memory", "can't allocate memory", "bad allocation", "bad_alloc"),
+    *("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory"),
+    *("bad allocation", "bad_alloc", "unable to mmap"),
     *("status_alloc_failed", "failed to allocate"),  # of CUDA's libraries; of ONNX Runtime's CUDA provider
     *("unable to resize file", "unable to write to file", "unable to allocate shared memory"),  # of readers of images
 )

@@ -6,10 +6,8 @@ image as evaluation sees it, not of a larger original.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,13 +16,13 @@ from torch.nn.functional import grid_sample
 from torch.utils.data import Dataset
 
 from growkit.errors import GrowkitError
+from growkit.train.free_memory import free_bytes
 from growkit.train.normalise import Normalisation, sent
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, rate
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
 TRIES = 10  # theirs, too, before the whole image is taken
-CONTAINER = Path("/sys/fs/cgroup")  # version 2
 ROOM = 0.8  # of the free memory that images may take
 
 
@@ -175,31 +173,3 @@ def _crops(
     width, height = (torch.where(found, side.gather(0, first)[0], 1.0) for side in (width, height))
     left, top = torch.rand(2, count, generator=generator)
     return left * (1 - width), top * (1 - height), width, height
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device`, on the CPU this process's share of what torchrun's on the host have.
-
-    Where the system does not say, all the machine has.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = 1024 * int(_entry(Path("/proc/meminfo"), "MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**63 - 1
-    return min(available, _left_to_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _left_to_container() -> int:
-    """Bytes that this process's control group may still take, as in Docker and Kubernetes; without a limit, many."""
-    try:
-        most, taken = (int((CONTAINER / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        return most - taken + int(_entry(CONTAINER / "memory.stat", "inactive_file"))  # files that can be read again
-    except (OSError, ValueError, StopIteration):  # none, or "max"
-        return 2**63 - 1
-
-
-def _entry(file: Path, name: str) -> str:
-    """What a file of the system's says of `name`."""
-    return next(words[1] for words in map(str.split, file.read_text("ascii").splitlines()) if words[0] == name)

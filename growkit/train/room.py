@@ -12,9 +12,9 @@ from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
 from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
 from growkit.train.data import Data, size_of
+from growkit.train.free_memory import free_bytes
 from growkit.train.making import made_once
 from growkit.train.memory import step_peak, without_storage
-from growkit.train.resident import free_bytes
 from growkit.train.score import autocast, mode_kept, multiplying
 from growkit.train.settings import AUTO, FitSettings
 
@@ -55,8 +55,6 @@ def largest_batch(
     few = replace(settings, batch_size=distributed.size(), workers=0)
     distributed.refuse_odd(images_per_batch(data, few))
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
-    own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    room = ROOM * free_bytes(device) + own  # the weights are there already
     batches = min(batches, 2)  # from the second on, the gradients of those before are there
 
     ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
@@ -65,6 +63,9 @@ def largest_batch(
         return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
 
     small, large = counted(8), counted(16)
+    own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    # asked for after counting, which loads parts of torch; the weights are there already
+    room = ROOM * free_bytes(device) + own
     each = max(1, (large - small) // 8)
     fits = max(0, min(int((room - small) / each) + 8, size_of(data.train) // distributed.size()))
     fits = fits // STEP * STEP if fits > STEP else fits

@@ -324,25 +324,6 @@ def test_images_that_would_not_fit_are_refused_with_their_size(opened: Open, mon
     assert len(batches(opened(RESIDENT), RESIDENT)) == 6
 
 
-def test_free_memory_is_some_and_no_more_than_any_machine_has() -> None:
-    assert 2**20 < resident.free_bytes(torch.device("cpu")) < 2**50
-
-
-def test_free_memory_is_what_a_container_leaves_shared_by_the_processes_of_a_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resident, "CONTAINER", tmp_path)
-    cpu = torch.device("cpu")
-    free = resident.free_bytes(cpu)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert resident.free_bytes(cpu) == pytest.approx(free / 8, rel=0.2)
-    for name, content in (("max", "9000\n"), ("current", "5000\n"), ("stat", "anon 4000\ninactive_file 800\n")):
-        (tmp_path / f"memory.{name}").write_text(content)
-    assert resident.free_bytes(cpu) == (9000 - 5000 + 800) // 8
-    (tmp_path / "memory.max").write_text("max\n")
-    assert resident.free_bytes(cpu) == pytest.approx(free / 8, rel=0.2)
-
-
 def test_grey_images_train(images: Path) -> None:
     data = open_data(str(images), {**CONFIG, "input_size": (1, 8, 8)}, RESIDENT)
     assert batches(data, RESIDENT)[0][0].shape == (8, 1, 8, 8)

@@ -1,0 +1,72 @@
+"""How much memory is free: on a GPU, or here, within the limits that a process is under."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+PROC = Path("/proc")
+GROUPS = Path("/sys/fs/cgroup")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+MANY = 2**63 - 1  # bytes
+USED = 0.8  # of the addresses that are taken: allocators and threads reserve more than they use
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`; on the CPU what this process may take of them.
+
+    That is its share of what torchrun's processes on the host have, and no more than its own limit (`ulimit -v`).
+    Where the system does not say, all the machine has.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = 1024 * _entry(PROC / "meminfo", "MemAvailable:")
+    except (OSError, StopIteration):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MANY
+    share = min(available, *_left_to_groups(), MANY) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(share, _left_to_process()))
+
+
+def _left_to_groups() -> Iterator[int]:
+    """Bytes that each control group around this process may still take, as in Docker, Kubernetes and Slurm."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        most, taken, cached = VERSION_1 if controllers else VERSION_2
+        root = GROUPS / "memory" if controllers else GROUPS
+        own = root / place.lstrip("/")  # as the host names it: in a container the root alone may be there
+        for group in (own, *own.parents):
+            try:
+                limit, used = (int((group / name).read_text("ascii")) for name in (most, taken))
+                yield limit - used + _entry(group / "memory.stat", cached)  # files that can be read again
+            except (OSError, ValueError, StopIteration):  # no such group, or no limit: "max"
+                continue
+
+
+def _left_to_process() -> int:
+    """Bytes that fit the addresses which this process may still take."""
+    if resource is None or (most := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
+        return MANY
+    try:
+        pages = int((PROC / "self" / "statm").read_text("ascii").split()[0])
+    except OSError:
+        return most
+    return int(USED * (most - pages * os.sysconf("SC_PAGE_SIZE")))
+
+
+def _entry(file: Path, name: str) -> int:
+    """The number that a file of the system's gives for `name`."""
+    return next(int(words[1]) for words in map(str.split, file.read_text("ascii").splitlines()) if words[0] == name)
