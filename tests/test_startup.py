@@ -150,9 +150,25 @@ def test_a_log_gets_few_lines_of_fast_work_and_some_of_slow_work(
     assert len(lines_of(1000, 1, 0.1)) == 20
     assert lines_of(9, 1, 0.1) == []  # all of it took less than a second
     slow = lines_of(2, 10, 12)  # two updates of ten batches of twelve seconds
-    assert slow[:2] == ["training 0/2 0:03:24 left", "training 0/2 0:02:48 left"]
+    assert slow[:3] == ["training 0/2", "training 0/2 0:03:12 left", "training 0/2 0:02:36 left"]
     assert slow[-1] == "training 2/2"
-    assert len(slow) == 7
+    assert len(slow) == 8
+
+
+def test_a_log_of_many_runs_gets_a_line_where_one_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with following(Console(), "comparing") as follow:
+        for number, total in enumerate((14, 40)):  # updates of two seconds
+            progress = follow(f"run {number}", number, 2)
+            for done in range(total + 1):
+                progress(done, total, "loss 1.0")
+    assert capsys.readouterr().out.splitlines() == [
+        "run 1 15/40 loss 1.0, 0:00:50 left",
+        "run 1 30/40 loss 1.0, 0:00:20 left",
+    ]
 
 
 def test_a_terminal_keeps_the_bar_of_long_work_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +237,10 @@ def test_the_bar_of_many_runs_moves_within_each_and_bars_that_end_close(capsys: 
         assert len(console.rich._live_stack) == 2
         scoring(40, 40)
         assert len(console.rich._live_stack) == 1
+        for _ in range(2):  # the first one failed
+            scoring = tell("scoring")
+            scoring(20, 40)
+            assert len(console.rich._live_stack) == 2
     shown = capsys.readouterr().out
     assert "1/4" in shown
     assert "mango: loss 1.0" in shown

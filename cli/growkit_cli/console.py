@@ -29,7 +29,8 @@ from rich.text import Text
 from growkit.text import visible
 
 QUICK = 1.0  # seconds of work that leave nothing to show
-RARELY = 30.0  # seconds without a line that a log is left for where work goes on
+SOON = 5.0  # seconds until a log's first line about work that takes long
+RARELY = 30.0  # seconds without a line that a log is left for after it
 SPEED = 600.0  # seconds that the time left is estimated from: an update of a large model may take minutes
 LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how wide they are
 
@@ -160,11 +161,12 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """A line for each twentieth of the work, and where that is slow for every RARELY; for logs and pipes."""
+    """A line for each twentieth of the work, and where that is slow for every RARELY; `rarely`, for these alone."""
 
-    def __init__(self, console: Console, title: str, total: int):
+    def __init__(self, console: Console, title: str, total: int, *, rarely: bool = False):
         self.console, self.title, self.total = console, title, total
-        self.every = max(1, total // 20)
+        self.every, self.rarely = max(1, total // 20), rarely
+        self.patience = RARELY if rarely else SOON
         self.next: float = self.every
         self.before: float | None = None  # what was done at the beginning
         self.first: tuple[float, float] | None = None  # when more was done, and how much: what is done once is no rate
@@ -176,12 +178,13 @@ class PlainBar(Bar):
         self.before = done if self.before is None else self.before
         if self.first is None and done > self.before:
             self.first = now, done
-        due = done >= self.next or done == self.total or now - self.said >= RARELY
+        twentieth = not self.rarely and (done >= self.next or done == self.total)
+        due = twentieth or now - self.said >= self.patience
         if now - self.began < QUICK or not due:
             return
         since, first = self.first or (now, done)
         left = (now - since) / (done - first) * (self.total - done) if first < done < self.total else 0
         told = [note, f"{_clock(left)} left" if left >= 1 else ""]
         self.console.say(f"{self.title} {int(done)}/{self.total} {', '.join(filter(None, told))}".rstrip())
-        self.said = now
+        self.said, self.patience = now, RARELY
         self.next = done + self.every if done != self.total else done + 1

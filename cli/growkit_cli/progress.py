@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from growkit_cli.console import Console
+from growkit_cli.console import Console, PlainBar
 
 if TYPE_CHECKING:
     from growkit.pipeline import Trained
@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def telling(console: Console) -> Iterator["Tell"]:
-    """Yield `tell(what)`, which makes what shows how many images or updates of how many are done."""
+    """Yield `tell(what)`, which makes what shows how many images or updates of how many are done.
+
+    What is told of anew no longer goes on where it did before, as where a run failed while it was scored.
+    """
+    begun: dict[str, ExitStack] = {}
     with ExitStack() as shown:
 
         def tell(what: str) -> "Done":
-            own = shown.enter_context(ExitStack())
+            if what in begun:
+                begun[what].close()
+            own = begun[what] = shown.enter_context(ExitStack())
             show = own.enter_context(console.progress(what))
 
             def progress(done: float, total: int, note: str = "") -> None:
@@ -37,13 +43,18 @@ def telling(console: Console) -> Iterator["Tell"]:
 
 @contextmanager
 def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Done"]]:
-    """Yield `follow(name, finished, total)`, which makes what shows one of many runs; a bar on terminals alone."""
+    """Yield `follow(name, finished, total)`, which makes what shows one of many runs: a bar for all, or rare lines."""
     with console.progress(title) as show:
 
         def follow(name: str, finished: int, runs: int) -> "Done":
+            lines: list[PlainBar] = []
+
             def progress(done: float, total: int, note: str = "") -> None:
                 if console.rich.is_interactive:
                     show(runs).update(finished + done / total, f"{name}: {note}" if note else name)
+                    return
+                lines[:] = lines or [PlainBar(console, name, total, rarely=True)]
+                lines[0].update(done, note)
 
             return progress
 
