@@ -31,7 +31,7 @@ from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype, read_through
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, silent, unheard
+from growkit.train.telling import Done, Tell, each, silent, unheard
 
 BEGUN = "begun.json"
 SCHEMA = 2  # of every file a comparison writes
@@ -85,7 +85,7 @@ class Comparison:
                 with other settings or of another version.
         """
         self.bench.refuse_unusable(self.lrs, self.operator_lrs)
-        for arm in self.arms:
+        for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
         begin(self.bench.folder, own, resume=resume, free=FREE_TO_GROW)

@@ -45,7 +45,7 @@ from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
 from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, silent, unheard
+from growkit.train.telling import Done, Tell, each, silent, unheard
 
 NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
@@ -166,7 +166,7 @@ class Pilot:
             assert arm.grow is not None
             priced = replace(arm.grow, noise=0.0)  # which costs nothing
             dearest[priced] = max(arm, dearest.get(priced, arm), key=lambda one: one.operator_steps or 0)
-        for arm in dearest.values():
+        for arm in each(list(dearest.values()), self.bench.tell("counting what trials cost")):
             self.bench.steps_within(arm, self.budget, self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
         begin(self.bench.folder, own, resume=resume, free=("trials",))

@@ -1,11 +1,12 @@
 """How far work is, told to whoever shows it."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+S = TypeVar("S")
 T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
@@ -30,6 +31,14 @@ def silent(what: str) -> Done:
 def rate(done: float, seconds: float) -> str:
     """How fast images are worked on, as a note."""
     return f"{done / seconds:.0f} images/s" if done and seconds else ""
+
+
+def each(items: Sequence[S], progress: Done) -> Iterator[S]:
+    """The items; `progress` is told how many are done."""
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        yield item
+    progress(len(items), len(items))
 
 
 def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
