@@ -81,11 +81,8 @@ def left(command: str, given: Mapping[str, Any]) -> str:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM raises as Ctrl-C does, so that what is half-written is cleared away; a second one ends at once.
-
-    Processes of torchrun are left to it.
-    """
-    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+    """Inside, SIGTERM raises as Ctrl-C does, so that what is half-written is cleared away; a second ends at once."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked = False

@@ -5,6 +5,8 @@ several, every process calls the functions below in the same order.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -63,10 +65,11 @@ def joined(device: torch.device) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"  # what is decided on the CPU never waits for the GPU
     done = False
     try:
-        store, number, count = next(rendezvous("env://"))
-        # torchrun keeps one store over its restarts; without a name of its own a group reads addresses of the dead
-        own = PrefixStore(f"growkit {_attempt()}", store)
-        dist.init_process_group(backend, store=own, rank=number, world_size=count)
+        with _ended_by_sigterm():
+            store, number, count = next(rendezvous("env://"))
+            # torchrun keeps one store over its restarts; without a name of its own a group reads addresses of the dead
+            own = PrefixStore(f"growkit {_attempt()}", store)
+            dist.init_process_group(backend, store=own, rank=number, world_size=count)
         yield
         done = True
     except RuntimeError as error:
@@ -81,6 +84,19 @@ def joined(device: torch.device) -> Iterator[None]:
         # interpreter: that would end this process by SIGABRT in place of its own status.
         if dist.is_initialized() and (done or backend == "gloo"):
             dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends this process: no handler of Python's runs while torch waits for others, gone perhaps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _attempt() -> str:

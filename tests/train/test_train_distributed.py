@@ -397,9 +397,10 @@ def test_crops_of_a_part_are_those_of_the_whole_batch(scale_min: float) -> None:
 
 
 # On the command line. The driver is growkit, but in update 4 its second process kills itself, at the first attempt, or
-# asks torchrun to end.
+# asks torchrun to end, there or before training.
 DRIVER = """
 import os, signal, time
+from growkit import pipeline
 from growkit.train import loop
 from growkit_cli.main import main
 real = loop._Training.update
@@ -407,12 +408,18 @@ def update(self, step, batches):
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if os.environ.get("KILL") and first and os.environ["RANK"] == "1" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    if os.environ.get("END") and step >= 4:
+    if os.environ.get("END") == "in update 4" and step >= 4:
         if os.environ["RANK"] == "1" and step == 4:
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(0.5)
     return real(self, step, batches)
 loop._Training.update = update
+def wait(*_, **__):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+if os.environ.get("END") == "before training":
+    pipeline.read_through = wait
 main()
 """
 NETWORK = [word for key in SIZES if key != "num_classes" for word in ("--set", f"{key}={SIZES[key]}")]
@@ -421,7 +428,7 @@ QUICK = ["--opt", "sgd", "--lr", "0.01", "--batch-size", "8", "--workers", "0", 
 
 
 def torchrun(
-    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True, end: bool = False
+    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True, end: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """growkit train on two processes."""
     script = place / "driver.py"
@@ -431,7 +438,7 @@ def torchrun(
     return subprocess.run(
         command,
         cwd=place,
-        env=environment(KILL="1" if kill else "", END="1" if end else ""),
+        env=environment(KILL="1" if kill else "", END=end),
         capture_output=True,
         text=True,
         timeout=300,
@@ -472,11 +479,19 @@ def test_killed_worker_ends_the_job_with_a_clear_error_and_one_process_goes_on(t
 def test_sigterm_to_torchrun_saves_what_was_learned_whoever_reads(tmp_path: Path, images: Path) -> None:
     """torchrun passes it on to all processes, to those that read images, too."""
     words = ("--workers", 1, "--steps", 60, "--save-seconds", 300, "--run", tmp_path / "ended")
-    done = torchrun(tmp_path, images, *words, kill=False, end=True)
+    done = torchrun(tmp_path, images, *words, kill=False, end="in update 4")
     assert done.returncode != 0
     assert "error: " not in done.stderr
     assert "interrupted; what was learned is saved" in done.stderr
     assert 4 <= torch.load(tmp_path / "ended/trained/last/state.pt", weights_only=True)["step"] < 60
+
+
+def test_sigterm_to_torchrun_before_training_leaves_nothing_and_says_so(tmp_path: Path, images: Path) -> None:
+    done = torchrun(tmp_path, images, "--run", tmp_path / "ended", kill=False, end="before training")
+    assert done.returncode != 0
+    assert "error: " not in done.stderr
+    assert done.stderr.count("interrupted; what was complete before is as it was") == 1
+    assert not (tmp_path / "ended").exists()
 
 
 @pytest.mark.slow  # torchrun starts its workers twice
