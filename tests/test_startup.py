@@ -202,6 +202,17 @@ def test_a_terminal_shows_how_long_work_takes_and_how_long_it_will(capsys: pytes
     assert "a line" in said
 
 
+def test_time_left_is_known_where_an_update_takes_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    console = Console()
+    console.rich = RichConsole(force_terminal=True, width=120, color_system=None, get_time=lambda: now[0])
+    with console.progress("training") as bar:
+        for done in range(5):
+            bar(9).update(done)
+            now[0] += 120
+    assert "4/9 0:10:00 0:10:00" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_number_of_a_bar_is_cut_on_a_narrow_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()

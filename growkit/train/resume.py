@@ -84,9 +84,7 @@ def batch_size_of(folder: Path) -> int:
     Raises:
         GrowkitError: there is none, or it is damaged.
     """
-    found = _read_state(folder / STATE)["identity"].get("batch_size")
-    if not isinstance(found, int):
-        raise GrowkitError(f"{folder / STATE}: damaged; start anew without --resume")
+    found: int = _read_state(folder / STATE)["identity"]["batch_size"]
     return found
 
 
@@ -97,7 +95,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises whatever its reader stumbles over
         state = {}
-    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+    identity = state.get("identity") if isinstance(state, dict) else None
+    if not isinstance(identity, dict) or not isinstance(identity.get("batch_size"), int):
         raise GrowkitError(f"{path}: damaged; start anew without --resume")
     return state
 

@@ -295,7 +295,9 @@ def test_rate_before_the_first_record_counts_the_time_before_a_save(
     assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
 
 
-def test_last_rate_of_an_interrupted_run_counts_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_of_an_interrupted_run_and_of_what_goes_on_count_their_own_time_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, seconds = [], [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
 
@@ -305,8 +307,11 @@ def test_last_rate_of_an_interrupted_run_counts_its_time_once(monkeypatch: pytes
         if done == 3:
             signal.raise_signal(signal.SIGINT)
 
-    assert fit(Net(), blobs(), replace(PLAIN, steps=9, log_every=50), progress=progress).steps == 4
-    assert told[1:] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
+    settings = replace(PLAIN, steps=9, log_every=50)
+    for resume, steps in ((False, 4), (True, 9)):
+        told.clear()
+        assert fit(Net(), blobs(), settings, folder=tmp_path, resume=resume, progress=progress).steps == steps
+        assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lookahead_adamw"])

@@ -166,6 +166,17 @@ def test_other_errors_of_torch_are_left_alone() -> None:
         fit(Full(20, RuntimeError("shapes differ")), images(), SETTINGS)
 
 
+def test_an_odd_number_of_processes_finds_a_size_and_too_few_images_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
+    alone = largest_batch(vit(), images(512), SETTINGS, CPU)
+    monkeypatch.setattr(room.distributed, "size", lambda: 3)
+    assert largest_batch(vit(), images(512), SETTINGS, CPU) == alone == 24
+    with pytest.raises(GrowkitError, match="1 images do not divide among 3 processes"):
+        largest_batch(vit(), images(1), SETTINGS, CPU)
+
+
 def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP keeps gradients from update to update, so they are there from the first batch on."""
     counted: list[int] = []
