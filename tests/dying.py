@@ -62,19 +62,19 @@ class Points:
 
 
 def forget(what: str) -> None:
-    from growkit.train import loop
+    from growkit.train import training
 
     if what == "random":
-        real = loop.seeded
-        loop.seeded = lambda *parts, device=None: real("another", *parts, device=device)
+        real = training.seeded
+        training.seeded = lambda *parts, device=None: real("another", *parts, device=device)
         return
-    load = loop._Training.load
+    load = training.Training.load
 
     def forgetful(self: Any, state: dict[str, Any]) -> None:
         fresh = self.state()
         load(self, {**state, what: fresh[what]})
 
-    loop._Training.load = forgetful
+    training.Training.load = forgetful
 
 
 def child(job: dict[str, Any], out: str, err: str, said: int) -> None:

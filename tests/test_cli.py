@@ -400,9 +400,9 @@ def sha256(path: Path) -> str:
 @pytest.fixture
 def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Send this process SIGINT, as Ctrl-C does, when an update of training is done."""
-    from growkit.train import loop
+    from growkit.train import training
 
-    real = loop._Training.update
+    real = training.Training.update
 
     def arm(step: int) -> None:
         def update(self, number, batches):  # type: ignore[no-untyped-def]
@@ -411,7 +411,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 signal.raise_signal(signal.SIGINT)
             return loss
 
-        monkeypatch.setattr(loop._Training, "update", update)
+        monkeypatch.setattr(training.Training, "update", update)
 
     return arm
 

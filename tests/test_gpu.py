@@ -23,7 +23,7 @@ from growkit.core.ring import AXES, RingOperator
 from growkit.errors import GrowkitError
 from growkit.grow import grow
 from growkit.settings import GrowSettings
-from growkit.train import loop
+from growkit.train import training
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
 from growkit.train.score import multiplying, score_model
@@ -185,7 +185,7 @@ def test_updates_never_wait_for_the_gpu(
     precision: str, cache: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses are read back where they are reported; torch raises on any other wait."""
-    update = loop._Training.update
+    update = training.Training.update
     watched: list[int] = []
 
     def strict(self: Any, step: int, batches: Any) -> Tensor:
@@ -198,7 +198,7 @@ def test_updates_never_wait_for_the_gpu(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loop._Training, "update", strict)
+    monkeypatch.setattr(training.Training, "update", strict)
     losses_of(images, replace(PLAIN, precision=precision, cache=cache, workers=1), GPU)
     assert watched == [3, 4, 5, 6, 7, 8]
 

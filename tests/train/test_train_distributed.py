@@ -401,9 +401,9 @@ def test_crops_of_a_part_are_those_of_the_whole_batch(scale_min: float) -> None:
 DRIVER = """
 import os, signal, time
 from growkit import pipeline
-from growkit.train import loop
+from growkit.train import training
 from growkit_cli.main import main
-real = loop._Training.update
+real = training.Training.update
 def update(self, step, batches):
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if os.environ.get("KILL") and first and os.environ["RANK"] == "1" and step == 4:
@@ -413,7 +413,7 @@ def update(self, step, batches):
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(0.5)
     return real(self, step, batches)
-loop._Training.update = update
+training.Training.update = update
 def wait(*_, **__):
     if os.environ["RANK"] == "1":
         os.kill(os.getppid(), signal.SIGTERM)

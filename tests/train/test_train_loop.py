@@ -24,7 +24,7 @@ from train_samples import Net
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
-from growkit.train import loop, watch
+from growkit.train import loop, training, watch
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
 from growkit.train.loop import StepRecord, fit
@@ -321,7 +321,7 @@ def test_optimizer_that_is_known_and_cannot_be_made_is_not_said_to_be_mistyped(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("CUDA required")
 
-    monkeypatch.setattr(loop, "create_optimizer_v2", refused)
+    monkeypatch.setattr(training, "create_optimizer_v2", refused)
     with pytest.raises(GrowkitError, match=r"\(CUDA required\); give adamw, sgd, lamb or another of timm's"):
         fit(Net(), blobs(), replace(PLAIN, opt=optimizer))
 
@@ -665,7 +665,7 @@ def test_batches_add_up_where_every_gradient_comes_from_the_same_memory(
     settings = replace(PLAIN, batch_size=4, grad_accum_steps=3, opt="sgd")
     usual = fit(whole := make(), data, settings)
     assert fit(found := make(), data, replace(settings, compile=mode)).losses == pytest.approx(usual.losses, rel=1e-5)
-    monkeypatch.setattr("growkit.train.loop._own_gradients", lambda _: None)  # what the test would let through
+    monkeypatch.setattr("growkit.train.training._own_gradients", lambda _: None)  # what the test would let through
     fit(wrong := make(), data, replace(settings, compile=mode))
 
     def away(model: nn.Module) -> float:

@@ -18,9 +18,10 @@ from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
-from growkit.train.loop import _plan, _Training, fit
+from growkit.train.loop import fit
 from growkit.train.making import made_once, shared
 from growkit.train.settings import FitSettings
+from growkit.train.training import Training
 
 PLAIN = FitSettings(steps=3, batch_size=4, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0)
 SIZES = (32, 2, 2), (48, 3, 3)
@@ -136,7 +137,7 @@ def test_weights_that_were_made_are_gone_when_gradients_go_back(monkeypatch: pyt
     monkeypatch.setattr(GrownModel, "weights", noting)
     model = grown(dtype=torch.float32)
     settings = replace(PLAIN, grad_accum_steps=2)
-    training = _Training(model, data, settings, torch.device("cpu"), _plan(data, settings))
+    training = Training(model, data, settings, torch.device("cpu"), updates=1, warmup=0)
     monkeypatch.setattr(torch.autograd, "backward", looking)
     training.update(1, iter(batches(2, torch.float32)))
     assert alive == [0]

@@ -1,0 +1,233 @@
+"""The model with all that changes it, and one update of it."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from growkit.errors import GrowkitError, first_line
+from growkit.train import distributed, making
+from growkit.train import resume as resuming
+from growkit.train.batches import train_batches
+from growkit.train.data import Data
+from growkit.train.flops import count_making, count_step
+from growkit.train.memory import without_storage
+from growkit.train.room import recompute_blocks
+from growkit.train.score import amp_dtype, autocast, predictor, require_labels
+from growkit.train.seeds import seeded
+from growkit.train.settings import CUDA_GRAPHS, FitSettings
+
+SGD = ("sgd", "momentum", "nesterov")
+FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
+REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
+SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
+
+
+class Training:
+    """The model with all that changes it, and one update of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: FitSettings,
+        device: torch.device,
+        updates: int,
+        warmup: int,
+    ):
+        self.settings, self.device = settings, device
+        self.ema: Any = None
+        if settings.model_ema:
+            self.ema = ModelEmaV3(model, settings.model_ema_decay, use_warmup=True)
+        if settings.grad_checkpointing:
+            recompute_blocks(model)
+        bare = without_storage(model)
+        for part in (model,) if self.ema is None else (model, self.ema.module):
+            if settings.shard:
+                distributed.shard(part, device)
+            part.to(device)
+        self.model = model.train()
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise GrowkitError("nothing to train: every parameter of the model is frozen")
+        self.optimizer = optimizer_of(model, settings)
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=settings.sched,
+            num_epochs=updates - warmup,
+            warmup_epochs=warmup,
+            warmup_prefix=True,
+            warmup_lr=settings.lr / (warmup + 1),  # the first update moves already
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=1,  # timm's epoch is our update
+        )
+        fp16 = amp_dtype(settings.precision, device) is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.judged: nn.Module = model if self.ema is None else self.ema.module
+        batch, processes = self._try_one_batch(data), distributed.size()
+        cost = count_step(bare, batch, self.loss_of)
+        flops = cost.of_update(settings.grad_accum_steps)
+        if processes > 1:
+            with making.shared(bare, processes):
+                flops += count_making(bare) - cost.flops_of_making
+        self.flops_per_step = flops * processes
+        self.network = distributed.together(model, device)
+        # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
+        self.forward: Callable[..., Any] = self.network
+        if settings.compile is not None:
+            making.leave_uncompiled(model)
+            self.forward = torch.compile(self.network, mode=settings.compile)
+
+    def _try_one_batch(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Find how many outputs the model has, and give a batch as the network and its loss take it."""
+        images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
+        with seeded("outputs", device=self.device):
+            logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
+        self.outputs: int = logits.shape[-1]
+        if len(data.classes) > self.outputs:
+            raise GrowkitError(
+                f"the data has {len(data.classes)} classes but the model has {self.outputs}"
+                " outputs; give the model as many classes as the data"
+            )
+        require_labels(labels, self.outputs)
+        self.loss_of, self.mix = _loss(self.settings, self.outputs)
+        if self.mix is None:
+            return images, labels
+        with seeded("outputs", device=self.device):
+            mixed: tuple[Tensor, Tensor] = self.mix(images.to(self.device), labels.to(self.device))
+        return mixed
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Make update number `step` (from 1) and return its loss, still on the device."""
+        self.schedule.step_update(step - 1)
+        accumulate = self.settings.grad_accum_steps
+        loss = torch.zeros((), device=self.device)
+        with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
+            with making.shared(self.model, distributed.size()), making.made_once(self.model, accumulate) as leaves:
+                for left in reversed(range(accumulate)):
+                    loss += self._add_gradients(*next(batches), last=not left)
+                    if left and left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:
+                        _own_gradients(leaves)
+                del leaves  # of weights that were made the gradients alone are needed from here on
+            if self.settings.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                dispatch_clip_grad(self.trained, self.settings.clip_grad)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
+        return loss
+
+    def _add_gradients(self, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
+        """Run one batch forward and backward; its share of the update's loss."""
+        require_labels(targets, self.outputs)
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        with distributed.gathering(self.network, now=last):
+            with autocast(self.settings.precision, self.device):
+                share = self.loss_of(self.forward(images), targets) / self.settings.grad_accum_steps
+            self.scaler.scale(share).backward()
+        return share.detach()
+
+    def refuse_broken(self, step: int, kept: str) -> None:
+        """Raise GrowkitError where weights are not finite after update `step`, or float16 holds no gradient any more.
+
+        A loss is that of the weights before its update: a gradient that is not finite shows in the next one.
+        """
+        own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained]
+        # waits for the GPU once, not for each tensor; a share of a sharded one may be empty
+        largest = get_total_norm([tensor for tensor in own if tensor.numel()], norm_type=math.inf)
+        (broken,) = distributed.agreed(not math.isfinite(largest))
+        if broken:
+            raise GrowkitError(f"weights are not finite after update {step}; {REMEDY}{kept}")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise GrowkitError(
+                f"float16 overflows in update after update (loss scale {self.scaler.get_scale():.1e} at update {step});"
+                f" try --precision bf16 or fp32, or a lower --lr{kept}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes; the schedule is a function of the step and needs none."""
+        return {
+            "model": resuming.trainable_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": {} if self.ema is None else resuming.trainable_state(self.ema.module),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to where `state` was taken."""
+        resuming.load_trainable(self.model, state["model"])
+        resuming.load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            resuming.load_trainable(self.ema.module, state["ema"])
+
+
+def _own_gradients(leaves: Iterable[Tensor]) -> None:
+    """Move gradients out of memory that a CUDA graph writes to at its next run: autograd keeps the first it is given.
+
+    Further ones are added to what it keeps (pytorch/pytorch#169545: an error, or a wrong sum).
+    """
+    for leaf in leaves:
+        if leaf.grad is not None:
+            leaf.grad = leaf.grad.clone()
+
+
+def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    """What moves the parameters of `model` that require a gradient.
+
+    Raises:
+        GrowkitError: no optimizer of timm's.
+    """
+    # timm's models name what must not decay
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+    groups = [group for group in groups if group["params"]]
+    # torch's DTensor knows no fused SGD
+    fused = {"fused": True} if settings.opt in FUSED and not (settings.shard and settings.opt in SGD) else {}
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
+    except (ValueError, AssertionError, KeyError) as error:
+        known, name = list_optimizers(), settings.opt.lower().removeprefix("lookahead_")
+        near = [] if name in known else get_close_matches(name, known, n=3)
+        told = f"nearest: {', '.join(near)}" if near else "give adamw, sgd, lamb or another of timm's"
+        raise GrowkitError(
+            f"--opt {settings.opt}: not an optimizer timm can make ({first_line(error)}); {told}"
+        ) from None
+    return optimizer
+
+
+def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:
+    """The loss, and what mixes a batch before it (or None)."""
+    if settings.mixup or settings.cutmix:
+        mix = Mixup(
+            settings.mixup,
+            settings.cutmix,
+            label_smoothing=settings.smoothing,
+            num_classes=outputs,
+        )
+        return SoftTargetCrossEntropy(), mix
+    if settings.smoothing:
+        return LabelSmoothingCrossEntropy(settings.smoothing), None
+    return nn.CrossEntropyLoss(), None
