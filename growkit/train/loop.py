@@ -165,25 +165,17 @@ def fit(
 
     def save() -> None:
         nonlocal saved, saved_at
-        saved, saved_at = len(losses), time.perf_counter()
-        if folder is None:
-            return
-
-        trained = distributed.whole(training.state())
-
-        def write() -> None:
+        if folder is not None:
             state = {
                 "identity": identity,
                 "step": len(losses),
-                "training": trained,
+                "training": distributed.whole(training.state()),
                 "losses": torch.tensor(losses, dtype=torch.float64),
                 "history": [(step, asdict(scores)) for step, scores in history],
                 "seconds": seconds_before + time.perf_counter() - began,
             }
-            resuming.save_state(folder, state)
-
-        distributed.by_leader(write)
-        saved_at = time.perf_counter()
+            distributed.by_leader(lambda: resuming.save_state(folder, state))
+        saved, saved_at = len(losses), time.perf_counter()
 
     pending: list[Tensor] = []  # losses still on the device; reading them waits for it
     note = ""  # on the last record
