@@ -108,6 +108,7 @@ def verify_onnx(
         if parity.form.image_size:
             model = at_image_size(model, parity.form.image_size)
             stock = (name, {**arguments, "img_size": parity.form.image_size})
+        before, batches = comparisons_made(settings, parity.form), throughput_batches(settings, parity.form)
         latency = measure_latency(
             model,
             file,
@@ -120,10 +121,9 @@ def verify_onnx(
             max_ratio=settings.max_latency_ratio,
             compiled=settings.compiled,
             seed=settings.seed,
-            progress=progress,
+            progress=lambda done, note: progress(done, note or ("images per second" if batches else "")),
         )
-        before = comparisons_made(settings, parity.form)
-        if batches := throughput_batches(settings, parity.form):
+        if batches:
             throughput = measure_throughput(
                 model,
                 file,
