@@ -125,7 +125,7 @@ def grow_model(
     gap = lossless_gap(small, model, seed=settings.seed)
     say(step0_line(gap, lossless=grown.method.lossless))
 
-    fitted, scores = None, None
+    fitted, scores, complete = None, None, True
     if opened is not None and operator is not None:
         learns = any(p.requires_grad for p in grown.parameters())
         if learns:
@@ -152,9 +152,11 @@ def grow_model(
             )
             for line in opened.remarks:
                 say(line)
-            scores["operator"] = score_model(
-                grown.materialize(), opened, operator, chosen, progress=tell("scoring the grown model")
-            )
+            complete = not fitted.interrupted
+            if complete:
+                scores["operator"] = score_model(
+                    grown.materialize(), opened, operator, chosen, progress=tell("scoring the grown model")
+                )
         else:
             say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
         model = grown.materialize()
@@ -198,7 +200,8 @@ def grow_model(
                 "parameters": result.parameters,
                 "operator_parameters": operator_parameters,
                 "operator": _told(history["operator"]),
-                "scores": {name: asdict(found) for name, found in scores.items()} if scores else None,
+                # of an operator that is to be trained on nothing is said: what was scored is not what was written
+                "scores": {name: asdict(found) for name, found in scores.items()} if scores and complete else None,
                 "adapted": list(source.adapted),
             },
             hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},

@@ -589,8 +589,9 @@ except KeyboardInterrupt:
 
 def test_no_state_is_promised_where_none_was_saved(tmp_path: Path) -> None:
     for command, place in (("train", "trained/last"), ("finetune", "finetuned/last"), ("grow", "operator")):
-        (tmp_path / place).mkdir(parents=True)
         assert left(command, {"run": tmp_path}) == "what was complete before is as it was; give the same command again"
+        (tmp_path / place).mkdir(parents=True)
+        assert left(command, {"run": tmp_path}) == "nothing that it learned was saved yet, --resume begins it anew"
         (tmp_path / place / "state.pt").touch()
         assert left(command, {"run": tmp_path}).endswith("--resume goes on")
 

@@ -161,10 +161,11 @@ def test_a_log_of_many_runs_gets_a_line_where_one_takes_long(
     clock = itertools.count(0, 2)
     monkeypatch.setattr("growkit_cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with following(Console(), "comparing") as follow:
-        for number, total in enumerate((14, 40)):  # updates of two seconds
+        for number, totals in enumerate(((14,), (5, 40))):  # updates of two seconds, of operators and of models
             progress = follow(f"run {number}", number, 2)
-            for done in range(total + 1):
-                progress(done, total, "loss 1.0")
+            for total in totals:
+                for done in range(total + 1):
+                    progress(done, total, "loss 1.0")
     assert capsys.readouterr().out.splitlines() == [
         "run 1 15/40 loss 1.0, 0:00:50 left",
         "run 1 30/40 loss 1.0, 0:00:20 left",

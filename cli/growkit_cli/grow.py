@@ -85,10 +85,11 @@ def grow(
             tell=tell,
         )
     if grown.operator and grown.scores:
-        before, after = grown.scores["step0"], grown.scores["operator"]
+        before, after = grown.scores["step0"], grown.scores.get("operator")
         console.say(
             f"operator trained for {grown.operator.steps} updates: loss {grown.operator.losses[0]:.4f} -> "
-            f"{grown.operator.losses[-1]:.4f}, validation top-1 {before.top1:.2%} -> {after.top1:.2%}"
+            f"{grown.operator.losses[-1]:.4f}"
+            + ("" if after is None else f", validation top-1 {before.top1:.2%} -> {after.top1:.2%}")
         )
     console.say(
         f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters from an operator of "

@@ -74,8 +74,11 @@ def holding(folder: Path) -> Iterator[None]:
 
 def left(command: str, given: Mapping[str, Any]) -> str:
     """What an interrupted command leaves, and how to go on."""
-    if command in STATES and (given["run"] / STATES[command]).exists():
+    state = given["run"] / STATES[command] if command in STATES else None
+    if state is not None and state.exists():
         return "what is finished and the state saved last are kept, --resume goes on"
+    if state is not None and state.name == "state.pt" and state.parent.exists():
+        return "nothing that it learned was saved yet, --resume begins it anew"
     return "what was complete before is as it was; give the same command again"
 
 

@@ -53,7 +53,8 @@ def following(console: Console, title: str) -> Iterator[Callable[[str, int, int]
                 if console.rich.is_interactive:
                     show(runs).update(finished + done / total, f"{name}: {note}" if note else name)
                     return
-                lines[:] = lines or [PlainBar(console, name, total, rarely=True)]
+                if not lines or lines[0].total != total:  # operator training comes before
+                    lines[:] = [PlainBar(console, name, total, rarely=True)]
                 lines[0].update(done, note)
 
             return progress
@@ -71,7 +72,7 @@ def tell_trained(console: Console, trained: "Trained") -> None:
         console.say(
             f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}"
         )
-    if not fitted.images_per_second:
+    if not fitted.images_per_second and not fitted.interrupted:
         console.say("all of its updates were made before; nothing was left to train")
     rate = f"{fitted.images_per_second:.0f} images/s, " if fitted.images_per_second else ""
     console.say(

@@ -278,7 +278,7 @@ def _fit(
         on_step=watch,
         progress=progress,
     )
-    if fitted.interrupted or fitted.stopped_by is not None:  # asked after the last update, too
+    if fitted.interrupted:
         raise interruption(fitted.stopped_by)
     if state is not None:
         state.unlink(missing_ok=True)

@@ -171,6 +171,11 @@ def least(count: int) -> int:
     return int(found)
 
 
+def largest(count: int) -> int:
+    """The largest `count` of any process."""
+    return -least(-count)
+
+
 def summed(values: Tensor) -> Tensor:
     """`values`, added up in place over all processes."""
     if size() > 1:

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from growkit.train.settings import FitSettings
 
 PATIENCE = 60  # seconds that a process which reads serves on after SIGTERM
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+DYING = 1.0  # seconds in which a process whose pipes closed has ended
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
 _kept: list[Any] = []  # loaders that lost a process: torch's way to end them may wait for a lock that the dead hold
@@ -101,9 +102,10 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
             try:
                 batch, told = next(batches)
             except Exception:  # a dozen kinds: what a dead process has sent may need it to be read
-                _refuse_crashed(readers)
-                if all(reader.exitcode is None for reader in readers):
+                dead = _dead_of(readers)
+                if not dead:
                     raise
+                _refuse_crashed(dead)
                 for reader in readers:
                     reader.kill()
                 _kept.append(batches)
@@ -120,12 +122,12 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
 
 def _begun(
     dataset: Read, places: Iterable[Any], count: int, *, pin_memory: bool
-) -> tuple[Iterator[Any], set[BaseProcess]]:
+) -> tuple[Iterator[Any], list[BaseProcess]]:
     """What `count` processes read at `places`, and these processes.
 
     That one of them died shows when its batch is due: torch would raise it wherever the main thread is just then.
     """
-    before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
+    handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
         loader = DataLoader(
@@ -140,16 +142,26 @@ def _begun(
         batches = iter(loader)
     if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    return batches, set(active_children()) - before
+    # multiprocessing.active_children() leaves out those that have ended already
+    return batches, getattr(batches, "_workers", [])
 
 
-def _refuse_crashed(readers: Iterable[BaseProcess]) -> None:
+def _dead_of(readers: Iterable[BaseProcess]) -> list[BaseProcess]:
+    """Those of the processes that have ended or are just about to: their pipes close before they have a status."""
+    sentinels = wait([reader.sentinel for reader in readers], timeout=DYING)
+    dead = [reader for reader in readers if reader.sentinel in sentinels]
+    for reader in dead:
+        reader.join()
+    return dead
+
+
+def _refuse_crashed(dead: Iterable[BaseProcess]) -> None:
     """Raise GrowkitError where one of the processes ended by an error of its own machine code."""
-    for reader in readers:
-        if reader.exitcode is not None and -reader.exitcode in CRASHES:
+    for number in (-(reader.exitcode or 0) for reader in dead):
+        if number in CRASHES:
             raise GrowkitError(
-                f"a process that reads images crashed ({signal.Signals(-reader.exitcode).name}): an image, or the"
-                " library that decodes it, is the likely cause; PYTHONFAULTHANDLER=1 in the environment shows where"
+                f"a process that reads images crashed ({signal.Signals(number).name}): an image, or the library that"
+                " decodes it, is the likely cause; PYTHONFAULTHANDLER=1 in the environment shows where"
             ) from None
 
 

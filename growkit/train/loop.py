@@ -32,6 +32,7 @@ FREE_TO_CHANGE = ("shard", "workers", "log_every", "save_seconds", "tensorboard"
 class FitResult:
     """What a run did; a resumed run's result covers its earlier parts, but for images_per_second.
 
+    interrupted says that a stop was asked for, stopped_by by which signal, where one did.
     losses holds one value per update, history (step, scores) of each evaluation; best is the one
     with the highest top-1 (then the lowest loss). seconds is wall time with evaluation.
     """
@@ -48,7 +49,7 @@ class FitResult:
     images_per_step: int
     images_per_second: float
     seconds: float
-    stopped_by: int | None = None  # the signal that interrupted it, where one did
+    stopped_by: int | None = None
     judged: nn.Module | None = field(default=None, compare=False, repr=False)  # the model, or its moving average
 
 
@@ -122,7 +123,7 @@ def fit(
     elif folder is not None:
         distributed.by_leader(lambda: resuming.clear(folder))
         distributed.begin()
-    saved, saved_at = start, time.perf_counter()
+    saved, saved_scores, saved_at = start, len(history), time.perf_counter()
     accumulate = settings.grad_accum_steps
     divisible = not distributed.statistics(model)  # an update whose first batches leave no trace
     read = train_batches(data, settings, start * accumulate, plan.total * accumulate, device=training.device)
@@ -151,10 +152,12 @@ def fit(
         return True
 
     def score() -> Scores | None:
-        """Scores of the model; None where a stop was asked for meanwhile."""
+        """Scores of the model; None where a stop was asked for before, or meanwhile."""
+        if evaluate is None or distributed.agreed(stop.asked)[0]:
+            return None
         try:
             with stop.raising(distributed.size() == 1):
-                return None if evaluate is None else evaluate(training.judged)
+                return evaluate(training.judged)
         except KeyboardInterrupt:
             if distributed.size() > 1:
                 raise
@@ -164,7 +167,7 @@ def fit(
             model.train()
 
     def save() -> None:
-        nonlocal saved, saved_at
+        nonlocal saved, saved_scores, saved_at
         if folder is not None:
             state = {
                 "identity": identity,
@@ -175,13 +178,14 @@ def fit(
                 "seconds": seconds_before + time.perf_counter() - began,
             }
             distributed.by_leader(lambda: resuming.save_state(folder, state))
-        saved, saved_at = len(losses), time.perf_counter()
+        saved, saved_scores, saved_at = len(losses), len(history), time.perf_counter()
 
     pending: list[Tensor] = []  # losses still on the device; reading them waits for it
     note = ""  # on the last record
     window = training_seconds = 0.0  # seconds since the last record, and in all
-    recorded = start
-    with stop_signals() as stop, board(settings, folder if distributed.leads() else None, start) as show:
+    recorded, stopping = start, False
+    written_in = folder if distributed.leads() else None
+    with stop_signals() as stop, board(settings, written_in, start - owed(start)) as show:
         mark = time.perf_counter()
         for step in range(start + (not owed(start)), plan.total + 1):
             whole = step == start or updated(step)
@@ -197,14 +201,13 @@ def fit(
                 losses += _finite(means.tolist(), len(losses), _kept_in(saved, folder))
                 pending.clear()
             if stopping and not losses:
-                raise interruption(stop.number)
-            new = len(losses) > saved and (due or stopping)
-            if new:  # nothing that is not finite is scored, kept or saved
+                raise interruption(distributed.largest(stop.number or 0))
+            if due or stopping:  # nothing that is not finite is scored, kept or saved
                 training.refuse_broken(len(losses), _kept_in(saved, folder))
             window += time.perf_counter() - mark
-            if new:
+            if judge and step > saved:  # scoring takes long, and may be ended at once
                 save()
-            scores = score() if judge and not stopping else None
+            scores = score() if judge else None
             stopping = stopping or (judge and scores is None)
             if report and (scores is not None or not judge):
                 if scores is not None:
@@ -217,7 +220,7 @@ def fit(
                     epoch=step / plan.updates_per_epoch,
                     loss=losses[-1],
                     lr=training.lr,
-                    images_per_second=(step - recorded) * plan.images_per_update / window,
+                    images_per_second=(step - recorded) * plan.images_per_update / (window or 1.0),
                     scores=scores,
                 )
                 training_seconds, window, recorded = training_seconds + window, 0.0, step
@@ -231,7 +234,7 @@ def fit(
                     except KeyboardInterrupt:
                         stop.asked = True
                 (stopping,) = distributed.agreed(stop.asked)
-            if (last or stopping) and (scores is not None or len(losses) > saved):
+            if (due or stopping) and (len(losses) > saved or len(history) > saved_scores):
                 save()
             mark = time.perf_counter()
             if stopping:
@@ -239,6 +242,7 @@ def fit(
         told(len(losses))
 
     training_seconds += window
+    signalled = distributed.largest(stop.number or 0)
     best = _best(history) if history else (None, None)
     return FitResult(
         steps=len(losses),
@@ -247,13 +251,13 @@ def fit(
         best_step=best[0],
         best_scores=best[1],
         history=tuple(history),
-        interrupted=len(losses) < plan.total or owed(plan.total),
+        interrupted=stopping,
         flops_per_step=training.flops_per_step,
         macs_per_step=training.flops_per_step // 2,
         images_per_step=plan.images_per_update,
         images_per_second=(len(losses) - start) * plan.images_per_update / (training_seconds or 1.0),
         seconds=seconds_before + time.perf_counter() - began,
-        stopped_by=stop.number,
+        stopped_by=signalled or None,
         judged=training.judged,
     )
 

@@ -28,7 +28,8 @@ class StepRecord:
     """A moment of a run: `step` of `total` updates are done. A line of metrics.jsonl.
 
     loss is that of this update, lr the one it used; images_per_second covers the updates since the
-    record before; scores are there where the model was evaluated.
+    record before, and is 0 where a resumed run made up for a scoring alone; scores are there where the model was
+    evaluated.
     """
 
     step: int
@@ -105,7 +106,8 @@ def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Ca
     with writing(place), SummaryWriter(str(place), purge_step=start + 1) as writer:
 
         def show(record: StepRecord) -> None:
-            scalars = {name: getattr(record, name) for name in ("loss", "lr", "images_per_second")}
+            known = ("loss", "lr", *(("images_per_second",) if record.images_per_second else ()))
+            scalars = {name: getattr(record, name) for name in known}
             if record.scores is not None:
                 scalars |= {f"val/{name}": v for name, v in asdict(record.scores).items()}
             for name, value in scalars.items():

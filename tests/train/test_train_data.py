@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -582,6 +583,51 @@ def test_a_crash_of_a_process_that_reads_is_refused_in_one_line(tmp_path: Path) 
     settings = FitSettings(batch_size=4, workers=2)
     with pytest.raises(GrowkitError, match=r"^a process that reads images crashed \(SIGSEGV\): an image, or the"):
         list(val_batches(Data(train=deadly, val=deadly, classes=[]), settings))
+
+
+@pytest.mark.usefixtures("soon")
+def test_no_reader_outlives_one_that_was_killed(tmp_path: Path) -> None:
+    deadly = Deadly(tmp_path, signal.SIGKILL, 13, 1)
+    batches = val_batches(Data(train=deadly, val=deadly, classes=[]), FitSettings(batch_size=4, workers=4))
+    before = set(multiprocessing.active_children())
+    next(batches)
+    first = set(multiprocessing.active_children()) - before
+    assert len(list(batches)) == 5
+    assert len(first) >= 3
+    assert not any(reader.is_alive() for reader in first)
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_reader_killed_while_it_hands_images_over_ends_nothing(tmp_path: Path) -> None:
+    """Its pipes close before the system gives its status."""
+
+    class Handing(Deadly):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            if os.getpid() != self.main and index == 13 and not list(self.folder.iterdir()):
+                reduction.send_handle = self.die
+            return torch.full((1, 2, 2), float(index)), index
+
+        def die(self, *_: object) -> None:
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        handing = Handing(tmp_path / str(number), 0, 0, 0)
+        found = val_batches(Data(train=handing, val=handing, classes=[]), FitSettings(batch_size=4, workers=2))
+        assert torch.cat([labels for _, labels in found]).tolist() == list(range(24))
+        assert list((tmp_path / str(number)).iterdir())
+
+
+def test_an_error_of_a_reader_is_no_death(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            raise ValueError("of our own")
+
+    data = Data(train=Faulty(torch.zeros(8)), val=Faulty(torch.zeros(8)), classes=[])
+    with pytest.raises(ValueError, match="of our own"):
+        list(val_batches(data, FitSettings(batch_size=4, workers=2)))
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("soon")

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils.data import TensorDataset
 from train_samples import Net
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, Terminated
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
 from growkit.train import loop, training, watch
@@ -339,6 +339,7 @@ def test_interrupt_ends_after_the_update_and_keeps_what_was_learned(tmp_path: Pa
     model = Net()
     result = fit(model, blobs(), replace(PLAIN, steps=9), folder=tmp_path, on_step=interrupt)
     assert (result.steps, result.total, result.interrupted) == (3, 9, True)
+    assert result.stopped_by == (None if how == "raise" else getattr(signal, how))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert saved["step"] == len(saved["losses"]) == 3
@@ -362,10 +363,11 @@ def test_signal_during_an_update_lets_it_finish(tmp_path: Path) -> None:
 
 
 class Struck(nn.Module):
-    """A linear model that is sent SIGINT, `at` training passes on or while it is scored a `scoring`th time."""
+    """A linear model that is sent a signal, `at` training passes on or while it is scored a `scoring`th time."""
 
-    def __init__(self, at: int = -1, scoring: int = -1) -> None:
+    def __init__(self, at: int = -1, scoring: int = -1, number: int = signal.SIGINT) -> None:
         super().__init__()
+        self.number = number
         self.head = nn.Linear(3 * 8 * 8, 2)
         self.at, self.scoring, self.passes, self.scored = at, scoring, 0, 0
         nn.init.zeros_(self.head.weight)
@@ -376,7 +378,7 @@ class Struck(nn.Module):
         self.scored += not self.training and len(x) > 1  # one image tells how many outputs there are
         if (self.passes, self.training) == (self.at, True) or (self.scored, self.training) == (self.scoring, False):
             self.at = self.scoring = -1
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
         return self.head(x.flatten(1))
 
 
@@ -392,9 +394,13 @@ def test_signal_between_the_batches_of_an_update_lets_go_of_them(tmp_path: Path)
     assert torch.equal(other.head.weight, whole.head.weight)
 
 
-def test_signal_before_anything_is_learned_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fit(Struck(at=2), blobs(), replace(PLAIN, grad_accum_steps=5), folder=tmp_path)
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_signal_before_anything_is_learned_leaves_nothing(
+    tmp_path: Path, number: int, kind: type[BaseException]
+) -> None:
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fit(Struck(at=2, number=number), blobs(), replace(PLAIN, grad_accum_steps=5), folder=tmp_path)
+    assert type(raised.value) is kind
     assert list(tmp_path.iterdir()) == []
 
 
@@ -405,27 +411,59 @@ def test_update_whose_batches_leave_a_trace_is_finished(tmp_path: Path) -> None:
     assert (fit(struck, blobs(), settings, folder=tmp_path).steps, model.passes) == (3, 15)
 
 
+def scored_run(model: Struck, folder: Path, *, resume: bool = False, accumulate: int = 1) -> loop.FitResult:
+    """Six updates, scored after each second one."""
+    data = blobs()
+    settings = replace(PLAIN, eval_every=0.25 * accumulate, steps=6, grad_accum_steps=accumulate)
+    judge = scorer(data, replace(settings, batch_size=64))
+    return fit(model, data, settings, evaluate=judge, folder=folder, resume=resume)
+
+
+def lines_of(folder: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without rates."""
+    return [{**json.loads(line), "images_per_second": 0} for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize(("at", "accumulate", "steps"), [(3, 1, 3), (4, 1, 4), (14, 4, 3), (10, 4, 2)])
+def test_stop_after_a_scoring_keeps_it_and_one_before_does_without(
+    tmp_path: Path, at: int, accumulate: int, steps: int
+) -> None:
+    """In the update after one, in the update that is to be scored, and between the batches of the two after one."""
+    stopped = scored_run(model := Struck(at=at), tmp_path / "run", accumulate=accumulate)
+    assert (stopped.steps, stopped.interrupted, [step for step, _ in stopped.history]) == (steps, True, [2])
+    assert model.scored == 1
+    assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["history"]) == 1
+    resumed = scored_run(model := Struck(), tmp_path / "run", resume=True, accumulate=accumulate)
+    unbroken = scored_run(Struck(), tmp_path / "unbroken", accumulate=accumulate)
+    assert (resumed.history, resumed.losses, model.scored) == (unbroken.history, unbroken.losses, 2)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
+
+
+def test_signal_while_state_is_saved_before_scoring_comes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing the state of a large model takes long, and schedulers give little time."""
+    real = loop.resuming.save_state
+
+    def slow(*given: object) -> None:
+        real(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.resuming, "save_state", slow)
+    stopped = scored_run(model := Struck(), tmp_path)
+    assert (stopped.steps, stopped.interrupted, model.scored, stopped.stopped_by) == (2, True, 0, signal.SIGTERM)
+
+
 @pytest.mark.parametrize("scoring", [1, 3])  # in the run's midst, and the last one
 def test_signal_while_scoring_ends_at_once_and_it_is_made_up_for(tmp_path: Path, scoring: int) -> None:
-    settings = replace(PLAIN, eval_every=0.25, batch_size=8, log_every=1, steps=6)
-    data = blobs()
-
-    def run(model: nn.Module, folder: Path, *, resume: bool = False) -> loop.FitResult:
-        judge = scorer(data, replace(settings, batch_size=64))
-        return fit(model, data, settings, evaluate=judge, folder=folder, resume=resume)
-
-    stopped = run(model := Struck(scoring=scoring), tmp_path / "run")
+    stopped = scored_run(model := Struck(scoring=scoring), tmp_path / "run")
     assert (stopped.steps, stopped.interrupted, model.scored) == (2 * scoring, True, scoring)
     assert len(stopped.history) == scoring - 1
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2 * scoring
-    resumed, unbroken = run(Struck(), tmp_path / "run", resume=True), run(Struck(), tmp_path / "unbroken")
+    resumed, unbroken = (scored_run(Struck(), tmp_path / name, resume=name == "run") for name in ("run", "unbroken"))
     assert (resumed.history, resumed.losses) == (unbroken.history, unbroken.losses)
     assert not resumed.interrupted
-    lines = [
-        [{**json.loads(line), "images_per_second": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("run", "unbroken")
-    ]
-    assert lines[0] == lines[1]
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
 
 
 def test_signal_is_answered_where_it_does_not_end_a_run_at_once(

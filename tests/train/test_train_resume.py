@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from train_samples import CONFIG, Net, write_images
 
 from growkit.errors import GrowkitError
+from growkit.train import resume
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data
 from growkit.train.loop import FitResult, StepRecord, fit
@@ -59,15 +60,8 @@ class Run:
         if kill_at is not None:
             killing = self.model.head.register_forward_pre_hook(Kill(kill_at, settings))
         try:
-            return fit(
-                self.model,
-                self.data,
-                settings,
-                folder=self.folder,
-                evaluate=self.judge,
-                on_best=self.keep,
-                **more,
-            )
+            given = {"evaluate": self.judge, "on_best": self.keep, **more}
+            return fit(self.model, self.data, settings, folder=self.folder, **given)
         finally:
             if kill_at is not None:
                 killing.remove()
@@ -129,6 +123,52 @@ def test_killed_and_resumed_run_ends_where_the_unbroken_one_does(
     first, second = ends
     assert same(first["ema"], second["ema"])
     assert str(first["optimizer"]) == str(second["optimizer"])
+
+
+@pytest.mark.parametrize("where", ["append_metrics", "save_state"])
+@pytest.mark.parametrize("at", [2, 4, 9])
+@pytest.mark.parametrize("judged", [True, False])
+def test_run_killed_between_a_record_and_its_state_loses_no_line_of_metrics(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, where: str, at: int, judged: bool
+) -> None:
+    settings = replace(ALL_ON, log_every=1, model_ema=False)
+    runs = [Run(tmp_path / name, opened(settings)) for name in ("killed", "whole")]
+    judge: dict[str, Any] = {} if judged else {"evaluate": None}
+    calls, real = [], getattr(resume, where)
+
+    def killing(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == at:
+            raise KilledError
+        real(*given)
+
+    monkeypatch.setattr(resume, where, killing)
+    with pytest.raises(KilledError):
+        runs[0].fit(settings, **judge)
+    monkeypatch.undo()
+    results = [run.fit(settings, resume=run is runs[0], **judge) for run in runs]
+    assert without_times(results[0]) == without_times(results[1])
+    assert runs[0].metrics() == runs[1].metrics()
+    assert same(runs[0].model.state_dict(), runs[1].model.state_dict())
+
+
+def test_run_killed_while_it_is_scored_scores_when_it_goes_on(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = unbroken
+    slow = replace(ALL_ON, save_seconds=1e9)
+    run = Run(tmp_path, opened(slow))
+    monkeypatch.setattr(run, "judge", MagicMock(side_effect=KilledError))
+    with pytest.raises(KilledError):
+        run.fit(slow)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (saved["step"], saved["history"]) == (2, [])
+    monkeypatch.undo()
+    result = run.fit(slow, resume=True)
+    assert same(run.model.state_dict(), whole.model.state_dict())
+    assert same(run.best, whole.best)
+    assert run.metrics() == whole.metrics()
+    assert without_times(result) == without_times(expected)
 
 
 def test_interrupted_run_resumes_to_the_same_end_and_metrics(
