@@ -455,7 +455,9 @@ def test_interrupted_training_exits_130_and_resumes_to_the_same_bits(
         assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
 
 
-def test_interrupted_operator_training_writes_the_grown_model_and_exits_130(
+@pytest.mark.parametrize("at", [2, 5])
+def test_interrupted_operator_training_writes_the_grown_model_unscored_and_exits_130(
+    at: int,
     place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -463,13 +465,20 @@ def test_interrupted_operator_training_writes_the_grown_model_and_exits_130(
     interrupted_at: Callable[[int], None],
 ) -> None:
     monkeypatch.chdir(place)
-    interrupted_at(2)
+    interrupted_at(at)
     status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "5", *QUICK, "--run", tmp_path, "--json")
     assert status == 130
     assert "Traceback" not in err
-    assert len(json.loads(out)["losses"]) == 2
+    assert len(json.loads(out)["losses"]) == at
+    assert json.loads(out)["scores"].keys() == {"source", "step0"}
+    assert json.loads((tmp_path / "record.json").read_text())["steps"][-1]["figures"]["scores"] is None
     assert timm.create_model(f"local-dir:{tmp_path / 'grown'}", pretrained=True)
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "5", *QUICK, "--run", tmp_path, "--json", "--resume")
+    assert status == 0, err
+    assert json.loads(out)["scores"].keys() == {"source", "step0", "operator"}
 
 
 def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_export_keep(

@@ -28,7 +28,7 @@ from train_samples import CONFIG
 
 from growkit.arch import build, find
 from growkit.checkpoint import WEIGHTS
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, Terminated
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train import batches as reading
@@ -103,11 +103,18 @@ def first_gradients() -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-def train(images: Path, settings: FitSettings, *, growth: GrowSettings | None = None, **more: Any) -> dict[str, Any]:
-    """What a run of fit gave; no class instances, so that it can be stored."""
+def train(
+    images: Path, settings: FitSettings, *, growth: GrowSettings | None = None, struck: bool = False, **more: Any
+) -> dict[str, Any]:
+    """What a run of fit gave; no class instances, so that it can be stored.
+
+    `struck`: the second process is sent a signal while it scores.
+    """
     model, data = model_of(growth), open_data(str(images), CONFIG, settings)
 
     def judge(judged: nn.Module) -> Scores:
+        if struck and distributed.rank():
+            os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(predictor(judged, "cpu"), val_batches(data, settings))
 
     with first_gradients() as gradients:
@@ -120,6 +127,7 @@ def train(images: Path, settings: FitSettings, *, growth: GrowSettings | None = 
         "flops": result.flops_per_step,
         "images_per_step": result.images_per_step,
         "interrupted": result.interrupted,
+        "stopped_by": result.stopped_by,
     }
 
 
@@ -158,6 +166,11 @@ def work(rank: str, port: str, *places: str) -> None:
         found["stopped"] = train(images, PLAIN, folder=folder / "stopped", on_step=stop_at(3, of_rank=1))
         struck = folder / "struck"
         found["struck"] = train(images, ACCUMULATED, growth=MANGO, folder=struck, progress=strike_at(2.5, of_rank=1))
+        found["struck while scoring"] = train(images, PLAIN, folder=folder / "scoring", struck=True)
+        try:
+            train(images, ACCUMULATED, folder=folder / "nothing", progress=strike_at(0.5, of_rank=1))
+        except Terminated:
+            found["nothing"] = "terminated"
         found["went on"] = train(images, PLAIN, folder=folder / "alone", resume=True)
         train(images, SHARDED, folder=folder / "sharded", on_step=stop_at(3))
         found["went on sharded"] = train(images, SHARDED, folder=folder / "unsharded", resume=True)
@@ -310,9 +323,24 @@ def test_signal_to_one_process_between_the_batches_of_an_update_ends_both(
     both: list[dict[str, Any]], images: Path, folder: Path
 ) -> None:
     assert [(found["struck"]["interrupted"], len(found["struck"]["losses"])) for found in both] == [(True, 2)] * 2
+    assert [found["struck"]["stopped_by"] for found in both] == [signal.SIGTERM] * 2
+    assert [found["nothing"] for found in both] == ["terminated"] * 2  # nothing was learned
     unbroken = train(images, ACCUMULATED, growth=MANGO)
     resumed = train(images, ACCUMULATED, growth=MANGO, folder=folder / "struck", resume=True)
     assert furthest(unbroken["weights"], resumed["weights"]) < ROUNDING
+
+
+def test_signal_to_one_process_while_both_score_lets_them_finish_that(
+    both: list[dict[str, Any]], images: Path, folder: Path
+) -> None:
+    found = [one["struck while scoring"] for one in both]
+    steps = [[score[0] for score in one["history"]] for one in found]
+    assert steps[0] == steps[1] == [len(found[0]["losses"])]
+    assert [(one["interrupted"], one["stopped_by"]) for one in found] == [(True, signal.SIGTERM)] * 2
+    unbroken = train(images, PLAIN)
+    resumed = train(images, PLAIN, folder=folder / "scoring", resume=True)
+    assert furthest(unbroken["weights"], resumed["weights"]) < ROUNDING
+    assert len(resumed["history"]) == len(unbroken["history"])
 
 
 def test_two_processes_go_on_with_what_one_began(both: list[dict[str, Any]], images: Path, folder: Path) -> None:
@@ -524,7 +552,7 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
 
 LEAVE = """
 import os, sys, torch, typer
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, Terminated
 from growkit.train.distributed import agreed, joined
 try:
     with joined(torch.device("cpu")):

@@ -609,6 +609,29 @@ def test_tensorboard_files_hold_losses_and_scores(tmp_path: Path) -> None:
     assert events.Scalars("val/top1")[0].step == 4
 
 
+def test_tensorboard_holds_a_scored_step_once_where_a_run_was_killed_before_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    data, settings = blobs(), replace(PLAIN, tensorboard=True, eval_every=0.25)
+    judge, real, calls = scorer(data, settings), loop.resuming.save_state, []
+
+    def killing(*given: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the first is before scoring
+            raise MemoryError
+        real(*given)
+
+    monkeypatch.setattr(loop.resuming, "save_state", killing)
+    with pytest.raises(MemoryError):
+        fit(Net(), data, settings, folder=tmp_path, evaluate=judge)
+    fit(Net(), data, settings, folder=tmp_path, evaluate=judge, resume=True)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/top1")] == [2, 4]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+
+
 def test_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(GrowkitError, match=r"pip install 'growkit\[tensorboard\]'"):
