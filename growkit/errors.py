@@ -2,9 +2,9 @@
 
 MEMORY_IS_FULL = (
     *("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory"),
-    *("bad allocation", "bad_alloc", "unable to mmap"),
+    "resource temporarily unavailable",  # threads need some, too
+    *("bad allocation", "bad_alloc", "unable to mmap", "failed to map segment"),
     *("status_alloc_failed", "failed to allocate"),  # of CUDA's libraries; of ONNX Runtime's CUDA provider
-    *("unable to resize file", "unable to write to file", "unable to allocate shared memory"),  # of readers of images
 )
 
 
@@ -26,7 +26,7 @@ class ParityError(GrowkitError):
 
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
-    if isinstance(error, RuntimeError):  # torch itself is not loaded here
+    if isinstance(error, RuntimeError | ImportError):  # torch itself is not loaded here
         said = str(error).lower()
         return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in MEMORY_IS_FULL)
     return isinstance(error, MemoryError)

@@ -57,6 +57,8 @@ def growkit(
     """Grow small pretrained transformers into larger ones and take them into serving."""
     command = context.invoked_subcommand
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ and command not in ON_PROCESSES:
+        if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+            raise typer.Exit(2)
         raise GrowkitError(f"growkit {command} runs in one process; start it without torchrun")
     if debug:
         os.environ["GROWKIT_DEBUG"] = "1"
@@ -104,7 +106,7 @@ def main() -> None:
             raise
         _tell(str(error))
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if os.environ.get("GROWKIT_DEBUG") or not is_memory_full(error):
             raise
         _tell("memory is used up; take smaller batches, images or models, or a machine with more")

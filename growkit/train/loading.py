@@ -1,5 +1,7 @@
 """A data set read image by image in processes of its own, and handed over in batches of bytes."""
 
+import atexit
+import errno
 import logging
 import signal
 import sys
@@ -7,10 +9,12 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from PIL import Image
@@ -23,11 +27,17 @@ from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
 
 PATIENCE = 60  # seconds that a process which reads serves on after SIGTERM
+SHARED_MEMORY_IS_FULL = ("unable to resize file", "unable to write to file", "unable to allocate shared memory")
+MEMORY_ERRORS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)  # where a process is begun
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 DYING = 1.0  # seconds in which a process whose pipes closed has ended
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
-_kept: list[Any] = []  # loaders that lost a process: torch's way to end them may wait for a lock that the dead hold
+_readers: WeakSet[BaseProcess] = WeakSet()
+_most = [1024]  # processes that the machine was found to bear, for this process's loaders to come
+# loaders that lost a process, or errors with such as were half begun: torch's way to end the first may wait for a lock
+# that the dead hold, and that to end the others fails
+_kept: list[Any] = []
 
 
 class Read(Dataset[Any]):
@@ -89,35 +99,50 @@ def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
 def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
     """Batches, with the reasons of those images in them that another one stands in for.
 
-    Where a process that reads is killed, as for want of memory, half as many go on with the batch that was due.
+    Where a process that reads is killed, as for want of memory, or finds shared memory full, half as many read on from
+    the batch that was due.
 
     Raises:
         UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
         GrowkitError: a process that reads crashed, as it would again.
     """
-    count, due = min(settings.workers, len(sampler)), 0
+    count, due = min(settings.workers, len(sampler), _most[0]), 0
     while due < len(sampler):
-        batches, readers = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
+        try:
+            batches, readers = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
+        except OSError as error:
+            if error.errno not in MEMORY_ERRORS or not count:
+                raise
+            _kept.append(error)
+            count = _fewer(count, f"a process that reads images cannot begin ({error.strerror})")
+            continue
         for _ in range(due, len(sampler)):
             try:
                 batch, told = next(batches)
-            except Exception:  # a dozen kinds: what a dead process has sent may need it to be read
-                dead = _dead_of(readers)
-                if not dead:
+            except Exception as error:  # a dozen kinds: what a dead process has sent may need it to be read
+                full = any(words in str(error) for words in SHARED_MEMORY_IS_FULL)
+                dead = [] if full else _dead_of(readers)
+                if not (full or dead):
                     raise
                 _refuse_crashed(dead)
-                for reader in readers:
-                    reader.kill()
+                _end(readers)
                 _kept.append(batches)
-                count //= 2
-                instead = f"{count} go on" if count else "they are read without such processes"
-                log.warning(f"a process that reads images was killed; {instead}. Fewer --workers take less memory")
+                why = "shared memory (/dev/shm) is full" if full else "a process that reads images was killed"
+                count = _fewer(count, why)
                 break
             if batch is None:
                 more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
                 raise UnreadablePictureError(told[0] + more)
             due += 1
             yield batch, told
+
+
+def _fewer(count: int, why: str) -> int:
+    """How many processes read on in place of `count`, told with the reason."""
+    left = _most[0] = count // 2
+    instead = f"{left} read on" if left else "images are read without processes of their own"
+    log.warning(f"{why}; {instead}. Fewer --workers take less memory")
+    return left
 
 
 def _begun(
@@ -127,7 +152,7 @@ def _begun(
 
     That one of them died shows when its batch is due: torch would raise it wherever the main thread is just then.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
+    before, handler = active_children(), signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
         loader = DataLoader(
@@ -139,11 +164,28 @@ def _begun(
             worker_init_fn=_quiet_worker,
             generator=torch.Generator(),  # else a loader draws from the global one
         )
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError:  # some may have begun
+            _end(set(active_children()).difference(before))
+            raise
     if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     # multiprocessing.active_children() leaves out those that have ended already
-    return batches, getattr(batches, "_workers", [])
+    readers: list[BaseProcess] = getattr(batches, "_workers", [])
+    _readers.update(readers)
+    return batches, readers
+
+
+@atexit.register
+def _end_all() -> None:
+    """At the end of the main process, as after an error: Python's own way is SIGTERM, and they would serve on."""
+    _end(_readers)
+
+
+def _end(readers: Iterable[BaseProcess]) -> None:
+    for reader in readers:
+        reader.kill()
 
 
 def _dead_of(readers: Iterable[BaseProcess]) -> list[BaseProcess]:

@@ -1,6 +1,7 @@
 """Batches that depend on seed, epoch and image alone; wrong folders, and how they say so."""
 
 import copy
+import errno
 import multiprocessing
 import os
 import random
@@ -33,6 +34,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
+from growkit.train import loading
 from growkit.train.batches import (
     _ahead,
     _Places,
@@ -538,6 +540,7 @@ def test_readers_serve_on_for_a_while_after_sigterm() -> None:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch looks whether readers live after 5 s without a batch."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    monkeypatch.setattr(loading, "_most", [1024])
 
 
 class Deadly(Dataset[Any]):
@@ -559,7 +562,7 @@ class Deadly(Dataset[Any]):
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGALRM])
-@pytest.mark.parametrize(("times", "left"), [(1, ["2 go on"]), (9, ["2 go on", "1 go on", "without such processes"])])
+@pytest.mark.parametrize(("times", "left"), [(1, ["2 read on"]), (9, ["2 read on", "1 read on", "without processes"])])
 def test_images_are_read_on_where_a_process_that_reads_is_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, number: int, times: int, left: list[str]
 ) -> None:
@@ -567,6 +570,7 @@ def test_images_are_read_on_where_a_process_that_reads_is_killed(
     settings = FitSettings(batch_size=4, workers=5)
     for name, batches in (("train", lambda data, own: train_batches(data, own, 0, 12)), ("val", val_batches)):
         (tmp_path / name).mkdir()
+        loading._most[0] = 1024
         caplog.clear()
         deadly = Deadly(tmp_path / name, number, 13, times)
         found = list(batches(Data(train=deadly, val=deadly, classes=[]), settings))
@@ -574,6 +578,53 @@ def test_images_are_read_on_where_a_process_that_reads_is_killed(
         assert same(found, list(batches(Data(train=calm, val=calm, classes=[]), replace(settings, workers=0))))
         assert len(caplog.messages) == len(left)
         assert all(words in line for words, line in zip(left, caplog.messages, strict=True))
+        readers = set(multiprocessing.active_children())
+        next(batches(Data(train=calm, val=calm, classes=[]), settings))  # which asks for five again
+        assert len(set(multiprocessing.active_children()) - readers) <= 2
+
+
+FULL = "unable to write to file </torch_1>: No space left on device (28)"
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (RuntimeError(FULL), "shared memory (/dev/shm) is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "a process that reads images cannot begin (No space left"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "a process that reads images cannot begin (Cannot allocate"),
+    ],
+)
+def test_images_are_read_without_processes_where_there_is_no_memory_for_these(
+    fault: Exception, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Docker gives /dev/shm 64 MB, and each such process hands images over in there, or semaphores."""
+    main = os.getpid()
+
+    class Full(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            if os.getpid() != main:
+                raise fault
+            return super().__getitem__(index)
+
+    if isinstance(fault, OSError):
+        begun = multiprocessing.Process.start
+
+        def start(process: Any) -> None:
+            if len(caplog.messages) or set(multiprocessing.active_children()) - before:
+                raise fault
+            begun(process)  # the first one of two
+
+        monkeypatch.setattr(multiprocessing.Process, "start", start)
+    before = set(multiprocessing.active_children())
+    data = Data(train=(images := Full(torch.rand(8, 1), torch.arange(8))), val=images, classes=[])
+    found = list(val_batches(data, FitSettings(batch_size=4, workers=2)))
+    assert torch.cat([labels for _, labels in found]).tolist() == list(range(8))
+    assert all(line.startswith(told) for line in caplog.messages)
+    assert "images are read without processes of their own" in caplog.messages[-1]
+    for left in set(multiprocessing.active_children()) - before:
+        left.join(5)
+        assert not left.is_alive()
 
 
 @pytest.mark.usefixtures("soon")
@@ -613,6 +664,7 @@ def test_a_reader_killed_while_it_hands_images_over_ends_nothing(tmp_path: Path)
 
     for number in range(5):
         (tmp_path / str(number)).mkdir()
+        loading._most[0] = 1024
         handing = Handing(tmp_path / str(number), 0, 0, 0)
         found = val_batches(Data(train=handing, val=handing, classes=[]), FitSettings(batch_size=4, workers=2))
         assert torch.cat([labels for _, labels in found]).tolist() == list(range(24))
