@@ -596,6 +596,29 @@ def test_no_state_is_promised_where_none_was_saved(tmp_path: Path) -> None:
         assert left(command, {"run": tmp_path}).endswith("--resume goes on")
 
 
+def test_signal_while_a_library_is_imported_waits_for_that(tmp_path: Path) -> None:
+    """torch and numpy catch what their own imports raise, and would go on without what failed."""
+    (tmp_path / "optional.py").write_text("import signal; signal.raise_signal(signal.SIGTERM); whole = True\n")
+    (tmp_path / "library.py").write_text("try:\n    import optional\nexcept BaseException:\n    optional = None\n")
+    program = """
+import time
+from growkit.errors import Terminated
+from growkit_cli import guard
+guard._at_work.append("train")
+with guard.stoppable():
+    try:
+        import library
+        print(library.optional.whole, flush=True)
+        time.sleep(10)
+    except Terminated:
+        print("ended", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "True\nended\n"
+
+
 def test_second_signal_ends_at_once(server: Server, new: Callable[..., Path]) -> None:
     program = """
 import signal

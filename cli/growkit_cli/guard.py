@@ -82,6 +82,15 @@ def left(command: str, given: Mapping[str, Any]) -> str:
     return "what was complete before is as it was; give the same command again"
 
 
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Inside, SIGTERM raises as Ctrl-C does, so that what is half-written is cleared away; a second ends at once."""
@@ -90,8 +99,14 @@ def stoppable() -> Iterator[None]:
         return
     asked = False
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def again(number: int) -> None:
+        threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if not asked and _importing(frame):  # libraries catch whatever an import of theirs raises
+            again(number)
+            return
         if asked:
             from multiprocessing import active_children
 
@@ -117,7 +132,7 @@ def stoppable() -> Iterator[None]:
             return
         asked = False
         number = signal.SIGTERM if isinstance(what.exc_value, Terminated) else signal.SIGINT
-        threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        again(number)
 
     process, told = os.getpid(), sys.unraisablehook
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}

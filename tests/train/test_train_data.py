@@ -671,6 +671,23 @@ def test_a_reader_killed_while_it_hands_images_over_ends_nothing(tmp_path: Path)
         assert list((tmp_path / str(number)).iterdir())
 
 
+def test_readers_end_with_a_program_that_still_holds_them(tmp_path: Path) -> None:
+    """As where an error ends it; Python sends them SIGTERM then, and waits."""
+    program = """
+import torch
+from torch.utils.data import TensorDataset
+from growkit.train.batches import val_batches
+from growkit.train.data import Data
+from growkit.train.settings import FitSettings
+images = TensorDataset(torch.rand(64, 1), torch.arange(64))
+batches = val_batches(Data(train=images, val=images, classes=[]), FitSettings(batch_size=4, workers=2))
+next(batches)
+raise SystemExit("an error")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE / 2)
+    assert (done.returncode, done.stderr) == (1, "an error\n")
+
+
 def test_an_error_of_a_reader_is_no_death(caplog: pytest.LogCaptureFixture) -> None:
     class Faulty(TensorDataset):
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
