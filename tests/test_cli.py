@@ -255,7 +255,9 @@ def test_version_is_printed_without_a_command(arguments: tuple[str, ...], capsys
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
-        RuntimeError("unable to resize file </torch_1_2_0> to the right size: File too large (27)"),
+        RuntimeError("unable to mmap 4096 bytes from file <model.pth>: Cannot allocate memory (12)"),
+        RuntimeError("Resource temporarily unavailable"),  # a thread cannot begin
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
 def test_memory_that_is_used_up_is_one_line(

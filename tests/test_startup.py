@@ -85,7 +85,7 @@ def test_one_of_several_processes_says_the_first_line(rank: str, lines: int) -> 
     assert done.stderr.splitlines().count(f"growkit {__version__}: evaluate") == lines
 
 
-@pytest.mark.parametrize(("seconds", "lines"), [(0.1, 0), (2.0, 4)])
+@pytest.mark.parametrize(("seconds", "lines"), [(0.1, 0), (2.0, 2), (6.0, 4)])
 def test_scoring_within_training_has_a_bar_of_its_own_once_it_takes_long(
     seconds: float, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +133,7 @@ def test_time_left_is_not_guessed_from_what_is_done_once(
             bar(100).update(done)
             now[0] += 0.5 if done else 60.0
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["training 1/100", "training 6/100 0:00:47 left"]
+    assert said[:2] == ["training 1/100", "training 11/100 0:00:44 left"]
 
 
 def test_a_log_gets_few_lines_of_fast_work_and_some_of_slow_work(

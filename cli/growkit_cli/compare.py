@@ -65,7 +65,7 @@ def compare(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    with following(console, "comparing") as follow, telling(console) as tell:
+    with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         compared = compare_methods(
             RunFolder(run),
             loaded,

@@ -79,10 +79,10 @@ class Console:
             sys.stdout.write("\n")
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[int], "Bar"]]:
+    def progress(self, title: str, *, rarely: bool = False) -> Iterator[Callable[[int], "Bar"]]:
         """Yield `bar(total)`, which shows a bar from its first call on: rate, time left, a note.
 
-        Plain lines now and then where there is no terminal. Of what took less than QUICK nothing stays.
+        Plain lines now and then, or `rarely`, where there is no terminal. Of what took less than QUICK nothing stays.
         """
         shown: list[Bar] = []
         columns = (
@@ -100,7 +100,7 @@ class Console:
                     live.start()
                     shown.append(RichBar(live, title, total))
                 else:
-                    shown.append(PlainBar(self, title, total))
+                    shown.append(PlainBar(self, title, total, rarely=rarely))
             return shown[0]
 
         try:
@@ -161,7 +161,9 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """A line for each twentieth of the work, and where that is slow for every RARELY; `rarely`, for these alone."""
+    """A line for each twentieth of the work, none within SOON of the one before but the last; where work is slow for
+    every RARELY. With `rarely` for these alone.
+    """
 
     def __init__(self, console: Console, title: str, total: int, *, rarely: bool = False):
         self.console, self.title, self.total = console, title, total
@@ -178,7 +180,7 @@ class PlainBar(Bar):
         self.before = done if self.before is None else self.before
         if self.first is None and done > self.before:
             self.first = now, done
-        twentieth = not self.rarely and (done >= self.next or done == self.total)
+        twentieth = not self.rarely and (done == self.total or (done >= self.next and now - self.said >= SOON))
         due = twentieth or now - self.said >= self.patience
         if now - self.began < QUICK or not due:
             return

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def telling(console: Console) -> Iterator["Tell"]:
+def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
     """Yield `tell(what)`, which makes what shows how many images or updates of how many are done.
 
-    What is told of anew no longer goes on where it did before, as where a run failed while it was scored.
+    A log gets lines of it, or `rarely` some. What is told of anew no longer goes on where it did before, as where a run
+    failed while it was scored.
     """
     begun: dict[str, ExitStack] = {}
     with ExitStack() as shown:
@@ -29,7 +30,7 @@ def telling(console: Console) -> Iterator["Tell"]:
             if what in begun:
                 begun[what].close()
             own = begun[what] = shown.enter_context(ExitStack())
-            show = own.enter_context(console.progress(what))
+            show = own.enter_context(console.progress(what, rarely=rarely))
 
             def progress(done: float, total: int, note: str = "") -> None:
                 show(total).update(done, note)

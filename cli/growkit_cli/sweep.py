@@ -64,7 +64,7 @@ def sweep(
     loaded = load_source(source, from_, from_sets or ())
     for note in loaded.notes:
         console.say(note)
-    with following(console, "sweeping") as follow, telling(console) as tell:
+    with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         swept = sweep_settings(
             RunFolder(run),
             loaded,

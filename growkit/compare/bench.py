@@ -24,7 +24,7 @@ from growkit.train.data import Data
 from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
-from growkit.train.score import Scores, refuse_tf32, score_model
+from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Tell, silent, unheard
 from growkit.train.watch import interruption
@@ -71,6 +71,15 @@ class Bench:
             refuse_tf32(settings, self.device)
             for lr in tried:
                 refuse_unusable(self.data, replace(settings, lr=lr))
+
+    def read_through(self) -> None:
+        """Read every validation image once.
+
+        Raises:
+            GrowkitError: one cannot be read; the message names it.
+        """
+        for part in (self.data, self.test):
+            read_through(part, self.recipe, self.device, progress=self.tell("reading the validation images"))
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Done = unheard) -> Start:
         """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.

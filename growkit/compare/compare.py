@@ -29,7 +29,7 @@ from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import Source
 from growkit.train.data import hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import amp_dtype, read_through
+from growkit.train.score import amp_dtype
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Tell, each, silent, unheard
 
@@ -88,7 +88,7 @@ class Comparison:
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.bench.folder, own, resume=resume, free=FREE_TO_GROW)
+        begin(self.bench, own, resume=resume, free=FREE_TO_GROW, say=self.say)
 
     def run(self) -> list[dict[str, Any]]:
         """Make every run that is missing, then score the chosen ones on the test images; all results.
@@ -356,7 +356,6 @@ def bench_of(
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.adapted, *notes):
         say(note)
-    read_through(opened, recipe, device, progress=tell("reading the validation images"))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
@@ -384,22 +383,29 @@ def identity_of(bench: Bench) -> dict[str, Any]:
     }
 
 
-def begin(folder: Path, own: dict[str, Any], *, resume: bool, free: Sequence[str]) -> None:
+def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str], say: Say) -> None:
     """Note in the folder what is measured there; a folder that is begun anew is emptied first.
+
+    All validation images are read before: no run would be scored where one of them cannot be.
 
     Raises:
         GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
-            in `free` excepted, or something else.
+            in `free` excepted, or something else; or an image cannot be read.
     """
+    folder = bench.folder
     path = folder / BEGUN
-    if resume and path.exists():
+    goes_on = resume and path.exists()
+    if goes_on:
         differing = _first_difference(read_own(path), own, free)
         if differing is not None:
             name, was, now = differing
             raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
-    elif folder.exists():
-        if resume and any(folder.iterdir()):
+    elif resume:
+        if folder.exists() and any(folder.iterdir()):
             raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
+        say(f"{folder}: nothing was begun there before, it begins now")
+    bench.read_through()
+    if folder.exists() and not goes_on:
         shutil.rmtree(folder)
     write_json(path, own)
 

@@ -169,7 +169,7 @@ class Pilot:
         for arm in each(list(dearest.values()), self.bench.tell("counting what trials cost")):
             self.bench.steps_within(arm, self.budget, self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.bench.folder, own, resume=resume, free=("trials",))
+        begin(self.bench, own, resume=resume, free=("trials",), say=self.say)
 
     def from_nothing(self) -> dict[str, Any]:
         """The target from nothing on the same share, at the best of its rates; what is there is not run again.

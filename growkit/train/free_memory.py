@@ -16,7 +16,7 @@ GROUPS = Path("/sys/fs/cgroup")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 MANY = 2**63 - 1  # bytes
-USED = 0.8  # of the addresses that are taken: allocators and threads reserve more than they use
+USED = 0.6  # of the addresses that are taken: allocators and threads reserve more than they use
 
 
 def free_bytes(device: torch.device) -> int:
@@ -56,10 +56,16 @@ def _left_to_groups() -> Iterator[int]:
                 continue
 
 
+def limited() -> bool:
+    """Whether the addresses of this process are limited: what fits these is less sure than what fits memory."""
+    return resource is not None and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
 def _left_to_process() -> int:
     """Bytes that fit the addresses which this process may still take."""
-    if resource is None or (most := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
+    if not limited():
         return MANY
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
     try:
         pages = int((PROC / "self" / "statm").read_text("ascii").split()[0])
     except OSError:

@@ -14,6 +14,7 @@ from growkit.train.distributed import laid_out
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
+ANEW = "start anew with --force in place of --resume"
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -36,8 +37,7 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     )
     if differing:
         raise GrowkitError(
-            f"the saved state is of another model ({differing[0]} differs);"
-            " give the same model or start anew without --resume"
+            f"the saved state is of another model ({differing[0]} differs); give the same model, or {ANEW}"
         )
     model.load_state_dict({name: laid_out(value, own[name]) for name, value in state.items()}, strict=False)
 
@@ -64,17 +64,17 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         GrowkitError: there is none, it is damaged, or its run had other settings or data
-            than `identity`; the message names the first difference.
+            than `identity`; the message names the differences.
     """
     state = _read_state(folder / STATE)
     before = state["identity"]
-    for name in sorted(before.keys() | identity.keys()):
-        was, now = before.get(name), identity.get(name)
-        if was != now:
-            raise GrowkitError(
-                f"{folder}: the run was started with {name} {was}, not {now};"
-                " give the same, or start anew without --resume"
-            )
+    differing = [
+        f"{name} {before.get(name)}, not {identity.get(name)}"
+        for name in sorted(before.keys() | identity.keys())
+        if before.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise GrowkitError(f"{folder}: the run was started with {'; '.join(differing)}: give the same, or {ANEW}")
     return state
 
 
@@ -97,7 +97,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = {}
     identity = state.get("identity") if isinstance(state, dict) else None
     if not isinstance(identity, dict) or not isinstance(identity.get("batch_size"), int):
-        raise GrowkitError(f"{path}: damaged; start anew without --resume")
+        raise GrowkitError(f"{path}: damaged; {ANEW}")
     return state
 
 

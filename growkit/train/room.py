@@ -12,13 +12,14 @@ from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import distributed
 from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
 from growkit.train.data import Data, size_of
-from growkit.train.free_memory import free_bytes
+from growkit.train.free_memory import free_bytes, limited
 from growkit.train.making import made_once
 from growkit.train.memory import step_peak, without_storage
 from growkit.train.score import autocast, mode_kept, multiplying
 from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
+MORE_ROOM = "try --grad-checkpointing or --precision bf16, or free some"
 STEP = 8  # a batch found by trial is a multiple of this
 
 
@@ -46,8 +47,8 @@ def largest_batch(
     """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not even one does.
 
     On several processes, how many fit this one's part. Two small batches, whose peaks are counted without computing
-    anything, tell what an image takes. The size that follows is counted too, on a GPU `tried` besides, and made smaller
-    until it fits.
+    anything, tell what an image takes. The size that follows is counted too, on a GPU or under `ulimit -v` `tried`
+    besides, and made smaller until it fits.
     """
     model.to(device)
     if settings.grad_checkpointing:
@@ -73,7 +74,7 @@ def largest_batch(
     def suits(size: int) -> bool:
         if counted(size) > room:
             return False
-        return not tried or device.type != "cuda" or _runs(model, images, size, settings, batches)
+        return not tried or (device.type != "cuda" and not limited()) or _runs(model, images, size, settings, batches)
 
     while fits and not suits(fits):
         fits //= 2
@@ -139,6 +140,8 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
         raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
     # DDP would send what a trial on one of several processes made; the remedy has two batches or more
     fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
+    if fits < 1 and wanted > 1:
+        raise GrowkitError(f"{told}, and what is free now holds not even one; {MORE_ROOM}")
     if fits < 1:
         raise GrowkitError(_nothing_fits(device))
     fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
@@ -150,4 +153,4 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
 
 
 def _nothing_fits(device: torch.device) -> str:
-    return f"not even one image fits the memory of {device}; try --grad-checkpointing or --precision bf16, or free some"
+    return f"not even one image fits the memory of {device}; {MORE_ROOM}"

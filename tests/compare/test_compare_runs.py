@@ -317,7 +317,10 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected 0 or more"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, settings, recipe, says):
+def test_what_cannot_work_is_refused_before_anything_is_read(
+    source, digits, tmp_path, monkeypatch, settings, recipe, says
+):
+    monkeypatch.setattr(bench_module, "read_through", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(GrowkitError, match=says):
         run_compare(tmp_path, source, digits, options(**settings), replace(RECIPE, **recipe))
     assert not (tmp_path / "compare").exists()

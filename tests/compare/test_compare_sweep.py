@@ -488,7 +488,8 @@ def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
         ({"operator_steps": "0,3,2000"}, "its operator takes .* all of a budget of .* fewer --operator-steps"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_runs(source, digits, tmp_path, given, says):
+def test_what_cannot_work_is_refused_before_anything_is_read(source, digits, tmp_path, monkeypatch, given, says):
+    monkeypatch.setattr(bench_module, "read_through", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(GrowkitError, match=says):
         run_sweep(tmp_path, source, digits, **given)
     assert not (tmp_path / "sweep").exists()

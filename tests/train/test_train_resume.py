@@ -251,6 +251,13 @@ def test_resuming_with_other_settings_names_the_difference(
     assert run.metrics() == before
 
 
+def test_resuming_with_other_settings_names_all_of_them_at_once(unbroken: tuple[Run, FitResult]) -> None:
+    run = Run(unbroken[0].folder, unbroken[0].data)
+    says = r"started with batch_size 8, not 4; lr 0\.01, not 0\.5; steps 9, not 5: give the same, or start"
+    with pytest.raises(GrowkitError, match=says):
+        run.fit(replace(ALL_ON, lr=0.5, batch_size=4, steps=5), resume=True)
+
+
 def test_resuming_with_other_settings_reads_no_image(unbroken: tuple[Run, FitResult]) -> None:
     """With --cache, reading one means decoding all."""
     run = Run(unbroken[0].folder, replace(unbroken[0].data, train=MagicMock(**{"__len__.return_value": 26})))

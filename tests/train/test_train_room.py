@@ -116,6 +116,20 @@ def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
     assert fit(model, data, replace(SETTINGS, batch_size=16, grad_accum_steps=2)).steps == 1
 
 
+def test_running_out_of_memory_where_nothing_is_free_any_more_does_not_say_that_nothing_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is free then leaves out what the failed step will give back."""
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1)
+    for size, says in (
+        (4, "with 4 images a batch, and what is free now holds not even one"),
+        (1, "not even one image"),
+    ):
+        settings = replace(SETTINGS, batch_size=size)
+        with pytest.raises(GrowkitError, match=says), room.telling_what_fits(vit(), images(), settings, CPU):
+            raise torch.OutOfMemoryError("full")
+
+
 def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where batches add up, asked for or as the remedy, each but the first finds gradients there already."""
     counted: list[int] = []
