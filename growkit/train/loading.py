@@ -3,6 +3,7 @@
 import atexit
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 DYING = 1.0  # seconds in which a process whose pipes closed has ended
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
-_readers: WeakSet[BaseProcess] = WeakSet()
+_readers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()  # with the process that began each
 _most = [1024]  # processes that the machine was found to bear, for this process's loaders to come
 # loaders that lost a process, or errors with such as were half begun: torch's way to end the first may wait for a lock
 # that the dead hold, and that to end the others fails
@@ -173,14 +174,14 @@ def _begun(
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     # multiprocessing.active_children() leaves out those that have ended already
     readers: list[BaseProcess] = getattr(batches, "_workers", [])
-    _readers.update(readers)
+    _readers.update(dict.fromkeys(readers, os.getpid()))
     return batches, readers
 
 
 @atexit.register
 def _end_all() -> None:
     """At the end of the main process, as after an error: Python's own way is SIGTERM, and they would serve on."""
-    _end(_readers)
+    _end(reader for reader, owner in _readers.items() if owner == os.getpid())
 
 
 def _end(readers: Iterable[BaseProcess]) -> None:
