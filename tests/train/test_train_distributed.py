@@ -619,6 +619,10 @@ def test_other_commands_refuse_several_processes(
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(GrowkitError, match=f"growkit {command} runs in one process; start it without torchrun"):
         growkit(command, "a", "--to", "b", "--data", "c")
+    monkeypatch.setenv("RANK", "1")  # of several processes one speaks
+    from growkit_cli.main import app
+
+    assert app([command, "a", "--to", "b", "--data", "c"], standalone_mode=False) == 2
 
 
 def test_device_under_torchrun_is_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
