@@ -84,7 +84,9 @@ def batch_size_of(folder: Path) -> int:
     Raises:
         GrowkitError: there is none, or it is damaged.
     """
-    found: int = _read_state(folder / STATE)["identity"]["batch_size"]
+    found = _read_state(folder / STATE)["identity"].get("batch_size")
+    if not isinstance(found, int):
+        raise _damaged(folder / STATE)
     return found
 
 
@@ -95,10 +97,13 @@ def _read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises whatever its reader stumbles over
         state = {}
-    identity = state.get("identity") if isinstance(state, dict) else None
-    if not isinstance(identity, dict) or not isinstance(identity.get("batch_size"), int):
-        raise GrowkitError(f"{path}: damaged; {ANEW}")
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise _damaged(path)
     return state
+
+
+def _damaged(path: Path) -> GrowkitError:
+    return GrowkitError(f"{path}: damaged; {ANEW}")
 
 
 def clear(folder: Path) -> None:
