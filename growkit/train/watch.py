@@ -85,6 +85,10 @@ def stop_signals() -> Iterator[Stop]:
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except RuntimeError:  # perhaps of a process that is gone: torchrun ends those that are left, and they say why first
+        if distributed.size() > 1:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
