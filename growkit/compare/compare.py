@@ -122,8 +122,12 @@ class Comparison:
         for lr in grid:
             self._run(Cell(arm, budget, seed, lr))
         chosen = self.best(arm, budget) if seed == self.seeds[0] else self._result(Cell(arm, budget, seed, grid[0]))
-        if chosen is not None and "failed" not in chosen and chosen["test"] is None:
+        if chosen is None or "failed" in chosen:
+            return
+        if chosen["test"] is None:
             self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
+        for lr in self.lrs:  # where a process died before it came to that, too
+            (self.runs / Cell(arm, budget, seed, lr).slug / "model.safetensors").unlink(missing_ok=True)
 
     def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
         """The first seed's run that the test images scored, else the best one so far; None when there is none."""
@@ -227,14 +231,12 @@ class Comparison:
         return self._rates[arm.slug]
 
     def _test(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Score a chosen run on the test images, once, and let its weights go."""
+        """Score a chosen run on the test images, once."""
         folder = self.runs / cell.slug
         model = self.bench.fresh(cell.arm)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         result["test"] = asdict(self.bench.score(model, test=True))
         write_json(folder / "result.json", result)
-        for lr in self.lrs:
-            (self.runs / replace(cell, lr=lr).slug / "model.safetensors").unlink(missing_ok=True)
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         path = self.runs / cell.slug / "result.json"

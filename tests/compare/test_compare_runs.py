@@ -339,6 +339,14 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, 
     assert runs_of(tmp_path) == before
 
 
+def test_weights_that_a_kill_left_after_the_test_go_with_the_next_start(source, digits, tmp_path):
+    run_compare(tmp_path, source, digits, options(methods="lemon"))
+    for run in (tmp_path / "compare" / "runs").iterdir():
+        (run / "model.safetensors").touch()
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+    assert list((tmp_path / "compare" / "runs").glob("*/model.safetensors")) == []
+
+
 @pytest.mark.parametrize("name", ["begun.json", "result.json"])
 def test_file_of_another_version_is_refused_by_name_and_left(source, digits, tmp_path, name):
     settings = options(methods="lemon")
