@@ -121,6 +121,8 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
             try:
                 batch, told = next(batches)
             except Exception as error:  # a dozen kinds: what a dead process has sent may need it to be read
+                if not readers:
+                    raise
                 full = any(words in str(error) for words in SHARED_MEMORY_IS_FULL)
                 dead = [] if full else _dead_of(readers)
                 if not (full or dead):

@@ -140,10 +140,9 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
         raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
     # DDP would send what a trial on one of several processes made; the remedy has two batches or more
     fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
-    if fits < 1 and wanted > 1:
-        raise GrowkitError(f"{told}, and what is free now holds not even one; {MORE_ROOM}")
     if fits < 1:
-        raise GrowkitError(_nothing_fits(device))
+        none = f"{told}, and what is free now holds not even one; {MORE_ROOM}"
+        raise GrowkitError(none if wanted > 1 else _nothing_fits(device))
     fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
     raise GrowkitError(
         f"{told}; --batch-size {fits * processes} --grad-accum-steps {settings.grad_accum_steps * wanted // fits}"

@@ -688,14 +688,19 @@ raise SystemExit("an error")
     assert (done.returncode, done.stderr) == (1, "an error\n")
 
 
-def test_an_error_of_a_reader_is_no_death(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("workers", "says"), [(2, "of our own"), (0, "of our own"), (0, "unable to write to file")])
+def test_an_error_that_comes_of_no_death_is_raised(
+    workers: int, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     class Faulty(TensorDataset):
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-            raise ValueError("of our own")
+            raise ValueError(says)
 
+    if not workers:
+        monkeypatch.setattr(loading, "wait", lambda *_, **__: pytest.fail("waited for nobody"))
     data = Data(train=Faulty(torch.zeros(8)), val=Faulty(torch.zeros(8)), classes=[])
-    with pytest.raises(ValueError, match="of our own"):
-        list(val_batches(data, FitSettings(batch_size=4, workers=2)))
+    with pytest.raises(ValueError, match=says):
+        list(val_batches(data, FitSettings(batch_size=4, workers=workers)))
     assert caplog.messages == []
 
 

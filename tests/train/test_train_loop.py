@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,36 +283,44 @@ def test_how_far_a_run_is_shows_before_every_batch_however_rarely_it_records(tmp
     assert [done for done, _, _ in told] == [4]
 
 
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[loop.FitResult, list[str]]]:
+    """fit where each update takes two seconds of a clock: its result and notes; asked to stop before update `stop`."""
+
+    def run(settings: FitSettings, stop: float = -1, **more: Any) -> tuple[loop.FitResult, list[str]]:
+        told: list[str] = []
+        seconds = [0.0]
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
+
+        def progress(done: float, total: int, note: str = "") -> None:
+            told.append(note)
+            seconds[0] += 2
+            if done == stop:
+                signal.raise_signal(signal.SIGINT)
+
+        return fit(Net(), blobs(), settings, progress=progress, **more), told
+
+    return run
+
+
 def test_rate_before_the_first_record_counts_the_time_before_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ticking: Callable[..., tuple[loop.FitResult, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, seconds = [], [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
-
-    def progress(done: float, total: int, note: str = "") -> None:
-        told.append(note)
-        seconds[0] += 2
-
-    fit(Net(), blobs(), replace(PLAIN, steps=5, log_every=50, save_seconds=3.0), folder=tmp_path, progress=progress)
+    saves: list[int] = []
+    real = loop.resuming.save_state
+    monkeypatch.setattr(loop.resuming, "save_state", lambda at, state: (saves.append(state["step"]), real(at, state)))
+    _, told = ticking(replace(PLAIN, steps=5, log_every=50, save_seconds=3.0), folder=tmp_path)
     assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
+    assert saves == [2, 4, 5]
 
 
 def test_rates_of_an_interrupted_run_and_of_what_goes_on_count_their_own_time_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ticking: Callable[..., tuple[loop.FitResult, list[str]]]
 ) -> None:
-    told, seconds = [], [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
-
-    def progress(done: float, total: int, note: str = "") -> None:
-        told.append(note)
-        seconds[0] += 2
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
     settings = replace(PLAIN, steps=9, log_every=50)
     for resume, steps in ((False, 4), (True, 9)):
-        told.clear()
-        assert fit(Net(), blobs(), settings, folder=tmp_path, resume=resume, progress=progress).steps == steps
+        result, told = ticking(settings, stop=3, folder=tmp_path, resume=resume)
+        assert result.steps == steps
         assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
 
 
