@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -64,6 +64,7 @@ class Bench:
     folder: Path
     tell: Tell = silent
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
+    _prices: dict[GrowSettings | Literal["source", "target"], int] = field(default_factory=dict, repr=False)
 
     def refuse_unusable(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
         """Raise GrowkitError where no run could use the recipe at one of `rates`, or no operator its own at its."""
@@ -174,13 +175,19 @@ class Bench:
         steps = self.operator_steps(arm)
         if not steps or arm.grow is None:
             return 0
-        grown = grow(self.source.architecture, self.target, self.source.state, arm.grow).to("meta")
-        return steps * self._priced(grown, self.target)
+        priced = replace(arm.grow, noise=0.0)  # which costs nothing
+        if priced not in self._prices:
+            grown = grow(self.source.architecture, self.target, self.source.state, priced).to("meta")
+            self._prices[priced] = self._priced(grown, self.target)
+        return steps * self._prices[priced]
 
     def flops_per_step(self, arm: Arm) -> int:
         """FLOPs of one update of the arm's training proper."""
-        trained = self.trained(arm)
-        return self._priced(build(trained.name, trained.arguments, device="meta"), trained)
+        priced: Literal["source", "target"] = "source" if arm.name == LONGER else "target"
+        if priced not in self._prices:
+            trained = self.trained(arm)
+            self._prices[priced] = self._priced(build(trained.name, trained.arguments, device="meta"), trained)
+        return self._prices[priced]
 
     def _priced(self, model: nn.Module, architecture: Architecture) -> int:
         """FLOPs of an update as `fit` counts it."""
@@ -189,23 +196,30 @@ class Bench:
         images = images_per_batch(self.data, self.recipe)
         return step_flops(model, architecture, images, self.recipe.grad_accum_steps)
 
+    def steps_left(self, arm: Arm, flops: float, spent: float) -> int:
+        """Updates of training proper that `flops` pays for, `spent` of which went into the operator; maybe none."""
+        return max(0, round((flops - spent) / self.flops_per_step(arm)))
+
     def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
-        """Updates of training proper that `flops` pays for, `spent` of which went into the operator.
+        """The same, where there must be some.
 
         Raises:
             GrowkitError: not a single one.
         """
-        steps = round((flops - spent) / self.flops_per_step(arm))
+        steps = self.steps_left(arm, flops, spent)
         if steps < 1 and not spent:
             raise GrowkitError(
                 f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP pays for not one update; train for more "
                 "--epochs, or leave out the smallest of --budgets"
             )
         if steps < 1:
+            most = int((flops / spent) * self.operator_steps(arm)) - 1
+            fewer = (
+                f"give it fewer --operator-steps (at most {most} here)" if most > 0 else "leave it untrained (steps=0)"
+            )
             raise GrowkitError(
                 f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, all of a budget of {flops / 1e12:.3g}; "
-                f"train for more --epochs, or give it fewer --operator-steps (at most "
-                f"{max(0, int((flops / spent) * self.operator_steps(arm)) - 1)} here)"
+                f"train for more --epochs, or {fewer}"
             )
         return steps
 

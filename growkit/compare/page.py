@@ -297,7 +297,11 @@ def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[A
     """Write report.html of a sweep."""
     sections = [
         Section("Recommended", "\n".join((*content["reasons"], "The full run:", *content["commands"]))),
-        Section("Trials, best first", "Scores are on held-out images.", Table(*trials_table(tried))),
+        Section(
+            "Trials, best first",
+            "\n".join(("Scores are on held-out images.", *content["left_out"])),
+            Table(*trials_table(tried)),
+        ),
     ]
     sections += _settings(content, "settings", "recipe", "data", "versions", "hardware")
     write_report(folder / "report.html", Report("growkit sweep", content["reasons"][:1], sections))

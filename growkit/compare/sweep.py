@@ -109,7 +109,7 @@ def sweep_settings(
     loaded with; the recommended commands repeat them.
 
     Raises:
-        GrowkitError: a method that cannot grow this pair, an operator that costs more than a trial may spend, unusable
+        GrowkitError: a method that cannot grow this pair, operators that all cost more than a trial may spend, unusable
             data, every trial failed, or a sweep that is there already (without `resume` or `force`) or is another one.
         KeyboardInterrupt: stopped; `resume` goes on.
     """
@@ -148,28 +148,47 @@ class Pilot:
     def __init__(self, bench: Bench, settings: SweepSettings, *, say: Say, follow: Follow):
         self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
         self.space = Space(bench, settings)
-        self.total = min(settings.trials, len(self.space.combinations))
         self.sign = 1 if settings.metric == "top1" else -1
         self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full_steps
+        self.left_out: list[str] = []  # a line on what `prepare` found too dear
+
+    @property
+    def total(self) -> int:
+        """Trials to make."""
+        return min(self.settings.trials, len(self.space.combinations))
 
     def prepare(self, *, resume: bool) -> None:
         """Refuse what cannot work before anything runs, and note what this sweep is.
 
         Raises:
-            GrowkitError: an operator leaves nothing of the budget, or the folder holds another sweep.
+            GrowkitError: no operator leaves anything of the budget, or the folder holds another sweep.
         """
         rates = numbers("--lrs", self.settings.lrs), numbers("--operator-lrs", self.settings.operator_lrs)
         self.bench.refuse_unusable(*rates)
-        dearest: dict[GrowSettings, Arm] = {}
-        for answers in self.space.combinations:
-            arm, _ = self.space.combine(answers)
-            assert arm.grow is not None
-            priced = replace(arm.grow, noise=0.0)  # which costs nothing
-            dearest[priced] = max(arm, dearest.get(priced, arm), key=lambda one: one.operator_steps or 0)
-        for arm in each(list(dearest.values()), self.bench.tell("counting what trials cost")):
-            self.bench.steps_within(arm, self.budget, self.bench.operator_flops(arm))
+        self._leave_out_what_is_too_dear()
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
         begin(self.bench, own, resume=resume, free=("trials",), say=self.say)
+
+    def _leave_out_what_is_too_dear(self) -> None:
+        """Raise GrowkitError where nothing else is left."""
+        combinations = self.space.combinations
+        arms = {key: self.space.combine(answers)[0] for key, answers in combinations.items()}
+        told = self.bench.tell("counting what trials cost")
+        costs = {key: self.bench.operator_flops(arms[key]) for key in each(list(arms), told)}
+        dear = [key for key, arm in arms.items() if not self.bench.steps_left(arm, self.budget, costs[key])]
+        if len(dear) == len(arms):
+            cheapest = min(costs, key=costs.__getitem__)
+            self.bench.steps_within(arms[cheapest], self.budget, costs[cheapest])  # which says why it cannot
+        if dear:
+            for key in dear:
+                del combinations[key]
+            names = list(dict.fromkeys(arms[key].name for key in dear))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.left_out.append(
+                f"{len(dear)} of {len(arms)} combinations are left out, their operators would take all of a trial's "
+                f"{self.budget / 1e12:.3g} TFLOP: {', '.join(names[:3])}{more}"
+            )
+            self.say(self.left_out[0])
 
     def from_nothing(self) -> dict[str, Any]:
         """The target from nothing on the same share, at the best of its rates; what is there is not run again.
@@ -268,18 +287,16 @@ class Pilot:
         seed = self.bench.recipe.seed + len(ended)
         study = self._study(seed=seed)
         study.add_trials(ended)
-        tried = [trial.user_attrs["options"] for trial in ended]
-
-        def new(answers: dict[str, str]) -> bool:
-            return self.space.combine(answers)[1] not in tried
+        untried = self.space.combinations.keys() - {repr(trial.user_attrs["options"]) for trial in ended}
 
         for _ in range(REPEATS):
             trial = study.ask()
             answers = self.space.draw(trial)
-            if new(answers):
+            if self.space.key(answers) in untried:
                 return study, trial, answers
             study.tell(trial, state=TrialState.FAIL)
-        study.enqueue_trial(random.Random(seed).choice([left for left in self.space.combinations if new(left)]))
+        left = [answers for key, answers in self.space.combinations.items() if key in untried]
+        study.enqueue_trial(random.Random(seed).choice(left))
         trial = study.ask()
         return study, trial, self.space.draw(trial)
 
@@ -349,7 +366,11 @@ class Space:
         self.staged = "blocks" in grown and len(grown) > 1
         self.learned: dict[str, bool] = {}
         # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
-        self.combinations = list({repr(self.combine(one)[1]): one for one in self._all({})}.values())
+        self.combinations = {self.key(one): one for one in self._all({})}
+
+    def key(self, answers: dict[str, str]) -> str:
+        """The same for answers that come to the same."""
+        return repr(self.combine(answers)[1])
 
     def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         """What is to be chosen and from what; each answer must be in `answers` before the next question.
@@ -500,6 +521,7 @@ def _conclude(
         "trials": [asdict(one) for one in order],
         "recommended": asdict(best),
         "saving_on_pilot": saving,
+        "left_out": pilot.left_out,
         "reasons": reasons,
         "commands": commands,
         "versions": versions(),

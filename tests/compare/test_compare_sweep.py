@@ -1,5 +1,6 @@
 """A pilot in seconds: what it asks, what it recommends, and that it goes on where it was stopped."""
 
+import html
 import json
 import shlex
 import signal
@@ -387,7 +388,7 @@ class Asking:
             source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
         )
         space = Space(bench, settings)
-        self.made = [space.combine(answers) for answers in space.combinations]
+        self.made = [space.combine(answers) for answers in space.combinations.values()]
         self.options = [options for _, options in self.made]
 
 
@@ -470,6 +471,16 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     assert trials_table(found.tried)[1][-1][-2:] == ("–", "stopped early")
 
 
+def test_trials_whose_operator_would_take_all_are_left_out(source, digits, tmp_path):
+    lines = []
+    found = run_sweep(tmp_path, source, digits, operator_steps="0,3,2000", lrs="2e-3,1e-3", say=lines.append)
+    assert {one.options["steps"] for one in found.tried} == {0, 3}
+    assert len(found.tried) == QUICK["trials"]  # of eight that can be paid for
+    told = "4 of 12 combinations are left out, their operators would take all of a trial's "
+    assert [line for line in lines if line.startswith(told) and line.endswith("steps=2000")]
+    assert told in html.unescape((tmp_path / "sweep" / "report.html").read_text())
+
+
 def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -485,7 +496,7 @@ def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
         ({"rank_choices": "0"}, "--rank-choices 0"),
         ({"methods": "mango:steps=1"}, "--methods mango:steps=1: .* steps from --operator-steps"),
         ({"methods": "mango,mango:lr=1e-4"}, "--methods mango:lr=1e-4: .* lr from --operator-lrs"),
-        ({"operator_steps": "0,3,2000"}, "its operator takes .* all of a budget of .* fewer --operator-steps"),
+        ({"operator_steps": "1900,2000"}, "steps=1900: its operator takes .* all of a budget of .* --operator-steps"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(source, digits, tmp_path, monkeypatch, given, says):
