@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from growkit.errors import GrowkitError
 from growkit.train import distributed
 from growkit.train import resume as resuming
-from growkit.train.batches import batches_per_epoch, images_per_batch, train_batches
+from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
+from growkit.train.length import Length, length_of
 from growkit.train.room import telling_what_fits
 from growkit.train.score import Scores, multiplying, refuse_tf32
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, rate, unheard
 from growkit.train.training import REMEDY, Training, optimizer_of
-from growkit.train.watch import StepRecord, board, interruption, stop_signals
+from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
 __all__ = ["FitResult", "StepRecord", "fit"]
 
@@ -96,170 +98,254 @@ def fit(
             finite, --tf32 on a device without it, no state to resume from, or a state of another run.
         KeyboardInterrupt: a second signal, or a first one before anything was learned.
     """
-    began = time.perf_counter()
-    plan = _plan(data, settings)
+    _refuse_rates(settings)
+    length = length_of(data, settings)
     if settings.model_ema and evaluate is None:
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
     device = torch.device(device)
     refuse_tf32(settings, device)
     identity = _identity(data, settings)
     state = _state_of(folder, identity) if resume else None
-    with telling_what_fits(model, data, settings, device):
-        training = Training(model, data, settings, device, plan.total, plan.warmup)
-    losses: list[float] = []
-    history: list[tuple[int, Scores]] = []
-    start, seconds_before = 0, 0.0
+    run = _Run(model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, progress)
+    run.begin(state)
+    run.go()
+    return run.result()
 
-    def owed(step: int) -> bool:
+
+class _Run:
+    """A run under way: what it has learned, how much of that is saved, and whether it is to stop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: FitSettings,
+        length: Length,
+        device: torch.device,
+        folder: Path | None,
+        identity: dict[str, Any],
+        evaluate: Callable[[nn.Module], Scores] | None,
+        on_step: Callable[[StepRecord], None] | None,
+        on_best: Callable[[nn.Module, Scores], None] | None,
+        progress: Done,
+    ):
+        self.began = time.perf_counter()
+        self.data, self.settings, self.length = data, settings, length
+        self.folder, self.identity = folder, identity
+        self.evaluate, self.on_step, self.on_best, self.progress = evaluate, on_step, on_best, progress
+        self.what_fits = partial(telling_what_fits, model, data, settings, device)
+        with self.what_fits():
+            self.training = Training(model, data, settings, device, length.total, length.warmup)
+        self.divisible = not distributed.statistics(model)  # an update whose first batches leave no trace
+        self.start, self.seconds_before = 0, 0.0
+        self.losses: list[float] = []  # one for each update
+        self.unread: list[Tensor] = []  # losses still on the device; reading them waits for it
+        self.history: list[tuple[int, Scores]] = []
+        self.saved, self.saved_at = (0, 0), self.began  # updates and scores; when
+        self.window = self.training_seconds = 0.0  # seconds since the last record, and in all
+        self.mark = self.began  # since when the window does not count
+        self.recorded, self.note = 0, ""  # the last record, and what is said of it
+        self.stop, self.interrupted = Stop(), False
+
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Start where `state` was taken, or from nothing; the folder is made ready."""
+        folder = self.folder
+        if folder is not None and state is not None:
+            self.training.load(state["training"])
+            self.start, self.seconds_before, self.losses = state["step"], state["seconds"], state["losses"].tolist()
+            self.history = [(step, Scores(**scores)) for step, scores in state["history"]]
+            distributed.by_leader(lambda: resuming.cut_metrics(folder, self.start - self._owed(self.start)))
+        elif folder is not None:
+            distributed.by_leader(lambda: resuming.clear(folder))
+            distributed.begin()
+        self.recorded, self.saved, self.saved_at = self.start, self._learned, time.perf_counter()
+
+    def go(self) -> None:
+        """Make the updates that are left, until the last one or a stop."""
+        start, owed = self.start, self._owed(self.start)
+        batches = self._batches()
+        written_in = self.folder if distributed.leads() else None
+        with stop_signals() as self.stop, board(self.settings, written_in, start - owed) as show:
+            self.mark = time.perf_counter()
+            for step in range(start + (not owed), self.length.total + 1):
+                whole = step == start or self._updated(step, batches)
+                self.interrupted = self._after_update(step, whole, show)
+                if self.interrupted:
+                    break
+            self._tell(len(self.losses))
+
+    def result(self) -> FitResult:
+        """What was done so far."""
+        best = _best(self.history) if self.history else (None, None)
+        images, flops = self.length.images_per_update, self.training.flops_per_step
+        seconds = self.training_seconds + self.window
+        return FitResult(
+            steps=len(self.losses),
+            total=self.length.total,
+            losses=tuple(self.losses),
+            best_step=best[0],
+            best_scores=best[1],
+            history=tuple(self.history),
+            interrupted=self.interrupted,
+            flops_per_step=flops,
+            macs_per_step=flops // 2,
+            images_per_step=images,
+            images_per_second=(len(self.losses) - self.start) * images / (seconds or 1.0),
+            seconds=self._seconds,
+            stopped_by=distributed.largest(self.stop.number or 0) or None,
+            judged=self.training.judged,
+        )
+
+    @property
+    def _learned(self) -> tuple[int, int]:
+        """Updates and scores so far."""
+        return len(self.losses), len(self.history)
+
+    @property
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def _owed(self, step: int) -> bool:
         """Whether the model is to be scored after update `step`, and was not."""
-        scored = bool(history) and history[-1][0] == step
-        return evaluate is not None and step > 0 and not scored and (step == plan.total or plan.evaluates_at(step))
+        scored = bool(self.history) and self.history[-1][0] == step
+        return self.evaluate is not None and not scored and self.length.evaluates_at(step)
 
-    if folder is not None and state is not None:
-        training.load(state["training"])
-        start, seconds_before, losses = state["step"], state["seconds"], state["losses"].tolist()
-        history = [(step, Scores(**scores)) for step, scores in state["history"]]
-        distributed.by_leader(lambda: resuming.cut_metrics(folder, start - owed(start)))
-    elif folder is not None:
-        distributed.by_leader(lambda: resuming.clear(folder))
-        distributed.begin()
-    saved, saved_scores, saved_at = start, len(history), time.perf_counter()
-    accumulate = settings.grad_accum_steps
-    divisible = not distributed.statistics(model)  # an update whose first batches leave no trace
-    read = train_batches(data, settings, start * accumulate, plan.total * accumulate, device=training.device)
+    def _tell(self, done: float) -> None:
+        seconds = self.window + time.perf_counter() - self.mark
+        learned = (done - self.start) * self.length.images_per_update
+        self.progress(done, self.length.total, self.note or rate(learned, seconds))
 
-    def told(done: float) -> None:
-        seconds = window + time.perf_counter() - mark
-        progress(done, plan.total, note or rate((done - start) * plan.images_per_update, seconds))
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the updates to come; before each it is told how far the run is.
 
-    def followed() -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range((plan.total - start) * accumulate):
-            told(start + number / accumulate)
-            if number % accumulate and divisible and distributed.agreed(stop.asked)[0]:
+        Raises:
+            _StoppedError: a stop was asked for between two of an update.
+        """
+        accumulate = self.settings.grad_accum_steps
+        first, end = self.start * accumulate, self.length.total * accumulate
+        read = train_batches(self.data, self.settings, first, end, device=self.training.device)
+        for number in range(first, end):
+            self._tell(number / accumulate)
+            if number % accumulate and self.divisible and distributed.agreed(self.stop.asked)[0]:
                 raise _StoppedError
             yield next(read)
 
-    batches = followed()
-
-    def updated(step: int) -> bool:
+    def _updated(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """Make an update; False where a stop was asked for between its batches: they are let go."""
         try:
-            with telling_what_fits(model, data, settings, device), multiplying(settings.tf32):
-                pending.append(training.update(step, batches))
+            with self.what_fits(), multiplying(self.settings.tf32):
+                self.unread.append(self.training.update(step, batches))
         except _StoppedError:
-            training.optimizer.zero_grad(set_to_none=True)
+            self.training.optimizer.zero_grad(set_to_none=True)
             return False
         return True
 
-    def score() -> Scores | None:
+    def _after_update(self, step: int, whole: bool, show: Callable[[StepRecord], None]) -> bool:
+        """Score, record and save what is due after update `step`; whether the run is to stop there.
+
+        A step that is not `whole` was let go.
+        """
+        last, judge = whole and step == self.length.total, whole and self._owed(step)
+        report = judge or last or (whole and step % self.settings.log_every == 0)
+        due = judge or last or time.perf_counter() - self.saved_at >= self.settings.save_seconds
+        due, stopping = distributed.agreed(due, self.stop.asked)
+        if not (report or due or stopping):
+            return False
+        self._read_losses()
+        if stopping and not self.losses:
+            raise interruption(distributed.largest(self.stop.number or 0))
+        if due or stopping:  # nothing that is not finite is scored, kept or saved
+            self.training.refuse_broken(len(self.losses), self._kept_in)
+        self.window += time.perf_counter() - self.mark
+        scores = None
+        if judge:
+            if step > self.saved[0]:  # scoring takes long, and may be ended at once
+                self._save()
+            scores = self._score()
+            stopping = stopping or scores is None
+        if report and (scores is not None or not judge):
+            self._record(step, scores, show)
+            (stopping,) = distributed.agreed(self.stop.asked)
+        if (due or stopping) and self._learned != self.saved:
+            self._save()
+        self.mark = time.perf_counter()
+        return stopping
+
+    def _read_losses(self) -> None:
+        """Wait for the device, and take over the losses since the last time.
+
+        Raises:
+            GrowkitError: one is not finite.
+        """
+        if not self.unread:
+            return
+        means = distributed.summed(torch.stack(self.unread)) / distributed.size()
+        for step, loss in enumerate(means.tolist(), start=len(self.losses) + 1):
+            if not math.isfinite(loss):
+                raise GrowkitError(f"the loss is {loss} at update {step}; {REMEDY}{self._kept_in}")
+            self.losses.append(loss)
+        self.unread.clear()
+
+    def _score(self) -> Scores | None:
         """Scores of the model; None where a stop was asked for before, or meanwhile."""
-        if evaluate is None or distributed.agreed(stop.asked)[0]:
+        assert self.evaluate is not None
+        if distributed.agreed(self.stop.asked)[0]:
             return None
         try:
-            with stop.raising(distributed.size() == 1):
-                return evaluate(training.judged)
+            with self.stop.raising(distributed.size() == 1):
+                return self.evaluate(self.training.judged)
         except KeyboardInterrupt:
             if distributed.size() > 1:
                 raise
-            stop.asked = True
+            self.stop.asked = True
             return None
         finally:
-            model.train()
+            self.training.model.train()
 
-    def save() -> None:
-        nonlocal saved, saved_scores, saved_at
+    def _record(self, step: int, scores: Scores | None, show: Callable[[StepRecord], None]) -> None:
+        if scores is not None:
+            self.history.append((step, scores))
+            if self.on_best is not None and _best(self.history) == (step, scores):
+                self.on_best(self.training.judged, scores)
+        record = StepRecord(
+            step=step,
+            total=self.length.total,
+            epoch=step / self.length.updates_per_epoch,
+            loss=self.losses[-1],
+            lr=self.training.lr,
+            images_per_second=(step - self.recorded) * self.length.images_per_update / (self.window or 1.0),
+            scores=scores,
+        )
+        self.training_seconds, self.window, self.recorded = self.training_seconds + self.window, 0.0, step
+        self.note = _note(record, self.history)
+        if self.folder is not None and distributed.leads():
+            resuming.append_metrics(self.folder, asdict(record))
+        show(record)
+        if self.on_step is not None:
+            try:
+                self.on_step(record)
+            except KeyboardInterrupt:
+                self.stop.asked = True
+
+    def _save(self) -> None:
+        folder = self.folder
         if folder is not None:
             state = {
-                "identity": identity,
-                "step": len(losses),
-                "training": distributed.whole(training.state()),
-                "losses": torch.tensor(losses, dtype=torch.float64),
-                "history": [(step, asdict(scores)) for step, scores in history],
-                "seconds": seconds_before + time.perf_counter() - began,
+                "identity": self.identity,
+                "step": len(self.losses),
+                "training": distributed.whole(self.training.state()),
+                "losses": torch.tensor(self.losses, dtype=torch.float64),
+                "history": [(step, asdict(scores)) for step, scores in self.history],
+                "seconds": self._seconds,
             }
             distributed.by_leader(lambda: resuming.save_state(folder, state))
-        saved, saved_scores, saved_at = len(losses), len(history), time.perf_counter()
+        self.saved, self.saved_at = self._learned, time.perf_counter()
 
-    pending: list[Tensor] = []  # losses still on the device; reading them waits for it
-    note = ""  # on the last record
-    window = training_seconds = 0.0  # seconds since the last record, and in all
-    recorded, stopping = start, False
-    written_in = folder if distributed.leads() else None
-    with stop_signals() as stop, board(settings, written_in, start - owed(start)) as show:
-        mark = time.perf_counter()
-        for step in range(start + (not owed(start)), plan.total + 1):
-            whole = step == start or updated(step)
-            last, judge = whole and step == plan.total, whole and owed(step)
-            report = judge or last or (whole and step % settings.log_every == 0)
-            due = judge or last or time.perf_counter() - saved_at >= settings.save_seconds
-            due, stopping = distributed.agreed(due, stop.asked)
-            if not (report or due or stopping):
-                continue
-
-            if pending:
-                means = distributed.summed(torch.stack(pending)) / distributed.size()
-                losses += _finite(means.tolist(), len(losses), _kept_in(saved, folder))
-                pending.clear()
-            if stopping and not losses:
-                raise interruption(distributed.largest(stop.number or 0))
-            if due or stopping:  # nothing that is not finite is scored, kept or saved
-                training.refuse_broken(len(losses), _kept_in(saved, folder))
-            window += time.perf_counter() - mark
-            if judge and step > saved:  # scoring takes long, and may be ended at once
-                save()
-            scores = score() if judge else None
-            stopping = stopping or (judge and scores is None)
-            if report and (scores is not None or not judge):
-                if scores is not None:
-                    history.append((step, scores))
-                    if on_best is not None and _best(history) == (step, scores):
-                        on_best(training.judged, scores)
-                record = StepRecord(
-                    step=step,
-                    total=plan.total,
-                    epoch=step / plan.updates_per_epoch,
-                    loss=losses[-1],
-                    lr=training.lr,
-                    images_per_second=(step - recorded) * plan.images_per_update / (window or 1.0),
-                    scores=scores,
-                )
-                training_seconds, window, recorded = training_seconds + window, 0.0, step
-                note = _note(record, history)
-                if folder is not None and distributed.leads():
-                    resuming.append_metrics(folder, asdict(record))
-                show(record)
-                if on_step is not None:
-                    try:
-                        on_step(record)
-                    except KeyboardInterrupt:
-                        stop.asked = True
-                (stopping,) = distributed.agreed(stop.asked)
-            if (due or stopping) and (len(losses) > saved or len(history) > saved_scores):
-                save()
-            mark = time.perf_counter()
-            if stopping:
-                break
-        told(len(losses))
-
-    training_seconds += window
-    signalled = distributed.largest(stop.number or 0)
-    best = _best(history) if history else (None, None)
-    return FitResult(
-        steps=len(losses),
-        total=plan.total,
-        losses=tuple(losses),
-        best_step=best[0],
-        best_scores=best[1],
-        history=tuple(history),
-        interrupted=stopping,
-        flops_per_step=training.flops_per_step,
-        macs_per_step=training.flops_per_step // 2,
-        images_per_step=plan.images_per_update,
-        images_per_second=(len(losses) - start) * plan.images_per_update / (training_seconds or 1.0),
-        seconds=seconds_before + time.perf_counter() - began,
-        stopped_by=signalled or None,
-        judged=training.judged,
-    )
+    @property
+    def _kept_in(self) -> str:
+        """Where the last good weights are, as the end of a line."""
+        updates, _ = self.saved
+        return f"; the state of update {updates} is in {self.folder}" if self.folder and updates else ""
 
 
 def refuse_unusable(data: Data, settings: FitSettings, resumed: Path | None = None) -> None:
@@ -271,7 +357,8 @@ def refuse_unusable(data: Data, settings: FitSettings, resumed: Path | None = No
         GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, or no
             state to go on from, or one of another run.
     """
-    _plan(data, settings)
+    _refuse_rates(settings)
+    length_of(data, settings)
     optimizer_of(nn.Linear(1, 1), settings)
     if resumed is not None:
         _state_of(resumed, _identity(data, settings))
@@ -287,21 +374,7 @@ class _StoppedError(Exception):
     """A stop was asked for between the batches of an update."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Lengths of a run, in updates."""
-
-    total: int
-    warmup: int
-    updates_per_epoch: float
-    eval_every: int
-    images_per_update: int
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_every > 0 and step % self.eval_every == 0
-
-
-def _plan(data: Data, settings: FitSettings) -> _Plan:
+def _refuse_rates(settings: FitSettings) -> None:
     if settings.min_lr > settings.lr:
         raise GrowkitError(f"--min-lr {settings.min_lr}: expected at most the learning rate, {settings.lr}")
     if settings.lr * settings.weight_decay >= 1:
@@ -309,32 +382,6 @@ def _plan(data: Data, settings: FitSettings) -> _Plan:
             f"--weight-decay {settings.weight_decay} at a learning rate of {settings.lr} turns the sign of every"
             " weight; expected a product below 1"
         )
-    images = images_per_batch(data, settings)
-    distributed.refuse_odd(images)
-    each = images // distributed.size()
-    if each % 2 and (settings.mixup or settings.cutmix):
-        raise GrowkitError(
-            f"--mixup and --cutmix pair the images of a batch, and {each} is odd;"
-            f" set --batch-size {max(2, each - 1) * distributed.size()}"
-        )
-    updates_per_epoch = batches_per_epoch(data, settings) / settings.grad_accum_steps
-    total = settings.steps or max(1, round(settings.epochs * updates_per_epoch))
-    warmup = round((settings.warmup_epochs or 0) * updates_per_epoch)
-    if settings.warmup_epochs is None:
-        warmup = total // 20
-    if warmup >= total:
-        raise GrowkitError(
-            f"--warmup-epochs {settings.warmup_epochs} ({warmup} updates) must be shorter than"
-            f" the run ({total} updates)"
-        )
-    eval_every = round(settings.eval_every * updates_per_epoch)
-    return _Plan(
-        total=total,
-        warmup=warmup,
-        updates_per_epoch=updates_per_epoch,
-        eval_every=max(1, eval_every) if settings.eval_every else 0,
-        images_per_update=images * settings.grad_accum_steps,
-    )
 
 
 def _identity(data: Data, settings: FitSettings) -> dict[str, Any]:
@@ -354,16 +401,3 @@ def _note(record: StepRecord, history: list[tuple[int, Scores]]) -> str:
     scored = f" top-1 {history[-1][1].top1:.2%}" if history else ""
     speed = f" {record.images_per_second:.0f} images/s" if record.images_per_second else ""  # only scored since resumed
     return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e}{speed}"
-
-
-def _kept_in(saved: int, folder: Path | None) -> str:
-    """Where the last good weights are, as the end of a line."""
-    return f"; the state of update {saved} is in {folder}" if folder and saved else ""
-
-
-def _finite(losses: list[float], done: int, kept: str) -> list[float]:
-    """`losses` of the updates after `done`; GrowkitError where one is not finite."""
-    for step, loss in enumerate(losses, start=done + 1):
-        if not math.isfinite(loss):
-            raise GrowkitError(f"the loss is {loss} at update {step}; {REMEDY}{kept}")
-    return losses

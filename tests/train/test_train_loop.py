@@ -218,6 +218,17 @@ def test_evaluations_come_every_so_many_epochs_and_at_the_end(every: float, step
     assert [step for step, _ in result.history] == steps
 
 
+def test_evaluation_that_leaves_a_model_in_evaluation_mode_changes_nothing() -> None:
+    def evaluating(model: nn.Module) -> Scores:
+        return Scores(float(model.eval()(torch.zeros(1, 3, 8, 8)).isfinite().all()), 1.0, 1.0, 0.0, 1)
+
+    often = replace(PLAIN, eval_every=1 / 8)  # after each update
+    fit(watched := Net(), blobs(), often, evaluate=evaluating)
+    fit(plain := Net(), blobs(), PLAIN)
+    assert watched.drop.p > 0
+    assert torch.equal(watched.head.weight, plain.head.weight)
+
+
 def test_moving_average_is_what_is_judged_and_kept() -> None:
     settings = replace(PLAIN, steps=3, model_ema=True, model_ema_decay=0.9, eval_every=0.0)
     seen: list[nn.Module] = []
