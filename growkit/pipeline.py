@@ -248,7 +248,7 @@ def train_model(
     draft = fresh(name, sets, ["?"], seed=settings.seed)
     opened = open_data(data, draft.preprocessing, settings, tell=tell)
     labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
-    source = fresh(name, sets, labels, seed=settings.seed)
+    source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
     return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, tell)
 
 

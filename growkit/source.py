@@ -54,6 +54,8 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
     """
     if path.startswith(TIMM):
+        if from_ or sets:
+            raise GrowkitError(f"{path}: its name is its architecture; --from and --from-set are for bare checkpoints")
         return _load_timm(path)
     if path.startswith(HUB):
         return replace(load_source(str(_from_hub(path)), from_, sets), path=path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
+from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 
 SCRATCH, LONGER = "from nothing", "source trained longer"
@@ -88,8 +89,8 @@ def parse_arm(text: str) -> Arm:
         except ValueError:
             raise GrowkitError(f"--methods {text}: {value!r} is no value for {key}") from None
     steps, rate = given.pop("steps", None), given.pop("lr", None)
-    if (steps is not None and steps < 0) or (rate is not None and rate <= 0):
-        raise GrowkitError(f"--methods {text}: steps must not be below 0, lr must be above 0")
+    refuse_number(f"--methods {text}: steps", steps, least=0)
+    refuse_number(f"--methods {text}: lr", rate, above=0)
     if "ranks" in given:
         given["ranks"] = given["ranks"].replace("x", ",")
     return Arm(text.strip(), GrowSettings(method=method, **given), operator_steps=steps, operator_lr=rate)

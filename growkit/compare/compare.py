@@ -84,7 +84,8 @@ class Comparison:
             GrowkitError: an arm's operator leaves nothing of the smallest budget, or the folder holds a comparison
                 with other settings or of another version.
         """
-        self.bench.refuse_unusable(self.lrs, self.operator_lrs)
+        own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
+        self.bench.refuse_unusable(self.lrs, [*self.operator_lrs, *own_rates])
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
@@ -152,11 +153,13 @@ class Comparison:
         return [found for cell in cells if (found := self._result(cell)) is not None]
 
     def left_out(self) -> list[str]:
-        """Methods and seeds on file that this comparison was not asked for."""
+        """Methods, budgets and seeds on file that this comparison was not asked for."""
         made = [read_own(path) for path in sorted(self.runs.glob("*/result.json"))]
         arms = {found["arm"] for found in made} - {arm.name for arm in self.arms}
+        budgets = {found["budget"] for found in made} - set(self.budgets)
         seeds = {found["seed"] for found in made} - set(self.seeds)
-        return [*sorted(arms), *(f"seed {seed}" for seed in sorted(seeds))]
+        told = [f"budget {budget:g}" for budget in sorted(budgets)], [f"seed {seed}" for seed in sorted(seeds)]
+        return [*sorted(arms), *told[0], *told[1]]
 
     def _run(self, cell: Cell) -> None:
         found = self._result(cell)

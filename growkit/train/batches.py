@@ -30,9 +30,13 @@ def images_per_batch(data: Data, settings: FitSettings) -> int:
     Raises:
         GrowkitError: the size is still to be found.
     """
+    return min(_chosen(settings), size_of(data.train))
+
+
+def _chosen(settings: FitSettings) -> int:
     if settings.batch_size == AUTO:
-        raise GrowkitError("--batch-size auto: only grow, finetune and train find it; give a number here")
-    return min(settings.batch_size, size_of(data.train))
+        raise GrowkitError("--batch-size auto, or -1: only grow, finetune and train find it; give a number here")
+    return settings.batch_size
 
 
 def batches_per_epoch(data: Data, settings: FitSettings) -> int:
@@ -86,7 +90,7 @@ def val_batches(
     """
     device = torch.device(device)
     if isinstance(data.val, Resident):
-        yield from data.val.evaluation(_shares(size_of(data.val), settings.batch_size), device)
+        yield from data.val.evaluation(_shares(size_of(data.val), _chosen(settings)), device)
         return
     yield from _on(device, data.normalised, read_to_evaluate(data, settings, pin_memory=device.type == "cuda"))
 
@@ -97,7 +101,7 @@ def read_to_evaluate(data: Data, settings: FitSettings, *, pin_memory: bool = Fa
     Raises:
         GrowkitError: an image cannot be read; the message names it and the reason.
     """
-    shares = _shares(size_of(data.val), settings.batch_size)
+    shares = _shares(size_of(data.val), _chosen(settings))
     for batch, _ in loaded(Read(data.val, 0), shares, settings, pin_memory=pin_memory):
         yield batch
 

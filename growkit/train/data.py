@@ -161,8 +161,10 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
             )
         chosen += own[:out]
         tested += own[out:]
-    kept = [place for _, own in _by_class(data.train, seed, "keep") for place in own[: max(1, round(keep * len(own)))]]
-    train = data.train if keep == 1 else _part(data.train, sorted(kept))
+    train = data.train
+    if keep < 1:
+        by_class = _by_class(data.train, seed, "keep")
+        train = _part(train, sorted(place for _, own in by_class for place in own[: max(1, round(keep * len(own)))]))
     identity = {**data.identity, "hold_out": f"share {share}, keep {keep}, seed {seed}"}
     by, on = (
         replace(data, train=train, val=_part(data.val, sorted(part)), identity=identity) for part in (chosen, tested)

@@ -21,7 +21,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise GrowkitError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise GrowkitError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         remedy = "--device cpu works" if local_rank() is None else "start as many with --nproc-per-node"
         raise GrowkitError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; {remedy}")

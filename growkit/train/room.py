@@ -19,8 +19,9 @@ from growkit.train.score import autocast, mode_kept, multiplying
 from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
+_FEWEST = {1: "one image", 2: "the two images that are mixed"}
 MORE_ROOM = "try --grad-checkpointing or --precision bf16, or free some"
-STEP = 8  # a batch found by trial is a multiple of this
+STEP = 8  # what more than so many are rounded down to a multiple of, before they are tried
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -44,7 +45,7 @@ def largest_batch(
     *,
     tried: bool = True,
 ) -> int:
-    """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not even one does.
+    """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not one, or pair, does.
 
     On several processes, how many fit this one's part. Two small batches, whose peaks are counted without computing
     anything, tell what an image takes. The size that follows is counted too, on a GPU or under `ulimit -v` `tried`
@@ -69,7 +70,8 @@ def largest_batch(
     room = ROOM * free_bytes(device) + own
     each = max(1, (large - small) // 8)
     fits = max(0, min(int((room - small) / each) + 8, size_of(data.train) // distributed.size()))
-    fits = fits // STEP * STEP if fits > STEP else fits
+    pairs = _together(settings)
+    fits = fits // STEP * STEP if fits > STEP else fits // pairs * pairs
 
     def suits(size: int) -> bool:
         if counted(size) > room:
@@ -77,7 +79,7 @@ def largest_batch(
         return not tried or (device.type != "cuda" and not limited()) or _runs(model, images, size, settings, batches)
 
     while fits and not suits(fits):
-        fits //= 2
+        fits = fits // 2 // pairs * pairs
     return fits
 
 
@@ -112,7 +114,7 @@ def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device:
     batches = settings.grad_accum_steps if distributed.size() == 1 else 2  # DDP keeps gradients from update to update
     fits = distributed.least(largest_batch(model, data, settings, device, batches))
     if not fits:
-        raise GrowkitError(_nothing_fits(device))
+        raise GrowkitError(_nothing_fits(device, settings))
     return replace(settings, batch_size=fits * distributed.size())
 
 
@@ -140,16 +142,23 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
         raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
     # DDP would send what a trial on one of several processes made; the remedy has two batches or more
     fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
-    if fits < 1:
-        none = f"{told}, and what is free now holds not even one; {MORE_ROOM}"
-        raise GrowkitError(none if wanted > 1 else _nothing_fits(device))
-    fits = max(part for part in range(1, fits + 1) if wanted % part == 0)
+    pairs = _together(settings)
+    if fits < pairs:
+        none = f"{told}, and what is free now holds not even {_FEWEST[pairs]}; {MORE_ROOM}"
+        raise GrowkitError(none if wanted > pairs else _nothing_fits(device, settings))
+    fits = max(part for part in range(pairs, fits + 1, pairs) if wanted % part == 0)
     raise GrowkitError(
         f"{told}; --batch-size {fits * processes} --grad-accum-steps {settings.grad_accum_steps * wanted // fits}"
-        f" {'fits' if processes == 1 else 'should fit'} and makes the same update"
+        f" {'fits' if processes == 1 else 'should fit'}"
+        + ("" if pairs > 1 else " and makes the same update")  # each batch is mixed by a draw of its own
         + ("" if settings.grad_checkpointing else ", --grad-checkpointing makes room for more")
     )
 
 
-def _nothing_fits(device: torch.device) -> str:
-    return f"not even one image fits the memory of {device}; {MORE_ROOM}"
+def _together(settings: FitSettings) -> int:
+    """Images of a batch come in so many."""
+    return 2 if settings.mixup or settings.cutmix else 1
+
+
+def _nothing_fits(device: torch.device, settings: FitSettings) -> str:
+    return f"the memory of {device} holds not even {_FEWEST[_together(settings)]}; {MORE_ROOM}"

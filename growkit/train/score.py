@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.train.batches import images_per_batch, read_to_evaluate, val_batches
+from growkit.train.batches import read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
 from growkit.train.resident import Resident
@@ -129,10 +129,8 @@ def read_through(data: Data, settings: FitSettings, device: torch.device, *, pro
     """Read the validation images once, for nothing but to be told now of one that cannot be read.
 
     Raises:
-        GrowkitError: there is one; else that would end a run at its first evaluation, hours on. Or the size of a batch
-            is still to be found.
+        GrowkitError: there is one; else that would end a run at its first evaluation, hours on.
     """
-    images_per_batch(data, settings)
     if isinstance(data.val, Resident):
         data.val.decoded.on(device)
         return

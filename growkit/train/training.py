@@ -198,7 +198,7 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
     """What moves the parameters of `model` that require a gradient.
 
     Raises:
-        GrowkitError: no optimizer of timm's.
+        GrowkitError: no optimizer of timm's, or one of second order.
     """
     # timm's models name what must not decay
     spared: set[str] = getattr(model, "no_weight_decay", set)()
@@ -215,6 +215,8 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
         raise GrowkitError(
             f"--opt {settings.opt}: not an optimizer timm can make ({first_line(error)}); {told}"
         ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise GrowkitError(f"--opt {settings.opt}: it asks for second derivatives, which are not computed here")
     return optimizer
 
 

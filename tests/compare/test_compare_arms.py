@@ -46,7 +46,9 @@ def test_arms_that_differ_have_files_that_differ():
         ("mango:rank", "is no option"),
         ("mango:rank=four", "'four' is no value for rank"),
         ("mango:vectors=maybe", "no value for vectors"),
-        ("mango:steps=-1", "steps must not be below 0"),
+        ("mango:steps=-1", "steps -1: expected 0 or more"),
+        ("mango:lr=nan", "lr nan: expected more than 0"),
+        ("mango:lr=inf", "lr inf: expected more than 0"),
         ("mango,mango", "there twice"),
     ],
 )

@@ -422,12 +422,12 @@ def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(sourc
 
 
 def test_what_is_left_out_of_the_figures_is_told(source, digits, tmp_path):
-    run_compare(tmp_path, source, digits, options(methods="lemon,net2net", seeds=2))
+    run_compare(tmp_path, source, digits, options(methods="lemon,net2net", seeds=2, budgets="0.5,1"))
     lines = []
     less = run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
     assert [arm.name for arm in less.arms] == ["from nothing", "lemon"]
     told = [line for line in lines if line.startswith("not in these figures")]
-    assert [line.split(": ")[1].split(";")[0] for line in told] == ["net2net", "seed 1"]
+    assert [line.split(": ")[1].split(";")[0] for line in told] == ["net2net", "budget 0.5", "seed 1"]
 
 
 def test_most_operator_steps_that_are_offered_are_taken(source, digits, tmp_path):

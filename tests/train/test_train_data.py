@@ -351,6 +351,17 @@ def test_what_is_chosen_by_and_what_is_tested_on_share_out_the_validation_images
     assert chosen.classes == tested.classes == data.classes
 
 
+def test_labels_of_training_images_are_not_read_where_all_are_kept() -> None:
+    class Untold(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise AssertionError("read")
+
+    labels = torch.arange(8) % 2
+    val = TensorDataset(torch.rand(8, 3, 4, 4), labels)
+    chosen, _ = hold_out(Data(Untold(val.tensors[0], labels), val, ["a", "b"]), share=0.5, seed=0)
+    assert size_of(chosen.train) == 8
+
+
 @KINDS
 def test_no_image_is_both_trained_on_and_evaluated_and_evaluation_is_not_augmented(
     opened: Open, settings: FitSettings

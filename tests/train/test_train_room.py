@@ -65,6 +65,19 @@ def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}])
+def test_images_that_are_mixed_are_counted_in_pairs(mixing: dict[str, float]) -> None:
+    settings = replace(SETTINGS, batch_size=6, **mixing)
+    assert [largest_batch(vit(), images(count), settings, CPU) for count in (1, 3, 7, 9)] == [0, 2, 6, 8]
+    for size, says in (
+        (6, "6 images a batch; --batch-size 2 --grad-accum-steps 3 fits, "),
+        (2, "of cpu holds not even the two images that are mixed"),
+    ):
+        mixed = replace(settings, batch_size=size)
+        with pytest.raises(GrowkitError, match=says), room.telling_what_fits(vit(), images(), mixed, CPU):
+            raise torch.OutOfMemoryError("full")
+
+
 def test_blocks_computed_again_leave_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_bytes", lambda device: peak(vit(), 24) / room.ROOM)
     again = replace(SETTINGS, grad_checkpointing=True)
@@ -86,12 +99,12 @@ def test_size_is_found_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert with_batch_size(vit(), data, SETTINGS, CPU) is SETTINGS
     assert with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU).batch_size == 64
     monkeypatch.setattr(room, "free_bytes", lambda device: 1)
-    with pytest.raises(GrowkitError, match="not even one image fits"):
+    with pytest.raises(GrowkitError, match="holds not even one image"):
         with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU)
 
 
 def test_loop_refuses_a_size_still_to_be_found() -> None:
-    with pytest.raises(GrowkitError, match="--batch-size auto: only grow, finetune and train find it"):
+    with pytest.raises(GrowkitError, match="--batch-size auto, or -1: only grow, finetune and train find it"):
         fit(vit(), images(), replace(SETTINGS, batch_size=AUTO))
 
 
@@ -206,7 +219,7 @@ def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: p
     assert set(counted) == {2}
     assert with_batch_size(vit(), images(8), auto, CPU).batch_size == 8  # there are no more
     monkeypatch.setattr(room.distributed, "least", lambda own: 0)
-    with pytest.raises(GrowkitError, match="not even one image fits"):
+    with pytest.raises(GrowkitError, match="holds not even one image"):
         with_batch_size(vit(), images(), auto, CPU)
 
 
