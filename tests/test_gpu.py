@@ -13,20 +13,22 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from pairs import published_scale, randomised, tiny
+from pairs import PAIRS, published_scale, randomised, tiny
 from PIL import Image
 from program import growkit
 from torch import Tensor, nn
 
+from growkit.arch.spec import Architecture
 from growkit.core import ring as ring_module
 from growkit.core.ring import AXES, RingOperator
 from growkit.errors import GrowkitError
+from growkit.float32 import multiplying
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train import training
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
-from growkit.train.score import multiplying, score_model
+from growkit.train.score import score_model
 from growkit.train.settings import FitSettings
 
 pytestmark = pytest.mark.gpu
@@ -84,17 +86,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained_of(operator: bool) -> nn.Module:
+def trained_of(operator: bool = False, pair: tuple[Architecture, Architecture] = (SOURCE, TARGET)) -> nn.Module:
     """An operator to train, or the plain target."""
+    source, target = pair
     if not operator:
-        return published_scale(TARGET)
-    return grow(SOURCE, TARGET, published_scale(SOURCE).state_dict(), GrowSettings(rank=2))
+        return published_scale(target)
+    return grow(source, target, published_scale(source).state_dict(), GrowSettings(rank=2))
 
 
-def losses_of(images: Path, settings: FitSettings, device: torch.device, *, operator: bool = False) -> Tensor:
+def losses_of(images: Path, settings: FitSettings, device: torch.device, **what: Any) -> Tensor:
     torch.compiler.reset()
     data = open_data(str(images), INPUT, settings)
-    return torch.tensor(fit(trained_of(operator), data, settings, device=device).losses)
+    return torch.tensor(fit(trained_of(**what), data, settings, device=device).losses)
 
 
 @pytest.mark.parametrize("operator", [False, True], ids=["target", "operator"])
@@ -179,11 +182,18 @@ def test_ring_of_float16_factors_is_as_near_float64_as_tf32(
         assert 1e-5 < ours < 2 * theirs + 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("cache", ["none", "device"])
-def test_updates_never_wait_for_the_gpu(
-    precision: str, cache: str, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+WAITING: dict[str, tuple[FitSettings, dict[str, Any]]] = {  # settings, and what is trained
+    **{f"{name} from {cache}": (replace(PLAIN, precision=name, cache=cache), {})
+       for name in ("fp32", "bf16", "fp16") for cache in ("none", "device")},
+    "accumulated": (replace(PLAIN, batch_size=8, grad_accum_steps=2), {}),
+    "operator": (replace(PLAIN, precision="bf16"), {"operator": True}),
+    "operator in TF32": (replace(PLAIN, tf32=True), {"operator": True}),
+    "operator that carries a mean": (PLAIN, {"operator": True, "pair": PAIRS["pre-norm, odd"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_updates_never_wait_for_the_gpu(what: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are read back where they are reported; torch raises on any other wait."""
     update = training.Training.update
     watched: list[int] = []
@@ -199,7 +209,8 @@ def test_updates_never_wait_for_the_gpu(
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(training.Training, "update", strict)
-    losses_of(images, replace(PLAIN, precision=precision, cache=cache, workers=1), GPU)
+    settings, trained = WAITING[what]
+    losses_of(images, replace(settings, workers=1), GPU, **trained)
     assert watched == [3, 4, 5, 6, 7, 8]
 
 

@@ -16,7 +16,7 @@ from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.methods import METHODS
 from growkit.methods.carried_mean import alternating
-from growkit.methods.expand import SCALED, SpaceMap, even_scales, expand
+from growkit.methods.expand import SCALED, Expansion, SpaceMap, even_scales, expand
 from growkit.methods.mango import Mango, pack, unpack
 from growkit.methods.staged import Staged
 from growkit.settings import GrowSettings
@@ -435,9 +435,18 @@ def test_norm_before_the_blocks_gets_its_mean_carried(embed, heads, settings):
         assert lossless_gap(model, grown, seed=1) > 1e-3
 
 
+def test_norm_of_equal_gains_is_left_as_it_is():
+    source, target = PAIRS["pre-norm, odd"]
+    weights = source.split(randomised(source).state_dict())
+    weights["norm_pre.weight"] = torch.full_like(weights["norm_pre.weight"], 0.7)
+    method = METHODS["lemon"](source, target, GrowSettings(method="lemon"))
+    grown, plain = method(weights), Expansion.forward(method, weights)
+    assert all(torch.equal(grown[name], plain[name]) for name in plain)
+
+
 @pytest.mark.parametrize("count", range(2, 12))
 def test_alternating_numbers_cancel_and_none_is_zero(count):
-    signs = alternating(count)
+    signs = alternating(count, torch.empty(0, dtype=torch.float64))
     assert len(signs) == count
     assert signs.sum() == 0
     assert signs.abs().min() == 1

@@ -13,7 +13,7 @@ from growkit.core import ring as ring_module
 from growkit.core.contract import float32_sums
 from growkit.core.half import halved, may_halve, scales_of
 from growkit.core.ring import RingOperator, contraction_plan
-from growkit.train.score import multiplying
+from growkit.float32 import multiplying
 
 ROUNDING = 2.0**-11  # of a float16 factor, relative
 

@@ -35,6 +35,7 @@ from growkit.arch.spec import LAYERS, Architecture
 from growkit.core.contract import cheapest_orders
 from growkit.core.ring import AXES, RingOperator, contraction_plan
 from growkit.errors import GrowkitError
+from growkit.float32 import multiplying
 from growkit.grow import GrownModel, grow, make_method
 from growkit.methods.mango import Mango, mlp_blocks, pack
 from growkit.record import hardware, versions
@@ -42,7 +43,7 @@ from growkit.settings import GrowSettings
 from growkit.train.device import pick_device
 from growkit.train.making import made_once
 from growkit.train.memory import Alive, step_peak
-from growkit.train.score import autocast, multiplying
+from growkit.train.score import autocast
 
 try:
     import tensorly

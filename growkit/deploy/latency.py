@@ -28,6 +28,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.parts import core_session, whole_session
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.errors import first_line
+from growkit.float32 import multiplying
 
 SESSIONS = 3  # fresh ones per side before an interval is believed
 PAIRS = 20  # per session
@@ -237,6 +238,7 @@ def verdict_of(comparison: Comparison, noise: float, limit: float) -> Verdict:
     return "fail" if comparison.low > limit else "inconclusive"
 
 
+@multiplying(tf32=False)  # PyTorch, as ONNX Runtime is told in runtime.py
 def measure_latency(
     model: nn.Module,
     file: Path,

@@ -29,11 +29,13 @@ def carry_mean(source: Architecture, target: Architecture, weights: Weights, gro
         return grown
     gain = weights[f"{NORM}.weight"]
     spread = gain - gain.mean()
-    if tail < 2 or not spread.any():
+    if tail < 2:
         return grown
-    signs = alternating(tail).to(gain)
+    variance = spread.square().mean()
+    even = variance == 0  # nothing to carry; no branch, which would wait for a GPU, and has no answer on meta tensors
+    signs = alternating(tail, gain)
     share = DISTURBANCE * (new - tail) / signs.square().sum()
-    size = (share * old / spread.square().mean()).sqrt()
+    size = (share * old / variance.where(~even, 1)).sqrt()
     push = torch.cat([gain.new_zeros(new - tail, old), torch.outer(signs * size, spread / old)])
     carried = dict(grown)
     for row in source.tensors:
@@ -45,16 +47,16 @@ def carry_mean(source: Architecture, target: Architecture, weights: Weights, gro
     start = grown[f"{NORM}.weight"]
     wanted = maps.norm_gain(old, new) / (signs * size)
     # Added, so that what a method trains still moves it.
-    change = torch.cat([torch.zeros_like(start[:-tail]), wanted - start[-tail:].detach()])
+    change = torch.cat([torch.zeros_like(start[:-tail]), (wanted - start[-tail:].detach()).where(~even, 0)])
     carried[f"{NORM}.weight"] = start + change
     return carried
 
 
-def alternating(count: int) -> Tensor:
-    """`count` >= 2 numbers of about one that sum to zero, none of them zero."""
-    signs = torch.ones(count)
+def alternating(count: int, like: Tensor) -> Tensor:
+    """`count` >= 2 numbers of about one that sum to zero, none of them zero; of the kind and device of `like`."""
+    signs = like.new_ones(count)
     signs[1::2] = -1
     if count % 2:
-        signs[:3] = torch.tensor([2.0, -1.0, -1.0])
+        signs[0], signs[2] = 2, -1
         signs[3::2], signs[4::2] = 1, -1
     return signs

@@ -52,7 +52,8 @@ def without_storage(model: nn.Module) -> nn.Module:
 def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: int = 1) -> int:
     """Peak bytes of two AdamW updates on `batches` (N, C, H, W) of `images` each; the second has the moments.
 
-    Weights, gradients, moments, activations and the batch are in. `model` is given up: it comes back without weights.
+    `precision` is fp32, bf16 or fp16. Weights, gradients, moments, activations and the batch are in. `model` is given
+    up: it comes back without weights.
     """
     device = torch.device("cpu")  # autograd runs on no other fake device without that device being there
     with FakeTensorMode(), Alive() as alive:

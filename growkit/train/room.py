@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError, is_memory_full
+from growkit.float32 import multiplying
 from growkit.train import distributed
 from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.free_memory import free_bytes, limited
 from growkit.train.making import made_once
 from growkit.train.memory import step_peak, without_storage
-from growkit.train.score import autocast, mode_kept, multiplying
+from growkit.train.score import autocast, mode_kept, precision_on
 from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
@@ -61,8 +62,10 @@ def largest_batch(
 
     ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
 
+    precision = precision_on(device, settings.precision)  # what is counted is on no device of its own
+
     def counted(size: int) -> int:
-        return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), settings.precision, batches)
+        return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), precision, batches)
 
     small, large = counted(8), counted(16)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
+from growkit.float32 import multiplying
 from growkit.train.batches import read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
@@ -157,7 +158,7 @@ def predictor(model: nn.Module, device: torch.device | str, precision: str = "au
     def predict(images: Tensor) -> Tensor:
         # what a sharded model gathers here, it uses again in training
         without_gradients = torch.no_grad() if sharded(model) else torch.inference_mode()
-        with mode_kept(model), without_gradients, autocast(precision, device):
+        with mode_kept(model), without_gradients, multiplying(tf32=False), autocast(precision, device):
             logits: Tensor = model.eval()(images.to(device, non_blocking=True))
             return logits
 
@@ -176,12 +177,18 @@ def mode_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def precision_on(device: torch.device, precision: str) -> str:
+    """What `precision` (auto, fp32, bf16, fp16) means on `device`: one of the latter three."""
+    if precision != "auto":
+        return precision
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `precision` (auto, fp32, bf16, fp16) means on `device`."""
-    if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes[precision_on(device, precision)]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
@@ -189,20 +196,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     dtype = amp_dtype(precision, device)
     enabled = dtype is not torch.float32
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
-
-
-@contextmanager
-def multiplying(tf32: bool) -> Iterator[None]:
-    """CUDA multiplies float32 matrices in TF32 or in full float32; afterwards in what torch was set to before."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "tf32" if tf32 else "ieee"
-        yield
-    finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
 
 
 def refuse_tf32(settings: FitSettings, device: torch.device) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PAIRS, published_scale, tiny
+from pairs import PAIRS, can_grow, published_scale, randomised, tiny
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.functional import cross_entropy
@@ -43,6 +43,22 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor
     return [
         (torch.randn(4, 3, 16, 16, generator=generator, dtype=dtype), (torch.arange(4) + n) % 7) for n in range(count)
     ]
+
+
+@pytest.mark.parametrize("pair", [name for name, (source, _) in PAIRS.items() if source.classes])
+@pytest.mark.parametrize("settings", [METHODS["mango"], METHODS["ligo"]], ids=["mango", "ligo"])
+def test_operator_of_every_pair_is_trained(pair: str, settings: GrowSettings) -> None:
+    if not can_grow(settings.method, None, pair):
+        pytest.skip("not made for these sizes")
+    source, target = PAIRS[pair]
+    model = grow(source, target, randomised(source, dtype=torch.float32).state_dict(), settings)
+    before = {name: value.clone() for name, value in model.method.named_parameters()}
+    images = TensorDataset(torch.randn(4, 3, 16, 16), torch.arange(4))
+    fitted = fit(model, Data(images, images, [str(label) for label in range(7)]), replace(PLAIN, steps=1))
+    assert fitted.flops_per_step > 0
+    moved = {name: value for name, value in model.method.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(value.isfinite().all() for value in moved.values())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

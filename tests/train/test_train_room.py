@@ -65,6 +65,18 @@ def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_precision_that_is_chosen_by_the_device_is_counted_as_there(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "precision_on", lambda device, precision: native if precision == "auto" else precision)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 3 * 2**20)
+    sizes = [largest_batch(vit(), images(512), replace(SETTINGS, precision=name), CPU) for name in ("auto", native)]
+    assert sizes[0] == sizes[1]
+    other = "fp32" if native == "bf16" else "bf16"
+    assert sizes[0] != largest_batch(vit(), images(512), replace(SETTINGS, precision=other), CPU)
+
+
 @pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_images_that_are_mixed_are_counted_in_pairs(mixing: dict[str, float]) -> None:
     settings = replace(SETTINGS, batch_size=6, **mixing)
