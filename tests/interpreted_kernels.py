@@ -31,6 +31,16 @@ def factors(new, summed, before, after):
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 300))
 
 
+def test_each_is_run_once():
+    run = dict.fromkeys(("scaled", "product", "gradients"), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in run:
+            made = getattr(kernels, name)
+            patch.setattr(kernels, name, lambda *a, name=name, made=made: run.update({name: run[name] + 1}) or made(*a))
+        kernels.run_each(torch.device("cpu"))
+    assert run == {"scaled": 1, "product": 1, "gradients": 1}
+
+
 @given(sizes)
 @settings(max_examples=10, deadline=None)
 def test_product_and_gradients_are_torchs(size):

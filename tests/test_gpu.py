@@ -280,6 +280,20 @@ def test_grows_finetunes_and_serves_on_the_gpu(whole_way: Any, images: Path) -> 
         assert scores["top1"] == pytest.approx(tuned["best"]["top1"], abs=0.03)
 
 
+@pytest.mark.parametrize("provider", ["cuda", "auto"])
+def test_onnx_runtime_starts_cuda_in_a_process_of_its_own(provider: str, whole_way: Any, images: Path) -> None:
+    """Where torch has not: what bounds the memory of a file must leave the driver what it takes."""
+    whole_way("export", "run/trained", "--onnx")
+    own = [sys.executable, "-m", "growkit_cli"]
+    asked = [*own, "verify", "--provider", provider, "--data", str(images), "--no-latency", "--json"]
+    ended = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["provider"]["used"] == "cuda"
+    scored = [*own, "evaluate", "run/onnx/model.onnx", "--data", str(images), "--device", "cuda", "--json"]
+    ended = subprocess.run(scored, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_damaged_weight_is_found_on_the_gpu_too(whole_way: Any) -> None:
     whole_way("export", "run/trained", "--onnx")
     file = Path("run/onnx/model.onnx")

@@ -155,8 +155,26 @@ def test_a_cpu_never_halves():
         assert not may_halve(torch.ones(2))
 
 
-def test_kernels_that_do_not_run_are_done_without():
-    assert half._kernels(torch.device("cpu")) is None
+def test_kernels_that_do_not_run_are_done_without(caplog):
+    half._kernels.cache_clear()
+    assert half._kernels(torch.device("cpu")) is half._kernels(torch.device("cpu")) is None
+    assert len(caplog.messages) == 1
+    assert "cuBLAS takes their place" in caplog.messages[0]
+
+
+def test_memory_that_is_used_up_says_nothing_of_kernels(monkeypatch):
+    kernels = pytest.importorskip("growkit.core.kernels")
+    half._kernels.cache_clear()
+
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "run_each", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        half._kernels(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "run_each", lambda device: None)
+    assert half._kernels(torch.device("cpu")) is kernels
+    half._kernels.cache_clear()
 
 
 EXAMPLE = ({"B": 3, "O": 6, "L": 2, "I": 5}, {"B": 3, "O": 8, "L": 4, "I": 7}, [2, 3, 2, 2], "BOLI", 0)

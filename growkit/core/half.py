@@ -4,6 +4,7 @@ Of TF32's range float16 has a part. So factors are scaled by powers of two, whic
 `growkit.core.contract.growth` so far that no intermediate leaves it.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from growkit.errors import first_line, is_memory_full
+
+log = logging.getLogger(__name__)
 ROOM = 2**15  # float16 ends a little below 2^16
 FARTHEST = 100  # power of two that float32 still holds, and one over it
 
@@ -63,8 +67,10 @@ def _kernels(device: torch.device) -> ModuleType | None:
     try:
         from growkit.core import kernels
 
-        one = torch.ones(1, device=device)
-        kernels.scaled(one, one[0], one.half())
-    except Exception:  # of Triton's, of the compiler's, of the driver's
+        kernels.run_each(device)
+    except Exception as error:  # of Triton's, of the compiler's, of the driver's
+        if is_memory_full(error):
+            raise  # which says nothing of the kernels
+        log.warning("Triton's kernels do not run here, cuBLAS takes their place (%s)", first_line(error, 160))
         return None
     return kernels

@@ -15,6 +15,14 @@ LARGEST = 128  # rows and columns of the small matrix
 MOST_ELEMENTS = 4096  # that a program scales
 
 
+def run_each(device: torch.device) -> None:
+    """Run every kernel once, on little; raises what Triton, its compiler or the driver raise."""
+    square, one = torch.ones(1, 16, 16, dtype=torch.float16, device=device), torch.ones((), device=device)
+    scaled(square.float(), one, square)
+    product(square[0], square, torch.empty_like(square), 1, 1)
+    gradients(square[0], square, square)
+
+
 def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
     """Write values * scale () to `out`, of which one is contiguous; False where the other lies in over four steps."""
     steps = in_steps(*((values.shape, values.stride()) if out.is_contiguous() else (out.shape, out.stride())), 4)

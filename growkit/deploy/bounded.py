@@ -1,7 +1,7 @@
 """A bound on the memory that a stranger's graph may take: one of a few bytes can ask for any amount.
 
-It is Linux's, on address space. On other systems, and where CUDA has been started, which takes address space without
-memory, there is none.
+It is Linux's, on address space. On other systems there is none, nor where CUDA is started or has been: that takes
+address space without memory, hundreds of gigabytes of it.
 """
 
 import sys
@@ -22,12 +22,14 @@ def bound_of(files: Iterable[Path]) -> int:
 
 
 @contextmanager
-def memory_bounded(bound: int, input_bytes: int = 0) -> Iterator[None]:
+def memory_bounded(bound: int, input_bytes: int = 0, *, provider: str) -> Iterator[None]:
     """Inside, this process gets no more than `bound`, and what images of so many bytes take besides.
 
-    What asks for more fails as where memory is used up. Of bounds within each other the lowest holds.
+    What asks for more fails as where memory is used up. Of bounds within each other the lowest holds. `provider` is
+    ONNX Runtime's, which starts CUDA without torch's knowing.
     """
-    if sys.platform != "linux" or torch.cuda.is_initialized():
+    cuda = provider != "cpu" and torch.cuda.is_available()
+    if sys.platform != "linux" or cuda or torch.cuda.is_initialized():
         yield
         return
     import resource

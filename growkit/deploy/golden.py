@@ -165,14 +165,14 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
     labels = json_in(props, "labels")
     files = files_of(file)
     bound = bound_of(files)
-    with memory_bounded(bound):
+    with memory_bounded(bound, provider=provider):
         if prepared:
             session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
         else:
             session = open_session(file, provider=provider)
 
     def run(images: np.ndarray) -> np.ndarray:
-        with memory_bounded(bound, images.nbytes):
+        with memory_bounded(bound, images.nbytes, provider=session.provider):
             return in_batches(session, images, form.batch or len(images))
 
     return Subject(

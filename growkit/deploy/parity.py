@@ -109,7 +109,7 @@ def check_parity(
         proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
         form = form_of(props_of(proto))
-        with memory_bounded(bound_of(files)):  # for no images yet: what they claim is not checked
+        with memory_bounded(bound_of(files), provider=provider):  # for no images yet: what they claim is not checked
             session = whole_session(file, form, provider=provider)
     except GrowkitError:
         raise

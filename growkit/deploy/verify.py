@@ -72,7 +72,8 @@ def verify_onnx(
     channels, height, width = preprocessing(model).input_size
     side = form.image_size or max(height, width)
     largest = max(settings.max_batch, batch_size, form.batch or 1)
-    with memory_bounded(bound_of(files), input_bytes=4 * largest * channels * side * side):
+    images = 4 * largest * channels * side * side
+    with memory_bounded(bound_of(files), images, provider=settings.provider):
         parity = check_parity(
             model,
             file,

@@ -23,6 +23,7 @@ from growkit.train.batches import train_batches
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.memory import without_storage
+from growkit.train.normalise import sent
 from growkit.train.room import recompute_blocks
 from growkit.train.score import amp_dtype, autocast, predictor, require_labels
 from growkit.train.seeds import seeded
@@ -140,7 +141,7 @@ class Training:
         """Run one batch forward and backward; its share of the update's loss."""
         require_labels(targets, self.outputs)
         images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
+        targets = sent(targets, self.device)
         if self.mix is not None:
             images, targets = self.mix(images, targets)
         with distributed.gathering(self.network, now=last):

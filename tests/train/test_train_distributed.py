@@ -629,7 +629,10 @@ def test_device_under_torchrun_is_the_process_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert {str(pick_device(name)) for name in ("auto", "cuda")} == {"cuda:1"}
+    assert set(current) == {torch.device("cuda:1")}
     with pytest.raises(GrowkitError, match="--device cuda:0: torchrun gives each process a GPU of its own"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
