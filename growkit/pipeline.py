@@ -381,7 +381,7 @@ def _sized(
         say(f"--batch-size {settings.batch_size} is what the run was started with")
     sized = with_batch_size(model, opened, settings, device)
     images = size_of(opened.train)
-    if isinstance(settings.batch_size, int) and settings.batch_size > images:
+    if settings.batch_size > images:
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"

@@ -21,13 +21,13 @@ from growkit.settings import GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.batches import batches_per_epoch, images_per_batch
 from growkit.train.data import Data
-from growkit.train.loop import FitResult, StepRecord, fit, refuse_unusable
+from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Tell, silent, unheard
-from growkit.train.watch import interruption
+from growkit.train.watch import StepRecord, interruption
 
 Watch = Callable[[StepRecord], None]
 

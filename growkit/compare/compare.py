@@ -192,8 +192,8 @@ class Comparison:
         except (UnreadablePictureError, UnwritableError):
             raise  # no run would fare better
         except FAILURES as error:
-            write_json(folder / "result.json", {**facts, "failed": reason_of(error)})
-            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason_of(error)})")
+            write_json(folder / "result.json", {**facts, "failed": first_line(error)})
+            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({first_line(error)})")
             return
         with whole_file(folder / "model.safetensors") as partial:
             write_tensors(partial, start.model.cpu().state_dict())
@@ -224,7 +224,7 @@ class Comparison:
             except (UnreadablePictureError, UnwritableError):
                 raise  # no run would fare better
             except FAILURES as error:
-                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason_of(error)})")
+                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({first_line(error)})")
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
@@ -244,11 +244,6 @@ class Comparison:
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         path = self.runs / cell.slug / "result.json"
         return read_own(path) if path.exists() else None
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return first_line(error)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
             "scores at equal budget tell methods apart."
         )
     )
-    rates = sorted(numbers("--lrs", settings["lrs"]))
+    rates = numbers("--lrs", settings["lrs"])
     edge = [arm.name for arm in arms if len(rates) > 2 and arm.budgets[-1].lr in (rates[0], rates[-1])]
     if edge:
         reading += f"\nBest at the edge of the grid of rates, so that a wider one may serve better: {', '.join(edge)}."

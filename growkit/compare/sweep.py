@@ -29,12 +29,11 @@ from growkit.compare.compare import (
     bench_of,
     identity_of,
     read_own,
-    reason_of,
 )
 from growkit.compare.page import write_sweep_page
 from growkit.compare.savings import flops_to
 from growkit.compare.settings import SweepSettings, numbers
-from growkit.errors import GrowkitError, UnwritableError
+from growkit.errors import GrowkitError, UnwritableError, first_line
 from growkit.files import refuse_existing, write_json
 from growkit.methods import find
 from growkit.methods.base import growing
@@ -43,9 +42,9 @@ from growkit.pictures import UnreadablePictureError
 from growkit.record import RunFolder, hardware, versions
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
-from growkit.train.loop import StepRecord
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Tell, each, silent, unheard
+from growkit.train.watch import StepRecord
 
 NOTHING = "from-nothing"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
@@ -231,7 +230,7 @@ class Pilot:
         except (UnreadablePictureError, UnwritableError):
             raise  # no run would fare better
         except FAILURES as error:
-            found = {"failed": reason_of(error)}
+            found = {"failed": first_line(error)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
         result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
         write_json(path, result)
@@ -261,7 +260,7 @@ class Pilot:
             except (UnreadablePictureError, UnwritableError):
                 raise  # no run would fare better
             except FAILURES as error:
-                trial.set_user_attr("reason", reason_of(error))
+                trial.set_user_attr("reason", first_line(error))
                 frozen = study.tell(trial, state=TrialState.FAIL)
             else:
                 frozen = study.tell(trial, score)
@@ -498,7 +497,7 @@ def _conclude(
     # Equal within the error of the score, the one with the cheaper operator is the better buy.
     top = max(sign * one.score for one in finished if one.score is not None)
     count = nothing["final"]["count"]
-    error = (abs(top) * max(0.0, 1 - abs(top)) / count) ** 0.5 if settings.metric == "top1" else 0.0
+    error = (top * (1 - top) / count) ** 0.5 if settings.metric == "top1" else 0.0
     equal = [one for one in finished if one.score is not None and sign * one.score >= top - error]
     best = min(equal, key=lambda one: (one.operator_flops, -sign * (one.score or 0.0)))
     order = sorted(

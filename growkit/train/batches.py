@@ -107,13 +107,11 @@ def read_to_evaluate(data: Data, settings: FitSettings, *, pin_memory: bool = Fa
 
 
 def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
-    """Up to `count` training images (N, C, H, W), prepared as for evaluation, drawn without their labels.
+    """Up to `count` training images (N, C, H, W) of those not cached, prepared as for evaluation, drawn without labels.
 
     Raises:
-        GrowkitError: one of them cannot be read, or images are cached, which keeps no way to them without augmentation.
+        GrowkitError: one of them cannot be read.
     """
-    if isinstance(data.train, Resident):
-        raise GrowkitError("--cache: training images in memory are not read again; leave it out")
     plain = copy.copy(data.train)
     plain.transform = data.val.transform  # type: ignore[attr-defined]
     places = np.random.default_rng(seed).permutation(size_of(plain))[:count]

@@ -25,8 +25,6 @@ from growkit.train.telling import Done, rate, unheard
 from growkit.train.training import REMEDY, Training, optimizer_of
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
-__all__ = ["FitResult", "StepRecord", "fit"]
-
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "log_every", "save_seconds", "tensorboard", "data_dir", "dataset_download")
 

@@ -91,14 +91,11 @@ class Tally:
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score `predict`, which maps images (N, C, H, W) to logits (N, classes), on labelled batches.
 
-    With fewer than five classes top5 counts as many as there are. `progress` gets the number of
-    images done after each batch. On several processes each gives its part of the images, as `val_batches` does, and
-    gets the scores of all.
+    With fewer than five classes top5 counts as many as there are. On several processes each gives its part of the
+    images, as `val_batches` does, and gets the scores of all.
 
     Raises:
         GrowkitError: there are no images, a label has no logit, or the logits are not finite.
@@ -106,8 +103,6 @@ def evaluate(
     tally = Tally()
     for images, labels in batches:
         tally.add(predict(images), labels)
-        if progress is not None:
-            progress(tally.count)
     tally.gather()
     return tally.scores()
 

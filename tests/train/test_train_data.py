@@ -475,12 +475,6 @@ def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
     assert all(one.numpy().tobytes() in plain for one in got)
 
 
-def test_cached_training_images_are_not_read_again(opened: Callable[[FitSettings], Data]) -> None:
-    data = opened(FitSettings(batch_size=8, workers=0, cache="ram", color_jitter=0.0))
-    with pytest.raises(GrowkitError, match="--cache"):
-        unaugmented(data, 5, seed=1)
-
-
 @pytest.mark.parametrize(
     ("error", "told"), [(EOFError(), False), (ConnectionResetError(), False), (ValueError("odd"), True)]
 )

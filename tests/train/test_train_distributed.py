@@ -37,11 +37,12 @@ from growkit.train.batches import val_batches
 from growkit.train.data import open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import joined
-from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.loop import FitResult, fit
 from growkit.train.resident import crop_and_flip
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done
+from growkit.train.watch import StepRecord
 from growkit_cli.processes import on_processes
 
 ROUNDING = 1e-12  # of weights of size 1 after six updates; found on the CPU: at most 1.1e-13

@@ -29,9 +29,10 @@ from growkit.settings import GrowSettings
 from growkit.train import loop, training, watch
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
-from growkit.train.loop import StepRecord, fit
+from growkit.train.loop import fit
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
+from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]
 PLAIN = FitSettings(steps=4, batch_size=8, lr=0.01, workers=0, log_every=1, warmup_epochs=0.0, weight_decay=0.0)

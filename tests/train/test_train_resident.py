@@ -19,10 +19,11 @@ from growkit.errors import GrowkitError
 from growkit.train import resident
 from growkit.train.batches import _Places, train_batches, val_batches
 from growkit.train.data import Data, hold_out, open_data
-from growkit.train.loop import FREE_TO_CHANGE, StepRecord, fit
+from growkit.train.loop import FREE_TO_CHANGE, fit
 from growkit.train.resident import Decoded, Resident, _crops, crop_and_flip
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done
+from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]
 ORDINARY = FitSettings(batch_size=8, workers=0, color_jitter=0.0, scale_min=0.3)

@@ -16,10 +16,11 @@ from growkit.errors import GrowkitError
 from growkit.train import resume
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data
-from growkit.train.loop import FitResult, StepRecord, fit
+from growkit.train.loop import FitResult, fit
 from growkit.train.resume import load_trainable, trainable_state
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
+from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]
 

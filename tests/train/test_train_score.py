@@ -68,13 +68,6 @@ def test_sure_and_always_right_is_the_best_calibration() -> None:
     assert (scores.top1, scores.ece) == (1.0, pytest.approx(0.0))
 
 
-def test_progress_counts_images() -> None:
-    seen: list[int] = []
-    labels = torch.zeros(7, dtype=torch.long)
-    evaluate(lambda which: torch.zeros(len(which), 2), in_batches(labels, 3), progress=seen.append)
-    assert seen == [3, 6, 7]
-
-
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
