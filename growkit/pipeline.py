@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkit import __version__
 from growkit.adapt import with_classes, with_input
-from growkit.arch import build, find_target
+from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
-from growkit.grow import grow, lossless_gap
-from growkit.lineage import ancestors, name_of
-from growkit.record import RunFolder, versions
+from growkit.grow import GrownModel, grow, lossless_gap
+from growkit.history import fit_figures, in_short, origin_of, sizes_of
+from growkit.record import RunFolder
 from growkit.settings import GrowSettings
 from growkit.source import Source, fresh
 from growkit.train.data import Data, open_data, size_of
@@ -30,6 +29,7 @@ from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Tell, silent
 
+OPERATOR_RUN = "operator"  # inside a run: what resuming operator training needs
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
 Say = Callable[[str], None]
 
@@ -57,27 +57,38 @@ class Trained:
     scores_at_start: Scores | None
 
 
-def _goes_on(run: RunFolder, output: Path, state: Path, *, force: bool, resume: bool, say: Say) -> bool:
-    """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+@dataclass(frozen=True)
+class _Asked:
+    """How a command was asked to run: `say` gets lines for the user, `tell` how far long work is."""
 
-    A run that ended before it saved anything is begun anew.
+    run: RunFolder
+    device: str
+    force: bool
+    resume: bool
+    say: Say
+    tell: Tell
 
-    Raises:
-        GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
-    """
-    anew = restarted()
+    def goes_on(self, output: Path, state: Path) -> bool:
+        """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
 
-    def look() -> bool:
-        run.refuse_unusable()
-        if not (resume or anew):
-            refuse_existing(output, force, WEIGHTS, LAST)
-        begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
-        if resume and begun and not state.exists():
-            say("nothing was saved before it ended: it begins anew")
-            return False
-        return resume or (anew and state.exists())
+        A run that ended before it saved anything is begun anew.
 
-    return by_leader(look)
+        Raises:
+            GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
+        """
+        anew = restarted()
+
+        def look() -> bool:
+            self.run.refuse_unusable()
+            if not (self.resume or anew):
+                refuse_existing(output, self.force, WEIGHTS, LAST)
+            begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
+            if self.resume and begun and not state.exists():
+                self.say("nothing was saved before it ended: it begins anew")
+                return False
+            return self.resume or (anew and state.exists())
+
+        return by_leader(look)
 
 
 def grow_model(
@@ -109,7 +120,8 @@ def grow_model(
             "--shard: every process holds the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
-    resume = _goes_on(run, run.grown, run.path / "operator" / STATE, force=force, resume=resume, say=say)
+    asked = _Asked(run, device, force, resume, say, tell)
+    goes_on = asked.goes_on(run.grown, run.path / OPERATOR_RUN / STATE)
     chosen = pick_device(device)
     source, opened = with_input(source, sets), None
     if data is not None:
@@ -125,49 +137,21 @@ def grow_model(
     gap = lossless_gap(small, model, seed=settings.seed)
     say(step0_line(gap, lossless=grown.method.lossless))
 
-    fitted, scores, complete = None, None, True
+    fitted = scores = None
     if opened is not None and operator is not None:
-        learns = any(p.requires_grad for p in grown.parameters())
-        if learns:
-            operator = _sized(grown, opened, operator, chosen, say, run.path / "operator" if resume else None)
-        elif operator.batch_size == AUTO:  # which only training can look for
-            operator = replace(operator, batch_size=FitSettings.batch_size)
-        refuse_unusable(opened, operator, run.path / "operator" if learns and resume else None)
-        scores = {
-            name: score_model(scored, opened, operator, chosen, progress=tell(f"scoring the {told}"))
-            for name, scored, told in (("source", small, "source"), ("step0", model, "grown model"))
-        }
-        for name, found in scores.items():
-            say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
+        models = {"source": small, "step0": model}
         del small, model
-        if learns:
-            fitted = fit(
-                grown,
-                opened,
-                operator,
-                device=chosen,
-                folder=run.path / "operator",
-                resume=resume,
-                progress=tell("training the operator"),
-            )
-            for line in opened.remarks:
-                say(line)
-            complete = not fitted.interrupted
-            if complete:
-                scores["operator"] = score_model(
-                    grown.materialize(), opened, operator, chosen, progress=tell("scoring the grown model")
-                )
-        else:
-            say(f"{settings.method} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
+        fitted, operator, scores = _train_operator(asked, goes_on, grown, models, opened, operator, chosen)
         model = grown.materialize()
+    complete = fitted is None or not fitted.interrupted
     history = {
         "stage": "grown",
-        **_origin(source),
+        **origin_of(source),
         "to": target.name,
-        "sizes": {"source": _sizes(source.architecture), "target": _sizes(target)},
+        "sizes": {"source": sizes_of(source.architecture), "target": sizes_of(target)},
         "settings": asdict(settings),
         "step0_gap": gap,
-        "operator": _fit_figures(fitted, operator),
+        "operator": fit_figures(fitted, operator),
     }
     operator_parameters = sum(p.numel() for p in grown.method.parameters())
     result = Grown(
@@ -199,7 +183,7 @@ def grow_model(
                 "step0_gap": gap,
                 "parameters": result.parameters,
                 "operator_parameters": operator_parameters,
-                "operator": _told(history["operator"]),
+                "operator": in_short(history["operator"]),
                 # of an operator that is to be trained on nothing is said: what was scored is not what was written
                 "scores": {name: asdict(found) for name, found in scores.items()} if scores and complete else None,
                 "adapted": list(source.adapted),
@@ -211,15 +195,51 @@ def grow_model(
     return result
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
-    """What grows, whether an argument says it or the architecture's name."""
-    model = build(architecture.name, architecture.arguments, device="meta")
-    return {
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+def _train_operator(
+    asked: _Asked,
+    goes_on: bool,
+    grown: GrownModel,
+    models: dict[str, nn.Module],
+    opened: Data,
+    operator: FitSettings,
+    device: torch.device,
+) -> tuple[FitResult | None, FitSettings, dict[str, Scores]]:
+    """Train what the method has to train on the data; what came out, with which settings, and scores.
+
+    Scores are of `models`, the source and the grown model, which are let go, and of what training gave where it was
+    not stopped.
+    """
+    folder, learns = asked.run.path / OPERATOR_RUN, any(p.requires_grad for p in grown.parameters())
+    if learns:
+        operator = _sized(grown, opened, operator, device, asked.say, folder if goes_on else None)
+    elif operator.batch_size == AUTO:  # which only training can look for
+        operator = replace(operator, batch_size=FitSettings.batch_size)
+    refuse_unusable(opened, operator, folder if learns and goes_on else None)
+
+    def score(model: nn.Module, what: str) -> Scores:
+        return score_model(model, opened, operator, device, progress=asked.tell(f"scoring the {what}"))
+
+    scores = {name: score(models.pop(name), what) for name, what in (("source", "source"), ("step0", "grown model"))}
+    for name, found in scores.items():
+        asked.say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
+    if not learns:
+        rule = grown.method.settings.method
+        asked.say(f"{rule} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
+        return None, operator, scores
+    fitted = fit(
+        grown,
+        opened,
+        operator,
+        device=device,
+        folder=folder,
+        resume=goes_on,
+        progress=asked.tell("training the operator"),
+    )
+    for line in opened.remarks:
+        asked.say(line)
+    if not fitted.interrupted:
+        scores["operator"] = score(grown.materialize(), "grown model")
+    return fitted, operator, scores
 
 
 def step0_line(gap: float, *, lossless: bool = True) -> str:
@@ -249,7 +269,8 @@ def train_model(
     opened = open_data(data, draft.preprocessing, settings, tell=tell)
     labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
-    return _fit_into(run, "train", run.trained, source, opened, settings, data, device, force, resume, say, tell)
+    asked = _Asked(run, device, force, resume, say, tell)
+    return _fit_into(asked, run.trained, source, data, opened, settings, command="train")
 
 
 def finetune_model(
@@ -269,48 +290,26 @@ def finetune_model(
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
         say(note)
-    return _fit_into(
-        run,
-        "finetune",
-        run.finetuned,
-        adapted,
-        opened,
-        settings,
-        data,
-        device,
-        force,
-        resume,
-        say,
-        tell,
-    )
+    asked = _Asked(run, device, force, resume, say, tell)
+    return _fit_into(asked, run.finetuned, adapted, data, opened, settings, command="finetune")
 
 
 def _fit_into(
-    run: RunFolder,
-    command: str,
-    folder: Path,
-    source: Source,
-    opened: Data,
-    settings: FitSettings,
-    data: str,
-    device: str,
-    force: bool,
-    resume: bool,
-    say: Say,
-    tell: Tell,
+    asked: _Asked, folder: Path, source: Source, data: str, opened: Data, settings: FitSettings, *, command: str
 ) -> Trained:
-    resume = _goes_on(run, folder, folder / LAST / STATE, force=force, resume=resume, say=say)
-    chosen = pick_device(device)
+    """Train `source` on the data into `folder`."""
+    goes_on, say, tell = asked.goes_on(folder, folder / LAST / STATE), asked.say, asked.tell
+    chosen = pick_device(asked.device)
     model = source.model()
-    settings = _sized(model, opened, settings, chosen, say, folder / LAST if resume else None)
-    refuse_unusable(opened, settings, folder / LAST if resume else None)
+    settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
+    refuse_unusable(opened, settings, folder / LAST if goes_on else None)
     start = None
-    if command == "finetune" and not resume:
+    if command == "finetune" and not goes_on:
         start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
-    elif not resume:
+    elif not goes_on:
         read_through(opened, settings, chosen, progress=tell("reading the validation images"))
-    history = {"stage": folder.name, **_origin(source), "settings": asdict(settings)}
+    history = {"stage": folder.name, **origin_of(source), "settings": asdict(settings)}
     model.train()
 
     def plain(trained: nn.Module) -> nn.Module:
@@ -335,13 +334,13 @@ def _fit_into(
         device=chosen,
         evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=tell(scoring)),
         folder=folder / LAST,
-        resume=resume,
+        resume=goes_on,
         on_best=keep,
         progress=tell("fine-tuning" if command == "finetune" else training),
     )
     for line in opened.remarks:
         say(line)
-    final = {**history, "fit": _fit_figures(fitted, settings)}
+    final = {**history, "fit": fit_figures(fitted, settings)}
 
     last = plain(model)
 
@@ -352,12 +351,12 @@ def _fit_into(
         else:
             told = {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])}
             write_json(folder / HISTORY, told)
-        run.add(
+        asked.run.add(
             command,
             options={"model": source.path, "data": data, **asdict(settings)},
             figures={
                 "start": asdict(start) if start else None,
-                **(_told(final["fit"]) or {}),
+                **(in_short(final["fit"]) or {}),
                 "adapted": list(source.adapted),
             },
             hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
@@ -387,62 +386,6 @@ def _sized(
         where = str(device) if size() == 1 else f"{size()} processes"
         say(f"--batch-size {sized.batch_size} is the largest that fits {where}; --lr {settings.lr:g} is not scaled")
     return sized
-
-
-def _origin(source: Source) -> dict[str, Any]:
-    """Where weights come from: names, hashes and versions; nothing that tells of this machine, for it is served."""
-    return {
-        "growkit": __version__,
-        "source": {
-            "name": name_of(source),
-            "sha256": source.sha256,
-            "architecture": source.architecture.name,
-            "arguments": dict(source.architecture.arguments),
-            "adapted": list(source.adapted),
-            "history": _training(source),
-        },
-        "ancestors": ancestors(source),
-        "versions": versions(),
-    }
-
-
-def _training(source: Source) -> dict[str, Any] | None:
-    """What growkit knows of the source's own training, with its curve; of those before it, `ancestors` has the sums."""
-    history = source.history or {}
-    trained = next((key for key in ("fit", "operator") if isinstance(history.get(key), dict)), None)
-    return {"stage": history.get("stage"), trained: _told(history[trained])} if trained else None
-
-
-def _fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[str, Any] | None:
-    if fitted is None or settings is None:
-        return None
-    return {
-        "steps": fitted.steps,
-        "images": fitted.images_per_step * fitted.steps,
-        "interrupted": fitted.interrupted,
-        "processes": size(),
-        "losses": [round(loss, 6) for loss in fitted.losses],
-        "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
-        "best": asdict(fitted.best_scores) if fitted.best_scores else None,
-        "best_step": fitted.best_step,
-        "flops_per_step": fitted.flops_per_step,
-        "macs_per_step": fitted.macs_per_step,
-        "flops": fitted.flops_per_step * fitted.steps,
-        "images_per_second": fitted.images_per_second,
-        "seconds": fitted.seconds,
-        "settings": asdict(settings),
-    }
-
-
-def _told(fit: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a fit the run's record holds: the options stand there already, and a curve needs few points."""
-    if fit is None:
-        return None
-    losses = fit["losses"] if isinstance(fit.get("losses"), list) else []
-    every = -(-len(losses) // 200) or 1
-    curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1) if step % every == 0]
-    rest = {name: value for name, value in fit.items() if name not in ("losses", "settings")}
-    return {**rest, "training": curve}
 
 
 def _write(folder: Path, model: nn.Module, source: Source, history: dict[str, Any]) -> None:

@@ -1,0 +1,82 @@
+"""What growkit.json and the run's record tell of how a model came to be."""
+
+from dataclasses import asdict
+from typing import Any
+
+from growkit import __version__
+from growkit.arch import build
+from growkit.arch.spec import Architecture
+from growkit.lineage import ancestors, name_of
+from growkit.record import versions
+from growkit.source import Source
+from growkit.train.distributed import size
+from growkit.train.loop import FitResult
+from growkit.train.settings import FitSettings
+
+
+def origin_of(source: Source) -> dict[str, Any]:
+    """Where weights come from: names, hashes and versions; nothing that tells of this machine, for it is served."""
+    return {
+        "growkit": __version__,
+        "source": {
+            "name": name_of(source),
+            "sha256": source.sha256,
+            "architecture": source.architecture.name,
+            "arguments": dict(source.architecture.arguments),
+            "adapted": list(source.adapted),
+            "history": _training(source),
+        },
+        "ancestors": ancestors(source),
+        "versions": versions(),
+    }
+
+
+def _training(source: Source) -> dict[str, Any] | None:
+    """What growkit knows of the source's own training, with its curve; of those before it, `ancestors` has the sums."""
+    history = source.history or {}
+    trained = next((key for key in ("fit", "operator") if isinstance(history.get(key), dict)), None)
+    return {"stage": history.get("stage"), trained: in_short(history[trained])} if trained else None
+
+
+def sizes_of(architecture: Architecture) -> dict[str, int]:
+    """What grows, whether an argument says it or the architecture's name."""
+    model = build(architecture.name, architecture.arguments, device="meta")
+    return {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[str, Any] | None:
+    """What a fit did, as JSON; None where there was none."""
+    if fitted is None or settings is None:
+        return None
+    return {
+        "steps": fitted.steps,
+        "images": fitted.images_per_step * fitted.steps,
+        "interrupted": fitted.interrupted,
+        "processes": size(),
+        "losses": [round(loss, 6) for loss in fitted.losses],
+        "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
+        "best": asdict(fitted.best_scores) if fitted.best_scores else None,
+        "best_step": fitted.best_step,
+        "flops_per_step": fitted.flops_per_step,
+        "macs_per_step": fitted.macs_per_step,
+        "flops": fitted.flops_per_step * fitted.steps,
+        "images_per_second": fitted.images_per_second,
+        "seconds": fitted.seconds,
+        "settings": asdict(settings),
+    }
+
+
+def in_short(fit: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a fit the run's record holds: the options stand there already, and a curve needs few points."""
+    if fit is None:
+        return None
+    losses = fit["losses"] if isinstance(fit.get("losses"), list) else []
+    every = -(-len(losses) // 200) or 1
+    curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1) if step % every == 0]
+    rest = {name: value for name, value in fit.items() if name not in ("losses", "settings")}
+    return {**rest, "training": curve}
