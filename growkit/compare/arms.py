@@ -1,7 +1,7 @@
 """Arms of a comparison: training from nothing, growth methods with their options, and controls."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -94,6 +94,11 @@ def parse_arm(text: str) -> Arm:
     if "ranks" in given:
         given["ranks"] = given["ranks"].replace("x", ",")
     return Arm(text.strip(), GrowSettings(method=method, **given), operator_steps=steps, operator_lr=rate)
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options with their values; those that were left out are None."""
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
 def _value(kind: Any, text: str) -> Any:

@@ -18,6 +18,7 @@ from growkit.checkpoint import write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench
 from growkit.compare.figures import ArmFigures, arm_figures
+from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, SweepSettings, numbers
 from growkit.errors import GrowkitError, UnwritableError, first_line
@@ -134,7 +135,7 @@ class Comparison:
         """The first seed's run that the test images scored, else the best one so far; None when there is none."""
         made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
         finished = [found for found in made if found is not None and "failed" not in found]
-        sign = 1 if self.settings.metric == "top1" else -1
+        sign = sign_of(self.settings.metric)
         return max(
             finished,
             key=lambda found: (found["test"] is not None, sign * found["final"][self.settings.metric]),

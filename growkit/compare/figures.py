@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from growkit.compare.arms import Arm
-from growkit.compare.savings import Estimate, Point, Saving, estimate, flops_to, saving
+from growkit.compare.metric import cost_of, curve_of
+from growkit.compare.savings import Estimate, Saving, estimate, saving
 from growkit.compare.settings import numbers
 from growkit.settings import GrowSettings
 
@@ -76,8 +77,10 @@ def arm_figures(
         whole = sorted((run for run in own if run["budget"] == full), key=lambda run: run["seed"])
         by_seed = {run["seed"]: run for run in whole}
         paired = [seed for seed in seeds if seed in targets] if whole else []
-        costs = tuple(_cost(by_seed[s], targets[s], metric) if s in by_seed else None for s in paired)
-        alone = [_cost(targets[seed], targets[seed], metric) for seed in paired]
+        costs = tuple(
+            cost_of(by_seed[s], targets[s]["final"][metric], metric) if s in by_seed else None for s in paired
+        )
+        alone = [cost_of(targets[seed], targets[seed]["final"][metric], metric) for seed in paired]
         scratch = [cost for cost in alone if cost is not None]  # its own end is always reached
         spent = [by_seed.get(seed, targets[seed])["flops"] for seed in paired]
         own_source = 0.0 if (arm.grow is None and not arm.control) or arm.fresh_source else source_flops
@@ -139,19 +142,10 @@ def _mean(runs: Sequence[Run], scores: str, name: str) -> Estimate | None:
     return estimate([run[scores][name] for run in runs if run[scores] is not None])
 
 
-def _curve(run: Run, metric: str) -> list[Point]:
-    return [(flops, top1 if metric == "top1" else loss) for flops, top1, loss in run["curve"]]
-
-
-def _cost(run: Run, scratch: Run, metric: str) -> float | None:
-    """FLOPs until the run has the score that training from nothing ended with."""
-    return flops_to(_curve(run, metric), scratch["final"][metric], higher=metric == "top1")
-
-
 def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate], ...]:
     """The mean over seeds at each evaluation; seeds evaluate at the same places."""
     points = []
-    for places in zip(*(_curve(run, metric) for run in runs), strict=False):
+    for places in zip(*(curve_of(run, metric) for run in runs), strict=False):
         found = estimate([score for _, score in places])
         assert found is not None
         points.append((places[0][0], found))

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from growkit.compare.arms import in_words
 from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.compare.settings import numbers
+from growkit.compare.trials import Tried
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
 from growkit.report.plot import Bar, Bars, Plot, Series, save
@@ -201,11 +203,7 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     ]
     if failures:
         sections.append(Section("Failed runs", table=Table(("method", "run"), failures)))
-    grown = [
-        (name, ", ".join(f"{key} {value}" for key, value in arm["grow"].items() if value is not None))
-        for name, arm in content["arm_settings"].items()
-        if arm["grow"] is not None
-    ]
+    grown = [(name, in_words(arm["grow"])) for name, arm in content["arm_settings"].items() if arm["grow"] is not None]
     sections.append(Section("Methods", table=Table(("method", "settings"), grown)))
     sections += _settings(content, "settings", "recipe", "operator", "data", "versions", "hardware")
     return Report("growkit compare", summary, sections)
@@ -273,14 +271,14 @@ def _size(architecture: Mapping[str, Any]) -> str:
     return f"{sizes['blocks']} layers, {sizes['embed']} wide"
 
 
-def trials_table(tried: Sequence[Any]) -> Rows:
+def trials_table(tried: Sequence[Tried]) -> Rows:
     """Trials of a sweep, one row each."""
     never = {"finished": "never", "stopped early": "–", "failed": "–"}  # who was stopped might have got there
     columns = ("trial", "options", "score", "step 0", "operator TFLOP", "TFLOP spent", "TFLOP to scratch", "state")
     rows = [
         (
             str(one.number),
-            ", ".join(f"{name} {value}" for name, value in one.options.items() if value is not None),
+            in_words(one.options),
             cell(one.score),
             cell(one.step0),
             cell(one.operator_flops / 1e12),
@@ -293,7 +291,7 @@ def trials_table(tried: Sequence[Any]) -> Rows:
     return columns, rows
 
 
-def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[Any]) -> None:
+def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[Tried]) -> None:
     """Write report.html of a sweep."""
     sections = [
         Section("Recommended", "\n".join((*content["reasons"], "The full run:", *content["commands"]))),

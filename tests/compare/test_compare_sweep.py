@@ -24,8 +24,11 @@ from growkit.compare.arms import parse_arm
 from growkit.compare.bench import Bench, Start
 from growkit.compare.compare import bench_of
 from growkit.compare.page import trials_table
+from growkit.compare.recommend import _commands
 from growkit.compare.settings import SweepSettings
-from growkit.compare.sweep import Space, Tried, _commands, sweep_settings
+from growkit.compare.space import Space
+from growkit.compare.sweep import sweep_settings
+from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
 from growkit.grow import grow
 from growkit.methods import METHODS

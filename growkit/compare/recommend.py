@@ -1,0 +1,210 @@
+"""What a sweep recommends: the trial, the reasons, and the commands of the full run."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from growkit.compare.bench import Bench
+from growkit.compare.compare import identity_of
+from growkit.compare.metric import cost_of, sign_of
+from growkit.compare.page import write_sweep_page
+from growkit.compare.settings import SweepSettings
+from growkit.compare.trials import Tried
+from growkit.errors import GrowkitError
+from growkit.files import write_json
+from growkit.record import hardware, versions
+from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS
+from growkit.train.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep found: trials best first, what training from nothing gave, and what to do."""
+
+    folder: Path
+    tried: tuple[Tried, ...]
+    best: Tried
+    scratch: float
+    saving: float | None  # of the best over training from nothing, on the pilot; None where it never got there
+    reasons: tuple[str, ...]
+    commands: tuple[str, ...]
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The best trial, and those that are as good within the standard error of the best score."""
+
+    best: Tried
+    equal: tuple[Tried, ...]
+    error: float
+
+
+def conclude(
+    bench: Bench,
+    settings: SweepSettings,
+    tried: Sequence[Tried],
+    nothing: Mapping[str, Any],
+    *,
+    budget: float,
+    left_out: Sequence[str],
+    what: Sequence[str],
+    data: str,
+    command: str,
+) -> Swept:
+    """Recommend one of the trials, and write results.json and report.html.
+
+    Args:
+        nothing: what training from nothing gave.
+        budget: FLOPs of a trial.
+        left_out: lines on what was not tried.
+        what: source and target as the recommended commands name them; they read `data`.
+        command: what the sweep was started with.
+
+    Raises:
+        GrowkitError: no trial finished.
+    """
+    folder, metric = bench.folder, settings.metric
+    choice = _choose(tried, metric, count=nothing["final"]["count"])
+    target = float(nothing["final"][metric])
+    alone = cost_of(nothing, target, metric)
+    assert alone is not None  # its own end is always reached
+    best = choice.best
+    saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
+    reasons = _reasons(choice, tried, nothing, metric, saving)
+    where = [] if folder.parent == Path("run") else ["--run", str(folder.parent)]
+    commands = _commands(best, bench, settings, budget, what, data, where)
+    order = tuple(sorted(tried, key=lambda one: (one.state != "finished", -_goodness(one, metric))))
+    content = {
+        **identity_of(bench),
+        "adapted": bench.source.adapted,
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": asdict(settings),
+        "from_nothing": nothing,
+        "trials": [asdict(one) for one in order],
+        "recommended": asdict(best),
+        "saving_on_pilot": saving,
+        "left_out": left_out,
+        "reasons": reasons,
+        "commands": commands,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(folder / "results.json", content)
+    write_sweep_page(folder, content, order)
+    bench.let_starts_go()
+    return Swept(folder, order, best, target, saving, tuple(reasons), commands, content)
+
+
+def _goodness(one: Tried, metric: str) -> float:
+    """Higher is better; what has no score is worst."""
+    return -math.inf if one.score is None else sign_of(metric) * one.score
+
+
+def _choose(tried: Sequence[Tried], metric: str, *, count: int) -> _Choice:
+    """Equal within the error of the score on `count` images, the one with the cheaper operator is the better buy."""
+    finished = [one for one in tried if one.state == "finished"]
+    if not finished:
+        reason = next((one.reason for one in tried if one.reason), "every score was not a number")
+        raise GrowkitError(f"no trial finished, the first for this reason: {reason}")
+    top = max(_goodness(one, metric) for one in finished)
+    error = (top * (1 - top) / count) ** 0.5 if metric == "top1" else 0.0
+    equal = tuple(one for one in finished if _goodness(one, metric) >= top - error)
+    return _Choice(min(equal, key=lambda one: (one.operator_flops, -_goodness(one, metric))), equal, error)
+
+
+def _reasons(
+    choice: _Choice, tried: Sequence[Tried], nothing: Mapping[str, Any], metric: str, saving: float | None
+) -> list[str]:
+    """Why the best is recommended, and how far that can be trusted."""
+    best, count, target = choice.best, nothing["final"]["count"], nothing["final"][metric]
+    lines = [
+        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from nothing for the same FLOPs",
+    ]
+    if len(tried) > 1:
+        lines.append(
+            f"it was chosen among {len(tried)} trials on the images it is reported on; expect less of it on others"
+        )
+    if len(choice.equal) > 1:
+        lines.append(
+            f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these its operator is"
+            " the cheapest"
+        )
+    for option in best.options:
+        by_value: dict[str, Tried] = {}
+        for one in tried:
+            if one.state != "finished" or (value := one.options.get(option)) is None:
+                continue
+            by_value[str(value)] = max(by_value.get(str(value), one), one, key=lambda of: _goodness(of, metric))
+        if len(by_value) > 1:
+            told = ", ".join(f"{value} {one.score:.4f}" for value, one in sorted(by_value.items()))
+            lines.append(f"best {metric} by {option}: {told}")
+    if best.step0 is not None and _goodness(best, metric) < sign_of(metric) * best.step0:
+        lines.append(f"it ends below its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
+    if saving is None:
+        lines.append("on the pilot it never reached what training from nothing ends with: do not expect a saving")
+    elif saving == 1:
+        lines.append(
+            "it starts where training from nothing ends the pilot, so the pilot's saving is total by construction; "
+            "longer pilots (--epochs, --share) tell more"
+        )
+    elif saving <= 0:
+        lines.append("on the pilot it reached that score no sooner: do not expect a saving")
+    else:
+        lines.append(
+            f"on the pilot it reached that score with {saving:.0%} less compute; expect no more than that of the full "
+            "run, and that if more data changes both alike: one seed on a share is a hint"
+        )
+    return lines
+
+
+def _commands(
+    best: Tried,
+    bench: Bench,
+    settings: SweepSettings,
+    budget: float,
+    what: Sequence[str],
+    data: str,
+    where: Sequence[str] = (),
+) -> tuple[str, str]:
+    """The `grow` and `finetune` commands that do on all images what the trial did.
+
+    `what` names source and target, `where` the run folder.
+    """
+    options, recipe = dict(best.options), bench.recipe
+    steps, operator_lr, lr = (options.pop(name) for name in ("steps", "operator_lr", "lr"))
+    grow = {**options, "seed": recipe.seed}
+    if steps:
+        absent = ("epochs", "seed", "model_ema", "model_ema_decay")
+        trained = {"data": data, "steps": steps, "lr": operator_lr}
+        grow |= trained | _differing(bench.operator, FitSettings(**OPERATOR_DEFAULTS), but=(*trained, *absent))
+    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, of more
+    length = {"epochs": f"{recipe.epochs * left:g}"}
+    if recipe.steps is not None:
+        length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
+    tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
+    tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", "lr", "seed"))
+    words = ["growkit", "grow", *what, *_given(grow), *where], ["growkit", "finetune", *_given(tune), *where]
+    return shlex.join(words[0]), shlex.join(words[1])
+
+
+def _differing(settings: FitSettings, plain: FitSettings, *, but: Sequence[str]) -> dict[str, Any]:
+    """Settings that are not the default of the command that takes them."""
+    return {n: value for n, value in asdict(settings).items() if value != getattr(plain, n) and n not in but}
+
+
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line takes them."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return words

@@ -1,0 +1,127 @@
+"""What a sweep may try: the choices of a trial, and the arm and options that answers make."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from optuna.trial import Trial
+
+from growkit.compare.arms import Arm, parse_arm
+from growkit.compare.bench import Bench
+from growkit.compare.settings import SweepSettings
+from growkit.errors import GrowkitError
+from growkit.methods import find
+from growkit.methods.base import growing
+from growkit.methods.mango import bond_ranks
+from growkit.settings import GrowSettings
+
+
+class Space:
+    """The choices of a trial; what cannot matter for this pair or at this rank is not asked."""
+
+    def __init__(self, bench: Bench, settings: SweepSettings):
+        self.bench, self.settings = bench, settings
+        grown = growing(bench.source.architecture, bench.target)
+        self.staged = "blocks" in grown and len(grown) > 1
+        self.learned: dict[str, bool] = {}
+        # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
+        self.combinations = {self.key(one): one for one in self._all({})}
+
+    def key(self, answers: dict[str, str]) -> str:
+        """The same for answers that come to the same."""
+        return repr(self.combine(answers)[1])
+
+    def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+        """What is to be chosen and from what; each answer must be in `answers` before the next question.
+
+        Raises:
+            GrowkitError: a method that cannot grow this pair, or an option that it does not have.
+        """
+        settings = self.settings
+        yield "method", _listed(settings.methods)
+        method, fixed = answers["method"], _fixed(answers["method"])
+        grow, _ = self._grow(answers)
+        if method not in self.learned:
+            self.learned[method] = self.bench.learned(grow)
+        if grow.method == "mango":
+            if not fixed & {"rank", "ranks"}:
+                yield "rank", _listed(settings.rank_choices)
+            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers)[0])) > 1:
+                yield "ring_order", _listed(settings.ring_orders)
+        if self.staged and "stages" not in fixed:
+            yield "stages", _listed(settings.stage_choices)
+        if find(grow.method).NOISE and "noise" not in fixed:
+            yield "noise", _listed(settings.noises)
+        if self.learned[method]:
+            yield "operator_steps", _listed(settings.operator_steps)
+            if int(answers["operator_steps"]):
+                yield "operator_lr", _listed(settings.operator_lrs)
+        yield "lr", _listed(settings.lrs)
+
+    def _all(self, answers: dict[str, str]) -> Iterator[dict[str, str]]:
+        for name, choices in self.questions(answers):
+            if name not in answers:
+                for choice in choices:
+                    yield from self._all({**answers, name: choice})
+                return
+        yield answers
+
+    def draw(self, trial: Trial) -> dict[str, str]:
+        """Optuna's answers; where there is one choice, Optuna is not asked."""
+        answers: dict[str, str] = {}
+        for name, choices in self.questions(answers):
+            answers[name] = trial.suggest_categorical(name, choices) if len(choices) > 1 else choices[0]
+        return answers
+
+    def combine(self, answers: dict[str, str]) -> tuple[Arm, dict[str, Any]]:
+        """The arm that answers make, and its options by name: those that were chosen and those of the method's text."""
+        grow, given = self._grow(answers)
+        steps = int(answers.get("operator_steps", 0))
+        rate = float(answers["operator_lr"]) if steps else None
+        chosen = {"method", *_fixed(answers["method"]), *given}
+        options = {name: value for name, value in asdict(grow).items() if name in chosen}
+        name = ":".join((grow.method, *(f"{key}={_text(options[key])}" for key in options if key != "method")))
+        arm = Arm(f"{name}:steps={steps}", grow, operator_steps=steps, operator_lr=rate)
+        return arm, {**options, "steps": steps, "operator_lr": rate, "lr": float(answers["lr"])}
+
+    def _grow(self, answers: dict[str, str]) -> tuple[GrowSettings, dict[str, Any]]:
+        """Settings of growing by the answers so far, and those of them that were chosen."""
+        grow = parse_arm(answers["method"]).grow
+        assert grow is not None
+        given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
+        if "rank" in answers:
+            given |= _ranks(answers["rank"])
+        if "noise" in answers:
+            given["noise"] = float(answers["noise"])
+        return replace(grow, **given), given
+
+
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _fixed(method: str) -> set[str]:
+    """Names of the options that a method's text settles.
+
+    Raises:
+        GrowkitError: one of them is not of growing.
+    """
+    fixed = {part.partition("=")[0].replace("-", "_") for part in method.split(":")[1:]}
+    for name, instead in (("steps", "--operator-steps"), ("lr", "--operator-lrs")):
+        if name in fixed:
+            raise GrowkitError(f"--methods {method}: a sweep takes {name} from {instead}, for every method alike")
+    return fixed
+
+
+def _ranks(text: str) -> dict[str, Any]:
+    """'4' is the rank of every bond, '4x4x1x4' one for each."""
+    if "x" in text:
+        return {"ranks": text.replace("x", ",")}
+    if not text.isdecimal():
+        raise GrowkitError(f"--rank-choices {text}: expected whole numbers, or one for each bond as in 4x4x1x4")
+    return {"rank": int(text)}
+
+
+def _text(value: Any) -> str:
+    """A value as --methods takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(",", "x")
