@@ -1,6 +1,6 @@
 """Growing, training and fine-tuning, each as one function: source in, files and figures of a run folder out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ from growkit.train.resume import STATE, batch_size_of
 from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import AUTO, FitSettings
-from growkit.train.telling import Tell, silent
+from growkit.train.telling import Say, Tell, silent
 
 OPERATOR_RUN = "operator"  # inside a run: what resuming operator training needs
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

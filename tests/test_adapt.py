@@ -19,7 +19,7 @@ from torch import Tensor
 from growkit.adapt import with_classes, with_input
 from growkit.arch import find, find_target
 from growkit.arch.spec import Architecture
-from growkit.compare.compare import bench_of
+from growkit.compare.bench import bench_of
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from growkit.checkpoint import HISTORY
-from growkit.compare.compare import Comparison, bench_of, compare_methods
+from growkit.compare.bench import bench_of
+from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json

@@ -1,6 +1,7 @@
 """What every arm of a comparison shares, and one run of an arm: start, train, score."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,27 +10,46 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from growkit.arch import build
+from growkit.adapt import with_classes, with_input
+from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import write_tensors
 from growkit.compare.arms import LONGER, Arm
-from growkit.errors import GrowkitError
+from growkit.compare.settings import CompareSettings, SweepSettings
+from growkit.errors import GrowkitError, UnwritableError, first_line
 from growkit.files import read_json, whole_file, write_json
 from growkit.grow import grow, make_method
+from growkit.pictures import UnreadablePictureError
 from growkit.plan import step_flops
-from growkit.settings import GrowSettings
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.batches import batches_per_epoch, images_per_batch
-from growkit.train.data import Data
+from growkit.train.data import Data, hold_out, open_data
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, silent, unheard
+from growkit.train.telling import Done, Say, Tell, silent, unheard
 from growkit.train.watch import StepRecord, interruption
 
 Watch = Callable[[StepRecord], None]
+Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
+
+
+class RunFailedError(Exception):
+    """One run failed, for the reason that this says in a line; others may do better."""
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Raise what goes wrong inside as RunFailedError, but for what no run would fare better with."""
+    try:
+        yield
+    except (UnreadablePictureError, UnwritableError):
+        raise
+    except (GrowkitError, RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+        raise RunFailedError(first_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -275,6 +295,32 @@ class Bench:
             "operator_seconds": start.seconds,
             "images_per_second": fitted.images_per_second,
         }
+
+
+def bench_of(
+    source: Source,
+    to: str,
+    data: str,
+    recipe: FitSettings,
+    *,
+    split: CompareSettings | SweepSettings,
+    operator_steps: int = OPERATOR_DEFAULTS["steps"],
+    sets: Sequence[str],
+    device: torch.device,
+    folder: Path,
+    say: Say,
+    tell: Tell = silent,
+) -> Bench:
+    """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
+    adapted = with_input(source, sets)
+    opened = open_data(data, adapted.preprocessing, recipe, tell=tell)
+    adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
+    target, notes = find_target(adapted.architecture, to, sets)
+    for note in (*adapted.adapted, *notes):
+        say(note)
+    chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
+    own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
+    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
 
 
 def _fit(

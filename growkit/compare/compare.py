@@ -1,8 +1,7 @@
 """growkit compare: every arm on the same images, in the same order, for the same compute; resumable run by run."""
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,23 @@ import torch
 from safetensors.torch import load_file
 
 from growkit import __version__
-from growkit.adapt import with_classes, with_input
-from growkit.arch import find_target
-from growkit.arch.spec import Architecture
 from growkit.checkpoint import write_tensors
 from growkit.compare.arms import Arm, parse_arms
-from growkit.compare.bench import Bench
+from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
+from growkit.compare.folder import BEGUN, SCHEMA, begin, identity_of, read_own
 from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
-from growkit.compare.settings import CompareSettings, SweepSettings, numbers
-from growkit.errors import GrowkitError, UnwritableError, first_line
-from growkit.files import read_json, refuse_existing, whole_file, write_json
+from growkit.compare.settings import CompareSettings, numbers
+from growkit.errors import GrowkitError
+from growkit.files import refuse_existing, whole_file, write_json
 from growkit.lineage import flops_of
-from growkit.pictures import UnreadablePictureError
 from growkit.record import RunFolder, hardware, versions
-from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import Source
-from growkit.train.data import hold_out, open_data
-from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import amp_dtype
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, each, silent, unheard
+from growkit.train.telling import Done, Say, Tell, each, silent, unheard
 
-BEGUN = "begun.json"
-SCHEMA = 2  # of every file a comparison writes
 FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
-FAILURES = (GrowkitError, RuntimeError, MemoryError)  # of a run; torch's own errors are RuntimeErrors
-Say = Callable[[str], None]
-Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
 
 
 @dataclass(frozen=True)
@@ -178,23 +165,22 @@ class Comparison:
             "test": None,
         }
         try:
-            operator_lr = self._operator_lr(cell.arm)
-            start = self.bench.start(cell.arm, cell.seed, operator_lr, self._progress(f"operator of {cell.name}"))
-            trained = self.bench.train(
-                start,
-                cell.arm,
-                flops=self.full * cell.budget,
-                seed=cell.seed,
-                lr=cell.lr,
-                evals=max(1, round(self.settings.evals * cell.budget)),
-                folder=folder,
-                progress=self._progress(cell.name),
-            )
-        except (UnreadablePictureError, UnwritableError):
-            raise  # no run would fare better
-        except FAILURES as error:
-            write_json(folder / "result.json", {**facts, "failed": first_line(error)})
-            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({first_line(error)})")
+            with failing():
+                operator_lr = self._operator_lr(cell.arm)
+                start = self.bench.start(cell.arm, cell.seed, operator_lr, self._progress(f"operator of {cell.name}"))
+                trained = self.bench.train(
+                    start,
+                    cell.arm,
+                    flops=self.full * cell.budget,
+                    seed=cell.seed,
+                    lr=cell.lr,
+                    evals=max(1, round(self.settings.evals * cell.budget)),
+                    folder=folder,
+                    progress=self._progress(cell.name),
+                )
+        except RunFailedError as reason:
+            write_json(folder / "result.json", {**facts, "failed": str(reason)})
+            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
             return
         with whole_file(folder / "model.safetensors") as partial:
             write_tensors(partial, start.model.cpu().state_dict())
@@ -220,12 +206,11 @@ class Comparison:
         tried: dict[float, float] = {}
         for lr in self.operator_lrs:
             try:
-                progress = self._progress(f"operator of {arm.name}, lr {lr:g}")
-                start = self.bench.start(arm, self.seeds[0], lr, progress)
-            except (UnreadablePictureError, UnwritableError):
-                raise  # no run would fare better
-            except FAILURES as error:
-                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({first_line(error)})")
+                with failing():
+                    progress = self._progress(f"operator of {arm.name}, lr {lr:g}")
+                    start = self.bench.start(arm, self.seeds[0], lr, progress)
+            except RunFailedError as reason:
+                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason})")
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
@@ -334,109 +319,3 @@ def compare_methods(
     write_json(run.compare / "results.json", content)
     write_pages(run.compare, content, arms)
     return Compared(run.compare, arms, content)
-
-
-def bench_of(
-    source: Source,
-    to: str,
-    data: str,
-    recipe: FitSettings,
-    *,
-    split: CompareSettings | SweepSettings,
-    operator_steps: int = OPERATOR_DEFAULTS["steps"],
-    sets: Sequence[str],
-    device: torch.device,
-    folder: Path,
-    say: Say,
-    tell: Tell = silent,
-) -> Bench:
-    """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
-    adapted = with_input(source, sets)
-    opened = open_data(data, adapted.preprocessing, recipe, tell=tell)
-    adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
-    target, notes = find_target(adapted.architecture, to, sets)
-    for note in (*adapted.adapted, *notes):
-        say(note)
-    chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
-    own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
-    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
-
-
-def identity_of(bench: Bench) -> dict[str, Any]:
-    """What must be the same for runs to be compared."""
-    recipe, operator = (
-        {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
-        for settings in (bench.recipe, bench.operator)
-    )
-    return {
-        "schema": SCHEMA,
-        "growkit": __version__,
-        "source": {"sha256": bench.source.sha256, **_described(bench.source.architecture)},
-        "target": _described(bench.target),
-        "data": {name: str(value) for name, value in bench.data.identity.items()},
-        "recipe": recipe,
-        "operator": operator,
-        "machine": {
-            "device": bench.device.type,
-            "precision": str(amp_dtype(bench.recipe.precision, bench.device)).removeprefix("torch."),
-            "torch": torch.__version__,
-        },
-    }
-
-
-def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str], say: Say) -> None:
-    """Note in the folder what is measured there; a folder that is begun anew is emptied first.
-
-    All validation images are read before: no run would be scored where one of them cannot be.
-
-    Raises:
-        GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
-            in `free` excepted, or something else; or an image cannot be read.
-    """
-    folder = bench.folder
-    path = folder / BEGUN
-    goes_on = resume and path.exists()
-    if goes_on:
-        differing = _first_difference(read_own(path), own, free)
-        if differing is not None:
-            name, was, now = differing
-            raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
-    elif resume:
-        if folder.exists() and any(folder.iterdir()):
-            raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
-        say(f"{folder}: nothing was begun there before, it begins now")
-    bench.read_through()
-    if folder.exists() and not goes_on:
-        shutil.rmtree(folder)
-    write_json(path, own)
-
-
-def _described(architecture: Architecture) -> dict[str, Any]:
-    sizes = {name: space.size for name, space in architecture.spaces.items()}
-    return {"name": architecture.name, "arguments": dict(architecture.arguments), "spaces": sizes}
-
-
-def read_own(path: Path) -> dict[str, Any]:
-    """A file this version of growkit wrote.
-
-    Raises:
-        GrowkitError: it is damaged or another version's; it is left as it is.
-    """
-    content = read_json(path)
-    made = (content.get("schema"), content.get("growkit")) if isinstance(content, dict) else None
-    if made != (SCHEMA, __version__):
-        by = f"growkit {made[1]}, schema {made[0]}" if made and made[1] else "something else"
-        raise GrowkitError(
-            f"{path}: written by {by}, this is growkit {__version__}, schema {SCHEMA}; results of two versions are "
-            "not mixed, --run writes elsewhere"
-        )
-    return dict(content)
-
-
-def _first_difference(before: Any, now: Any, free: Sequence[str], name: str = "") -> tuple[str, Any, Any] | None:
-    """Name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return None if before == now else (name, before, now)
-    keys = sorted(key for key in before.keys() | now.keys() if key not in free)
-    found = (_first_difference(before.get(key), now.get(key), free, key) for key in keys)
-    return next((difference for difference in found if difference is not None), None)

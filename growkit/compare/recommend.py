@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.compare.bench import Bench
-from growkit.compare.compare import identity_of
+from growkit.compare.folder import identity_of
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.page import write_sweep_page
 from growkit.compare.settings import SweepSettings

@@ -15,30 +15,19 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, in_words
-from growkit.compare.bench import Bench
-from growkit.compare.compare import (
-    BEGUN,
-    FAILURES,
-    SCHEMA,
-    Follow,
-    Say,
-    begin,
-    bench_of,
-    identity_of,
-    read_own,
-)
+from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
+from growkit.compare.folder import BEGUN, SCHEMA, begin, identity_of, read_own
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
 from growkit.compare.settings import SweepSettings, numbers
 from growkit.compare.space import Space
 from growkit.compare.trials import tried_of
-from growkit.errors import GrowkitError, UnwritableError, first_line
+from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, write_json
-from growkit.pictures import UnreadablePictureError
 from growkit.record import RunFolder
 from growkit.source import Source
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, each, silent, unheard
+from growkit.train.telling import Done, Say, Tell, each, silent, unheard
 from growkit.train.watch import StepRecord
 
 NOTHING = "from-nothing"  # a folder for each rate
@@ -192,20 +181,19 @@ class Pilot:
             return kept
         arm, seed = Arm(SCRATCH), self.bench.recipe.seed
         try:
-            found = self.bench.train(
-                self.bench.start(arm, seed, None),
-                arm,
-                flops=self.budget,
-                seed=seed,
-                lr=lr,
-                evals=self.settings.evals,
-                folder=folder,
-                progress=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
-            )
-        except (UnreadablePictureError, UnwritableError):
-            raise  # no run would fare better
-        except FAILURES as error:
-            found = {"failed": first_line(error)}
+            with failing():
+                found = self.bench.train(
+                    self.bench.start(arm, seed, None),
+                    arm,
+                    flops=self.budget,
+                    seed=seed,
+                    lr=lr,
+                    evals=self.settings.evals,
+                    folder=folder,
+                    progress=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
+                )
+        except RunFailedError as reason:
+            found = {"failed": str(reason)}
             self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
         result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
         write_json(path, result)
@@ -229,13 +217,12 @@ class Pilot:
             trial.set_user_attr("options", options)
             progress = self.follow(f"trial {len(ended) + 1}", len(ended), self.total)
             try:
-                score = self._score_of(trial, arm, options["lr"], nothing, progress)
+                with failing():
+                    score = self._score_of(trial, arm, options["lr"], nothing, progress)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
-            except (UnreadablePictureError, UnwritableError):
-                raise  # no run would fare better
-            except FAILURES as error:
-                trial.set_user_attr("reason", first_line(error))
+            except RunFailedError as reason:
+                trial.set_user_attr("reason", str(reason))
                 frozen = study.tell(trial, state=TrialState.FAIL)
             else:
                 frozen = study.tell(trial, score)

@@ -16,6 +16,7 @@ class Done(Protocol):
     def __call__(self, done: float, total: int, note: str = "") -> None: ...
 
 
+Say = Callable[[str], None]  # a line for the user
 Tell = Callable[[str], Done]  # what is done, as in "scoring the source" -> what is told of it
 
 

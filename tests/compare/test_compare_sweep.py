@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from growkit.compare import bench as bench_module
 from growkit.compare import sweep as sweep_module
 from growkit.compare.arms import parse_arm
-from growkit.compare.bench import Bench, Start
-from growkit.compare.compare import bench_of
+from growkit.compare.bench import Bench, Start, bench_of
 from growkit.compare.page import trials_table
 from growkit.compare.recommend import _commands
 from growkit.compare.settings import SweepSettings

@@ -1,0 +1,101 @@
+"""What a folder of runs was begun with, so that results of two comparisons, or of two versions, are never mixed."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growkit import __version__
+from growkit.arch.spec import Architecture
+from growkit.compare.bench import Bench
+from growkit.errors import GrowkitError
+from growkit.files import read_json, write_json
+from growkit.train.loop import FREE_TO_CHANGE
+from growkit.train.score import amp_dtype
+from growkit.train.telling import Say
+
+BEGUN = "begun.json"
+SCHEMA = 2  # of every file a comparison writes
+
+
+def identity_of(bench: Bench) -> dict[str, Any]:
+    """What must be the same for runs to be compared."""
+    recipe, operator = (
+        {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
+        for settings in (bench.recipe, bench.operator)
+    )
+    return {
+        "schema": SCHEMA,
+        "growkit": __version__,
+        "source": {"sha256": bench.source.sha256, **_described(bench.source.architecture)},
+        "target": _described(bench.target),
+        "data": {name: str(value) for name, value in bench.data.identity.items()},
+        "recipe": recipe,
+        "operator": operator,
+        "machine": {
+            "device": bench.device.type,
+            "precision": str(amp_dtype(bench.recipe.precision, bench.device)).removeprefix("torch."),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str], say: Say) -> None:
+    """Note in the folder what is measured there; a folder that is begun anew is emptied first.
+
+    All validation images are read before: no run would be scored where one of them cannot be.
+
+    Raises:
+        GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
+            in `free` excepted, or something else; or an image cannot be read.
+    """
+    folder = bench.folder
+    path = folder / BEGUN
+    goes_on = resume and path.exists()
+    if goes_on:
+        differing = _first_difference(read_own(path), own, free)
+        if differing is not None:
+            name, was, now = differing
+            raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
+    elif resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
+        say(f"{folder}: nothing was begun there before, it begins now")
+    bench.read_through()
+    if folder.exists() and not goes_on:
+        shutil.rmtree(folder)
+    write_json(path, own)
+
+
+def _described(architecture: Architecture) -> dict[str, Any]:
+    sizes = {name: space.size for name, space in architecture.spaces.items()}
+    return {"name": architecture.name, "arguments": dict(architecture.arguments), "spaces": sizes}
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """A file this version of growkit wrote.
+
+    Raises:
+        GrowkitError: it is damaged or another version's; it is left as it is.
+    """
+    content = read_json(path)
+    made = (content.get("schema"), content.get("growkit")) if isinstance(content, dict) else None
+    if made != (SCHEMA, __version__):
+        by = f"growkit {made[1]}, schema {made[0]}" if made and made[1] else "something else"
+        raise GrowkitError(
+            f"{path}: written by {by}, this is growkit {__version__}, schema {SCHEMA}; results of two versions are "
+            "not mixed, --run writes elsewhere"
+        )
+    return dict(content)
+
+
+def _first_difference(before: Any, now: Any, free: Sequence[str], name: str = "") -> tuple[str, Any, Any] | None:
+    """Name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else (name, before, now)
+    keys = sorted(key for key in before.keys() | now.keys() if key not in free)
+    found = (_first_difference(before.get(key), now.get(key), free, key) for key in keys)
+    return next((difference for difference in found if difference is not None), None)
