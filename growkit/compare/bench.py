@@ -23,8 +23,9 @@ from growkit.pictures import UnreadablePictureError
 from growkit.plan import step_flops
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, untrained
-from growkit.train.batches import batches_per_epoch, images_per_batch
+from growkit.train.batches import images_per_batch
 from growkit.train.data import Data, hold_out, open_data
+from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.room import recompute_blocks
@@ -152,10 +153,9 @@ class Bench:
             weights.unlink()
 
     @property
-    def full_steps(self) -> int:
-        """Updates of the full budget, from nothing."""
-        per_epoch = batches_per_epoch(self.data, self.recipe) / self.recipe.grad_accum_steps
-        return self.recipe.steps or max(1, round(self.recipe.epochs * per_epoch))
+    def full(self) -> Length:
+        """How long the full budget is, from nothing."""
+        return length_of(self.data, self.recipe)
 
     def operator_steps(self, arm: Arm) -> int:
         """Updates of the arm's operator training; 0 for fixed rules and untrained operators."""
@@ -266,11 +266,10 @@ class Bench:
             KeyboardInterrupt: stopped, with the state saved in `folder`; the next call goes on from there.
         """
         steps = self.steps_within(arm, flops, start.flops)
-        updates_per_epoch = batches_per_epoch(self.data, self.recipe) / self.recipe.grad_accum_steps
-        every = -(-steps // evals) / updates_per_epoch
-        warmup = self.recipe.warmup_epochs
+        full, warmup = self.full, self.recipe.warmup_epochs
+        every = -(-steps // evals) / full.updates_per_epoch
         if warmup is not None:  # the same share of every run, however short
-            warmup *= steps / self.full_steps
+            warmup *= steps / full.total
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
         fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, progress, watch)
         if fitted.judged is not None and fitted.judged is not start.model:

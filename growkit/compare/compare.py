@@ -59,7 +59,7 @@ class Comparison:
         self.budgets = numbers("--budgets", settings.budgets)
         self.lrs = numbers("--lrs", settings.lrs)
         self.operator_lrs = numbers("--operator-lrs", settings.operator_lrs)
-        self.full = bench.flops_per_step(self.arms[0]) * bench.full_steps
+        self.full = bench.flops_per_step(self.arms[0]) * bench.full.total
         self.seeds = range(bench.recipe.seed, bench.recipe.seed + settings.seeds)
         self.total = len(self.arms) * len(self.budgets) * (len(self.lrs) + len(self.seeds) - 1)
         self.finished = 0

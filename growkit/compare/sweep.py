@@ -112,7 +112,7 @@ class Pilot:
         self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
         self.space = Space(bench, settings)
         self.sign = sign_of(settings.metric)
-        self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full_steps
+        self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full.total
         self.left_out: list[str] = []  # a line on what `prepare` found too dear
 
     @property
