@@ -161,8 +161,9 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """A line for each twentieth of the work, none within SOON of the one before but the last; where work is slow for
-    every RARELY. With `rarely` for these alone.
+    """A line for each twentieth of the work, at least SOON after the one before, and for RARELY without one.
+
+    With `rarely` there are lines of the latter kind alone.
     """
 
     def __init__(self, console: Console, title: str, total: int, *, rarely: bool = False):

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
-    """Yield `tell(what)`, which makes what shows how many images or updates of how many are done.
+    """Yield `tell(what)`, which begins a bar, or lines in a log, and returns what is told how far that work is.
 
-    A log gets lines of it, or `rarely` some. What is told of anew no longer goes on where it did before, as where a run
-    failed while it was scored.
+    `rarely` makes the lines few. The same title again closes the bar that a failure left open.
     """
     begun: dict[str, ExitStack] = {}
     with ExitStack() as shown:
@@ -44,7 +43,10 @@ def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
 
 @contextmanager
 def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Done"]]:
-    """Yield `follow(name, finished, total)`, which makes what shows one of many runs: a bar for all, or rare lines."""
+    """Yield `follow(name, finished, total)`, which returns what is told how far one of many runs is.
+
+    All share a bar; in a log each has lines, but few.
+    """
     with console.progress(title) as show:
 
         def follow(name: str, finished: int, runs: int) -> "Done":

@@ -26,7 +26,7 @@ from growkit.source import Source
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, Tell, each, silent, unheard
 
-FREE_TO_GROW = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
+EXTENDABLE = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Comparison:
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.bench, own, resume=resume, free=FREE_TO_GROW, say=self.say)
+        begin(self.bench, own, resume=resume, free=EXTENDABLE, say=self.say)
 
     def run(self) -> list[dict[str, Any]]:
         """Make every run that is missing, then score the chosen ones on the test images; all results.

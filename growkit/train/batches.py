@@ -21,7 +21,7 @@ from growkit.train.settings import AUTO, FitSettings
 
 MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
 BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
-FEW = 2  # unreadable images are no share yet
+FEW = 2  # unreadable images, which are borne whatever share of those read they are
 
 
 def images_per_batch(data: Data, settings: FitSettings) -> int:
@@ -199,7 +199,7 @@ def _ahead(
     for images, labels in batches:
         with torch.cuda.stream(copying):
             waiting.append((_ready(images, normalised, device), labels, copying.record_event()))
-        if len(waiting) > 1:
+        if len(waiting) > BATCHES_AHEAD:
             yield from handed_out()
     while waiting:
         yield from handed_out()

@@ -134,12 +134,12 @@ def restarted() -> bool:
 
 
 def part(whole: int) -> slice:
-    """Which of the `whole` images of a batch are this process's; `refuse_odd` sees to it that they divide."""
+    """Which of the `whole` images of a batch are this process's; `refuse_indivisible` sees to it that they divide."""
     each = whole // size()
     return slice(rank() * each, (rank() + 1) * each)
 
 
-def refuse_odd(images: int) -> None:
+def refuse_indivisible(images: int) -> None:
     """Raise GrowkitError where a batch of `images` does not divide among the processes."""
     if images % size():
         raise GrowkitError(
@@ -149,12 +149,12 @@ def refuse_odd(images: int) -> None:
 
 
 def own_draws() -> tuple[int, ...]:
-    """What a seed takes in besides, so that processes draw apart; nothing in the leading one."""
+    """What goes into a seed besides, so that processes draw differently: the rank; nothing in the leading one."""
     return (rank(),) if rank() else ()
 
 
-def agreed(*wishes: bool) -> list[bool]:
-    """Of each wish, whether any process has it."""
+def anywhere(*wishes: bool) -> list[bool]:
+    """For each wish, whether any of the processes has it."""
     if size() == 1:
         return list(wishes)
     found = torch.tensor(wishes, dtype=torch.int32)
@@ -223,7 +223,7 @@ def statistics(model: nn.Module) -> list[str]:
     return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
 
 
-def gathering(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
+def syncing_gradients(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
     """Around a forward and backward pass: whether gradients are averaged now, or wait for the update's last batch."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
@@ -262,7 +262,7 @@ def whole(state: Any) -> Any:
     return [whole(value) for value in state] if isinstance(state, list) else state
 
 
-def laid_out(value: Any, like: Tensor) -> Any:
+def sharded_like(value: Any, like: Tensor) -> Any:
     """`value`, sharded where it is a tensor of the shape of `like` and that is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value

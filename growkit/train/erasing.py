@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import default_collate
 
-NOTHING = torch.zeros(1)  # what an image that is not looked at is made of
+NOTHING = torch.zeros(1)  # noise of an image that is not erased, and pixels of one whose place alone is asked for
 
 
 class Erased(NamedTuple):

@@ -16,7 +16,7 @@ GROUPS = Path("/sys/fs/cgroup")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 MANY = 2**63 - 1  # bytes
-USED = 0.6  # of the addresses that are taken: allocators and threads reserve more than they use
+USED = 0.6  # of the addresses that are left: allocators and threads reserve more than they use
 
 
 def free_bytes(device: torch.device) -> int:

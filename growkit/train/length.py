@@ -32,7 +32,7 @@ def length_of(data: Data, settings: FitSettings) -> Length:
             into the pairs that are mixed.
     """
     images = images_per_batch(data, settings)
-    distributed.refuse_odd(images)
+    distributed.refuse_indivisible(images)
     each = images // distributed.size()
     if each % 2 and (settings.mixup or settings.cutmix):
         raise GrowkitError(

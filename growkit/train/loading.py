@@ -36,8 +36,8 @@ STAND_INS = 10  # images after an unreadable one that are tried in its place; ti
 log = logging.getLogger(__name__)
 _readers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()  # with the process that began each
 _most = [1024]  # processes that the machine was found to bear, for this process's loaders to come
-# loaders that lost a process, or errors with such as were half begun: torch's way to end the first may wait for a lock
-# that the dead hold, and that to end the others fails
+# Loaders that lost a process, and errors whose frames hold loaders half begun. They are never let go: as they are
+# destroyed, torch would wait for a lock that the dead process holds, or fail.
 _kept: list[Any] = []
 
 

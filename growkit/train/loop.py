@@ -225,7 +225,7 @@ class _Run:
         read = train_batches(self.data, self.settings, first, end, device=self.training.device)
         for number in range(first, end):
             self._tell(number / accumulate)
-            if number % accumulate and self.divisible and distributed.agreed(self.stop.asked)[0]:
+            if number % accumulate and self.divisible and distributed.anywhere(self.stop.asked)[0]:
                 raise _StoppedError
             yield next(read)
 
@@ -247,7 +247,7 @@ class _Run:
         last, judge = whole and step == self.length.total, whole and self._owed(step)
         report = judge or last or (whole and step % self.settings.log_every == 0)
         due = judge or last or time.perf_counter() - self.saved_at >= self.settings.save_seconds
-        due, stopping = distributed.agreed(due, self.stop.asked)
+        due, stopping = distributed.anywhere(due, self.stop.asked)
         if not (report or due or stopping):
             return False
         self._read_losses()
@@ -264,7 +264,7 @@ class _Run:
             stopping = stopping or scores is None
         if report and (scores is not None or not judge):
             self._record(step, scores, show)
-            (stopping,) = distributed.agreed(self.stop.asked)
+            (stopping,) = distributed.anywhere(self.stop.asked)
         if (due or stopping) and self._learned != self.saved:
             self._save()
         self.mark = time.perf_counter()
@@ -288,7 +288,7 @@ class _Run:
     def _score(self) -> Scores | None:
         """Scores of the model; None where a stop was asked for before, or meanwhile."""
         assert self.evaluate is not None
-        if distributed.agreed(self.stop.asked)[0]:
+        if distributed.anywhere(self.stop.asked)[0]:
             return None
         try:
             with self.stop.raising(distributed.size() == 1):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, writing
-from growkit.train.distributed import laid_out
+from growkit.train.distributed import sharded_like
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
@@ -39,14 +39,14 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise GrowkitError(
             f"the saved state is of another model ({differing[0]} differs); give the same model, or {ANEW}"
         )
-    model.load_state_dict({name: laid_out(value, own[name]) for name, value in state.items()}, strict=False)
+    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in state.items()}, strict=False)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Put what `optimizer.state_dict()` gave back, sharded where its parameters are."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        number: {name: laid_out(value, own[number]) for name, value in of_one.items()}
+        number: {name: sharded_like(value, own[number]) for name, value in of_one.items()}
         for number, of_one in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments})

@@ -56,7 +56,7 @@ def largest_batch(
     if settings.grad_checkpointing:
         recompute_blocks(model)
     few = replace(settings, batch_size=distributed.size(), workers=0)
-    distributed.refuse_odd(images_per_batch(data, few))
+    distributed.refuse_indivisible(images_per_batch(data, few))
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
     batches = min(batches, 2)  # from the second on, the gradients of those before are there
 

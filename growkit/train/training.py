@@ -144,7 +144,7 @@ class Training:
         targets = sent(targets, self.device)
         if self.mix is not None:
             images, targets = self.mix(images, targets)
-        with distributed.gathering(self.network, now=last):
+        with distributed.syncing_gradients(self.network, now=last):
             with autocast(self.settings.precision, self.device):
                 share = self.loss_of(self.forward(images), targets) / self.settings.grad_accum_steps
             self.scaler.scale(share).backward()
@@ -158,7 +158,7 @@ class Training:
         own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained]
         # waits for the GPU once, not for each tensor; a share of a sharded one may be empty
         largest = get_total_norm([tensor for tensor in own if tensor.numel()], norm_type=math.inf)
-        (broken,) = distributed.agreed(not math.isfinite(largest))
+        (broken,) = distributed.anywhere(not math.isfinite(largest))
         if broken:
             raise GrowkitError(f"weights are not finite after update {step}; {REMEDY}{kept}")
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:

@@ -62,7 +62,7 @@ class Stop:
 
     @contextmanager
     def raising(self, at_once: bool) -> Iterator[None]:
-        """Inside, being asked raises `at_once`."""
+        """Inside, a signal raises, where `at_once`; outside it asks for a stop."""
         self._raises = at_once
         try:
             yield

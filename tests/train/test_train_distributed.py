@@ -554,10 +554,10 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
 LEAVE = """
 import os, sys, torch, typer
 from growkit.errors import GrowkitError, Terminated
-from growkit.train.distributed import agreed, joined
+from growkit.train.distributed import anywhere, joined
 try:
     with joined(torch.device("cpu")):
-        agreed(True)
+        anywhere(True)
         if sys.argv[1] != "done":
             raise {"left": typer.Exit(130), "refused": GrowkitError("no")}[sys.argv[1]]
 finally:
