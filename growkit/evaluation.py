@@ -20,7 +20,7 @@ from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
-from growkit.train.score import Scores, evaluate, predictor
+from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, followed, unheard
 
@@ -69,10 +69,8 @@ def evaluate_model(
     source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
 ) -> Scores:
     """Scores of a model on the validation images of `data`."""
-    opened, chosen = labelled(data, source, settings), pick_device(device)
-    predict = predictor(source.model().to(chosen), chosen, settings.precision)
-    batches = val_batches(opened, settings, device=chosen)
-    return evaluate(predict, followed(batches, size_of(opened.val), progress))
+    opened = labelled(data, source, settings)
+    return score_model(source.model(), opened, settings, pick_device(device), progress=progress)
 
 
 def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = unheard) -> Scores:

@@ -19,11 +19,8 @@ LEFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{
 ELSEWHERE = "name another place"
 KEPT = "what was complete before is as it was"
 REMEDIES = {
-    errno.ENOSPC: ("the disk is full", "free some space there and try again; what was complete before is as it was"),
-    errno.EDQUOT: (
-        "your quota is used up",
-        "free some space there and try again; what was complete before is as it was",
-    ),
+    errno.ENOSPC: ("the disk is full", f"free some space there and try again; {KEPT}"),
+    errno.EDQUOT: ("your quota is used up", f"free some space there and try again; {KEPT}"),
     errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f) or name another place"),
     errno.EIO: ("the disk reports an error", f"see to the disk; {KEPT}"),
     errno.EROFS: ("read-only file system", ELSEWHERE),

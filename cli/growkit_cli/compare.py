@@ -10,6 +10,7 @@ import typer
 from growkit.compare.settings import CompareSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Device,
@@ -58,13 +59,10 @@ def compare(
     from growkit.compare.compare import compare_methods
     from growkit.compare.page import cost_table, main_table
     from growkit.record import RunFolder
-    from growkit.source import load_source
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load_source(source, from_, from_sets or ())
-    for note in loaded.notes:
-        console.say(note)
+    loaded = load(console, source, from_, from_sets)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         compared = compare_methods(
             RunFolder(run),

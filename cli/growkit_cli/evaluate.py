@@ -7,6 +7,7 @@ import typer
 
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, Run, with_settings
 from growkit_cli.progress import telling
 
@@ -48,7 +49,6 @@ def evaluate(
     from growkit.report.behaviour import agreement_sections
     from growkit.report.page import write_report
     from growkit.report.run import run_report
-    from growkit.source import load_source
 
     console = Console(as_json)
     folder = RunFolder(run)
@@ -86,9 +86,7 @@ def evaluate(
             provider = device if device in ("auto", "cpu") else "cuda"
             scores = evaluate_onnx(path, data, settings, provider=provider, progress=progress)
         else:
-            loaded = load_source(str(path), from_, from_sets or ())
-            for note in loaded.notes:
-                console.say(note)
+            loaded = load(console, str(path), from_, from_sets)
             scores = evaluate_model(loaded, data, settings, device=device, progress=progress)
     console.table(
         f"{scores.count} validation images",

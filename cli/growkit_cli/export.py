@@ -10,6 +10,7 @@ from growkit.errors import GrowkitError
 from growkit.files import without_folders
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
 
 CALIBRATION = 256  # images that int8-static takes its ranges from
@@ -55,7 +56,6 @@ def export(
     from growkit.deploy.limits import LIMITS
     from growkit.files import refuse_existing, refuse_unwritable, whole_folder
     from growkit.record import RunFolder
-    from growkit.source import load_source
 
     console = Console(as_json)
     folder = RunFolder(run)
@@ -71,9 +71,7 @@ def export(
     if triton is None and serving != TritonSettings():
         raise GrowkitError("the --triton-... options describe a model repository: give --triton DIR")
     console.say(f"exporting {chosen}")
-    source = load_source(str(chosen), from_, from_sets or ())
-    for note in source.notes:
-        console.say(note)
+    source = load(console, str(chosen), from_, from_sets)
     if triton:
         from growkit.deploy.triton import refuse_taken
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from growkit.settings import FINETUNE_DEFAULTS
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
 from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, telling
@@ -28,16 +29,13 @@ def finetune(
     """
     from growkit.pipeline import finetune_model
     from growkit.record import RunFolder
-    from growkit.source import load_source
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
     folder = RunFolder(run)
     path = str(model or folder.startable())
     console.say(f"fine-tuning {path}")
-    loaded = load_source(path)
-    for note in loaded.notes:
-        console.say(note)
+    loaded = load(console, path)
     with telling(console) as tell:
         trained = finetune_model(
             folder,

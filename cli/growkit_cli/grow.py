@@ -8,6 +8,7 @@ import typer
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Data,
@@ -62,13 +63,10 @@ def grow(
 
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
-    from growkit.source import load_source
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
-    loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
-    for note in loaded.notes:
-        console.say(note)
+    loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with console.working("growing"), telling(console) as tell:
         grown = grow_model(
             RunFolder(run),

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument
 
 
@@ -28,13 +29,10 @@ def plan(
     from growkit.plan import plan_growth
     from growkit.ranges import refuse_number
     from growkit.report.page import cell
-    from growkit.source import load_source
 
     refuse_number("--steps", steps, least=1)
     console = Console(as_json)
-    loaded = load_source(source, from_, from_sets or (), ema=not no_ema)
-    for note in loaded.notes:
-        console.say(note)
+    loaded = load(console, source, from_, from_sets, ema=not no_ema)
     planned = plan_growth(loaded, to, sets or (), batch_size=batch_size)
     for note in planned.notes:
         console.say(note)

@@ -10,6 +10,7 @@ import typer
 from growkit.compare.settings import SweepSettings
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Device,
@@ -57,13 +58,10 @@ def sweep(
     from growkit.compare.page import trials_table
     from growkit.compare.sweep import sweep_settings
     from growkit.record import RunFolder
-    from growkit.source import load_source
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load_source(source, from_, from_sets or ())
-    for note in loaded.notes:
-        console.say(note)
+    loaded = load(console, source, from_, from_sets)
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         swept = sweep_settings(
             RunFolder(run),

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from growkit.deploy.settings import VerifySettings
+from growkit.text import clipped
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
+from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, From, FromSets, Model, Run, with_settings
 
 if TYPE_CHECKING:
@@ -85,7 +87,6 @@ def verify(
     from growkit.errors import GrowkitError
     from growkit.files import refuse_unwritable, whole_file, write_json
     from growkit.record import RunFolder
-    from growkit.source import load_source
 
     console = Console(as_json)
     started, clock = datetime.now(UTC), time.monotonic()
@@ -120,9 +121,7 @@ def verify(
     against = reference if file_only else chosen
     console.say(f"verifying {file or chosen}" + (f" against {against}" if file else ""))
     if not file_only:
-        source = load_source(str(chosen), from_, from_sets or ())
-        for note in source.notes:
-            console.say(note)
+        source = load(console, str(chosen), from_, from_sets)
     if source is None:
         assert golden is not None  # refused above
         verified = verify_alone(chosen, golden, settings)
@@ -281,7 +280,8 @@ def show(console: Console, verified: "Verification") -> None:
             group,
             ("check", "measured", "allowed", "verdict"),
             [
-                (c.name, _short(shown(c.measured)), _short(shown(c.limit)), c.verdict)
+                # long values are in report.json, and the line of a failed check quotes them
+                (c.name, clipped(shown(c.measured), 14), clipped(shown(c.limit), 14), c.verdict)
                 for c in verified.checks
                 if c.group == group
             ],
@@ -336,8 +336,3 @@ def show(console: Console, verified: "Verification") -> None:
     if verified.parity and not verified.latency and verified.verdict == "fail":
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")
-
-
-def _short(text: str) -> str:
-    """Long values are in report.json; the line of a failed check quotes them."""
-    return text if len(text) <= 14 else text[:13] + "…"
