@@ -1,6 +1,7 @@
 """Models held against labelled images, and against each other: model folders, checkpoints and ONNX files."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -136,6 +137,7 @@ def evaluate_against(
     *,
     from_: str | None = None,
     from_sets: Sequence[str] = (),
+    ema: bool = True,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
     progress: Done = unheard,
@@ -143,7 +145,7 @@ def evaluate_against(
     """How a model's answers on the validation images of `data` differ from those of the source it came from.
 
     `model` and `against` are each a model folder, a checkpoint, timm:NAME or an .onnx file; each gets the images
-    prepared its own way. `from_` and `from_sets` are for the one that is a bare checkpoint.
+    prepared its own way. `from_` and `from_sets` are for the one that is a bare checkpoint, `ema` is for both.
 
     A model that lies in the run folder is the run's own, and the run's record gets a step "evaluate"; of another
     nothing is written. The second value tells which.
@@ -165,7 +167,7 @@ def evaluate_against(
         if Path(path).suffix == ".onnx":
             return _answering_onnx(Path(path), device if device in ("auto", "cpu") else "cuda")
         meant = path in bare or not bare
-        loaded = load_source(path, from_ if meant else None, from_sets if meant else ())
+        loaded = load_source(path, from_ if meant else None, from_sets if meant else (), ema=ema)
         for note in loaded.notes:
             say(note)
         chosen = pick_device(device)
@@ -218,9 +220,8 @@ def _prepares_alike(old: Answering, new: Answering) -> bool:
 
 def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new: Answering) -> None:
     """Raise GrowkitError where the two models do not answer the same classes, or the data has others."""
-    remedy = (
-        f"compare with a source of the model's classes; `growkit finetune SOURCE --data {data} --run OTHER` makes one"
-    )
+    made = f"`growkit finetune SOURCE --data {shlex.quote(data)} --run OTHER` makes one"
+    remedy = f"compare with a source of the model's classes; {made}"
     if old.outputs != new.outputs:
         raise GrowkitError(f"{old.path} has {old.outputs} classes and {new.path} {new.outputs}; {remedy}")
     if old.labels and new.labels and old.labels != new.labels:

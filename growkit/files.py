@@ -36,17 +36,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _open: set[str] = set()  # hidden names this process is writing under
 
 
-def refuse_existing(path: Path, force: bool, *known: str) -> None:
+def refuse_existing(
+    path: Path, force: bool, *known: str, resumable: bool = False, elsewhere: str = "--run writes elsewhere"
+) -> None:
     """Raise GrowkitError when `path` exists and `force` was not given, or is a folder that holds nothing `known`.
 
-    --force replaces what growkit wrote, not whatever lies there. Called before the work starts, so that nobody waits an
-    hour for a refusal.
+    `resumable` says that --resume would go on with what lies there. --force replaces what growkit wrote, not whatever
+    lies there. Called before the work starts, so that nobody waits an hour for a refusal.
     """
     clear_left(path.parent, path.name)  # it may lie under a hidden name
     if not path.exists():
         return
     if not force:
-        raise GrowkitError(f"{path} already exists; --force replaces it, --run or --out writes elsewhere")
+        resume = "--resume goes on with it, " if resumable else ""
+        raise GrowkitError(f"{path} already exists; {resume}--force replaces it, {elsewhere}")
     held = [entry.name for entry in path.iterdir()] if path.is_dir() else ["a file"]
     if known and held and not set(known) & set(held):
         raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known[0]}; name another folder")

@@ -14,6 +14,7 @@ from growkit.errors import GrowkitError
 LOCK = ".growkit.lock"
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems call a lock that another process holds
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+TRIES = 100  # to make a folder that others may be removing
 _held: set[Path] = set()  # by this process, to which the system would give its own lock again
 
 
@@ -61,12 +62,15 @@ def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: N
 
 def _take(path: Path, say: Callable[[str], None]) -> int | None:
     """The open, locked file; None where there can be no lock."""
+    tries = 0
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # the one before let go and removed the folder
+        except FileNotFoundError:  # the one before let go and removed the folder, or none can be made there
+            if (tries := tries + 1) > TRIES:
+                return None
+            continue
         except OSError:
             return None
         try:

@@ -23,7 +23,7 @@ from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
-from growkit.train.resume import STATE, batch_size_of
+from growkit.train.resume import METRICS, STATE, batch_size_of
 from growkit.train.room import with_batch_size
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import AUTO, FitSettings
@@ -67,20 +67,27 @@ class _Asked:
     say: Say
     tell: Tell
 
-    def goes_on(self, output: Path, state: Path) -> bool:
+    def goes_on(self, output: Path, state: Path | None) -> bool:
         """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
 
         A run that ended before it saved anything is begun anew.
 
         Raises:
-            GrowkitError: the run cannot be written, or `output` exists and neither `force` nor `resume` was given.
+            GrowkitError: the run cannot be written, or `output` or `state` exists and neither `force` nor `resume` was
+                given.
         """
         anew = restarted()
 
         def look() -> bool:
             self.run.refuse_unusable()
             if not (self.resume or anew):
-                refuse_existing(output, self.force, WEIGHTS, LAST)
+                resumable = state is not None and state.exists()
+                if not _only_begun(output):
+                    refuse_existing(output, self.force, WEIGHTS, LAST, resumable=resumable)
+                if state is not None and resumable:
+                    refuse_existing(state.parent, self.force, STATE, resumable=True)
+            if state is None:
+                return False
             begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
             if self.resume and begun and not state.exists():
                 self.say("nothing was saved before it ended: it begins anew")
@@ -88,6 +95,12 @@ class _Asked:
             return self.resume or (anew and state.exists())
 
         return by_leader(look)
+
+
+def _only_begun(output: Path) -> bool:
+    """Whether a run that was killed before it saved anything left this folder: there is nothing to lose in it."""
+    files = {path.name for path in output.rglob("*") if path.is_file()}
+    return output.is_dir() and bool(files) and files <= {METRICS}
 
 
 def grow_model(
@@ -120,12 +133,14 @@ def grow_model(
             " saves nothing here; leave it out"
         )
     asked = _Asked(run, device, force, resume, say, tell)
-    goes_on = asked.goes_on(run.grown, run.path / OPERATOR_RUN / STATE)
+    goes_on = asked.goes_on(run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
     chosen = pick_device(device)
     source, opened = with_input(source, sets), None
     if data is not None:
         operator = replace(operator or FitSettings(), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator, tell=tell)
+        growth = {"source": source.sha256, "to": to, "set": list(sets), **asdict(settings)}
+        opened = replace(opened, identity={**opened.identity, **growth})  # only the same operator goes on
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
@@ -383,7 +398,8 @@ def _sized(
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"
-        say(f"--batch-size {sized.batch_size} is the largest that fits {where}; --lr {settings.lr:g} is not scaled")
+        found = "takes all training images" if sized.batch_size >= images else f"is the largest that fits {where}"
+        say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from pairs import published_scale, tiny
 from PIL import Image
 from program import growkit
 from safetensors.torch import load_file
+from typer.main import get_command
 
 from growkit import __version__
 from growkit.errors import GrowkitError
+from growkit.train.score import Scores
 from growkit_cli.console import Console
+from growkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
@@ -165,6 +169,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--variant of no method": ((*GROW, "--variant", "aki"), "--variant aki: not a variant of mango"),
     "--stages of none": ((*GROW, "--stages", "depth"), "--stages depth: choose both"),
     "--cache with colours": (("finetune", "small", *DATA, "--cache", "ram", *QUICK), "set --color-jitter 0"),
+    "verify of a ratio that is not timed": (
+        ("verify", "small", "--max-latency-ratio", "1", "--no-latency"),
+        "--max-latency-ratio is judged by timing: leave out --no-latency",
+    ),
     "compare of no seeds": (("compare", "small", *TO, *DATA, "--seeds", "0"), "--seeds 0"),
     "compare of no method": (("compare", "small", *TO, *DATA, "--methods", "mangoo"), "nearest: mango"),
     "compare of a rate that is none": (
@@ -389,6 +397,74 @@ def test_batch_size_is_found_once_for_a_run(
     status, out, err = growkit(capsys, *words, "--resume")
     assert status == 0, err
     assert "--batch-size 8 is what the run was started with" in out
+
+
+@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
+def test_run_that_is_not_at_its_end_is_never_begun_anew_without_a_word(
+    command: tuple[str, ...],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
+) -> None:
+    monkeypatch.chdir(place)
+    words = (*command, *DATA, "--steps", "3", "--workers", "0", "--run", tmp_path)
+    interrupted_at(1)
+    assert growkit(capsys, *words)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    if command is GROW:  # as where it was killed
+        shutil.rmtree(tmp_path / "grown")
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, *words)
+    assert (status, listing(tmp_path)) == (2, before)
+    assert "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere" in err
+    if command is GROW:
+        assert growkit(capsys, *GROW, "--run", tmp_path)[0] == 0  # which trains nothing
+        status, _, err = growkit(capsys, *words, "--rank", "3", "--resume")
+        assert (status, listing(tmp_path / "operator")) == (2, listing(tmp_path / "operator"))
+        assert "the run was started with rank 1, not 3: give the same" in err
+    assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobodys_way(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    last = tmp_path / "finetuned" / "last"
+    last.mkdir(parents=True)
+    (last / "metrics.jsonl").write_text("{}\n")
+    (last.parent / "notes.txt").write_text("mine")
+    status, _, err = growkit(capsys, *words)
+    assert (status, (last.parent / "notes.txt").read_text()) == (2, "mine")
+    assert "already exists; --force" in err
+    (last.parent / "notes.txt").unlink()
+    assert growkit(capsys, *words)[0] == 0
+
+
+def test_training_that_does_harm_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    found = iter((0.9, 0.5))
+    monkeypatch.setattr("growkit.pipeline.score_model", lambda *_, **__: Scores(next(found), 1.0, 1.0, 0.0, 15))
+    words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    status, out, _ = growkit(capsys, *words)
+    assert status == 0
+    assert "warning: that is below the start, 90.00%: try a lower --lr" in out
+    found = iter((0.9, 0.9, 0.5))
+    status, out, _ = growkit(capsys, *GROW, *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    assert status == 0
+    assert "warning: training the operator did harm: try a lower --lr" in out
+
+
+def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("plan", "grow", "finetune", "evaluate", "compare", "sweep", "export", "verify"):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {"--from", "--from-set", "--no-ema"} <= known, name
 
 
 def test_table_too_wide_for_the_terminal_is_printed_row_by_row_and_whole(

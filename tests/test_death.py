@@ -289,6 +289,12 @@ WRITING = [
 ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_folder_that_nobody_can_make_is_not_asked_for_for_ever() -> None:
+    with held(Path("/proc/growkit/run"), "growkit train") as had:
+        assert not had
+
+
 def test_second_command_says_who_holds_the_run_and_how_it_ends(
     server: Server, holder: tuple[Path, subprocess.Popen[str]]
 ) -> None:

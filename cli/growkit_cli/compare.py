@@ -18,6 +18,7 @@ from growkit_cli.options import (
     From,
     FromSets,
     NeededData,
+    NoEma,
     Resume,
     Run,
     Sets,
@@ -43,6 +44,7 @@ def compare(
     sets: Sets = None,
     from_: From = None,
     from_sets: FromSets = None,
+    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -62,7 +64,7 @@ def compare(
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load(console, source, from_, from_sets)
+    loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         compared = compare_methods(
             RunFolder(run),

@@ -29,7 +29,7 @@ def demo(
     from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
-    refuse_existing(out, force)
+    refuse_existing(out, force, elsewhere="--out writes elsewhere")
     refuse_unwritable(out)
     with holding(out):
         if foreign := [path for path in out.iterdir() if path.name not in OWN]:

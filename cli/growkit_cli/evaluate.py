@@ -8,7 +8,7 @@ import typer
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, Run, with_settings
+from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, NoEma, Run, with_settings
 from growkit_cli.progress import telling
 
 DATA_OPTIONS = ("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split")
@@ -31,6 +31,7 @@ def evaluate(
     ] = None,
     from_: From = None,
     from_sets: FromSets = None,
+    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     as_json: AsJson = False,
@@ -64,6 +65,7 @@ def evaluate(
                 settings,
                 from_=from_,
                 from_sets=from_sets or (),
+                ema=not no_ema,
                 device=device,
                 say=console.say,
                 progress=tell("evaluating"),
@@ -86,7 +88,7 @@ def evaluate(
             provider = device if device in ("auto", "cpu") else "cuda"
             scores = evaluate_onnx(path, data, settings, provider=provider, progress=progress)
         else:
-            loaded = load(console, str(path), from_, from_sets)
+            loaded = load(console, str(path), from_, from_sets, ema=not no_ema)
             scores = evaluate_model(loaded, data, settings, device=device, progress=progress)
     console.table(
         f"{scores.count} validation images",

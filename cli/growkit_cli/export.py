@@ -11,7 +11,7 @@ from growkit.files import without_folders
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, Run, with_settings
+from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, NoEma, Run, with_settings
 
 CALIBRATION = 256  # images that int8-static takes its ranges from
 
@@ -37,6 +37,7 @@ def export(
     ] = FitSettings.val_split,
     from_: From = None,
     from_sets: FromSets = None,
+    no_ema: NoEma = False,
     run: Run = Path("run"),
     force: Force = False,
     as_json: AsJson = False,
@@ -65,13 +66,13 @@ def export(
     if target.resolve() == Path.cwd():
         raise GrowkitError(f"--out {target}: the folder you stand in cannot be replaced; name another")
     refuse_unwritable(target.absolute().parent)
-    refuse_existing(target, force, "export.json")
+    refuse_existing(target, force, "export.json", elsewhere="--out writes elsewhere")
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if triton is None and serving != TritonSettings():
         raise GrowkitError("the --triton-... options describe a model repository: give --triton DIR")
     console.say(f"exporting {chosen}")
-    source = load(console, str(chosen), from_, from_sets)
+    source = load(console, str(chosen), from_, from_sets, ema=not no_ema)
     if triton:
         from growkit.deploy.triton import refuse_taken
 

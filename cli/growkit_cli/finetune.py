@@ -6,7 +6,19 @@ from growkit.settings import FINETUNE_DEFAULTS
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Device, Force, Model, NeededData, Resume, Run, with_settings
+from growkit_cli.options import (
+    AsJson,
+    Device,
+    Force,
+    From,
+    FromSets,
+    Model,
+    NeededData,
+    NoEma,
+    Resume,
+    Run,
+    with_settings,
+)
 from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, telling
 
@@ -17,6 +29,9 @@ def finetune(
     data: NeededData,
     settings: FitSettings,
     model: Model = None,
+    from_: From = None,
+    from_sets: FromSets = None,
+    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -35,7 +50,7 @@ def finetune(
     folder = RunFolder(run)
     path = str(model or folder.startable())
     console.say(f"fine-tuning {path}")
-    loaded = load(console, path)
+    loaded = load(console, path, from_, from_sets, ema=not no_ema)
     with telling(console) as tell:
         trained = finetune_model(
             folder,

@@ -89,6 +89,8 @@ def grow(
             f"{grown.operator.losses[-1]:.4f}"
             + ("" if after is None else f", validation top-1 {before.top1:.2%} -> {after.top1:.2%}")
         )
+        if after is not None and after.top1 < before.top1:
+            console.say("warning: training the operator did harm: try a lower --lr, or grow with --force and no --data")
     console.say(
         f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters from an operator of "
         f"{grown.operator_parameters / 1e6:.2f} M"

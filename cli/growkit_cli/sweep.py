@@ -18,6 +18,7 @@ from growkit_cli.options import (
     From,
     FromSets,
     NeededData,
+    NoEma,
     Resume,
     Run,
     Sets,
@@ -43,6 +44,7 @@ def sweep(
     sets: Sets = None,
     from_: From = None,
     from_sets: FromSets = None,
+    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -61,7 +63,7 @@ def sweep(
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load(console, source, from_, from_sets)
+    loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         swept = sweep_settings(
             RunFolder(run),
@@ -73,6 +75,7 @@ def sweep(
             sets=sets or (),
             from_=from_,
             from_sets=from_sets or (),
+            ema=not no_ema,
             device=pick_device(device),
             force=force,
             resume=resume,

@@ -10,7 +10,7 @@ from growkit.text import clipped
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Data, From, FromSets, Model, Run, with_settings
+from growkit_cli.options import AsJson, Data, From, FromSets, Model, NoEma, Run, with_settings
 
 if TYPE_CHECKING:
     from growkit.deploy.golden import Golden
@@ -58,6 +58,7 @@ def verify(
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
     from_: From = None,
     from_sets: FromSets = None,
+    no_ema: NoEma = False,
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
@@ -97,6 +98,8 @@ def verify(
     chosen = model or folder.furthest()
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    if settings.max_latency_ratio is not None and not settings.latency:
+        raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
     file_only = chosen.suffix == ".onnx"
     if file_only and (onnx_file or model_only or data or images or update_reference):
         raise GrowkitError(
@@ -121,7 +124,7 @@ def verify(
     against = reference if file_only else chosen
     console.say(f"verifying {file or chosen}" + (f" against {against}" if file else ""))
     if not file_only:
-        source = load(console, str(chosen), from_, from_sets)
+        source = load(console, str(chosen), from_, from_sets, ema=not no_ema)
     if source is None:
         assert golden is not None  # refused above
         verified = verify_alone(chosen, golden, settings)
@@ -133,7 +136,7 @@ def verify(
     else:
         reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
         verified = with_file(console, source, file, settings, golden=golden, images=images, data=data, reading=reading)
-    leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets)
+    leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets, not no_ema)
     show(console, verified)
     report = {
         "model": None if file_only else str(chosen),
@@ -245,6 +248,7 @@ def leave_script(
     settings: VerifySettings,
     from_: str | None,
     sets: list[str] | None,
+    ema: bool,
 ) -> None:
     """Write reproduce.py into `folder` where a file answers unlike its model; one of an earlier run goes."""
     from growkit.deploy.reproduce import reproduction
@@ -263,6 +267,7 @@ def leave_script(
         reference=data_sets_beside(file),
         from_=from_,
         sets=sets or (),
+        ema=ema,
     )
     with whole_file(script) as partial:
         partial.write_text(text, encoding="utf-8")

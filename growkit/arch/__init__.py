@@ -184,7 +184,7 @@ def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) 
     fitting = [known for (e, d, _), known in recognise.KNOWN.items() if (e, d) == (embed, depth)]
     if distilled:
         fitting = [known.replace("_patch16", "_distilled_patch16") for known in fitting if known.startswith("deit")]
-    assumed = f"{HEAD_SIZE}-wide heads assumed (--from-set num_heads=N says otherwise)"
+    assumed = f"{HEAD_SIZE}-wide heads assumed, which weights do not show (--from-set num_heads=N says otherwise)"
     heads = "heads as --from-set" if heads_given else assumed
     if fitting:
         return fitting[0], f"{fitting[0]}, from its shapes; {heads}"

@@ -271,7 +271,7 @@ def compare_methods(
     """
     run.refuse_unusable()
     if not resume:
-        refuse_existing(run.compare, force, BEGUN)
+        refuse_existing(run.compare, force, BEGUN, resumable=(run.compare / BEGUN).exists())
     bench = bench_of(
         source,
         to,

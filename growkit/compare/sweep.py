@@ -47,6 +47,7 @@ def sweep_settings(
     sets: Sequence[str] = (),
     from_: str | None = None,
     from_sets: Sequence[str] = (),
+    ema: bool = True,
     device: torch.device,
     force: bool = False,
     resume: bool = False,
@@ -58,8 +59,8 @@ def sweep_settings(
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
     Every trial spends what training the target from nothing on that share costs for the recipe's epochs; so an
-    expensive operator pays with fewer updates of fine-tuning. `from_` and `from_sets` are those that `source` was
-    loaded with; the recommended commands repeat them.
+    expensive operator pays with fewer updates of fine-tuning. `from_`, `from_sets` and `ema` are those that `source`
+    was loaded with; the recommended commands repeat them.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, operators that all cost more than a trial may spend, unusable
@@ -68,7 +69,7 @@ def sweep_settings(
     """
     run.refuse_unusable()
     if not resume:
-        refuse_existing(run.sweep, force, BEGUN)
+        refuse_existing(run.sweep, force, BEGUN, resumable=(run.sweep / BEGUN).exists())
     bench = bench_of(
         source,
         to,
@@ -89,6 +90,7 @@ def sweep_settings(
         say(line)
     what = [source.path, "--to", to]
     what += ["--from", from_] if from_ else []
+    what += [] if ema else ["--no-ema"]
     for option, items in (("--from-set", from_sets), ("--set", sets)):
         for item in items:
             what += [option, item]
@@ -146,10 +148,10 @@ class Pilot:
             for key in dear:
                 del combinations[key]
             names = list(dict.fromkeys(arms[key].name for key in dear))
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            more = f" and {len(names) - 3} others" if len(names) > 3 else ""
             self.left_out.append(
                 f"{len(dear)} of {len(arms)} combinations are left out, their operators would take all of a trial's "
-                f"{self.budget / 1e12:.3g} TFLOP: {', '.join(names[:3])}{more}"
+                f"{self.budget / 1e12:.3g} TFLOP: {', '.join(names[:3])}{more}, at every rate"
             )
             self.say(self.left_out[0])
 

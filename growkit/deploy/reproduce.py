@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--onnx", type=Path, default=HERE / FILE, help="the ONNX file")
     given = parser.parse_args()
     model = given.model if given.model != MODEL or not (HERE / MODEL).exists() else str(HERE / MODEL)
-    source = load_source(model, $from_, $sets)
+    source = load_source(model, $from_, $sets, ema=$ema)
     network = source.model()
     if FAILING is not None and failing_input_is_wrong(network, given.onnx):
         return 1
@@ -116,10 +116,11 @@ def reproduction(
     reference: Path | None = None,
     from_: str | None = None,
     sets: Sequence[str] = (),
+    ema: bool = True,
 ) -> str:
     """The text of a script in `folder` that shows what failed in `parity`; it takes other paths as arguments.
 
-    model, from_, sets  as source.load_source takes them
+    model, from_, sets, ema  as source.load_source takes them
     """
     findings = "\n".join(f"    {clipped(visible(f'{c.group}: {c.line}'), LINE)}" for c in parity.failed[:12])
     if len(parity.failed) > 12:
@@ -134,6 +135,7 @@ def reproduction(
         provider=repr(parity.provider if parity.provider != "none" else settings.provider),
         from_=repr(from_),
         sets=repr(tuple(sets)),
+        ema=ema,
         max_batch=settings.max_batch,
         seed=settings.seed,
     )

@@ -41,6 +41,7 @@ QUANTISERS = {
 }
 HALVES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
+OWN_MODEL = "exported from this model"  # the name of a check
 
 
 def structure_checks(
@@ -226,7 +227,7 @@ def _metadata(
         line = f"exported from weights {_short(found)}" + (
             "" if same else f", but this model's are {_short(weights_sha256)}: export it again"
         )
-        checks.append(check("structure", "exported from this model", same, str(found), weights_sha256, line))
+        checks.append(check("structure", OWN_MODEL, same, str(found), weights_sha256, line))
     if labels is not None:
         found = json_in(props, "labels")
         same = found == labels

@@ -106,7 +106,7 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
             "--triton-name another model, --force replaces it"
         )
     if target.exists() and not there:
-        refuse_existing(target, force, "config.pbtxt")
+        refuse_existing(target, force, "config.pbtxt", elsewhere="--triton-name another model")
 
 
 def default_name(proto: onnx.ModelProto) -> str:

@@ -126,7 +126,8 @@ def growth_section(facts: Facts) -> Section:
     else:
         lines.append("The growth operator was not trained.")
     lines += _earlier(facts, "grow")
-    table = _scores(facts, ("source", "source"), ("step0", "grown, before training"), ("operator", "operator trained"))
+    after = "operator trained" if fit else "grown"
+    table = _scores(facts, ("source", "source"), ("step0", "grown, before training"), ("operator", after))
     return Section("Growth", "\n".join(lines), table, _curves(fit, "Training the growth operator"))
 
 
