@@ -206,6 +206,8 @@ def grow_model(
         )
 
     by_leader(write)
+    if (run.finetuned / WEIGHTS).exists():
+        say(f"warning: {run.finetuned} was made of an earlier grown model; `growkit finetune --force` makes it anew")
     return result
 
 
@@ -304,6 +306,9 @@ def finetune_model(
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
         say(note)
+    operator = (source.history or {}).get("operator")
+    if isinstance(operator, dict) and operator.get("interrupted") is True:
+        say(f"warning: training the operator of {source.path} was stopped; `growkit grow --resume` goes on with it")
     asked = _Asked(run, device, force, resume, say, tell)
     return _fit_into(asked, run.finetuned, adapted, data, opened, settings, command="finetune")
 

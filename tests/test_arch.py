@@ -76,8 +76,8 @@ def test_head_count_is_assumed_from_64_wide_heads_and_said() -> None:
     architecture, how = detect(zeros(128, 2))
     assert heads(architecture) == 2
     assert (
-        how
-        == "a ViT of 2 layers, 128 wide, from its shapes; 64-wide heads assumed (--from-set num_heads=N says otherwise)"
+        how == "a ViT of 2 layers, 128 wide, from its shapes; 64-wide heads assumed, which "
+        "weights do not show (--from-set num_heads=N says otherwise)"
     )
 
 

@@ -414,14 +414,20 @@ def test_run_that_is_not_at_its_end_is_never_begun_anew_without_a_word(
     assert growkit(capsys, *words)[0] == 130
     monkeypatch.undo()
     monkeypatch.chdir(place)
+    grown = tmp_path / "grown"
     if command is GROW:  # as where it was killed
-        shutil.rmtree(tmp_path / "grown")
+        grown.rename(tmp_path / "kept")
     before = listing(tmp_path)
     status, _, err = growkit(capsys, *words)
     assert (status, listing(tmp_path)) == (2, before)
     assert "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere" in err
     if command is GROW:
-        assert growkit(capsys, *GROW, "--run", tmp_path)[0] == 0  # which trains nothing
+        (tmp_path / "kept").rename(grown)
+        status, out, _ = growkit(capsys, "finetune", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+        assert (status, "was stopped; `growkit grow --resume` goes on with it" in out) == (0, True)
+        shutil.rmtree(grown)
+        status, out, _ = growkit(capsys, *GROW, "--run", tmp_path)  # which trains nothing
+        assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
         status, _, err = growkit(capsys, *words, "--rank", "3", "--resume")
         assert (status, listing(tmp_path / "operator")) == (2, listing(tmp_path / "operator"))
         assert "the run was started with rank 1, not 3: give the same" in err
@@ -465,6 +471,19 @@ def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> No
     for name in ("plan", "grow", "finetune", "evaluate", "compare", "sweep", "export", "verify"):
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert {"--from", "--from-set", "--no-ema"} <= known, name
+
+
+@pytest.mark.parametrize(("width", "told"), [("64", "yes"), ("48", "nearly")])
+def test_plan_says_how_exactly_a_start_is_the_source(
+    width: str, told: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    heads = str(int(width) // 16)
+    sizes = ("--set", f"embed_dim={width}", "--set", "depth=3", "--set", f"num_heads={heads}")
+    status, out, _ = growkit(capsys, "plan", "small", "--to", "vit_tiny", *sizes)
+    assert status == 0
+    (line,) = [line for line in out.splitlines() if line.split()[1:2] == ["mango"]]
+    assert line.split()[3] == told
 
 
 def test_table_too_wide_for_the_terminal_is_printed_row_by_row_and_whole(

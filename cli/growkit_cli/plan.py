@@ -53,13 +53,15 @@ def plan(
             ),
         ],
     )
+    whole = all(size.target % size.source == 0 for size in planned.sizes if size.name == "embed")
+    exactly = "yes" if whole else "nearly"  # but for LayerNorm's eps, which mixed widths feel
     console.table(
         "methods",
         ("method", "starts where the source stands", "operator", "x plain target per update", "why not"),
         [
             (
                 method.name,
-                "–" if method.lossless is None else "yes" if method.lossless else "no",
+                "–" if method.lossless is None else exactly if method.lossless else "no",
                 f"{method.operator_parameters / 1e6:.2f} M" if method.operator_parameters else "–",
                 f"{method.flops_per_step / planned.flops_per_step[1]:.2f}" if method.flops_per_step else "–",
                 method.cannot or "",

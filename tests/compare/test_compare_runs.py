@@ -330,7 +330,7 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, 
     settings = options(methods="lemon")
     run_compare(tmp_path, source, digits, settings)
     before = runs_of(tmp_path)
-    with pytest.raises(GrowkitError, match="already exists; --force"):
+    with pytest.raises(GrowkitError, match="already exists; --resume goes on with it, --force replaces it"):
         run_compare(tmp_path, source, digits, settings)
     with pytest.raises(GrowkitError, match=r"begun with smoothing 0\.0, not 0\.1"):
         run_compare(tmp_path, source, digits, settings, replace(RECIPE, smoothing=0.1), resume=True)

@@ -479,7 +479,7 @@ def test_trials_whose_operator_would_take_all_are_left_out(source, digits, tmp_p
     assert {one.options["steps"] for one in found.tried} == {0, 3}
     assert len(found.tried) == QUICK["trials"]  # of eight that can be paid for
     told = "4 of 12 combinations are left out, their operators would take all of a trial's "
-    assert [line for line in lines if line.startswith(told) and line.endswith("steps=2000")]
+    assert [line for line in lines if line.startswith(told) and line.endswith("steps=2000, at every rate")]
     assert told in html.unescape((tmp_path / "sweep" / "report.html").read_text())
 
 

@@ -535,7 +535,7 @@ def test_restarted_workers_go_on_from_the_saved_state(tmp_path: Path, images: Pa
     # a job that was refused at its first attempt is refused at its second
     refused = torchrun(tmp_path, images, "--run", tmp_path / "killed", restarts=1)
     assert refused.returncode != 0
-    assert refused.stderr.count("killed/trained already exists; --force replaces it") == 2
+    assert refused.stderr.count("killed/trained already exists; --resume goes on with it, --force replaces it") == 2
 
 
 @pytest.mark.slow  # two starts of torchrun
