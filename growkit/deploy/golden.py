@@ -440,12 +440,13 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
         checks.append(check("golden", f"{word}: preprocessing", not differing, said, meant, line))
     own = golden.tolerance if now.precision == was.precision else TOLERANCE[now.precision]
     limit = own if tolerance is None else tolerance
+    other = "" if now.precision == was.precision else f"; the reference is of {was.precision}, this of {now.precision}"
     for data_set in golden.data_sets:
-        checks += _answers(data_set, subject, limit, golden.spread, label=f"{data_set.name}: {word}")
+        checks += _answers(data_set, subject, limit, golden.spread, label=f"{data_set.name}: {word}", note=other)
     return tuple(checks)
 
 
-def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *, label: str) -> list[Check]:
+def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *, label: str, note: str) -> list[Check]:
     try:
         got = subject.run(data_set.images)
     except Exception as error:  # timm, torch and ONNX Runtime each have their own kinds
@@ -460,7 +461,7 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
         )
         return [check("golden", label, False, _shape(got.shape), _shape(wanted.shape), line)]
     off = relative(rms(got.astype(np.float64) - wanted), spread)
-    line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}"
+    line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}{note}"
     top = np.sort(wanted.astype(np.float64), axis=1)
     lead = top[:, -1] - top[:, -2] if wanted.shape[1] > 1 else np.zeros(len(wanted))
     certain = lead > CERTAIN * limit * spread
