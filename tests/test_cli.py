@@ -249,6 +249,7 @@ def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
         (*GROW, "--depth", "3"),
         (*GROW, "--batch-size", "large"),
         (*GROW, "--batch-size", "-1"),
+        (*GROW, "--run", ""),
         (),
     ],
 )

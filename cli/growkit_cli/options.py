@@ -12,7 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-Run = Annotated[Path, typer.Option("--run", help="Run folder that every command reads and writes.")]
+
+def _run_folder(text: object) -> Path:
+    """A shell's variable that was never set would scatter files where the user stands."""
+    if text == "":
+        raise typer.BadParameter("it is empty; give a folder, or . for the one you stand in")
+    return Path(str(text))
+
+
+Run = Annotated[
+    Path,
+    typer.Option("--run", parser=_run_folder, metavar="PATH", help="Run folder that every command reads and writes."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
