@@ -9,11 +9,11 @@ from torch.nn.functional import cross_entropy
 from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
-from growkit.core.ring import contraction_plan
+from growkit.core.ring import AXES, contraction_plan
 from growkit.grow import grow, lossless_gap
 from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking
-from growkit.methods.mango import Mango, mlp_blocks
+from growkit.methods.mango import Mango
 from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 from growkit.source import Source
@@ -85,7 +85,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
         assert isinstance(grown.method, Mango)
         # The start is the same whatever the rank, but for one path at rank 1 and two above.
         gap = lossless_gap(small, grown.materialize(), seed=0) if rank <= 2 else ranks[-1].gap
-        shape, cores = _ring_shapes(source.architecture, grown.method)
+        shape, cores = _ring_shapes(grown.method)
         ring = grown.method.ring
         contraction = contraction_plan(ring.equation, shape, cores, ring.order)
         flops = step_flops(grown.to("meta"), target, batch_size)
@@ -127,11 +127,11 @@ def _method_cost(name: str, source: Source, target: Architecture, batch_size: in
     return MethodCost(name, None, grown.method.lossless, parameters, flops)
 
 
-def _ring_shapes(source: Architecture, method: Mango) -> tuple[tuple[int, int, int, int], tuple[tuple[int, ...], ...]]:
+def _ring_shapes(method: Mango) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Shape of the packed source (B, O, L, I) and of the cores in ring order."""
-    width, layers = source.spaces["embed"].size, source.spaces["blocks"].size
-    cores = tuple(tuple(method.ring.cores[axis].shape) for axis in method.ring.order)
-    return (4 + 2 * mlp_blocks(source), width, layers, width), cores
+    cores = method.ring.cores
+    packed = tuple(int(cores[axis].shape[1]) for axis in AXES)
+    return packed, tuple(tuple(cores[axis].shape) for axis in method.ring.order)
 
 
 def step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int, batches: int = 1) -> int:

@@ -169,6 +169,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--variant of no method": ((*GROW, "--variant", "aki"), "--variant aki: not a variant of mango"),
     "--stages of none": ((*GROW, "--stages", "depth"), "--stages depth: choose both"),
     "--cache with colours": (("finetune", "small", *DATA, "--cache", "ram", *QUICK), "set --color-jitter 0"),
+    "export of a Triton repository into what exports replace": (
+        ("export", "small", "--triton", "run/onnx/models"),
+        "run/onnx is replaced whole by the next export; name one outside it",
+    ),
     "verify of a ratio that is not timed": (
         ("verify", "small", "--max-latency-ratio", "1", "--no-latency"),
         "--max-latency-ratio is judged by timing: leave out --no-latency",

@@ -113,6 +113,14 @@ def test_every_method_is_told_with_what_it_can(planned: Plan) -> None:
     assert told["lemon"].flops_per_step is None
 
 
+def test_gated_mlp_is_planned() -> None:
+    source, target = PAIRS["SwiGLU in one tensor"]
+    sets = [f"{name}={target.arguments[name]}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")]
+    planned = plan_growth(source_of(source), "vit_giant_patch14_dinov2", sets, batch_size=BATCH)
+    grown = grow(source, target, source_of(source).state, GrowSettings(rank=4))
+    assert {rank.rank: rank.flops_per_step for rank in planned.ranks}[4] == cost(grown)
+
+
 def test_plan_of_a_pair_that_mango_cannot_grow_tells_the_others() -> None:
     planned = plan_growth(
         source_of(tiny(32, 2, 2)), "vit_tiny", (*SETS[:1], "depth=2", "num_heads=4", "mlp_ratio=4.5"), batch_size=2

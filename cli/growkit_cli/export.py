@@ -71,6 +71,8 @@ def export(
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if triton is None and serving != TritonSettings():
         raise GrowkitError("the --triton-... options describe a model repository: give --triton DIR")
+    if triton is not None and triton.resolve().is_relative_to(target.resolve()):
+        raise GrowkitError(f"--triton {triton}: {target} is replaced whole by the next export; name one outside it")
     console.say(f"exporting {chosen}")
     source = load(console, str(chosen), from_, from_sets, ema=not no_ema)
     if triton:

@@ -88,6 +88,7 @@ def main() -> int:
         network,
         given.onnx,
         provider=PROVIDER,
+        precision=$precision,
         max_batch=$max_batch,
         seed=$seed,
         weights_sha256=source.sha256 or None,
@@ -136,6 +137,7 @@ def reproduction(
         from_=repr(from_),
         sets=repr(tuple(sets)),
         ema=ema,
+        precision=repr(settings.precision),
         max_batch=settings.max_batch,
         seed=settings.seed,
     )
