@@ -17,7 +17,7 @@ from growkit.errors import GrowkitError
 from growkit.files import write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
-from growkit.report.facts import read_facts
+from growkit.report.facts import Step, read_facts
 from growkit.report.page import Gate, render
 from growkit.report.run import run_report
 from growkit_cli.main import app
@@ -361,6 +361,14 @@ def test_commands_parse_into_the_options_on_record(tmp_path: Path) -> None:
             given = list(given or ()) if key == "sets" else str(given) if isinstance(given, Path) else given
             assert given == value, (line, key)
         assert found["run"] == run.path
+
+
+def test_option_whose_name_is_a_word_of_python_is_called_as_it_is_typed(tmp_path: Path) -> None:
+    facts = read_facts(write_run(tmp_path / "run"))
+    step = facts.latest("export")
+    assert step is not None
+    line = command_line(Step(1, {**step.content, "options": {**step.options, "for_": "cpu"}}), facts)
+    assert "--for cpu" in line
 
 
 def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def _fields(settings: type) -> dict[str, Any]:
 
 def _option(key: str, value: object, defaults: Mapping[str, Any]) -> list[str]:
     """An option with its value; nothing where it is the default."""
-    flag = "--" + RENAMED.get(key, key).replace("_", "-")
+    flag = "--" + RENAMED.get(key, key).rstrip("_").replace("_", "-")
     if value is None or (key in defaults and defaults[key] == value):
         return []
     if isinstance(value, bool):
