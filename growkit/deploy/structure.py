@@ -195,10 +195,16 @@ def _signature(value: onnx.ValueInfoProto) -> str:
 
 def _leaks(proto: onnx.ModelProto) -> list[str]:
     # without the weights: three bytes such as '.py' occur in them by chance
-    data = without_weights(proto).SerializeToString()
+    bare = without_weights(proto)
+    data = bare.SerializeToString()
     folders = {str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}
-    needles = ["site-packages", ".py", *sorted(f + os.sep for f in folders if len(f) > 1)]
-    return [needle for needle in needles if needle.encode() in data]
+    found = [folder + os.sep for folder in sorted(folders) if len(folder) > 1 and (folder + os.sep).encode() in data]
+    # a class, or a source, may be called deit.pytorch.pth
+    others = [entry for entry in bare.metadata_props if entry.key not in ("labels", "growkit.provenance")]
+    del bare.metadata_props[:]
+    bare.metadata_props.extend(others)
+    code = bare.SerializeToString()
+    return [needle for needle in ("site-packages", ".py") if needle.encode() in code] + found
 
 
 def _metadata(

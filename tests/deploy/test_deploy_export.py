@@ -16,6 +16,7 @@ from torch import nn
 
 from growkit.deploy.capture import export_stock
 from growkit.deploy.export import export_onnx
+from growkit.deploy.parity import check_parity
 from growkit.deploy.reference import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -133,3 +134,10 @@ def test_model_without_preprocessing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GrowkitError, match="pretrained_cfg"):
         export_onnx(nn.Linear(1, 1), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_look_like_code_are_names(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    labels = [".py", "site-packages", *"abcde"]
+    export_onnx(model, path, labels=labels, provenance={"source": {"name": "deit.pytorch.pth"}})
+    assert check_parity(model, path, labels=labels).passed
