@@ -139,12 +139,13 @@ def grow_model(
     if data is not None:
         operator = replace(operator or FitSettings(), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator, tell=tell)
-        growth = {"source": source.sha256, "to": to, "set": list(sets), **asdict(settings)}
-        opened = replace(opened, identity={**opened.identity, **growth})  # only the same operator goes on
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
         say(note)
+    if opened is not None:  # only the same operator goes on
+        growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
+        opened = replace(opened, identity={**opened.identity, **growth})
     small = source.model()
     grown = grow(source.architecture, target, source.state, settings)
     model = grown.materialize()

@@ -384,59 +384,57 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
 @pytest.mark.parametrize("command", [("finetune", "small"), GROW])
 def test_batch_size_is_found_once_for_a_run(
     command: tuple[str, ...],
-    place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    interrupted_at: Callable[[int], None],
+    stopped: Callable[..., tuple[str, ...]],
 ) -> None:
     from growkit.train import room
 
-    monkeypatch.chdir(place)
-    words = (*command, *DATA, "--batch-size", "auto", "--steps", "3", "--workers", "0", "--run", tmp_path)
-    interrupted_at(1)
-    assert growkit(capsys, *words)[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
+    words = stopped(*command, "--batch-size", "auto")
     monkeypatch.setattr(room, "free_bytes", lambda device: pytest.fail("looked for another"))
     status, out, err = growkit(capsys, *words, "--resume")
     assert status == 0, err
     assert "--batch-size 8 is what the run was started with" in out
 
 
-@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
-def test_run_that_is_not_at_its_end_is_never_begun_anew_without_a_word(
-    command: tuple[str, ...],
-    place: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    interrupted_at: Callable[[int], None],
+GOES_ON = "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere"
+
+
+def test_stopped_run_is_never_begun_anew_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:
-    monkeypatch.chdir(place)
-    words = (*command, *DATA, "--steps", "3", "--workers", "0", "--run", tmp_path)
-    interrupted_at(1)
-    assert growkit(capsys, *words)[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
-    grown = tmp_path / "grown"
-    if command is GROW:  # as where it was killed
-        grown.rename(tmp_path / "kept")
+    words = stopped("finetune", "small")
     before = listing(tmp_path)
     status, _, err = growkit(capsys, *words)
     assert (status, listing(tmp_path)) == (2, before)
-    assert "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere" in err
-    if command is GROW:
-        (tmp_path / "kept").rename(grown)
-        status, out, _ = growkit(capsys, "finetune", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
-        assert (status, "was stopped; `growkit grow --resume` goes on with it" in out) == (0, True)
-        shutil.rmtree(grown)
-        status, out, _ = growkit(capsys, *GROW, "--run", tmp_path)  # which trains nothing
-        assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
-        status, _, err = growkit(capsys, *words, "--rank", "3", "--resume")
-        assert (status, listing(tmp_path / "operator")) == (2, listing(tmp_path / "operator"))
-        assert "the run was started with rank 1, not 3: give the same" in err
+    assert f"finetuned {GOES_ON}" in err
     assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_operator_whose_training_was_killed_is_never_begun_anew_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    words = stopped(*GROW)
+    shutil.rmtree(tmp_path / "grown")  # as where it was killed
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, *words)
+    assert (status, listing(tmp_path)) == (2, before)
+    assert f"operator {GOES_ON}" in err
+    status, _, err = growkit(capsys, *words, "--rank", "3", "--resume")
+    assert (status, listing(tmp_path)) == (2, before)
+    assert "the run was started with rank 1, not 3: give the same" in err
+    assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_stages_that_do_not_follow_from_each_other_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    words = stopped(*GROW)
+    status, out, _ = growkit(capsys, "finetune", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    assert (status, "was stopped; `growkit grow --resume` goes on with it" in out) == (0, True)
+    status, out, _ = growkit(capsys, *words, "--resume")
+    assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
 
 
 def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobodys_way(
@@ -528,6 +526,28 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(training.Training, "update", update)
 
     return arm
+
+
+@pytest.fixture
+def stopped(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
+) -> Callable[..., tuple[str, ...]]:
+    """Train for one of three updates; the command, with which it goes on."""
+
+    def stop(*command: str) -> tuple[str, ...]:
+        words = (*command, *DATA, "--steps", "3", "--workers", "0", "--run", str(tmp_path))
+        monkeypatch.chdir(place)
+        interrupted_at(1)
+        assert growkit(capsys, *words)[0] == 130
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+        return words
+
+    return stop
 
 
 @pytest.mark.parametrize("command", ["finetune", "train"])
