@@ -56,7 +56,9 @@ def unwatched(title, finished, total):
     return lambda done, total, note="": None
 
 
-def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False, say=print, follow=unwatched, **given):
+def run_sweep(
+    folder, source, digits, *, from_=None, from_sets=(), ema=True, resume=False, say=print, follow=unwatched, **given
+):
     return sweep_settings(
         RunFolder(folder),
         source,
@@ -67,6 +69,7 @@ def run_sweep(folder, source, digits, *, from_=None, from_sets=(), resume=False,
         sets=LARGE,
         from_=from_,
         from_sets=from_sets,
+        ema=ema,
         device=CPU,
         resume=resume,
         command="growkit sweep ...",
@@ -219,9 +222,9 @@ def test_recommended_commands_name_source_and_target_as_given(source, digits, tm
     torch.save(source.state, bare)
     loaded = load_source(str(bare), "deit_tiny", SMALL)
     choices = {"operator_steps": "3", "rank_choices": "2"}
-    found = run_sweep(tmp_path, loaded, digits, from_="deit_tiny", from_sets=SMALL, **choices)
+    found = run_sweep(tmp_path, loaded, digits, from_="deit_tiny", from_sets=SMALL, ema=False, **choices)
     grow, _ = (parsed(command) for command in found.commands)
-    assert grow[3]["from_"] == "deit_tiny"
+    assert (grow[3]["from_"], grow[3]["no_ema"]) == ("deit_tiny", True)
     assert (tuple(grow[3]["from_sets"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
     assert (grow[3]["source"], grow[3]["to"], grow[2].rank, grow[1].steps) == (str(bare), "deit_tiny", 2, 3)
 
@@ -231,9 +234,9 @@ def test_command_line_tells_the_sweep_how_the_source_was_loaded(source, tmp_path
     torch.save(source.state, bare)
     asked = {}
     monkeypatch.setattr(sweep_module, "sweep_settings", lambda *a, **given: asked.update(given) or sys.exit(0))
-    loading = ["--from", "deit_tiny", *(word for item in SMALL for word in ("--from-set", item))]
+    loading = ["--no-ema", "--from", "deit_tiny", *(word for item in SMALL for word in ("--from-set", item))]
     CliRunner().invoke(app, ["sweep", str(bare), "--to", "deit_tiny", "--data", "images", *loading])
-    assert (asked["from_"], tuple(asked["from_sets"])) == ("deit_tiny", SMALL)
+    assert (asked["from_"], tuple(asked["from_sets"]), asked["ema"]) == ("deit_tiny", SMALL, False)
 
 
 def test_weights_of_trials_are_let_go(swept):
