@@ -99,8 +99,7 @@ class _Asked:
 
 def _only_begun(output: Path) -> bool:
     """Whether a run that was killed before it saved anything left this folder: there is nothing to lose in it."""
-    files = {path.name for path in output.rglob("*") if path.is_file()}
-    return output.is_dir() and bool(files) and files <= {METRICS}
+    return output.is_dir() and {path.name for path in output.rglob("*")} <= {LAST, METRICS}
 
 
 def grow_model(

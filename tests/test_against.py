@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_cli import growkit, listing, write_images
 from typer.testing import CliRunner
 
+from growkit.errors import GrowkitError
+from growkit.evaluation import Answering, _refuse_other_classes
 from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.page import render
@@ -210,6 +212,12 @@ def test_mistake_is_one_line_and_exit_2_and_nothing_is_written(
     assert err.count("\n") == 1
     assert said in err
     assert listing(trained) == before
+
+
+def test_command_that_is_advised_can_be_typed() -> None:
+    old, new = (Answering(str(n), lambda images: images, {}, None, n, "") for n in (3, 7))
+    with pytest.raises(GrowkitError, match="`growkit finetune SOURCE --data 'my images' --run OTHER` makes one"):
+        _refuse_other_classes("my images", [], old, new)
 
 
 def figures(classes: int) -> dict[str, Any]:

@@ -381,6 +381,16 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
     assert step["options"]["batch_size"] == (eights if asked == "auto" else 1000)
 
 
+def test_batch_that_takes_all_images_is_not_said_to_be_the_largest_that_fits(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("growkit.train.room.STEP", 1)
+    options = ("--batch-size", "auto", "--steps", "1", "--workers", "0", "--run", tmp_path)
+    status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
+    assert (status, "--batch-size 15 takes all training images; --lr 0.0001 is not scaled" in out) == (0, True)
+
+
 @pytest.mark.parametrize("command", [("finetune", "small"), GROW])
 def test_batch_size_is_found_once_for_a_run(
     command: tuple[str, ...],
@@ -437,14 +447,16 @@ def test_stages_that_do_not_follow_from_each_other_are_told(
     assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobodys_way(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recorded: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     last = tmp_path / "finetuned" / "last"
     last.mkdir(parents=True)
-    (last / "metrics.jsonl").write_text("{}\n")
+    if recorded:
+        (last / "metrics.jsonl").write_text("{}\n")
     (last.parent / "notes.txt").write_text("mine")
     status, _, err = growkit(capsys, *words)
     assert (status, (last.parent / "notes.txt").read_text()) == (2, "mine")

@@ -211,6 +211,19 @@ def test_start_that_is_not_the_sources_is_noted_and_decides_nothing(tmp_path: Pa
     assert "does not start where the source stands" in text(run)
 
 
+def test_scores_of_a_grown_model_whose_operator_was_not_trained_do_not_say_that_it_was(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "operator trained" in text(run)
+    path = run.grown / "growkit.json"
+    write_json(path, json.loads(path.read_text()) | {"operator": None})
+    content = record(run)
+    content["steps"][0]["figures"]["operator"] = None
+    write_json(run.record, content)
+    told = text(run)
+    assert "The growth operator was not trained." in told
+    assert "operator trained" not in told
+
+
 def test_failed_check_is_open_with_its_reason_and_passed_ones_are_folded(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     one_check("numbers", "fail")(run)

@@ -315,6 +315,7 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"operator_steps": 500}, {}, "mango: its operator takes .* all of a budget .*at most"),
         ({"hold_out": 0.9999}, {}, "too few validation images"),
         ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected 0 or more"),
+        ({"methods": "mango:lr=1e-5"}, {"min_lr": 1e-4}, "--min-lr 0.0001: expected at most the learning rate, 1e-05"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(

@@ -130,6 +130,14 @@ def test_file_of_other_weights_or_labels_is_said_so(model: nn.Module, exported: 
     assert "export it again" in lines(parity)
 
 
+def test_no_fault_is_looked_for_in_the_file_of_another_model(exported: Path) -> None:
+    own, foreign = (check_parity(make_model(1), exported, weights_sha256=sha * 32) for sha in ("ab", "cd"))
+    assert "numbers" in failed_groups(own) & failed_groups(foreign)
+    assert "diagnosis" in own.figures
+    assert "diagnosis" not in foreign.figures
+    assert "an export bug" not in lines(foreign)
+
+
 def test_every_mismatch_is_collected_before_the_verdict(model: nn.Module, edit: Edit) -> None:
     def several(proto: onnx.ModelProto) -> None:
         version(ir=10)(proto)

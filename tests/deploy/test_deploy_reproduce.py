@@ -44,8 +44,8 @@ def edited(run: Path, change: Callable[[onnx.ModelProto], None]) -> bytes:
     return before
 
 
-def verified(run: Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["verify", "--run", str(run), "--no-latency"])
+def verified(run: Path, *options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["verify", "--run", str(run), "--no-latency", *options])
     return result.exit_code, result.output
 
 
@@ -136,3 +136,14 @@ def test_script_shows_again_what_is_no_matter_of_numbers(
     status, output = run_here(run, monkeypatch, capsys)
     assert status == 1
     assert "FAILED structure: IR version: 10, expected 8" in output
+
+
+def test_script_asks_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = exported(tmp_path / "run")
+    assert verified(run, "--precision", "int8", "--no-ema")[0] == 1
+    assert "load_source(model, None, (), ema=False)" in (run / "verify" / "reproduce.py").read_text()
+    status, output = run_here(run, monkeypatch, capsys)
+    assert status == 1
+    assert "FAILED structure: precision: fp32, allowed int8" in output
