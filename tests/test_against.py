@@ -19,6 +19,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.page import render
 from growkit.report.run import run_report
+from growkit.source import Source, load_source
 from growkit_cli.main import app
 
 NAMES = ("cat", "dog", "elk")
@@ -170,6 +171,22 @@ def test_from_is_for_the_one_that_is_a_bare_checkpoint(place: Path, capsys: pyte
     assert evaluated(capsys, "bare.pth", "--against", "first", *sizes)["agreement"]["share"] == 1.0
     status, _, err = growkit(capsys, "evaluate", "first", "--against", "bare.pth", *DATA)
     assert (status, "--from-set num_heads=N" in err) == (2, True)
+
+
+def test_both_are_read_without_averaged_weights_where_that_is_asked(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def loaded(*given: Any, ema: bool) -> Source:
+        asked.append(ema)
+        return load_source(*given, ema=ema)
+
+    monkeypatch.setattr("growkit.evaluation.load_source", loaded)
+    for words, ema in (((), True), (("--no-ema",), False)):
+        evaluated(capsys, "first", "--against", "first", *words)
+        assert asked == [ema, ema]
+        asked.clear()
 
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
