@@ -33,8 +33,10 @@ STAGES = ("trained", "operator", "grown", "finetuned", "onnx", "verify", "refere
 class RunFolder:
     """The folder that every command reads and writes; `run/` unless --run says otherwise."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, command_line: str = ""):
+        """The run at `path`; `command_line` is what was typed of the command that writes it, for the record."""
         self.path = path
+        self.command_line = command_line
         self.trained = path / "trained"
         self.grown = path / "grown"
         self.finetuned = path / "finetuned"
@@ -107,9 +109,10 @@ class RunFolder:
         figures: dict[str, Any],
         hashes: dict[str, str] | None = None,
     ) -> None:
-        """Append a step: settings as given, seeds included, and SHA-256 of files by name."""
+        """Append a step: what was typed, settings, seeds included, and SHA-256 of files by name."""
         step = {
             "command": command,
+            "command_line": self.command_line or None,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "options": options,
             "figures": figures,

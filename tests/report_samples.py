@@ -1,6 +1,7 @@
 """A run folder as the commands leave it, small enough to write in a test; parts can be left out or spoiled."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,13 @@ def write_run(folder: Path, *, compared: bool = False, name: str = "small.pth", 
 
     at = {"source": scores(0.8), "step0": scores(0.8), "operator": scores(0.81)}
     figures = {"step0_gap": 1e-6, "parameters": 86_000_000, "operator_parameters": 900_000, "scores": at}
+    typed = {
+        "grow": ["small.pth", "--to", "deit_base", "--from", "deit_small", "--rank", "4", "--data", "my images"],
+        "finetune": ["--data", "my images", "--epochs", "2", "--force"],
+        "evaluate": ["--data", "my images", "--against", "small.pth", "--device", "cuda"],
+        "export": ["--onnx", "--for", "cpu", "--triton", "models", "--triton-version", "2"],
+        "verify": ["--data", "my images", "--val-split", "test", "--images", "photos", "--json"],
+    }
     steps: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, str]]] = [
         (
             "grow",
@@ -227,7 +235,11 @@ def write_run(folder: Path, *, compared: bool = False, name: str = "small.pth", 
             {"weights": TUNED, "model.onnx": ONNX},
         ),
     ]
-    write_json(run.record, {"schema": 1, "steps": [as_step(*one) for one in steps]})
+    made = [
+        {**as_step(*one), "command_line": shlex.join(["growkit", one[0], *typed[one[0]], "--run", str(folder)])}
+        for one in steps
+    ]
+    write_json(run.record, {"schema": 1, "steps": made})
     return run
 
 

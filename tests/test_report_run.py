@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from report_samples import ONNX, SECTIONS, TUNED, agreement, as_step, comparison, verification, write_run
 from test_cli import growkit
 from test_report import EVIL, Page
@@ -17,10 +16,9 @@ from growkit.errors import GrowkitError
 from growkit.files import write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
-from growkit.report.facts import Step, read_facts
+from growkit.report.facts import read_facts
 from growkit.report.page import Gate, render
 from growkit.report.run import run_report
-from growkit_cli.main import app
 
 Change = Callable[[RunFolder], None]
 
@@ -335,7 +333,7 @@ def test_run_that_is_under_way_says_what_is_missing(kept: tuple[str, ...], tmp_p
     assert "`growkit export --onnx`" in told
     assert all(title in told for title in SECTIONS)
     if unknown:
-        assert f"growkit {kept[0]}" in told
+        assert f"1. {kept[0]}" in told
 
 
 def test_markup_in_names_and_classes_is_shown_and_never_becomes_elements(tmp_path: Path) -> None:
@@ -358,30 +356,28 @@ def test_markup_in_names_and_classes_is_shown_and_never_becomes_elements(tmp_pat
     assert not [attrs for _, attrs in page.elements if "onerror" in attrs or "src" in attrs]
 
 
-def test_commands_parse_into_the_options_on_record(tmp_path: Path) -> None:
+def test_commands_are_told_as_they_were_typed_without_what_is_said_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run with 'quotes'")
-    facts, program = read_facts(run), typer.main.get_command(app)
-    for step in facts.steps:
-        line = command_line(step, facts)
-        name, *words = shlex.split(line)[1:]
-        command: Any = program.commands[name]  # type: ignore[attr-defined]
-        found = command.make_context(name, list(words)).params
-        options = dict(step.options)
-        renamed = {"onnx": "onnx_file", "set": "sets"}
-        told = {renamed.get(key, key): value for key, value in options.items() if key != "out"}
-        for key, value in told.items():
-            given = found[key]
-            given = list(given or ()) if key == "sets" else str(given) if isinstance(given, Path) else given
-            assert given == value, (line, key)
-        assert found["run"] == run.path
+    typed = (
+        ["grow", "small.pth", "--to", "deit_base", "--from", "deit_small", "--rank", "4", "--data", "my images"],
+        ["finetune", "--data", "my images", "--epochs", "2"],
+        ["evaluate", "--data", "my images", "--against", "small.pth", "--device", "cuda"],
+        ["export", "--onnx", "--for", "cpu", "--triton", "models", "--triton-version", "2"],
+        ["verify", "--data", "my images", "--val-split", "test", "--images", "photos"],
+    )
+    for step, words in zip(read_facts(run).steps, typed, strict=True):
+        assert shlex.split(command_line(step)) == ["growkit", *words, "--run", str(run.path)]
+    assert "In order, as they were typed." in text(run)
 
 
-def test_option_whose_name_is_a_word_of_python_is_called_as_it_is_typed(tmp_path: Path) -> None:
-    facts = read_facts(write_run(tmp_path / "run"))
-    step = facts.latest("export")
-    assert step is not None
-    line = command_line(Step(1, {**step.content, "options": {**step.options, "for_": "cpu"}}), facts)
-    assert "--for cpu" in line
+@pytest.mark.parametrize("typed", [None, 3, "growkit grow 'small", ["growkit"]])
+def test_step_without_a_command_has_none_on_the_page(typed: object, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    content["steps"] = [{**step, "command_line": typed} for step in content["steps"]]
+    write_json(run.record, content)
+    assert not any(command_line(step) for step in read_facts(run).steps)
+    assert "as they were typed" not in text(run)
 
 
 def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,10 @@ QUICK = ["--workers", 0, "--batch-size", 8, "--scale-min", 0.8]
 def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
+    typed = []
+
     def run(*arguments: object) -> dict[str, object]:
+        typed.append(["growkit", *map(str, arguments), "--json"])
         status, out, err = growkit(capsys, *arguments, "--json")
         assert status == 0, err
         return json.loads(out)
@@ -92,8 +96,11 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     del marks["It is at least as accurate as its source"]  # of so few images nobody can tell
     assert {name for name, mark in marks.items() if mark != "pass"} == {"It is as fast as its architecture allows"}
     assert told["verdict"]["mark"] == "not yet"  # nobody timed it
-    names = [step["command"] for step in json.loads(Path("run/record.json").read_text())["steps"]]
+    steps = json.loads(Path("run/record.json").read_text())["steps"]
+    names = [step["command"] for step in steps]
     assert names == ["train", "grow", "finetune", "export", "verify"]
+    recorded = [shlex.split(step["command_line"]) for step in steps]
+    assert recorded == [words for words in typed if words[1] in names]
 
     whole = Path("run/onnx/model.onnx").read_bytes()
     weight = load_file("run/finetuned/model.safetensors")["blocks.0.mlp.fc1.bias"].numpy().tobytes()

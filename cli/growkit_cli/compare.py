@@ -1,7 +1,5 @@
 """growkit compare: several methods and training from nothing under one budget."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +24,7 @@ from growkit_cli.options import (
     with_settings,
 )
 from growkit_cli.progress import following, telling
+from growkit_cli.typed import command_line
 
 
 @with_settings(CompareSettings)
@@ -67,7 +66,7 @@ def compare(
     loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         compared = compare_methods(
-            RunFolder(run),
+            RunFolder(run, command_line=command_line()),
             loaded,
             to,
             data,
@@ -77,7 +76,6 @@ def compare(
             device=pick_device(device),
             force=force,
             resume=resume,
-            command=shlex.join(["growkit", *sys.argv[1:]]),
             say=console.say,
             follow=follow,
             tell=tell,

@@ -10,6 +10,7 @@ from growkit_cli.console import Console
 from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, NoEma, Run, with_settings
 from growkit_cli.progress import telling
+from growkit_cli.typed import command_line
 
 DATA_OPTIONS = ("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split")
 OTHERS = tuple(name for name in FitSettings.__dataclass_fields__ if name not in DATA_OPTIONS)
@@ -52,7 +53,7 @@ def evaluate(
     from growkit.report.run import run_report
 
     console = Console(as_json)
-    folder = RunFolder(run)
+    folder = RunFolder(run, command_line=command_line())
     path = model or folder.furthest()
     if against is not None:
         console.say(f"evaluating {path} against {against}")

@@ -12,6 +12,7 @@ from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, NoEma, Run, with_settings
+from growkit_cli.typed import command_line
 
 CALIBRATION = 256  # images that int8-static takes its ranges from
 
@@ -59,7 +60,7 @@ def export(
     from growkit.record import RunFolder
 
     console = Console(as_json)
-    folder = RunFolder(run)
+    folder = RunFolder(run, command_line=command_line())
     folder.refuse_unusable()
     chosen = model or folder.furthest()
     target = out or folder.onnx

@@ -21,6 +21,7 @@ from growkit_cli.options import (
 )
 from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, telling
+from growkit_cli.typed import command_line
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
@@ -47,7 +48,7 @@ def finetune(
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
-    folder = RunFolder(run)
+    folder = RunFolder(run, command_line=command_line())
     path = str(model or folder.startable())
     console.say(f"fine-tuning {path}")
     loaded = load(console, path, from_, from_sets, ema=not no_ema)

@@ -25,6 +25,7 @@ from growkit_cli.options import (
 )
 from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, telling
+from growkit_cli.typed import command_line
 
 
 @with_settings(GrowSettings)
@@ -69,7 +70,7 @@ def grow(
     loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with console.working("growing"), telling(console) as tell:
         grown = grow_model(
-            RunFolder(run),
+            RunFolder(run, command_line=command_line()),
             loaded,
             to,
             settings,

@@ -1,7 +1,6 @@
 """Around every command: its run folder is held, and Ctrl-C and SIGTERM end it with a line that says what was kept."""
 
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ import typer
 
 from growkit.errors import Terminated
 from growkit.lock import held
+from growkit_cli.typed import command_line
 
 STATES = {  # where a stopped command goes on from, inside the run folder
     "train": "trained/last/state.pt",
@@ -66,7 +66,7 @@ def holding(folder: Path) -> Iterator[None]:
     """
     from growkit.record import RunFolder
 
-    with held(folder, shlex.join(["growkit", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr)) as alone:
+    with held(folder, command_line(), lambda line: print(line, file=sys.stderr)) as alone:
         if alone:
             RunFolder(folder).clear_left()
         yield

@@ -24,6 +24,7 @@ from growkit_cli import (
     verify,
 )
 from growkit_cli.guard import guarded, stoppable
+from growkit_cli.typed import Typed
 
 app = typer.Typer(
     name="growkit",
@@ -90,7 +91,7 @@ for command in (
     report.report,
     demo.demo,
 ):
-    app.command(no_args_is_help=False)(prompt(guarded(command)))
+    app.command(cls=Typed, no_args_is_help=False)(prompt(guarded(command)))
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """growkit sweep: a pilot that recommends how to grow, before the full run is paid for."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +24,7 @@ from growkit_cli.options import (
     with_settings,
 )
 from growkit_cli.progress import following, telling
+from growkit_cli.typed import command_line
 
 
 @with_settings(SweepSettings)
@@ -66,7 +65,7 @@ def sweep(
     loaded = load(console, source, from_, from_sets, ema=not no_ema)
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         swept = sweep_settings(
-            RunFolder(run),
+            RunFolder(run, command_line=command_line()),
             loaded,
             to,
             data,
@@ -79,7 +78,6 @@ def sweep(
             device=pick_device(device),
             force=force,
             resume=resume,
-            command=shlex.join(["growkit", *sys.argv[1:]]),
             say=console.say,
             follow=follow,
             tell=tell,

@@ -10,6 +10,7 @@ from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, Force, NeededData, Resume, Run, Sets, with_settings
 from growkit_cli.processes import on_processes
 from growkit_cli.progress import ended, tell_trained, telling
+from growkit_cli.typed import command_line
 
 
 @with_settings(FitSettings, auto={"batch_size": AUTO})
@@ -36,7 +37,7 @@ def train(
     console = Console(as_json, quiet=not leads())
     with telling(console) as tell:
         trained = train_model(
-            RunFolder(run),
+            RunFolder(run, command_line=command_line()),
             architecture,
             data,
             settings,

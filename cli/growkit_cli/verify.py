@@ -11,6 +11,7 @@ from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, From, FromSets, Model, NoEma, Run, with_settings
+from growkit_cli.typed import command_line
 
 if TYPE_CHECKING:
     from growkit.deploy.golden import Golden
@@ -91,7 +92,7 @@ def verify(
 
     console = Console(as_json)
     started, clock = datetime.now(UTC), time.monotonic()
-    folder = RunFolder(run)
+    folder = RunFolder(run, command_line=command_line())
     folder.refuse_unusable()
     if junit is not None:
         refuse_unwritable(junit, suffix=".xml")

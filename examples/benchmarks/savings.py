@@ -135,7 +135,7 @@ def main() -> int:
             operator_steps=given.operator_steps,
             operator_lrs=given.operator_lrs,
         )
-        where = RunFolder(root / pair)
+        where = RunFolder(root / pair, command_line=shlex.join(["python", *sys.argv]))
         if given.part is None:
             print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
         if given.jobs > 1:
@@ -156,7 +156,6 @@ def main() -> int:
             sets=sizes(targets[pair]),
             device=device,
             resume=True,
-            command=shlex.join(["python", *sys.argv]),
             say=lambda line: print(line, flush=True),
             follow=deadline.follow,
         )

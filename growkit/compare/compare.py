@@ -253,7 +253,6 @@ def compare_methods(
     device: torch.device,
     force: bool = False,
     resume: bool = False,
-    command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: unheard,
     tell: Tell = silent,
@@ -304,7 +303,7 @@ def compare_methods(
     content = {
         **identity_of(bench),
         "adapted": bench.source.adapted,
-        "command": command,
+        "command": run.command_line,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
         "full_flops": comparison.full,

@@ -51,7 +51,6 @@ def sweep_settings(
     device: torch.device,
     force: bool = False,
     resume: bool = False,
-    command: str = "",
     say: Say = lambda line: None,
     follow: Follow = lambda title, finished, total: unheard,
     tell: Tell = silent,
@@ -103,7 +102,7 @@ def sweep_settings(
         left_out=pilot.left_out,
         what=what,
         data=data,
-        command=command,
+        command=run.command_line,
     )
 
 

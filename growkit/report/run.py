@@ -116,11 +116,11 @@ def _provenance(facts: Facts) -> Section:
     steps = facts.steps
     licence = mapping(facts.config.get("pretrained_cfg")).get("license")
     lines = []
-    if steps:
-        lines.append("In order, with what was given beyond the defaults; --device and --from are not on record.")
+    if any(map(command_line, steps)):
+        lines.append("In order, as they were typed.")
     if licence:
         lines.append(f"License that timm notes for the architecture's weights: {licence}.")
-    commands = [in_lines(command_line(step, facts)) for step in steps]
+    commands = [in_lines(line) for step in steps if (line := command_line(step))]
     compared = facts.comparison.get("command")
     if compared:
         commands.append(in_lines(str(compared)))

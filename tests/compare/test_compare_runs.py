@@ -21,9 +21,8 @@ from growkit_cli.main import app
 
 
 def run_compare(folder, source, digits, settings, recipe=RECIPE, **more):
-    return compare_methods(
-        RunFolder(folder), source, "deit_tiny", digits, settings, recipe, sets=LARGE, device=CPU, **more
-    )
+    run = RunFolder(folder, command_line="growkit compare ...")
+    return compare_methods(run, source, "deit_tiny", digits, settings, recipe, sets=LARGE, device=CPU, **more)
 
 
 def runs_of(folder: Path) -> dict[str, dict]:
@@ -45,7 +44,7 @@ def whole(source, digits, tmp_path_factory):
         budgets="0.5,1",
         lrs="1e-3,4e-3",
     )
-    return folder, run_compare(folder, source, digits, settings, command="growkit compare ...")
+    return folder, run_compare(folder, source, digits, settings)
 
 
 def test_every_arm_has_figures_for_every_budget_and_seed(whole):

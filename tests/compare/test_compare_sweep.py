@@ -60,7 +60,7 @@ def run_sweep(
     folder, source, digits, *, from_=None, from_sets=(), ema=True, resume=False, say=print, follow=unwatched, **given
 ):
     return sweep_settings(
-        RunFolder(folder),
+        RunFolder(folder, command_line="growkit sweep ..."),
         source,
         "deit_tiny",
         digits,
@@ -72,7 +72,6 @@ def run_sweep(
         ema=ema,
         device=CPU,
         resume=resume,
-        command="growkit sweep ...",
         say=say,
         follow=follow,
     )
