@@ -42,55 +42,69 @@ def labelled(data: str, source: Source, settings: FitSettings, *, image_size: in
     """Data to judge `source` on as it is, its images `image_size` wide and high where that is not the source's own.
 
     Raises:
-        GrowkitError: unusable data, or classes that are not the source's.
+        GrowkitError: a source without a classifier, unusable data, or classes that are not the source's.
     """
+    classes = source.architecture.classes
+    _refuse_headless(source.path, classes)
     prepared = dict(source.preprocessing)
     if image_size is not None:
         prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
     opened = open_data(data, prepared, settings)
-    _refuse_other_labels(data, opened.classes, source.labels)
+    _refuse_other_data(data, opened.classes, classes, source.labels)
     return opened
 
 
-def _refuse_other_labels(
-    data: str, classes: Sequence[str], labels: Sequence[str] | None, whose: str = "the model's"
+def _refuse_headless(path: str, outputs: int) -> None:
+    """Raise GrowkitError where a model has no classifier: its features are no answers."""
+    if outputs == 0:
+        raise GrowkitError(f"{path} has no classifier to judge; `growkit finetune {shlex.quote(path)}` gives it one")
+
+
+def _refuse_other_data(
+    data: str, classes: Sequence[str], outputs: int, labels: Sequence[str] | None, whose: str = "the model's"
 ) -> None:
-    """Raise GrowkitError where both are named and differ: every figure would be of wrong answers."""
-    if not classes or not labels or list(labels) == list(classes):
-        return
-    told = f"classes are not {whose} {len(labels)}"
-    if len(classes) == len(labels):
+    """Raise GrowkitError where data has other classes, by number or name: every figure would be of wrong answers."""
+    told = ""
+    if classes and len(classes) != outputs:
+        told = f"{len(classes)} classes are not {whose} {outputs}"
+    elif classes and labels and list(labels) != list(classes):
         at, (one, other) = _first_difference(classes, labels)
         told = f"class {at} is {one} and {whose} is {other}"
-    count = f"{len(classes)} " if len(classes) != len(labels) else ""
-    raise GrowkitError(f"--data {data}: its {count}{told}; give data with {whose} classes")
+    if told:
+        raise GrowkitError(f"--data {data}: its {told}; give data with {whose} classes")
 
 
 def evaluate_model(
     source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
 ) -> Scores:
     """Scores of a model on the validation images of `data`."""
+    chosen = pick_device(device)
     opened = labelled(data, source, settings)
-    return score_model(source.model(), opened, settings, pick_device(device), progress=progress)
+    return score_model(source.model(), opened, settings, chosen, progress=progress)
 
 
-def evaluate_onnx(path: Path, data: str, settings: FitSettings, *, provider: str, progress: Done = unheard) -> Scores:
+def evaluate_onnx(
+    path: Path, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
+) -> Scores:
     """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
 
     Raises:
         GrowkitError: no such file, none that ONNX Runtime reads, or it does not say how images are prepared.
     """
-    answering = _answering_onnx(path, provider)
+    answering = _answering_onnx(path, device)
     opened = open_data(data, answering.preprocessing, settings)
-    _refuse_other_labels(data, opened.classes, answering.labels)
+    _refuse_other_data(data, opened.classes, answering.outputs, answering.labels)
     return evaluate(answering.predict, followed(val_batches(opened, settings), size_of(opened.val), progress))
 
 
-def _answering_onnx(path: Path, provider: str) -> Answering:
+def _answering_onnx(path: Path, device: str) -> Answering:
+    providers = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda"}
+    if device not in providers:
+        raise GrowkitError(f"--device {device}: an ONNX file runs on auto, cpu or cuda; CUDA_VISIBLE_DEVICES picks one")
     if not path.is_file():
         raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
     try:
-        subject = onnx_subject(path, provider=provider)
+        subject = onnx_subject(path, provider=providers[device])
         prepared = subject.identity.preprocessing
         # the network inside says how many classes there are, whatever the file makes of them
         blank = np.zeros((1, *prepared["input_size"]), np.float32) if prepared else None
@@ -165,11 +179,12 @@ def evaluate_against(
 
     def answering(path: str) -> Answering:
         if Path(path).suffix == ".onnx":
-            return _answering_onnx(Path(path), device if device in ("auto", "cpu") else "cuda")
+            return _answering_onnx(Path(path), device)
         meant = path in bare or not bare
         loaded = load_source(path, from_ if meant else None, from_sets if meant else (), ema=ema)
         for note in loaded.notes:
             say(note)
+        _refuse_headless(path, loaded.architecture.classes)
         chosen = pick_device(device)
         return Answering(
             path=path,
@@ -227,12 +242,7 @@ def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new
     if old.labels and new.labels and old.labels != new.labels:
         at, (one, other) = _first_difference(old.labels, new.labels)
         raise GrowkitError(f"class {at} is {one} in {old.path} and {other} in {new.path}; {remedy}")
-    if classes and len(classes) != new.outputs:
-        raise GrowkitError(
-            f"--data {data}: its {len(classes)} classes are not the models' {new.outputs}; "
-            "give data with the models' classes"
-        )
-    _refuse_other_labels(data, classes, new.labels or old.labels, "the models'")
+    _refuse_other_data(data, classes, new.outputs, new.labels or old.labels, "the models'")
 
 
 def _first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, tuple[str, str]]:

@@ -63,6 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["label_names"] = ["ant", "dog", "elk"]
     (root / "renamed-model" / "config.json").write_text(json.dumps(config))
     write(root / "seven")
+    write(root / "headless", num_classes=0)
     preparing = {"mean": [0.1, 0.2, 0.3], "std": [0.9, 0.8, 0.7], "crop_pct": 0.8, "interpolation": "bilinear"}
     write(root / "otherwise", num_classes=3, img_size=24, preprocessing=preparing)
     return root
@@ -208,6 +209,24 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "--data renamed: its class 0 is ant and the models' is cat; give data with the models' classes",
     ),
     "data of fewer classes": (("--against", "first", "--data", "fewer"), "its 2 classes are not the models' 3"),
+    "--batch-size auto": (("--batch-size", "-1"), "give a number here"),
+    "data of fewer classes and no labels": (("seven",), "its 3 classes are not the model's 7; give data with"),
+    "ONNX model of other data": (
+        ("run/onnx/model.onnx", "--data", "fewer"),
+        "its 2 classes are not the model's 3; give data with",
+    ),
+    "model without a classifier": (("headless",), "headless has no classifier to judge; `growkit finetune headless`"),
+    "source without a classifier": (("--against", "headless"), "headless has no classifier to judge"),
+    "ONNX model on a device that is none": (
+        ("run/onnx/model.onnx", "--device", "gpu"),
+        "--device gpu: an ONNX file runs on auto, cpu or cuda",
+    ),
+    "ONNX model on another GPU": (("run/onnx/model.onnx", "--device", "cuda:1"), "CUDA_VISIBLE_DEVICES picks one"),
+    "ONNX model in a precision": (
+        ("run/onnx/model.onnx", "--precision", "fp16"),
+        "run/onnx/model.onnx is what it is: leave out --from, --from-set, --no-ema and --precision",
+    ),
+    "--from of an ONNX model": (("run/onnx/model.onnx", "--from", "vit_tiny"), "model.onnx is what it is: leave out"),
     "--from of two bare checkpoints": (
         ("bare.pth", "--against", "bare.pth", "--from-set", "num_heads=2"),
         "both bare checkpoints",

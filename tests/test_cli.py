@@ -116,6 +116,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "timm:NAME unknown": (("grow", "timm:deit_tinny", *TO), "nearest: "),
     "--set without value": (("grow", "small", *TO, "--set", "depth"), "expected KEY=VALUE"),
     "--set of no argument": (("grow", "small", *TO, "--set", "deph=3"), "nearest: depth"),
+    "--set close to nothing": (
+        ("grow", "small", *TO, "--set", "zzz=3"),
+        "no argument 'zzz'; nearest: embed_dim, depth",
+    ),
     "--set of a word": (("grow", "small", *TO, "--set", "depth=deep"), "depth=deep"),
     "--set of a negative number": (("grow", "small", *TO, "--set", "depth=-1"), "depth"),
     "--set of a zero": (("grow", "small", *TO, "--set", "depth=0"), "with depth 0 has no layers"),
@@ -134,7 +138,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--data with one split": ((*GROW, "--data", "half"), "half"),
     "--batch-size 0": ((*GROW, *DATA, "--batch-size", "0"), "--batch-size 0"),
     "--batch-size auto of compare": (("compare", "small", *TO, *DATA, "--batch-size", "-1"), "give a number here"),
-    "--batch-size auto of evaluate": (("evaluate", "small", *DATA, "--batch-size", "-1"), "give a number here"),
     "--aa unknown": (("finetune", "small", *DATA, "--aa", "nonsense"), "--aa nonsense: no policy that timm knows"),
     "--opt unknown to compare": (("compare", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
     "--opt unknown to sweep": (("sweep", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
@@ -169,6 +172,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--variant of no method": ((*GROW, "--variant", "aki"), "--variant aki: not a variant of mango"),
     "--stages of none": ((*GROW, "--stages", "depth"), "--stages depth: choose both"),
     "--cache with colours": (("finetune", "small", *DATA, "--cache", "ram", *QUICK), "set --color-jitter 0"),
+    "export of more answers than classes": (
+        ("export", "small", "--output", "top-8"),
+        "--output top-8: the model has 7 classes; choose top-7 or fewer",
+    ),
+    "export of a number of answers that has no end": (
+        ("export", "small", "--output", "top-" + 5000 * "9"),
+        "choose logits, probabilities or top-K",
+    ),
     "export of a Triton repository into what exports replace": (
         ("export", "small", "--triton", "run/onnx/models"),
         "run/onnx is replaced whole by the next export; name one outside it",

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
@@ -86,8 +87,9 @@ def evaluate(
     with telling(console) as tell:
         progress = tell("evaluating")
         if path.suffix == ".onnx":
-            provider = device if device in ("auto", "cpu") else "cuda"
-            scores = evaluate_onnx(path, data, settings, provider=provider, progress=progress)
+            if from_ or from_sets or no_ema or settings.precision != FitSettings.precision:
+                raise GrowkitError(f"{path} is what it is: leave out --from, --from-set, --no-ema and --precision")
+            scores = evaluate_onnx(path, data, settings, device=device, progress=progress)
         else:
             loaded = load(console, str(path), from_, from_sets, ema=not no_ema)
             scores = evaluate_model(loaded, data, settings, device=device, progress=progress)

@@ -56,6 +56,7 @@ def export(
 
     from growkit.deploy.folder import write_export
     from growkit.deploy.limits import LIMITS
+    from growkit.deploy.outputs import refuse_answers
     from growkit.files import refuse_existing, refuse_unwritable, whole_folder
     from growkit.record import RunFolder
 
@@ -76,6 +77,7 @@ def export(
         raise GrowkitError(f"--triton {triton}: {target} is replaced whole by the next export; name one outside it")
     console.say(f"exporting {chosen}")
     source = load(console, str(chosen), from_, from_sets, ema=not no_ema)
+    refuse_answers(settings.form(), source.architecture.classes)
     if triton:
         from growkit.deploy.triton import refuse_taken
 

@@ -56,7 +56,7 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise GrowkitError(f"--set {item}: expected KEY=VALUE, as in --set depth=8")
         if key not in ARGUMENTS:
-            near = difflib.get_close_matches(key, ARGUMENTS, n=3, cutoff=0.3)
+            near = difflib.get_close_matches(key, ARGUMENTS, n=3, cutoff=0.3) or ["embed_dim", "depth", "num_heads"]
             raise GrowkitError(f"--set {item}: no argument {key!r}; nearest: {', '.join(near)}")
         try:
             arguments[key] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)

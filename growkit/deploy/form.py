@@ -15,6 +15,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
 LARGEST_BATCH = 4096
+MOST_DIGITS = 9  # of a number of classes
 LARGEST_IMAGE = 2048  # a file may claim any size, and a check makes images of it
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
@@ -92,7 +93,8 @@ class Form:
     def top(self) -> int | None:
         """K of output top-K."""
         head, _, count = self.output.partition("-")
-        return int(count) if head == "top" and count.isdecimal() and int(count) > 0 else None
+        known = head == "top" and count.isascii() and count.isdecimal() and len(count) <= MOST_DIGITS
+        return int(count) if known and int(count) > 0 else None
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Percentiles:
 class Comparison:
     """Time of `subject` / time of `baseline` at one batch size; low and high bound it at 95 %.
 
-    pairs    what the ratio is taken from
+    pairs    what the ratio and the milliseconds are taken from
     dropped  pairs left out because other programs ran meanwhile
     foreign  share of the processors that other programs took, mean over all pairs; None: unknown
     """
@@ -103,11 +103,17 @@ class Latency:
 
 @dataclass
 class _Pair:
-    """Logarithm of a pair's ratio, the session it belongs to, and what others took meanwhile."""
+    """Seconds of the calls of each side, the session they belong to, and what others took meanwhile."""
 
     session: int
-    ratio: float
+    seconds: tuple[list[float], list[float]]
     foreign: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Its logarithm."""
+        subject, baseline = map(np.median, self.seconds)
+        return math.log(subject / baseline)
 
 
 def compare(
@@ -132,7 +138,6 @@ def compare(
     deadline = clock() + seconds
     pairs: list[_Pair] = []
     opened = told = 0
-    singles: tuple[list[float], list[float]] = ([], [])
     share = seconds / SESSIONS
     foreign()
     asked = clock()
@@ -142,18 +147,15 @@ def compare(
         until = min(deadline, clock() + share) if opened >= SESSIONS else clock() + share
         first = len(pairs)
         while len(pairs) - first < PAIRS and (len(pairs) - first < 2 or clock() < until):
-            took = [0.0, 0.0]
+            took: tuple[list[float], list[float]] = ([], [])
             for side in generator.permutation(2):
                 sleep(SETTLE_SECONDS)
                 calls[side]()
-                times = []
                 for _ in range(repeats[side]):
                     start = clock()
                     calls[side]()
-                    times.append(clock() - start)
-                singles[side].extend(times)
-                took[side] = float(np.median(times))
-            pairs.append(_Pair(opened, math.log(took[0] / took[1])))
+                    took[side].append(clock() - start)
+            pairs.append(_Pair(opened, took))
             if clock() - asked >= WINDOW_SECONDS:
                 taken = foreign()
                 for pair in pairs[told:]:
@@ -161,11 +163,11 @@ def compare(
                 asked, told = clock(), len(pairs)
         opened += 1
         if opened >= SESSIONS:
-            rounds = _rounds(pairs)
+            kept = _calm(pairs)
+            rounds = _rounds(kept)
             low, high = _interval(rounds, generator)
             if (high - low) / 2 < HALF_WIDTH or clock() >= deadline:
                 break
-    kept = sum(map(len, rounds))
     known = [pair.foreign for pair in pairs if pair.foreign is not None]
     return Comparison(
         subject=names[0],
@@ -175,21 +177,24 @@ def compare(
         low=low,
         high=high,
         sessions=len(rounds),
-        pairs=kept,
-        subject_ms=percentiles(singles[0]),
-        baseline_ms=percentiles(singles[1]),
-        dropped=len(pairs) - kept,
+        pairs=len(kept),
+        subject_ms=percentiles([taken for pair in kept for taken in pair.seconds[0]]),
+        baseline_ms=percentiles([taken for pair in kept for taken in pair.seconds[1]]),
+        dropped=len(pairs) - len(kept),
         foreign=float(np.mean(known)) if known else None,
     )
 
 
-def _rounds(pairs: list[_Pair]) -> list[np.ndarray]:
-    """The ratios of each session; without contended pairs where enough pairs and sessions remain."""
+def _calm(pairs: list[_Pair]) -> list[_Pair]:
+    """Those taken while no other program ran, where enough pairs and sessions remain; else all."""
     calm = [pair for pair in pairs if pair.foreign is None or pair.foreign <= CONTENDED]
-    if len(calm) < CALM_PAIRS or len({pair.session for pair in calm}) < SESSIONS:
-        calm = pairs
-    sessions = dict.fromkeys(pair.session for pair in calm)
-    return [np.array([pair.ratio for pair in calm if pair.session == session]) for session in sessions]
+    return calm if len(calm) >= CALM_PAIRS and len({pair.session for pair in calm}) >= SESSIONS else pairs
+
+
+def _rounds(pairs: list[_Pair]) -> list[np.ndarray]:
+    """The ratios of each session."""
+    sessions = dict.fromkeys(pair.session for pair in pairs)
+    return [np.array([pair.ratio for pair in pairs if pair.session == session]) for session in sessions]
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:

@@ -8,11 +8,22 @@ from growkit.deploy.form import Form
 from growkit.errors import GrowkitError
 
 
+def refuse_answers(form: Form, classes: int) -> None:
+    """Raise GrowkitError where a model of so many classes cannot answer with what `form` asks for."""
+    if form.output == "logits":
+        return
+    if classes < 2:
+        what = "one class: its probability is always 1" if classes else "no classifier"
+        raise GrowkitError(f"--output {form.output}: the model has {what}; choose logits")
+    if form.top and form.top > classes:
+        raise GrowkitError(f"--output {form.output}: the model has {classes} classes; choose top-{classes} or fewer")
+
+
 def with_output(core: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     """`core` with 'logits' turned into what `form` asks for; changed in place and returned.
 
     Raises:
-        GrowkitError: more classes are asked for than there are.
+        GrowkitError: as refuse_answers.
     """
     if form.output == "logits":
         return core
@@ -21,8 +32,7 @@ def with_output(core: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     count = batch.dim_value if batch.HasField("dim_value") else batch.dim_param
     core.graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], name="probabilities", axis=-1))
     wide, top = classes.dim_value, form.top
-    if top and top > wide:
-        raise GrowkitError(f"--output {form.output}: the model has {wide} classes; choose top-{wide} or fewer")
+    refuse_answers(form, wide)
     del core.graph.output[:]
     if top is None:
         core.graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [count, wide]))

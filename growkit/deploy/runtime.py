@@ -26,7 +26,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-ELSE_CPU = "; or use --provider cpu"
+ELSE_CPU = "; or use cpu"
 ort.disable_telemetry_events()  # the builds for Windows would report to their maker
 _DEVICE_ERROR = re.compile(r"CUDA failure \d+: [^;\n]*[^;\s]")
 

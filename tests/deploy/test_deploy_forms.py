@@ -16,6 +16,7 @@ from torch import nn
 
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import KEY, TARGETS, Form, form_of
+from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.parity import check_parity
 from growkit.deploy.pixels import with_pixels
 from growkit.deploy.reference import Preprocessing, at_image_size, noise_images, preprocessing
@@ -146,6 +147,15 @@ def test_more_answers_than_classes_are_refused(model: nn.Module, tmp_path: Path)
     with pytest.raises(GrowkitError, match="top-8: the model has 7 classes; choose top-7"):
         export_onnx(model, tmp_path / "m.onnx", Form(output="top-8"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("classes", "output", "why"),
+    [(1, "probabilities", "one class: its probability is always 1"), (0, "top-1", "no classifier")],
+)
+def test_answers_that_say_nothing_are_refused(classes: int, output: str, why: str) -> None:
+    with pytest.raises(GrowkitError, match=f"--output {output}: the model has {why}; choose logits"):
+        refuse_answers(Form(output=output), classes)
 
 
 # pixels -----------------------------------------------------------------------------------------

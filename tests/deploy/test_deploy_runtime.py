@@ -41,7 +41,7 @@ def test_provider_that_does_not_run_is_one_line_with_a_remedy(
 ) -> None:
     with pytest.raises(GrowkitError, match=f"provider {provider} does not run here") as caught:
         open_session(exported, provider=provider)
-    assert "--provider cpu" in str(caught.value)
+    assert "or use cpu" in str(caught.value)
     assert "\n" not in str(caught.value)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
