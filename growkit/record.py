@@ -73,6 +73,9 @@ class RunFolder:
         """Raise GrowkitError where the run cannot be written to its end, before the work starts."""
         if self.path.exists() and not self.path.is_dir():
             raise GrowkitError(f"{self.path} is a file; --run names a folder")
+        for stage in STAGES:
+            if (self.path / stage).exists() and not (self.path / stage).is_dir():
+                raise GrowkitError(f"{self.path / stage} is a file where a run has a folder; move it away")
         try:
             refuse_unwritable(self.path)
         except UnwritableError as error:

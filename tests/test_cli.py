@@ -82,6 +82,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         change(changed)
         (root / name / "config.json").write_text(json.dumps(changed))
         (root / name / "model.safetensors").write_bytes((root / "small" / "model.safetensors").read_bytes())
+    (root / "odd-stage").mkdir()
+    (root / "odd-stage" / "verify").touch()
     (root / "odd-record").mkdir()
     (root / "odd-record" / "record.json").write_text("[]")
     return root
@@ -222,6 +224,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "a file's contents for its name": (("evaluate", "x" * 5000, *DATA), "xxx ... xxx"),
     "--run that is a file": ((*GROW, "--run", "a-file"), "a-file"),
     "--run of finetune that is a file": (("finetune", "small", *DATA, "--run", "a-file"), "a-file is a file"),
+    "--run with a file for a folder": (
+        ("grow", "small", *TO, "--run", "odd-stage"),
+        "odd-stage/verify is a file where",
+    ),
     "record that is none": ((*GROW, "--run", "odd-record"), "holds no list of steps"),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import ONNX, SECTIONS, TUNED, agreement, as_step, comparison, verification, write_run
+from report_samples import GROWN, ONNX, SECTIONS, TUNED, agreement, as_step, comparison, verification, write_run
 from test_cli import growkit
 from test_report import EVIL, Page
 
@@ -158,6 +158,15 @@ ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
     "It is as fast as its architecture allows",
     "The files belong together",
 )
+
+
+def held(verdict: str, **identity: str) -> Change:
+    """The model alone, held against a reference."""
+    check = {"group": "golden", "name": "model: weights", "verdict": verdict, "line": "the reason why"}
+    return lambda run: write_json(run.verify / "reference.json", {"checks": [check], **identity})
+
+
+GOLDEN = "It answers as when it was accepted"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
     "a number is off": (one_check("numbers", "fail"), NUMBERS, "fail", "no"),
     "too noisy": (
@@ -166,6 +175,8 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "inconclusive",
         "not yet",
     ),
+    "the model alone is not what was accepted": (held("fail", weights_sha256=TUNED), GOLDEN, "fail", "no"),
+    "the file alone is what was accepted": (held("pass", onnx_sha256=ONNX), GOLDEN, "pass", "yes"),
     "a group nobody knows yet": (one_check("energy_use", "fail"), "Energy use", "fail", "no"),
     "a verdict nobody knows yet": (
         one_check("numbers", "skipped"),
@@ -198,6 +209,13 @@ def test_gate_and_verdict_follow_from_what_happened(happened: str, tmp_path: Pat
     assert gates(run)[gate] == mark
     assert verdict(run).mark == ships
     assert (gate in verdict(run).line) is (mark != "pass")
+
+
+def test_model_that_was_held_alone_and_is_no_more_decides_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    held("fail", weights_sha256=GROWN)(run)
+    assert GOLDEN not in gates(run)
+    assert verdict(run).mark == "yes"
 
 
 def test_start_that_is_not_the_sources_is_noted_and_decides_nothing(tmp_path: Path) -> None:

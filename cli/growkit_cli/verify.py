@@ -67,7 +67,8 @@ def verify(
 
     MODEL may be an .onnx file: it is then held against --reference alone.
 
-    Writes RUN/verify/report.json anew; where answers differ, reproduce.py beside it shows it again.
+    Writes RUN/verify/report.json anew, or reference.json where a model or a file alone is held against --reference;
+    where answers differ, reproduce.py beside it shows it again.
     Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
@@ -137,7 +138,9 @@ def verify(
     else:
         reading = FitSettings(batch_size=batch_size, workers=workers, data_dir=data_dir, val_split=val_split)
         verified = with_file(console, source, file, settings, golden=golden, images=images, data=data, reading=reading)
-    leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets, not no_ema)
+    if whole := file is not None and source is not None:
+        assert file is not None
+        leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets, not no_ema)
     show(console, verified)
     report = {
         "model": None if file_only else str(chosen),
@@ -156,7 +159,7 @@ def verify(
             assert subject is not None
             report["reference_update"] = update_golden(target, golden, subject)
             console.say(f"{report['reference_update']}; hold it with --reference {target}")
-    write_json(folder.verify / "report.json", report)
+    write_json(folder.verify / ("report.json" if whole else "reference.json"), report)
     if junit is not None:
         seconds = time.monotonic() - clock
         with whole_file(junit) as partial:
@@ -245,7 +248,7 @@ def leave_script(
     verified: "Verification",
     folder: Path,
     model: str,
-    file: Path | None,
+    file: Path,
     settings: VerifySettings,
     from_: str | None,
     sets: list[str] | None,
@@ -257,7 +260,7 @@ def leave_script(
 
     script = folder / "reproduce.py"
     script.unlink(missing_ok=True)
-    if file is None or verified.parity is None or verified.parity.passed:
+    if verified.parity is None or verified.parity.passed:
         return
     text = reproduction(
         verified.parity,
@@ -335,10 +338,11 @@ def show(console: Console, verified: "Verification") -> None:
         console.say(verified.throughput.line)
     if verified.assignment and verified.assignment.fallen_back:
         console.say(f"warning: {verified.assignment.line}")
+    failed = verified.verdict == "fail"
     for c in verified.checks:
         if c.verdict != "pass":
             word = "FAILED" if c.verdict == "fail" else "warning:"
             console.say(f"{word} {c.group}: {c.line}")
-    if verified.parity and not verified.latency and verified.verdict == "fail":
+    if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")

@@ -15,7 +15,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
 LARGEST_BATCH = 4096
-MOST_DIGITS = 9  # of a number of classes
+MOST_DIGITS = 18  # of a number of classes
 LARGEST_IMAGE = 2048  # a file may claim any size, and a check makes images of it
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 

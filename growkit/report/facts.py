@@ -58,6 +58,7 @@ class Facts:
     config: Content  # config.json of the furthest model
     export: Content
     verify: Content
+    held: Content  # of a model or an ONNX file alone, against a reference
     comparison: Content
     damaged: tuple[str, ...]  # one line for each file that could not be read
 
@@ -121,6 +122,7 @@ def read_facts(run: RunFolder) -> Facts:
         config=read(furthest / "config.json"),
         export=read(run.onnx / "export.json"),
         verify=read(run.verify / "report.json"),
+        held=read(run.verify / "reference.json"),
         comparison=read(run.compare / "results.json"),
         damaged=tuple(damaged),
     )

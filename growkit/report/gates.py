@@ -96,12 +96,22 @@ def _checks(facts: Facts) -> Iterator[Gate]:
         return
     for group, checks in groups.items():
         yield Gate(group_name(group), mark_of(checks), _line(group, checks, content))
+    held = checks_of(facts.held).get("golden", ())
+    if held and "golden" not in groups and _is_current(facts):
+        yield Gate(group_name("golden"), mark_of(held), _line("golden", held, facts.held))
     if content is not facts.verify:
         yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
         return
     for group, remedy in (("accuracy", "`growkit verify --data DATA`."), ("latency", "`growkit verify`, with times.")):
         if group not in groups:
             yield Gate(GROUPS[group], Mark("not done"), remedy)
+
+
+def _is_current(facts: Facts) -> bool:
+    """Whether what was held against a reference alone is the model or the file as it stands now."""
+    current = {facts.shipped[1] if facts.shipped else None, facts.export.get("sha256")} - {None}
+    held = facts.held.get("onnx_sha256") or facts.held.get("weights_sha256")
+    return held in current if isinstance(held, str) else False
 
 
 def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:

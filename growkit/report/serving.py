@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, mapping, number, rows, words
+from growkit.report.facts import Facts, Step, mapping, number, rows, words
 from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
 from growkit.report.plot import Bar, Bars, Chart, Dots
@@ -86,9 +86,16 @@ def parity_section(facts: Facts) -> Section:
             f"On {cell(accuracy.get('samples'))} labelled images it turned {cell(accuracy.get('n01'))} answers right "
             f"and {cell(accuracy.get('n10'))} wrong against PyTorch."
         )
-    lines += earlier_line(facts.all("verify" if content is facts.verify else "export"))
+    steps = facts.all("verify" if content is facts.verify else "export")
+    # those that held a model or a file alone against a reference gave other checks
+    lines += earlier_line([step for step in steps if step.command == "export" or _is_whole(step)])
     parts = [_group(group, checks) for group, checks in groups.items()]
     return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
+
+
+def _is_whole(step: Step) -> bool:
+    """Whether this verification held a file against its model."""
+    return bool(step.options.get("model")) and bool(step.options.get("onnx"))
 
 
 def _allowed(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:

@@ -107,6 +107,8 @@ def _table() -> dict[str, Clean]:
             return
         if form.attention == "contrib" and architecture == "norms of q and k":  # the operator has no place for them
             return
+        if architecture == "one class":  # of which there is no probability
+            form = replace(form, output="logits")
         name = f"{architecture}: {kind}"
         table[name] = Clean(architecture, form, "beside" in kind, len(table), fast)
 

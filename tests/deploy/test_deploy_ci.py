@@ -203,6 +203,16 @@ def test_references_go_by_stage_where_none_is_named(place: Path, capsys: pytest.
         assert growkit(place, *hold, f"run/reference/{other}") == 1
 
 
+def test_model_held_alone_leaves_the_verification_of_its_file_as_it_is(place: Path) -> None:
+    whole = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency")
+    assert growkit(place, *whole) == 0
+    before = (place / "run" / "verify" / "report.json").read_bytes()
+    assert growkit(place, *MODEL) == 0
+    held = json.loads((place / "run" / "verify" / "reference.json").read_text())
+    assert ({one["group"] for one in held["checks"]}, held["onnx"]) == ({"golden"}, None)
+    assert (place / "run" / "verify" / "report.json").read_bytes() == before
+
+
 def test_update_says_what_it_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage_model(place)
     assert growkit(place, *MODEL, "--update-reference") == 0
@@ -291,7 +301,9 @@ def test_gate_passes_what_was_accepted_and_reports_it(path: Path, place: Path) -
         suite = ET.parse(place / "gate" / f"{name}.xml").getroot()[0]
         assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
         assert int(suite.get("tests") or 0) == len(suite.findall("testcase")) > 5
-        assert json.loads((place / "gate" / name / "verify" / "report.json").read_text())["verdict"] == "pass"
+        (written,) = (place / "gate" / name / "verify").iterdir()
+        assert written.name == ("reference.json" if name == "model" else "report.json")
+        assert json.loads(written.read_text())["verdict"] == "pass"
 
 
 @FILES
