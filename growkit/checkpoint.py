@@ -106,7 +106,7 @@ def _read_history(path: Path, sha256: str) -> tuple[dict[str, Any] | None, tuple
         return None, ()
     try:
         content = read_json(path) if path.stat().st_size <= LARGEST_HISTORY else None
-    except (GrowkitError, RecursionError):
+    except GrowkitError:
         content = None
     unknown = "was left out: where these weights come from is not known"
     if not isinstance(content, dict) or not _sound(content):

@@ -20,10 +20,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM asked for an end, as Ctrl-C does by KeyboardInterrupt."""
 
 
-class ParityError(GrowkitError):
-    """A check of a grown or exported model said no."""
-
-
 def is_memory_full(error: BaseException) -> bool:
     """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
     if isinstance(error, RuntimeError | ImportError):  # torch itself is not loaded here

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growkit.checkpoint import PREPROCESSING
-from growkit.deploy.golden import onnx_subject
+from growkit.deploy.subject import onnx_subject
 from growkit.errors import GrowkitError, first_line
 from growkit.record import RunFolder
 from growkit.source import FETCHED, Source, load_source

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from growkit.deploy.golden import Subject, model_subject, read_golden
+from growkit.deploy.golden import read_golden
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.subject import Subject, model_subject
 from growkit.deploy.verify import verify_alone
 from growkit.source import load_source
 

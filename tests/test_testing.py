@@ -11,7 +11,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from growkit.deploy.export import export_onnx
-from growkit.deploy.golden import make_golden, model_subject, onnx_subject, write_golden
+from growkit.deploy.golden import make_golden, write_golden
+from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.errors import GrowkitError
 from growkit.testing import assert_matches_reference
 
@@ -51,6 +52,11 @@ def test_other_weights_are_an_assertion_error_with_a_line_for_each_check(place: 
     first, *lines = str(caught.value).splitlines()
     assert first == f"VisionTransformer does not match {place / 'of-model'}:"
     assert lines[0].startswith("the reference was written for weights")
+
+
+def test_module_without_weights_is_refused(place: Path) -> None:
+    with pytest.raises(GrowkitError, match="Identity has no weights to hold against anything"):
+        assert_matches_reference(nn.Identity(), place / "of-model")
 
 
 def test_tolerance_widens_the_answers_and_not_the_weights(place: Path) -> None:

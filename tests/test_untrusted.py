@@ -249,7 +249,7 @@ def script(text: str, folder: Path) -> str:
     parity = Parity((check("numbers", text, False, text, text, text),) * 2, {"failing": failing}, text, Form())
     path = folder / as_name(text)
     return reproduction(
-        parity, folder, model=str(path), file=path, settings=VerifySettings(), reference=path, from_=text, sets=[text]
+        parity, folder, model=str(path), file=path, settings=VerifySettings(), data_sets=path, from_=text, sets=[text]
     )
 
 

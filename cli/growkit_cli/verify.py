@@ -77,15 +77,10 @@ def verify(
     from dataclasses import asdict, replace
     from datetime import UTC, datetime
 
-    from growkit.deploy.golden import (
-        make_golden,
-        model_subject,
-        onnx_subject,
-        read_golden,
-        refuse_unreplaceable,
-        update_golden,
-    )
+    from growkit.deploy.golden import make_golden, read_golden, refuse_unreplaceable
+    from growkit.deploy.held import update_golden
     from growkit.deploy.junit import junit_xml
+    from growkit.deploy.subject import model_subject, onnx_subject
     from growkit.deploy.verify import verify_alone
     from growkit.errors import GrowkitError
     from growkit.files import refuse_unwritable, whole_file, write_json
@@ -206,8 +201,8 @@ def with_file(
 ) -> "Verification":
     """The ONNX file against its model: answers, a reference, accuracy on `data`, times."""
     from growkit.deploy.inputs import read_pictures
-    from growkit.deploy.reference import at_image_size, preprocessing
     from growkit.deploy.store import form_in
+    from growkit.deploy.truth import at_image_size, preprocessing
     from growkit.deploy.verify import timing_steps, verify_onnx
 
     network, form = source.model(), form_in(file)
@@ -229,7 +224,7 @@ def with_file(
             stock=(source.architecture.name, source.architecture.arguments),
             weights_sha256=source.sha256 or None,
             labels=source.labels,
-            reference=data_sets_beside(file),
+            data_sets=data_sets_beside(file),
             golden=golden,
             data=batches,
             batch_size=reading.batch_size,
@@ -268,7 +263,7 @@ def leave_script(
         model=model,
         file=file,
         settings=settings,
-        reference=data_sets_beside(file),
+        data_sets=data_sets_beside(file),
         from_=from_,
         sets=sets or (),
         ema=ema,

@@ -138,20 +138,6 @@ class RingOperator(nn.Module):
         fewest *= 2 if torch.is_grad_enabled() and may_halve(x) else 1  # of half the size
         return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest, parts)
 
-    def layer(self, x: Tensor, index: int) -> Tensor:
-        """(B, O, L, I) -> (B', O', I') of target layer `index`, for growing one layer at a time."""
-        cores = [self.cores[axis] for axis in self.order]
-        position = self.order.index("L")
-        cores[position] = cores[position][:, :, index : index + 1]
-        shapes = tuple(tuple(core.shape) for core in cores)
-        path = cheapest_orders(self.equation, tuple(x.shape), shapes)[0].path
-        return _product(self.equation, path, [x, *cores]).squeeze(AXES.index("L"))
-
-    def dense(self) -> Tensor:
-        """The full operator (b, o, l, i, B, O, L, I); its size is the product of all eight. For tests."""
-        operands = self.equation.split("->")[0].split(",")[1:]
-        return torch.einsum(f"{','.join(operands)}->boliBOLI", *(self.cores[axis] for axis in self.order))
-
     @property
     def equation(self) -> str:
         """The einsum of forward, for this ring's order."""

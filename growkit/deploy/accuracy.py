@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from growkit.deploy.checks import Check, check
 from growkit.deploy.limits import Limits, accuracy_drop_interval, accuracy_verdict
 from growkit.deploy.numbers import predictions, relative, rms
-from growkit.deploy.reference import logits_of
+from growkit.deploy.truth import logits_of
 from growkit.errors import GrowkitError
 
 

@@ -17,7 +17,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.inputs import as_model_takes
 from growkit.deploy.numbers import relative, rms
 from growkit.deploy.pixels import INPUT, resized
-from growkit.deploy.reference import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
+from growkit.deploy.truth import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
 from growkit.deploy.whole import answer
 from growkit.errors import GrowkitError, first_line
 from growkit.files import refuse_no_file
@@ -25,7 +25,7 @@ from growkit.files import refuse_no_file
 BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has one batch size
 
 
-def write_reference(
+def write_data_sets(
     model: nn.Module,
     folder: Path,
     *,
@@ -62,7 +62,7 @@ def made_inputs(prepared: Preprocessing, form: Form, batch: int, seed: int) -> n
     return np.ascontiguousarray(np.rint(255 * unit).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def read_reference(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
+def read_data_sets(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
     """Yield (name, input, outputs by name) of each test_data_set_* in `folder`.
 
     Raises:

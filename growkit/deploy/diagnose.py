@@ -15,8 +15,8 @@ from growkit.deploy.layers import first_wrong, nearest, traced
 from growkit.deploy.limits import Limits
 from growkit.deploy.numbers import Truth, in_batches, relative, rms
 from growkit.deploy.parts import core_session, inner_graph, tapped_session
-from growkit.deploy.reference import Preprocessing
 from growkit.deploy.store import weight_bytes
+from growkit.deploy.truth import Preprocessing
 from growkit.errors import first_line
 
 EVALUATED = 200 * 2**20  # bytes of weights: ONNX's own evaluator is slow

@@ -20,8 +20,8 @@ from growkit.deploy.inputs import extremes
 from growkit.deploy.outputs import with_output
 from growkit.deploy.pixels import with_pixels
 from growkit.deploy.precision import brain, half, int8_dynamic, int8_static
-from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
 from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_graph
+from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 OUTER_SEEDS = range(1000, 1008)  # of the extremes that int8-static is calibrated with, beside the user's images
@@ -54,7 +54,7 @@ def export_onnx(
     """Write `model` as ONNX: by default 'input' (batch, C, H, W) -> 'logits' (batch, classes), both float32.
 
     model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is
-    form        see form.Form; image_size is the caller's to apply (see reference.at_image_size)
+    form        see form.Form; image_size is the caller's to apply (see truth.at_image_size)
     external    put the weights into a second file beside it, as anything over 2 GB must
     calibration  normalised images (N, C, H, W), what int8-static takes its ranges from
     labels      class names, stored in the file's metadata

@@ -4,7 +4,7 @@ Off by default: on CPUs the candidates are worth a few percent at most, and cost
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form
 from growkit.deploy.latency import NOISY, Comparison, compare
 from growkit.deploy.parity import check_parity
-from growkit.deploy.reference import preprocessing
 from growkit.deploy.runtime import open_session
+from growkit.deploy.truth import preprocessing
 from growkit.errors import GrowkitError
 
 PLACES = ("cpu", "cuda", "tensorrt")
@@ -65,13 +65,11 @@ def fastest(
     seed: int = 0,
     calibration: Any = None,
     say: Callable[[str], None] = lambda line: None,
-    timing: Mapping[str, Any] | None = None,
 ) -> tuple[Form, tuple[Choice, ...]]:
     """The form to export `model` in, and what was tried: each candidate against the graph of `form` itself.
 
     batches  sizes timed; a form with one size is timed at that
     seconds  longest time of one comparison
-    timing   options handed to latency.compare; tests set the clock
 
     Raises:
         GrowkitError: an unknown place, or a form that does not fit the model.
@@ -80,7 +78,7 @@ def fastest(
     if not tried:
         return form, ()
     batches = (form.batch,) if form.batch else batches
-    more = {"foreign": Contention().lap, **(timing or {})}
+    foreign = Contention().lap
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plain = export_onnx(model, folder / "plain.onnx", form, calibration=calibration).path
@@ -101,7 +99,7 @@ def fastest(
                 return fresh
 
             say(f"timing the plain graph against itself, batch {batch}")
-            itself = compare(opened(plain), opened(plain), batch=batch, seconds=seconds, seed=seed, **more)
+            itself = compare(opened(plain), opened(plain), batch=batch, seconds=seconds, seed=seed, foreign=foreign)
             noise = max(noise, itself.noise)
         choices, best, best_ratio = [], form, 1.0
         for one in tried:
@@ -122,7 +120,7 @@ def fastest(
                         batch=batch,
                         seconds=seconds,
                         seed=seed,
-                        **more,
+                        foreign=foreign,
                     )
                 )
             choice = judged(one.attention, tuple(found), noise)

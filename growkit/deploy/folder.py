@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from growkit.deploy.checks import plain
-from growkit.deploy.data_sets import write_reference
+from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.parts import whole_session
-from growkit.deploy.reference import at_image_size, preprocessing
 from growkit.deploy.settings import ExportSettings
+from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.files import write_json
 
 MODEL = "model.onnx"
@@ -84,7 +84,7 @@ def write_export(
     )
     say("holding the file against PyTorch")
     run = None if form.precision == "fp32" else whole_session(folder / MODEL, form).outputs
-    write_reference(model, folder, seed=settings.seed, form=form, run=run)
+    write_data_sets(model, folder, seed=settings.seed, form=form, run=run)
     run = None  # its weights are in memory
     parity = check_parity(
         model,
@@ -93,7 +93,7 @@ def write_export(
         seed=settings.seed,
         weights_sha256=provenance.get("weights_sha256"),
         labels=list(labels) if labels is not None else None,
-        reference=folder,
+        data_sets=folder,
         data=data,
         max_accuracy_drop=settings.max_accuracy_drop,
     )

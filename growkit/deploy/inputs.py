@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from growkit.deploy.reference import Preprocessing, noise_images, noise_pixels, normalised
+from growkit.deploy.truth import Preprocessing, noise_images, noise_pixels, normalised
 from growkit.errors import GrowkitError
 from growkit.pictures import SUFFIXES, open_picture
 from growkit.text import visible

@@ -26,7 +26,7 @@ from growkit.deploy.checks import Check, Verdict
 from growkit.deploy.contention import CONTENDED, Contention
 from growkit.deploy.form import Form
 from growkit.deploy.parts import core_session, whole_session
-from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import first_line
 from growkit.float32 import multiplying
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from growkit.deploy.accuracy import accuracy_checks
 from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, check
-from growkit.deploy.data_sets import model_answers, off_from_stored, read_reference
+from growkit.deploy.data_sets import model_answers, off_from_stored, read_data_sets
 from growkit.deploy.diagnose import diagnose, failing_run, told
 from growkit.deploy.form import Form, form_of
 from growkit.deploy.inputs import as_model_takes, extremes, made_pictures
@@ -25,7 +25,10 @@ from growkit.deploy.limits import LIMITS, Limits
 from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
 from growkit.deploy.parts import core_session, front_session, whole_session
 from growkit.deploy.pixels import CHANNELS
-from growkit.deploy.reference import (
+from growkit.deploy.runtime import Session
+from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph
+from growkit.deploy.structure import OWN_MODEL, sizes_claimed, structure_checks
+from growkit.deploy.truth import (
     Preprocessing,
     at_image_size,
     logits_of,
@@ -33,13 +36,10 @@ from growkit.deploy.reference import (
     preprocessing,
     truth_of,
 )
-from growkit.deploy.runtime import Session
-from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph
-from growkit.deploy.structure import OWN_MODEL, sizes_claimed, structure_checks
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.whole import answer_checks, pixel_checks
 from growkit.deploy.yardstick import in_precision
-from growkit.errors import GrowkitError, ParityError, first_line
+from growkit.errors import GrowkitError, first_line
 
 IMAGES = 8  # at 224 x 224; small images come cheaper and steady the noise ratio
 
@@ -64,11 +64,6 @@ class Parity:
         """No check said no."""
         return not self.failed
 
-    def require(self) -> None:
-        """Raise ParityError naming every check that said no."""
-        if self.failed:
-            raise ParityError("; ".join(c.line for c in self.failed))
-
 
 def check_parity(
     model: nn.Module,
@@ -80,7 +75,7 @@ def check_parity(
     seed: int = 0,
     weights_sha256: str | None = None,
     labels: list[str] | None = None,
-    reference: Path | None = None,
+    data_sets: Path | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     pictures: Mapping[str, Image.Image] | None = None,
     max_accuracy_drop: float | None = None,
@@ -91,14 +86,14 @@ def check_parity(
     max_batch       largest batch size tried, beside 1, 2, 3 and 5
     weights_sha256  SHA-256 of the model's weight file; must be the one the file was exported from
     labels          class names that the file's metadata must hold
-    reference       folder with test_data_set_*, written by the export
+    data_sets       folder with test_data_set_*, written by the export
     data            labelled batches, images (B, C, H, W) and classes (B,), for accuracy
     pictures        of the user, compared beside the made images
     max_accuracy_drop  points of top-1 that the file may lose on `data`; the precision's own limit when None
 
     Raises:
-        GrowkitError: the file is missing or its weights lie elsewhere, the provider does not run, the reference
-            is unreadable.
+        GrowkitError: the file is missing or its weights lie elsewhere, the provider does not run, the data
+            sets cannot be read.
     """
     if not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
@@ -184,8 +179,8 @@ def check_parity(
         checks += answer_checks(session.outputs(fed), core.run(fed), form, f"batch {batch}")
     if pictures:
         checks += _pictures(core, truth, prepared, known, limits, pictures)
-    if reference is not None:
-        checks += _reference(session, plain, form, limits, reference)
+    if data_sets is not None:
+        checks += _stored(session, plain, form, limits, data_sets)
     if data is not None:
 
         def run(batch: np.ndarray) -> np.ndarray:
@@ -224,15 +219,15 @@ def _pictures(
     return checks
 
 
-def _reference(session: Session, model: nn.Module, form: Form, limits: Limits, folder: Path) -> list[Check]:
+def _stored(session: Session, model: nn.Module, form: Form, limits: Limits, folder: Path) -> list[Check]:
     """Both the file and the model must give the stored answers."""
     checks = []
-    for name, fed, wanted in read_reference(folder):
+    for name, fed, wanted in read_data_sets(folder):
         for side, run in (("file", session.outputs), ("model", lambda fed: model_answers(model, form, fed))):
             label = f"{name}: {side}"
             try:
                 got = run(fed)
-            except Exception as error:  # a reference of another model does not even fit
+            except Exception as error:  # those of another model does not even fit
                 line = f"{label} refuses the stored input: {first_line(error)}"
                 checks.append(check("reference", label, False, "refused", "ok", line))
                 continue

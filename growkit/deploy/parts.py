@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 from growkit.deploy.form import Form
 from growkit.deploy.precision import emulated
-from growkit.deploy.reference import Preprocessing
 from growkit.deploy.runtime import Session, open_session
 from growkit.deploy.store import read_graph
+from growkit.deploy.truth import Preprocessing
 from growkit.errors import GrowkitError
 
 

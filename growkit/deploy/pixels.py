@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import compose, numpy_helper, parser
 
-from growkit.deploy.reference import Preprocessing
+from growkit.deploy.truth import Preprocessing
 from growkit.errors import GrowkitError
 
 INPUT = "image"

@@ -29,14 +29,14 @@ from growkit.deploy.inputs import extremes
 from growkit.deploy.limits import LIMITS
 from growkit.deploy.parity import check_parity
 from growkit.deploy.parts import core_session
-from growkit.deploy.reference import at_image_size, logits_of, noise_images, preprocessing, truth_of
+from growkit.deploy.truth import at_image_size, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.store import form_in
 from growkit.source import load_source
 
 HERE = Path(__file__).resolve().parent
 MODEL = $model
 FILE = $file
-REFERENCE = $reference
+DATA_SETS = $data_sets
 FAILING = $failing  # the first run whose numbers were wrong
 PROVIDER = $provider
 
@@ -93,7 +93,7 @@ def main() -> int:
         seed=$seed,
         weights_sha256=source.sha256 or None,
         labels=list(source.labels) if source.labels is not None else None,
-        reference=HERE / REFERENCE if REFERENCE is not None else None,
+        data_sets=HERE / DATA_SETS if DATA_SETS is not None else None,
     )
     for check in parity.failed:
         print(f"FAILED {check.group}: {check.line}")
@@ -114,7 +114,7 @@ def reproduction(
     model: str,
     file: Path,
     settings: VerifySettings,
-    reference: Path | None = None,
+    data_sets: Path | None = None,
     from_: str | None = None,
     sets: Sequence[str] = (),
     ema: bool = True,
@@ -131,7 +131,7 @@ def reproduction(
         findings=findings.replace("\\", "/").replace('"""', "'''"),
         model=repr(_seen_from(folder, Path(model)) if os.path.exists(model) else model),
         file=repr(_seen_from(folder, file)),
-        reference=repr(_seen_from(folder, reference) if reference is not None else None),
+        data_sets=repr(_seen_from(folder, data_sets) if data_sets is not None else None),
         failing=repr(parity.figures.get("failing")),
         provider=repr(parity.provider if parity.provider != "none" else settings.provider),
         from_=repr(from_),

@@ -17,8 +17,8 @@ from onnx import TensorProto
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import CONTRIB, Form
 from growkit.deploy.pixels import INPUT
-from growkit.deploy.reference import Preprocessing
 from growkit.deploy.store import json_in, props_of, without_weights
+from growkit.deploy.truth import Preprocessing
 
 RANDOM = {
     "Bernoulli",

@@ -23,8 +23,8 @@ from growkit.deploy.contention import CONTENDED, Contention
 from growkit.deploy.form import Form
 from growkit.deploy.latency import Percentiles, percentiles
 from growkit.deploy.parts import core_session
-from growkit.deploy.reference import noise_images, preprocessing
 from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.truth import noise_images, preprocessing
 
 CALLS = 20  # at least, at batch 1: there are percentiles to tell
 CALLS_OF_LARGER = 3

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.form import Form
-from growkit.deploy.golden import Golden, Subject, check_golden, model_subject, onnx_subject
+from growkit.deploy.golden import Golden
+from growkit.deploy.held import check_golden
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.parts import whole_session
-from growkit.deploy.reference import at_image_size, preprocessing
 from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.store import files_of, form_in, sha256_of_files
+from growkit.deploy.subject import Subject, model_subject, onnx_subject
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
+from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.errors import GrowkitError, first_line
 from growkit.files import sha256_of
 
@@ -49,7 +51,7 @@ def verify_onnx(
     stock: tuple[str, Mapping[str, Any]],
     weights_sha256: str | None = None,
     labels: Sequence[str] | None = None,
-    reference: Path | None = None,
+    data_sets: Path | None = None,
     golden: Golden | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     batch_size: int = 1,
@@ -66,7 +68,7 @@ def verify_onnx(
     The other arguments are those of check_parity.
 
     Raises:
-        GrowkitError: a missing file, a provider that does not run here, unreadable reference data.
+        GrowkitError: a missing file, a provider that does not run here, data sets that cannot be read.
     """
     files, form = _as_claimed(file)
     channels, height, width = preprocessing(model).input_size
@@ -85,7 +87,7 @@ def verify_onnx(
             seed=settings.seed,
             weights_sha256=weights_sha256,
             labels=list(labels) if labels is not None else None,
-            reference=reference,
+            data_sets=data_sets,
             data=data,
         )
     held: tuple[Check, ...] = ()

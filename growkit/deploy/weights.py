@@ -13,8 +13,8 @@ from torch import nn
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import Form
 from growkit.deploy.pixels import CUBIC
-from growkit.deploy.reference import preprocessing
 from growkit.deploy.stored import explain, stored_in
+from growkit.deploy.truth import preprocessing
 
 
 def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:

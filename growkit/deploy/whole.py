@@ -13,8 +13,8 @@ from growkit.deploy.checks import Check, check
 from growkit.deploy.form import Form
 from growkit.deploy.inputs import as_file_takes, as_model_takes
 from growkit.deploy.numbers import in_batches
-from growkit.deploy.reference import Preprocessing
 from growkit.deploy.runtime import Session
+from growkit.deploy.truth import Preprocessing
 from growkit.errors import first_line
 
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside

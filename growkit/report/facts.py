@@ -93,7 +93,7 @@ def read_facts(run: RunFolder) -> Facts:
     def read(path: Path) -> Content:
         try:
             content = read_json(path) if path.exists() else {}
-        except (GrowkitError, RecursionError):
+        except GrowkitError:
             content = None
         if isinstance(content, Mapping):
             return content
@@ -148,9 +148,12 @@ def texts(value: object) -> list[str]:
 
 def number(value: object) -> float | None:
     """`value` where it is a number, be it spelled out as 'nan' or 'inf'; else None."""
-    if isinstance(value, str) and value.strip("-") in ("nan", "inf"):
+    if isinstance(value, bool) or not (isinstance(value, int | float) or value in ("nan", "inf", "-inf")):
+        return None
+    try:
         return float(value)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # of more digits than a float has room for
+        return None
 
 
 def words(key: object) -> str:

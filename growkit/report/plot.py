@@ -116,7 +116,9 @@ Chart = Plot | Bars | Dots
 
 
 def scientific(value: float, digits: int) -> str:
-    """1.2e-07 as 1.2×10⁻⁷."""
+    """1.2e-07 as 1.2×10⁻⁷; what is not finite as it is."""
+    if not math.isfinite(value):
+        return f"{value:g}"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from timm.models import save_for_hf
 from typer.testing import CliRunner
 
-from growkit.deploy.data_sets import write_reference
+from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import KEY, Form
 from growkit.deploy.parity import check_parity
@@ -313,9 +313,9 @@ def test_metadata_that_cannot_be_read_is_a_no(text: str, run: Path) -> None:
 
 
 def test_another_models_reference_is_a_no(run: Path, tmp_path: Path) -> None:
-    write_reference(make_model(5), tmp_path / "other", seed=0)
-    write_reference(make_model(5, num_classes=3), tmp_path / "classes", seed=0)
-    write_reference(make_model(5, img_size=24), tmp_path / "size", seed=0)
+    write_data_sets(make_model(5), tmp_path / "other", seed=0)
+    write_data_sets(make_model(5, num_classes=3), tmp_path / "classes", seed=0)
+    write_data_sets(make_model(5, img_size=24), tmp_path / "size", seed=0)
     for name in ("other", "classes", "size"):
         for data_set in ("test_data_set_0", "test_data_set_1"):
             shutil.rmtree(run / "onnx" / data_set)

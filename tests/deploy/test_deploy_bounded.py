@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from growkit.deploy import bounded, golden, parity, verify
+from growkit.deploy import bounded, parity, subject, verify
 from growkit.deploy.bounded import COPIES, bound_of, memory_bounded
 from growkit.deploy.settings import VerifySettings
 
@@ -85,7 +85,7 @@ def test_whoever_opens_a_file_says_where_it_runs(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told: list[tuple[str, str]] = []
-    for module in (golden, parity, verify):
+    for module in (subject, parity, verify):
         name = module.__name__.rpartition(".")[2]
 
         def noting(*given: int, provider: str, name: str = name) -> AbstractContextManager[None]:
@@ -93,8 +93,8 @@ def test_whoever_opens_a_file_says_where_it_runs(
             return memory_bounded(*given, provider=provider)
 
         monkeypatch.setattr(module, "memory_bounded", noting)
-    golden.onnx_subject(exported, provider=provider).run(np.zeros((1, 3, 16, 16), np.float32))
-    assert told == [("golden", provider), ("golden", "cpu")]  # where it runs by then
+    subject.onnx_subject(exported, provider=provider).run(np.zeros((1, 3, 16, 16), np.float32))
+    assert told == [("subject", provider), ("subject", "cpu")]  # where it runs by then
     told.clear()
     settings = VerifySettings(provider=provider, latency=False, max_batch=1)
     assert verify.verify_onnx(model, exported, settings, stock=("vit_tiny_patch16_224", {})).parity is not None

@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
 from growkit.deploy.form import Form
-from growkit.deploy.golden import onnx_subject
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
-from growkit.deploy.reference import Preprocessing, noise_images
 from growkit.deploy.runtime import Assignment, Node
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.subject import onnx_subject
 from growkit.deploy.throughput import Rate, Throughput
+from growkit.deploy.truth import Preprocessing, noise_images
 from growkit.errors import GrowkitError
 from growkit.evaluation import _answering_onnx
 from growkit_cli.export import export, without_folders

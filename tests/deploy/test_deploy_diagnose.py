@@ -16,8 +16,8 @@ from torch import nn
 from growkit.deploy import diagnose, parts
 from growkit.deploy.layers import Seen, Traced, first_wrong, nearest, traced
 from growkit.deploy.parity import check_parity
-from growkit.deploy.reference import noise_images, preprocessing, truth_of
 from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.truth import noise_images, preprocessing, truth_of
 
 Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
 

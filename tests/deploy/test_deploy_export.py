@@ -17,7 +17,7 @@ from torch import nn
 from growkit.deploy.capture import export_stock
 from growkit.deploy.export import export_onnx
 from growkit.deploy.parity import check_parity
-from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from growkit.deploy.form import KEY, TARGETS, Form, form_of
 from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.parity import check_parity
 from growkit.deploy.pixels import with_pixels
-from growkit.deploy.reference import Preprocessing, at_image_size, noise_images, preprocessing
+from growkit.deploy.truth import Preprocessing, at_image_size, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 

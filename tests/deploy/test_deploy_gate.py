@@ -13,11 +13,11 @@ from deploy_models import make_model
 from faults import BASES, FAULTS, LABELS, LAYERS, SHA256
 from torch import nn
 
-from growkit.deploy.data_sets import write_reference
+from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import PRECISIONS
 from growkit.deploy.parity import Parity, check_parity
-from growkit.deploy.reference import noise_images, preprocessing
+from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 
@@ -120,8 +120,8 @@ def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
     model = make_model(one.seed, **(ARCHITECTURES | KIN)[one.architecture])
     images = calibration(model) if one.form.precision == "int8-static" else None
     export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external, calibration=images)
-    write_reference(model, tmp_path, seed=one.seed, form=one.form)
-    parity = check_parity(model, tmp_path / "model.onnx", seed=one.seed, reference=tmp_path)
+    write_data_sets(model, tmp_path, seed=one.seed, form=one.form)
+    parity = check_parity(model, tmp_path / "model.onnx", seed=one.seed, data_sets=tmp_path)
     assert parity.passed, "\n".join(c.line for c in parity.failed)
 
 

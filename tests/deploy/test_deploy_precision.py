@@ -28,9 +28,9 @@ from growkit.deploy.precision import (
     lowered,
     rounded_to,
 )
-from growkit.deploy.reference import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.runtime import open_session
 from growkit.deploy.stored import explain, stored_in
+from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
 from growkit.errors import GrowkitError
 

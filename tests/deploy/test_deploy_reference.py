@@ -11,13 +11,13 @@ from deploy_models import make_model
 from onnx import numpy_helper
 from torch import nn
 
-from growkit.deploy.data_sets import off_from_stored, read_reference, write_reference
-from growkit.deploy.reference import Preprocessing, noise_images, preprocessing
+from growkit.deploy.data_sets import off_from_stored, read_data_sets, write_data_sets
+from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 
 def test_data_sets_hold_the_float64_truth(model: nn.Module, tmp_path: Path) -> None:
-    write_reference(model, tmp_path, seed=4)
+    write_data_sets(model, tmp_path, seed=4)
     truth = copy.deepcopy(model).double()
     for index, batch in enumerate((1, 5)):
         folder = tmp_path / f"test_data_set_{index}"
@@ -37,7 +37,7 @@ def test_data_sets_hold_the_float64_truth(model: nn.Module, tmp_path: Path) -> N
 
 def test_same_seed_same_bytes(model: nn.Module, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_reference(model, tmp_path / name, seed=seed)
+        write_data_sets(model, tmp_path / name, seed=seed)
     a, b, c = ((tmp_path / n / "test_data_set_1" / "input_0.pb").read_bytes() for n in "abc")
     assert a == b != c
 
@@ -61,13 +61,13 @@ def test_size_and_channels_are_the_networks_own() -> None:
 
 def test_unreadable_reference_is_named(tmp_path: Path) -> None:
     with pytest.raises(GrowkitError, match="test_data_set_"):
-        list(read_reference(tmp_path))
+        list(read_data_sets(tmp_path))
     (tmp_path / "test_data_set_0").mkdir()
     with pytest.raises(GrowkitError, match=r"input_0\.pb"):
-        list(read_reference(tmp_path))
+        list(read_data_sets(tmp_path))
     (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(b"\xff\xff\xff")
     with pytest.raises(GrowkitError, match=r"input_0\.pb: not a readable ONNX tensor"):
-        list(read_reference(tmp_path))
+        list(read_data_sets(tmp_path))
 
 
 def test_answer_that_is_no_number_is_no_match() -> None:

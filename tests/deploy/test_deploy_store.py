@@ -12,8 +12,8 @@ from torch import nn
 
 from growkit.deploy.export import export_onnx
 from growkit.deploy.parity import check_parity
-from growkit.deploy.reference import noise_images, preprocessing
 from growkit.deploy.store import files_of, read_graph, sha256_of_files, write_graph
+from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError, UnwritableError
 
 

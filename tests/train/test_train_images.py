@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_samples import CONFIG, write_images
 
 from growkit.deploy.inputs import read_pictures
-from growkit.deploy.reference import Preprocessing
+from growkit.deploy.truth import Preprocessing
 from growkit.errors import GrowkitError
 from growkit.pictures import UnreadablePictureError
 from growkit.text import visible

@@ -1,0 +1,132 @@
+"""A model or a file held against a golden reference, and what a new reference would change."""
+
+from pathlib import Path
+
+import numpy as np
+
+from growkit.deploy.checks import Check, check
+from growkit.deploy.golden import FILE, TOLERANCE, UPDATE, DataSet, Golden, read_golden, write_golden
+from growkit.deploy.numbers import relative, rms
+from growkit.deploy.subject import Identity, Subject
+from growkit.errors import GrowkitError, first_line
+
+CERTAIN = 2 * 10  # a winner that leads by this many tolerances must stay: none may move by over ten
+
+
+def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = None) -> tuple[Check, ...]:
+    """Hold `subject` against the reference: weights, preprocessing, and the answers to every stored image.
+
+    tolerance  relative RMS difference of the logits; the reference's own when left out, or that of the
+               subject's precision where the two differ
+    """
+    was, now = golden.identity, subject.identity
+    word = now.word
+    checks: list[Check] = []
+    if hashes := _told_apart(was, now):
+        what, before, after = hashes
+        same = before == after
+        line = (
+            f"{word}: {what} {_short(after)}, as the reference"
+            if same
+            else (
+                f"the reference was written for {what} {_short(before)}, this {word} has {_short(after)}: "
+                f"run {UPDATE} if the change was meant"
+            )
+        )
+        checks.append(check("golden", f"{word}: {what}", same, _short(after), _short(before), line))
+    if was.architecture and now.architecture:
+        same = was.architecture == now.architecture
+        line = f"{word}: {now.architecture}" + ("" if same else f", the reference is of {was.architecture}")
+        checks.append(check("golden", f"{word}: architecture", same, now.architecture, was.architecture, line))
+    if now.preprocessing:
+        differing = [key for key in was.preprocessing if now.preprocessing.get(key) != was.preprocessing[key]]
+        said, meant = (
+            ", ".join(f"{key} {given.get(key)}" for key in differing) or "equal"
+            for given in (now.preprocessing, was.preprocessing)
+        )
+        line = f"{word}: preprocessing is " + ("the reference's" if not differing else f"{said}; was {meant}")
+        checks.append(check("golden", f"{word}: preprocessing", not differing, said, meant, line))
+    own = golden.tolerance if now.precision == was.precision else TOLERANCE[now.precision]
+    limit = own if tolerance is None else tolerance
+    other = "" if now.precision == was.precision else f"; the reference is of {was.precision}, this of {now.precision}"
+    for data_set in golden.data_sets:
+        checks += _answers(data_set, subject, limit, golden.spread, label=f"{data_set.name}: {word}", note=other)
+    return tuple(checks)
+
+
+def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *, label: str, note: str) -> list[Check]:
+    try:
+        got = subject.run(data_set.images)
+    except Exception as error:  # timm, torch and ONNX Runtime each have their own kinds
+        shape = _shape(data_set.images.shape[1:])
+        reason = first_line(error)
+        line = f"{label} refuses the stored images of {shape}: the reference is another model's ({reason})"
+        return [check("golden", label, False, "refused", "ok", line)]
+    wanted = data_set.logits
+    if got.shape != wanted.shape:
+        line = (
+            f"{label} answers {_shape(got.shape)}, stored is {_shape(wanted.shape)}: the reference is another model's"
+        )
+        return [check("golden", label, False, _shape(got.shape), _shape(wanted.shape), line)]
+    off = relative(rms(got.astype(np.float64) - wanted), spread)
+    line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}{note}"
+    top = np.sort(wanted.astype(np.float64), axis=1)
+    lead = top[:, -1] - top[:, -2] if wanted.shape[1] > 1 else np.zeros(len(wanted))
+    certain = lead > CERTAIN * limit * spread
+    changed = int((certain & (got.argmax(axis=1) != wanted.argmax(axis=1))).sum())
+    told = f"{label}: {changed} of {int(certain.sum())} certain predictions changed"
+    return [
+        check("golden", label, off <= limit, off, limit, line),  # `not >` would let NaN pass
+        check("golden", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
+    ]
+
+
+def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:
+    """What tells the two apart and its hashes before and now: the whole file, else the weights; None if unknown."""
+    for kind in ("onnx_sha256", "tensors_sha256", "weights_sha256"):
+        before, after = getattr(was, kind), getattr(now, kind)
+        if before and after:
+            return ("SHA-256" if kind == "onnx_sha256" else "weights"), before, after
+    return None
+
+
+def update_golden(folder: Path, golden: Golden, subject: Subject) -> str:
+    """As write_golden; returns what became of the reference that was there, in a sentence.
+
+    Raises:
+        GrowkitError: as write_golden.
+    """
+    try:
+        change = f"replaced {folder}: {change_since(read_golden(folder), subject)}"
+    except GrowkitError:
+        there = (folder / FILE).exists()
+        change = f"replaced {folder}, which could not be read" if there else f"wrote {folder}"
+    write_golden(folder, golden)
+    return change
+
+
+def change_since(old: Golden, subject: Subject) -> str:
+    """What replaces `old`, in a sentence: weights before and now, and how far the answers to its images move."""
+    was, now = old.identity, subject.identity
+    what, before, after = _told_apart(was, now) or ("weights", None, None)
+    weights = f"{what} {_short(before)} -> {_short(after)}" if before != after else f"{what} {_short(after)} as before"
+    if was.of != now.of:
+        weights = f"it was of a {was.word}, is of a {now.word}; {weights}"
+    if was.size != now.size:
+        return f"{weights}; images were {_shape(was.size)}, are {_shape(now.size)}"
+    largest, moved = 0.0, 0.0
+    for data_set in old.data_sets:
+        got = subject.answers(data_set.images).astype(np.float32)
+        if got.shape != data_set.logits.shape:
+            return f"{weights}; {data_set.logits.shape[1]} classes before, {got.shape[1]} now"
+        largest = max(largest, float(np.abs(got - data_set.logits.astype(np.float64)).max()))
+        moved = max(moved, relative(rms(got.astype(np.float64) - data_set.logits), old.spread))
+    return f"{weights}; logits move by up to {largest:.3g} (relative RMS {moved:.3g})"
+
+
+def _shape(shape: tuple[int, ...] | list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _short(sha256: str | None) -> str:
+    return sha256[:12] if sha256 else "unknown"
