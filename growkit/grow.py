@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
-from growkit.core.ring import RingOperator, without_autocast
+from growkit.core.ring import RingOperator
+from growkit.core.ring_slices import without_autocast
 from growkit.errors import GrowkitError
 from growkit.methods import check
 from growkit.methods.base import GrowthMethod, whole

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
-from growkit.core.ring import AXES, contraction_plan
+from growkit.core.ring import AXES
+from growkit.core.ring_plan import contraction_plan
 from growkit.grow import grow, lossless_gap
 from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ring import random_ring
 
-from growkit.core import contract, half, kernels
+from growkit.core import contract, half, kernels, ring_plan
 from growkit.core import ring as ring_module
-from growkit.core.ring import contraction_plan
+from growkit.core.ring_plan import contraction_plan
 
 ROUNDING = 2.0**-11  # of float16, relative
 
@@ -108,7 +108,7 @@ def test_as_many_tiles_are_on_their_way_as_fit(kilobytes, stages, monkeypatch):
 def test_ring_by_kernels_is_the_ring_by_torch(ranks, in_slices, monkeypatch):
     exact, x = random_ring({"B": 3, "O": 6, "L": 2, "I": 8}, {"B": 4, "O": 12, "L": 3, "I": 16}, ranks, "BOLI", 0)
     monkeypatch.setattr(ring_module, "may_halve", lambda x: True)
-    monkeypatch.setattr(ring_module, "FEWEST_ELEMENTS", 2000 if in_slices else ring_module.FEWEST_ELEMENTS)
+    monkeypatch.setattr(ring_plan, "FEWEST_ELEMENTS", 2000 if in_slices else ring_plan.FEWEST_ELEMENTS)
     upstream = torch.randn(4, 12, 3, 16, generator=torch.Generator().manual_seed(1))
     together = []  # whether the last product finds what it sums over together
     folded = contract._parts

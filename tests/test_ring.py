@@ -9,9 +9,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from growkit.core import ring as ring_module
+from growkit.core import ring_plan, ring_slices
 from growkit.core.contract import cheapest_orders
-from growkit.core.ring import AXES, RingOperator, contraction_plan
+from growkit.core.ring import AXES, RingOperator
+from growkit.core.ring_plan import contraction_plan
 from growkit.errors import GrowkitError
 
 sizes = st.fixed_dictionaries({axis: st.integers(1, 4) for axis in AXES})
@@ -88,14 +89,14 @@ def test_slicing_changes_neither_value_nor_gradient(case):
     ring, x = random_ring(*case)
     whole = ring(x)
     truth = torch.autograd.grad(whole.square().sum(), list(ring.parameters()))
-    limit = ring_module.FEWEST_ELEMENTS
-    ring_module.FEWEST_ELEMENTS = 8
+    limit = ring_plan.FEWEST_ELEMENTS
+    ring_plan.FEWEST_ELEMENTS = 8
     contraction_plan.cache_clear()
     try:
         sliced = ring(x)
         got = torch.autograd.grad(sliced.square().sum(), list(ring.parameters()))
     finally:
-        ring_module.FEWEST_ELEMENTS = limit
+        ring_plan.FEWEST_ELEMENTS = limit
         contraction_plan.cache_clear()
     assert torch.allclose(sliced, whole, rtol=1e-11, atol=1e-11)
     for a, b in zip(got, truth, strict=True):
@@ -160,8 +161,8 @@ def test_processes_that_share_a_ring_get_it_whole_and_their_gradients_mean_its_o
         return grown.detach(), torch.autograd.grad((grown * weights[number]).sum(), [mine, *own.cores.values()])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_module, "dist", team)
-        patch.setattr(ring_module, "FEWEST_ELEMENTS", 8 if in_slices else ring_module.FEWEST_ELEMENTS)
+        patch.setattr(ring_slices, "dist", team)
+        patch.setattr(ring_plan, "FEWEST_ELEMENTS", 8 if in_slices else ring_plan.FEWEST_ELEMENTS)
         contraction_plan.cache_clear()
         found = team.run(work)
     contraction_plan.cache_clear()
@@ -183,7 +184,7 @@ def test_deit_small_to_base_costs_the_cheapest_order_in_bounded_memory(rank, ord
     cheapest = cheapest_orders(ring.equation, x, shapes)[0].flops
     plan = contraction_plan(ring.equation, x, shapes, order)
     assert plan.flops <= 1.05 * cheapest
-    assert plan.largest_elements <= ring_module.SLICE_SHARE * 12 * 768 * 12 * 768
+    assert plan.largest_elements <= ring_plan.SLICE_SHARE * 12 * 768 * 12 * 768
 
 
 def test_cheapest_order_costs_what_was_published():

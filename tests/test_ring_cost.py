@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from growkit.core import ring as ring_module
+from growkit.core import ring_plan, ring_slices
 from growkit.core.contract import Order, cheapest_orders
-from growkit.core.ring import AXES, ContractionPlan, RingOperator, _plans_along, contraction_plan
+from growkit.core.ring import AXES, RingOperator
+from growkit.core.ring_plan import ContractionPlan, _plans_along, contraction_plan
 from growkit.train.memory import Alive
 
 ORDERS = ["B" + "".join(rest) for rest in permutations("OLI")]
@@ -89,7 +90,7 @@ deep = st.sampled_from([(2, 8), (4, 4), (6, 6), (12, 12), (12, 24)])
 uneven = st.lists(st.one_of(st.just(1), st.integers(1, 10)), min_size=4, max_size=4)
 
 
-@pytest.mark.parametrize("fewest", [ring_module.FEWEST_ELEMENTS, ring_module.FEWEST_ON_GPU])
+@pytest.mark.parametrize("fewest", [ring_plan.FEWEST_ELEMENTS, ring_plan.FEWEST_ON_GPU])
 @given(wide, deep, st.sampled_from([8, 12]), uneven, st.permutations(AXES))
 @example((384, 768), (12, 12), 12, [7, 1, 4, 1], "IBLO")  # forwards as cheap in another order, backwards not
 @example((192, 384), (2, 8), 8, [8, 2, 7, 1], "LOBI")
@@ -101,14 +102,14 @@ def test_any_ring_in_slices_counts_the_best_order_and_its_gradients(fewest, wide
     ring, x = on_meta(old, new, ranks, "".join(order))
     best, gradients, again = optimum(ring, x)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ring_module, "fewest_elements", lambda grown, gpu: fewest)
+        patched.setattr("growkit.core.ring.fewest_elements", lambda grown, gpu: fewest)
         forward, backward = counted(ring, x)
     cores = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
     asked, all_three = (ring.equation, tuple(x.shape), cores, ring.order), best + gradients + again
     for parts in (1, 2):  # alone, and one of two processes that share it
         plans = [plan for n in range(4) for plan in _plans_along(n, *asked, parts)]
         near = [plan for plan in plans if plan.flops <= 1.05 * best and plan.training_flops <= 1.05 * all_three]
-        if near and min(plan.largest_elements for plan in near) <= max(fewest, ring_module.MOST_ELEMENTS):
+        if near and min(plan.largest_elements for plan in near) <= max(fewest, ring_plan.MOST_ELEMENTS):
             assert contraction_plan(*asked, fewest, parts) in near
             assert parts > 1 or forward <= 1.05 * best
             assert parts > 1 or forward + backward <= 1.05 * all_three
@@ -118,8 +119,8 @@ def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
     best, *_ = optimum(ring, x)
     dearer = ((0, 1), (0, 2), (0, 1), (0, 1))  # B and L first
-    found = Order(dearer, best, best, ring_module.FEWEST_ELEMENTS)
-    monkeypatch.setattr(ring_module, "cheapest_orders", lambda *_: (found,))
+    found = Order(dearer, best, best, ring_plan.FEWEST_ELEMENTS)
+    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (found,))
     contraction_plan.cache_clear()
     try:
         assert counted(ring, x)[0] > 1.5 * best
@@ -140,10 +141,10 @@ def test_slices_on_a_gpu_are_fewer_and_cost_no_more():
     ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
     shapes = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
     asked = (ring.equation, tuple(x.shape), shapes, ring.order)
-    here, there = contraction_plan(*asked), contraction_plan(*asked, ring_module.FEWEST_ON_GPU)
+    here, there = contraction_plan(*asked), contraction_plan(*asked, ring_plan.FEWEST_ON_GPU)
     assert (here.slices, there.slices) == (64, 12)
     assert there.flops == here.flops
-    assert there.largest_elements <= ring_module.FEWEST_ON_GPU
+    assert there.largest_elements <= ring_plan.FEWEST_ON_GPU
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 24])
@@ -152,7 +153,7 @@ def test_processes_that_share_a_ring_take_equal_parts_of_its_arithmetic(count, m
     shared.processes = count
     alone, parts = counted(ring, x), []
     for rank in (0, count - 1):
-        monkeypatch.setattr(ring_module.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ring_slices.dist, "get_rank", lambda rank=rank: rank)
         parts.append(counted(shared, x))
     assert parts[0] == parts[1]
     taken = 1 if count == 5 else count  # 5 divides none of 12 and 768: each grows it whole
@@ -175,7 +176,7 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     cores = sum(core.untyped_storage().nbytes() for core in ring.cores.values())
     assert alive.largest == model  # of all that is ever made: the result itself
     # forward: the slices, the result they are joined to and a core in a product's order; backward: gradients too
-    slice_bytes = ring_module.SLICE_SHARE * model
+    slice_bytes = ring_plan.SLICE_SHARE * model
     assert forward <= 2 * model + cores + 3 * slice_bytes
     assert alive.peak <= 2 * model + 4 * cores + 7 * slice_bytes
 
@@ -194,16 +195,16 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
 )
 def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, taken, monkeypatch):
     made = [ContractionPlan((), "O", 1, slices, flops, flops, largest) for flops, slices, largest in plans]
-    monkeypatch.setattr(ring_module, "_plans_along", lambda position, *_: made if position == 0 else [])
-    monkeypatch.setattr(ring_module, "cheapest_orders", lambda *_: (Order((), 100, 100, 0),))
+    monkeypatch.setattr(ring_plan, "_plans_along", lambda position, *_: made if position == 0 else [])
+    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 100, 100, 0),))
     cores = ((1, 1, grown, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1))
     assert contraction_plan.__wrapped__("", (1,) * 4, cores, AXES) is made[taken]
 
 
 @pytest.mark.parametrize(("largest", "most_slices"), [(2**25, 256), (2**25 + 1, 1024)])
 def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest, most_slices, monkeypatch):
-    monkeypatch.setattr(ring_module, "cheapest_orders", lambda *_: (Order((), 1, 1, largest),))
-    plans = ring_module._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES, 1)
+    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 1, 1, largest),))
+    plans = ring_plan._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES, 1)
     assert max(plan.slices for plan in plans) == most_slices
 
 
@@ -213,7 +214,7 @@ def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest
 )
 def test_bonds_of_one_index_are_left_out_of_the_products(ranks, equation, monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, ranks, "BOLI")
-    asked, contract = [], ring_module.contract
-    monkeypatch.setattr(ring_module, "contract", lambda *args: asked.append(args[0]) or contract(*args))
+    asked, contract = [], ring_slices.contract
+    monkeypatch.setattr(ring_slices, "contract", lambda *args: asked.append(args[0]) or contract(*args))
     ring(x)
     assert set(asked) == {equation}

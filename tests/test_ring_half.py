@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ring import Team, random_ring, rings
 
-from growkit.core import half
-from growkit.core import ring as ring_module
+from growkit.core import half, ring_plan, ring_slices
 from growkit.core.contract import float32_sums
 from growkit.core.half import halved, may_halve, scales_of
-from growkit.core.ring import RingOperator, contraction_plan
+from growkit.core.ring import RingOperator
+from growkit.core.ring_plan import contraction_plan
 from growkit.float32 import multiplying
 
 ROUNDING = 2.0**-11  # of a float16 factor, relative
@@ -20,7 +20,7 @@ ROUNDING = 2.0**-11  # of a float16 factor, relative
 
 @pytest.fixture(autouse=True)
 def halving(monkeypatch):
-    monkeypatch.setattr(ring_module, "may_halve", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr("growkit.core.ring.may_halve", lambda x: x.dtype == torch.float32)
 
 
 def gap(found, truth, size=None):
@@ -52,7 +52,7 @@ def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in
     truth, size = grown_and_gradients(exact, x, weights), sizes_of(exact, x, weights)
     rounded = copy.deepcopy(exact).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_module, "FEWEST_ELEMENTS", 8 if in_slices else ring_module.FEWEST_ELEMENTS)
+        patch.setattr(ring_plan, "FEWEST_ELEMENTS", 8 if in_slices else ring_plan.FEWEST_ELEMENTS)
         contraction_plan.cache_clear()
         found = grown_and_gradients(rounded, x.detach().float().requires_grad_(), weights.float())
     contraction_plan.cache_clear()
@@ -83,7 +83,7 @@ def test_room_is_made_for_no_more_than_the_cores_can_do():
         core.data.copy_(torch.eye(core.shape[1], core.shape[2], dtype=torch.float64)[None, :, :, None])
     cores = [ring.cores[axis] for axis in ring.order]
     with torch.no_grad():
-        _, scales, steeper = ring_module._halved(ring.equation, ring._plan(x, cores), [x, *cores])
+        _, scales, steeper = ring_slices._halved(ring.equation, ring._plan(x, cores), [x, *cores])
         assert torch.equal(scales, scales_of([x, *cores]))
     assert steeper == 1
 
@@ -102,7 +102,7 @@ def test_processes_share_a_ring_of_float16_factors():
         return grown_and_gradients(own, x.clone().requires_grad_(), weights[number])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_module, "dist", team)
+        patch.setattr(ring_slices, "dist", team)
         found = team.run(work)
     assert torch.equal(found[0][0], found[1][0])
     assert gap(found[0][0], truth[0]) < 10 * ROUNDING

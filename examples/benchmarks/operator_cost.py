@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from growkit.arch import build, find, find_target, parse_sets
 from growkit.arch.spec import LAYERS, Architecture
 from growkit.core.contract import cheapest_orders
-from growkit.core.ring import AXES, RingOperator, contraction_plan
+from growkit.core.ring import AXES, RingOperator
+from growkit.core.ring_plan import contraction_plan
 from growkit.errors import GrowkitError
 from growkit.float32 import multiplying
 from growkit.grow import GrownModel, grow, make_method

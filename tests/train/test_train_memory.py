@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from growkit.arch import build, find, find_target
 from growkit.core import ring
-from growkit.core.ring import contraction_plan, fewest_elements
+from growkit.core.ring_plan import contraction_plan, fewest_elements
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train.making import made_once
@@ -106,7 +106,7 @@ def test_slices_for_a_gpu_outweigh_no_small_model(
 
 
 def test_slices_of_an_absolute_size_would_outweigh_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("growkit.core.ring.FEWEST_ELEMENTS", 2**25)
+    monkeypatch.setattr("growkit.core.ring_plan.FEWEST_ELEMENTS", 2**25)
     contraction_plan.cache_clear()
     try:
         with pytest.raises(AssertionError):

@@ -1,0 +1,208 @@
+"""A ring applied slice by slice, in one process or several: forwards, and backwards with intermediates made again."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from growkit.core.contract import Pair, Path, contract, float32_sums, gradients, growth, pairs_of, terms_of
+from growkit.core.half import ROOM, halved, power_above, scaled, scales_of
+from growkit.core.ring_plan import ContractionPlan
+
+
+class Sliced(torch.autograd.Function):
+    """A ring applied slice by slice, each written where it belongs; intermediates are made again for gradients.
+
+    torch's checkpointing would do as much, but takes longer about a slice than a GPU does. With `halves`, factors and
+    intermediates are float16 (see core/half.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, equation: str, plan: ContractionPlan, halves: bool, x: Tensor, *cores: Tensor) -> Tensor:
+        ctx.equation, ctx.plan = equation, plan
+        grown = grown_like(x, equation, cores)
+        factors, scales = [x, *cores], None
+        if halves:
+            factors, scales, ctx.steeper = _halved(equation, plan, factors)
+            whole = scales.prod()
+        ctx.save_for_backward(*factors, scales)
+        with nullcontext() if scales is None else float32_sums():
+            for places, slice_ in cut_up(equation, plan, grown, factors):
+                if plan.parts > 1:
+                    made = product(equation, plan.path, slice_)
+                    _hand_round(made if scales is None else made.mul_(whole), places)
+                elif scales is None:
+                    product(equation, plan.path, slice_, out=places[0])
+                else:
+                    scaled(product(equation, plan.path, slice_), whole, places[0])
+        return grown
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        *factors, scales = ctx.saved_tensors
+        steepest = flat = None
+        if scales is not None:
+            steepest = _scale_of_sums(grad, ctx.plan.parts) * ctx.steeper
+            flat = 1 / steepest
+        found: list[Tensor | None] = [None] * len(wanted)
+        cut = 1 + _position(ctx.equation, ctx.plan)
+        pieces: list[Tensor] = []  # of the gradient of the core that is cut
+        with without_autocast(grad.device.type), nullcontext() if scales is None else float32_sums():
+            for places, slice_ in cut_up(ctx.equation, ctx.plan, grad, factors):
+                above = _sum_of_own(places)
+                if flat is not None:
+                    above = halved(above, flat)
+                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, above, wanted)):
+                    total = found[number]
+                    if part is None:
+                        continue
+                    if number == cut:
+                        pieces.append(part)
+                    elif total is None:
+                        found[number] = part
+                    else:
+                        total += part
+        if pieces:
+            found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
+        if steepest is not None:
+            for part, scale in zip(found, steepest * scales.prod() / scales, strict=True):
+                if part is not None:
+                    part.mul_(scale)
+        return None, None, None, *found
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No mixed precision: a ring's long sums stay in the weights' precision, forwards and backwards."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+def cut_up(
+    equation: str, plan: ContractionPlan, grown: Tensor, factors: Sequence[Tensor]
+) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    """Views of what is grown, slice by slice, one in each process's part; with each the factors of this one's."""
+    position, dim = 1 + _position(equation, plan), _axes(equation).index(plan.axis)
+    parts = (part.split(plan.width, dim) for part in grown.chunk(plan.parts, dim))
+    own = factors[position].chunk(plan.parts, dim=2)[_number(plan.parts)]
+    for places, piece in zip(zip(*parts, strict=True), own.split(plan.width, dim=2), strict=True):
+        yield places, [*factors[:position], piece, *factors[position + 1 :]]
+
+
+def _halved(equation: str, plan: ContractionPlan, factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Factors in float16, their scales (n,), and by how much () the gradient from above is to be scaled besides.
+
+    x and that gradient are made so much smaller that no intermediate leaves float16's range, whatever the cores hold.
+    """
+    scales = scales_of(factors)
+    made = list(map(halved, factors, 1 / scales))
+    without_single, operands = _prepared(equation, made)
+    forwards, backwards = (power_above(bound / ROOM) for bound in growth(without_single, plan.path, operands))
+    scales[0] *= forwards
+    made[0] /= forwards
+    return _laid_out(equation, pairs_of(without_single, plan.path), made), scales, backwards
+
+
+def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, cores in memory as `pairs` take them: otherwise each slice would copy those that are not cut."""
+    laid = list(factors)
+    for pair in pairs:
+        if 0 < pair.small < len(factors):
+            term = terms_of(equation)[pair.small]
+            taken = pair.new + pair.lead + pair.summed
+            order = [term.index(index) for index in sorted(term, key=(taken + term).index)]
+            back = [order.index(place) for place in range(len(order))]
+            laid[pair.small] = laid[pair.small].permute(order).contiguous().permute(back)
+    return laid
+
+
+def _number(parts: int) -> int:
+    """Which part is this process's."""
+    return dist.get_rank() if parts > 1 else 0
+
+
+def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
+    """Write what each process made to its place; every process gets it all."""
+    if len(places) == 1 or made.is_meta:
+        places[_number(len(places))].copy_(made)
+        return
+    parts = [torch.empty_like(made, memory_format=torch.contiguous_format) for _ in places]
+    dist.all_gather(parts, made.contiguous())
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
+
+
+def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
+    """What lies in this process's place, added up over all processes."""
+    own = places[_number(len(places))]
+    if len(places) == 1 or own.is_meta:
+        return own
+    total = torch.empty_like(own, memory_format=torch.contiguous_format)
+    dist.reduce_scatter(total, [place.contiguous() for place in places])
+    return total
+
+
+def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
+    """For `halved`: what no sum over the processes exceeds, the same in each."""
+    (scale,) = scales_of([grad])
+    if parts > 1 and not scale.is_meta:
+        dist.all_reduce(scale, dist.ReduceOp.MAX)
+    return scale * 2 ** (parts - 1).bit_length()
+
+
+def _among_zeros(own: Tensor, parts: int) -> Tensor:
+    """This process's part of a core's gradient, with zeros where others have theirs."""
+    if parts == 1:
+        return own
+    whole = own.new_zeros((*own.shape[:2], parts * own.shape[2], own.shape[3]))
+    whole.chunk(parts, dim=2)[_number(parts)].copy_(own)
+    return whole
+
+
+def _position(equation: str, plan: ContractionPlan) -> int:
+    """Which core is cut."""
+    return next(n for n, term in enumerate(terms_of(equation)[1:]) if term[2] == plan.axis)
+
+
+def _axes(equation: str) -> str:
+    """The axes of what is grown, in order."""
+    return equation.partition("->")[2]
+
+
+def grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
+    """What will be grown of x, in memory layer by layer, as weights are."""
+    sizes = {term[2]: core.shape[2] for term, core in zip(terms_of(equation)[1:], cores, strict=True)}
+    return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in _axes(equation)])
+
+
+def product(equation: str, path: Path, factors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The einsum of `equation` along `path`; the factors are x and the cores."""
+    without_single, operands = _prepared(equation, factors)
+    return contract(without_single, path, operands, out)
+
+
+def _gradients(
+    equation: str, path: Path, factors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `product` for its factors."""
+    without_single, operands = _prepared(equation, factors)
+    found = gradients(without_single, path, operands, grad, wanted)
+    return [part if part is None else part.reshape(of.shape) for part, of in zip(found, factors, strict=True)]
+
+
+def _prepared(equation: str, factors: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
+    """Equation and factors without bonds of one index: torch sums over those by copying what is big."""
+    x, *cores = factors
+    terms = terms_of(equation)[1:]  # of a core: bond, old axis, grown axis, bond
+    single = {term[0] for term, core in zip(terms, cores, strict=True) if len(core) == 1}
+    if not single:
+        return equation, [x, *cores]
+    operands = [
+        core.squeeze(tuple(place for place in (0, 3) if term[place] in single))
+        for term, core in zip(terms, cores, strict=True)
+    ]
+    return equation.translate({ord(bond): None for bond in single}), [x, *operands]
