@@ -24,7 +24,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from growkit.deploy import precision
+from growkit.deploy import int8, sixteen_bits
 from growkit.deploy.checks import plain
 from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import Call, compare
@@ -57,10 +57,10 @@ class Subject:
         """The graph, or a changed one, in a precision."""
         proto = proto or self.proto
         if kind == "fp16":
-            return precision.half(proto, images=self.calibration)[0]
+            return sixteen_bits.half(proto, images=self.calibration)[0]
         if kind == "bf16":
-            return precision.brain(proto)[0]
-        return precision.int8_dynamic(proto) if kind == "int8" else precision.int8_static(proto, self.calibration)
+            return sixteen_bits.brain(proto)[0]
+        return int8.int8_dynamic(proto) if kind == "int8" else int8.int8_static(proto, self.calibration)
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def batched(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.n
 
 def opened_file(proto: onnx.ModelProto, emulate: bool) -> Callable[[np.ndarray], np.ndarray]:
     """The call of a fresh session of ONNX Runtime's CPU provider, in emulated arithmetic or its own."""
-    ready = precision.emulated(proto) if emulate else proto
+    ready = sixteen_bits.emulated(proto) if emulate else proto
     return open_session(ready.SerializeToString(), optimise=not emulate).run
 
 
@@ -282,7 +282,9 @@ def planted(given: Subject) -> list[dict[str, Any]]:
             damage(proto)
             rows.append(seen(given, kind, name, proto))
     scaled = subject("overflowing", overflowing(given.model), given.images, given.calibration)
-    rows.append(seen(scaled, "fp16", "nothing kept in float32", precision.lowered(scaled.proto, precision.HALF, ())))
+    rows.append(
+        seen(scaled, "fp16", "nothing kept in float32", sixteen_bits.lowered(scaled.proto, sixteen_bits.HALF, ()))
+    )
     return rows
 
 

@@ -17,9 +17,10 @@ from growkit import __version__
 from growkit.deploy.capture import captured
 from growkit.deploy.form import KEY, Form
 from growkit.deploy.inputs import extremes
+from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.outputs import with_output
 from growkit.deploy.pixels import with_pixels
-from growkit.deploy.precision import brain, half, int8_dynamic, int8_static
+from growkit.deploy.sixteen_bits import brain, half
 from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_graph
 from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError

@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from growkit.deploy.form import Form
-from growkit.deploy.precision import emulated
 from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.sixteen_bits import emulated
 from growkit.deploy.store import read_graph
 from growkit.deploy.truth import Preprocessing
 from growkit.errors import GrowkitError
@@ -19,7 +19,7 @@ from growkit.errors import GrowkitError
 def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
     """The file itself.
 
-    ONNX Runtime's CPU provider has no bfloat16: there its arithmetic is emulated, as precision.emulated says.
+    ONNX Runtime's CPU provider has no bfloat16: there its arithmetic is emulated, as sixteen_bits.emulated says.
     """
     if form.precision == "bf16" and provider in ("cpu", "auto"):
         if provider == "auto":

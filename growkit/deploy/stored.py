@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from growkit.deploy.precision import rounded_to
+from growkit.deploy.sixteen_bits import rounded_to
 
 HALF_STEP = 0.5001  # of a quantisation step; float32 division may tip a tie over
 

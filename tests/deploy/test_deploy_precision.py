@@ -15,20 +15,19 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.limits import LIMITS, Limits, accuracy_drop_interval, accuracy_verdict
-from growkit.deploy.precision import (
+from growkit.deploy.runtime import open_session
+from growkit.deploy.sixteen_bits import (
     HALF,
     LARGEST_HALF,
     brain,
     emulated,
     half,
-    int8_dynamic,
-    int8_static,
     largest_activations,
     lowered,
     rounded_to,
 )
-from growkit.deploy.runtime import open_session
 from growkit.deploy.stored import explain, stored_in
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision

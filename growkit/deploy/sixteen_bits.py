@@ -1,21 +1,17 @@
-"""A finished float32 ONNX graph in fewer bits: float16, bfloat16, int8. What overflows stays float32.
+"""A finished float32 ONNX graph in float16 or bfloat16. What overflows stays float32.
 
 onnxruntime.transformers.float16 is not used: between nodes that are to stay float32 it casts down and up again, so
 that what overflows becomes inf after all; it lifts small weights to 6e-8 and cuts large ones; a tensor that two such
 nodes read gives two nodes of one name, which no runtime loads (1.31.1).
 """
 
-import contextlib
-import logging
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from growkit.deploy.calibration import refuse_images, runs
 from growkit.deploy.runtime import open_session
 from growkit.errors import GrowkitError
 
@@ -24,10 +20,6 @@ SUFFIX = {FLOAT: "float32", HALF: "float16", BRAIN: "bfloat16"}
 HEADROOM = 4  # images in service may drive an activation this much higher than those measured
 LARGEST_HALF = 65504 / HEADROOM
 SCORES = " scores"
-CALIBRATED_AT_ONCE = 8  # images per run
-
-
-# float16 and bfloat16 ---------------------------------------------------------------------------
 
 
 def half(
@@ -78,7 +70,7 @@ def largest_activations(proto: onnx.ModelProto, images: np.ndarray) -> dict[str,
     Raises:
         GrowkitError: images of another shape than the graph takes.
     """
-    _check_images(proto, images, "images")
+    refuse_images(proto, images, "images")
     probe = onnx.ModelProto()
     probe.CopyFrom(proto)
     for node in probe.graph.node:
@@ -92,7 +84,7 @@ def largest_activations(proto: onnx.ModelProto, images: np.ndarray) -> dict[str,
     del probe.graph.output[:]
     probe.graph.output.extend(helper.make_tensor_value_info(f"{name} largest", FLOAT, ()) for name in names)
     inner = open_session(probe.SerializeToString()).inner
-    sizes = [inner.run(None, fed) for fed in _runs(proto, images)]
+    sizes = [inner.run(None, fed) for fed in runs(proto, images)]
     found = {name: float(np.max(column)) for name, column in zip(names, zip(*sizes, strict=True), strict=True)}
     for name in [name for name in found if name.endswith(SCORES)]:
         within = name.removesuffix(SCORES)
@@ -246,146 +238,3 @@ def _without(proto: onnx.ModelProto, kind: int) -> set[str]:
 
 def _in_order(proto: onnx.ModelProto, names: Collection[str]) -> tuple[str, ...]:
     return tuple(node.name for node in proto.graph.node if node.name in names)
-
-
-def _check_images(proto: onnx.ModelProto, images: np.ndarray, what: str) -> None:
-    dims = proto.graph.input[0].type.tensor_type.shape.dim
-    wanted = tuple(d.dim_value for d in dims[1:])
-    if images.ndim != 4 or images.shape[1:] != wanted or not len(images):
-        takes = " x ".join(map(str, wanted))
-        got = " x ".join(map(str, images.shape)) or "a single number"
-        raise GrowkitError(f"{what} {got}: the model takes N x {takes}, N at least 1; prepare them as for the model")
-    if images.dtype != np.float32:
-        raise GrowkitError(f"{what} are {images.dtype}: the model takes normalised float32")
-    if not np.isfinite(images).all():
-        raise GrowkitError(f"{what} hold NaN or infinite values; look for damaged ones")
-
-
-def _runs(proto: onnx.ModelProto, images: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """The images in batches that the graph takes; where it takes one size, the last image fills up the last batch."""
-    given = proto.graph.input[0]
-    batch = given.type.tensor_type.shape.dim[0].dim_value
-    if batch:
-        images = np.concatenate([images, np.repeat(images[-1:], -len(images) % batch, axis=0)])
-    for start in range(0, len(images), batch or CALIBRATED_AT_ONCE):
-        yield {given.name: images[start : start + (batch or CALIBRATED_AT_ONCE)]}
-
-
-# int8 -------------------------------------------------------------------------------------------
-
-
-def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """`proto` with int8 weights, one scale per output channel, and activations scaled as they come.
-
-    Every MatMul and Gemm by a weight is quantised but the nodes named in `keep`. The scale of an activation is that of
-    the whole batch, so an image's logits depend a little on its neighbours.
-
-    Raises:
-        GrowkitError: there is no such MatMul or Gemm.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    left = {node.name for node in proto.graph.node} - set(_by_weight(proto, keep))
-
-    def write(target: Path) -> None:
-        quantize_dynamic(
-            _copied(proto),
-            target,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            # a Gemm is first split in two, and so has another name
-            nodes_to_exclude=[*left, *(f"{name}_MatMul" for name in left)],
-        )
-
-    return _quantised(proto, write)
-
-
-def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """`proto` with int8 weights, one scale per output channel, and fixed scales for the activations they meet.
-
-    images  calibration data (N, C, H, W) float32, normalised as for the model: the scales cover every activation
-            seen on them. Every MatMul and Gemm by a weight is quantised but the nodes named in `keep`.
-
-    Raises:
-        GrowkitError: images of another shape than the graph takes, or no such MatMul or Gemm.
-    """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    _check_images(proto, images, "calibration images")
-
-    def write(target: Path) -> None:
-        quantize_static(
-            _copied(proto),
-            target,
-            _reader(_runs(proto, images)),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=_by_weight(proto, keep),
-            # biases, results and logits stay float32: a fused kernel gives float32 anyway
-            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "QuantizeBias": False},
-        )
-
-    return _quantised(proto, write)
-
-
-def _by_weight(proto: onnx.ModelProto, keep: Collection[str]) -> list[str]:
-    """Names of the products with a weight; those of two activations, as in attention, stay float32."""
-    weights = {t.name for t in proto.graph.initializer}
-    found = [
-        node.name
-        for node in proto.graph.node
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights and node.name not in keep
-    ]
-    if not found:
-        raise GrowkitError("the graph holds no MatMul or Gemm by a weight: there is nothing to write in int8")
-    return found
-
-
-def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without inner shapes, which the quantiser trips over (ort#25890); it changes what it is given."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(proto)
-    copied.graph.ClearField("value_info")
-    return copied
-
-
-def _reader(runs: Iterator[dict[str, np.ndarray]]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(runs, None)
-
-    return Reader()
-
-
-def _quantised(proto: onnx.ModelProto, write: Callable[[Path], None]) -> onnx.ModelProto:
-    """What `write` leaves, with the IR, opsets, metadata and names of its maker as in `proto`."""
-    with tempfile.TemporaryDirectory(prefix="growkit-") as folder, _silent():
-        target = Path(folder) / "model.onnx"
-        write(target)
-        made = onnx.load(str(target))
-    made.graph.ClearField("value_info")
-    made.ir_version = proto.ir_version
-    for field in ("opset_import", "metadata_props"):
-        made.ClearField(field)
-        getattr(made, field).extend(getattr(proto, field))
-    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
-        setattr(made, field, getattr(proto, field))
-    onnx.checker.check_model(made, full_check=True)
-    return made
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    # it advises a preparation that the exporter has already done
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
