@@ -36,7 +36,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "deploy.form": "errors",
     "deploy": "errors text files float32 record pictures deploy",
     "testing": f"{BASE} arch source deploy",
-    "report.run": "record report compare.page",
+    "report.run": "errors record report compare.page",
     "report": "errors text files record report",
     "plan": ALL,
     "compare.settings": "errors ranges settings",

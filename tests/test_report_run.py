@@ -1,9 +1,10 @@
 """The page of a run: it tells every part, decides as the checks did, and no damage or markup gets the better of it."""
 
 import json
+import math
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,30 @@ def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> N
                 spoil[part if key is None else key] = odd
                 write_json(whole.record, content)
                 run_report(whole)
+
+
+def paths(node: object, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where values lie in JSON, those of a list in its first entry."""
+    entries = node.items() if isinstance(node, dict) else enumerate(node[:1]) if isinstance(node, list) else ()
+    for key, entry in entries:
+        yield (*above, key)
+        yield from paths(entry, (*above, key))
+
+
+@pytest.mark.parametrize("odd", [10**400, math.inf, "--nan"], ids=["400 digits", "infinity", "no number"])
+def test_numbers_beyond_reason_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "run", compared=True)
+    for path in [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]:
+        kept = path.read_text()
+        for place in paths(json.loads(kept)):
+            content = json.loads(kept)
+            inner = content
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = odd
+            path.write_text(json.dumps(content))
+            run_report(whole)
+        path.write_text(kept)
 
 
 @pytest.mark.parametrize("kept", [("grow",), ("grow", "finetune"), ("train",), ("deploy to the moon",)])

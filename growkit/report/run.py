@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import command_line, in_lines
@@ -20,7 +21,8 @@ from growkit.report.page import Gate, Mark, Report, Section, Table
 from growkit.report.serving import latency_section, parity_section
 from growkit.report.steps import hashes, machines, step_sections
 
-ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what damaged records lead to
+# what damaged records lead to
+ODD = (ArithmeticError, AttributeError, GrowkitError, LookupError, TypeError, ValueError)
 
 
 def run_report(run: RunFolder) -> Report:
