@@ -16,8 +16,9 @@ from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.history import fit_figures, in_short, origin_of, sizes_of
+from growkit.methods import ignored
 from growkit.record import RunFolder
-from growkit.settings import GrowSettings
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
@@ -142,6 +143,10 @@ def grow_model(
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
         say(note)
+    for option in ignored(settings):
+        say(f"{option} means nothing to {settings.method}")
+    if data is None and operator not in (None, FitSettings(**OPERATOR_DEFAULTS)):
+        say("options of operator training mean nothing without --data")
     if opened is not None:  # only the same operator goes on
         growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
         opened = replace(opened, identity={**opened.identity, **growth})

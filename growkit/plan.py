@@ -1,4 +1,7 @@
-"""What growing would give and cost, found on tensors without storage: nothing is trained or written."""
+"""What growing would give and cost: starts are made of the real weights, FLOPs counted on tensors without storage.
+
+Nothing is trained or written.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -350,6 +350,21 @@ def test_json_of_a_mistake_leaves_stdout_empty(command: tuple[str, ...], capsys:
     assert err.startswith("error: nowhere.pth")
 
 
+def test_grow_says_which_options_mean_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    quiet = (*GROW, "--method", "lemon", "--run", tmp_path, "--force")
+    told = {"": (), "--rank means nothing to lemon\n": ("--rank", "4"), "mean nothing without --data": ("--steps", "5")}
+    for line, given in told.items():
+        status, out, err = growkit(capsys, *quiet, *given)
+        assert status == 0, err
+        assert line in out
+        assert out.count("nothing") == len(given) // 2
+    status, out, _ = growkit(capsys, *GROW, "--rank", "4", "--run", tmp_path, "--force")
+    assert (status, "nothing" in out) == (0, False)
+
+
 def test_grow_records_what_made_the_model(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ class Space:
                 yield "ring_order", _listed(settings.ring_orders)
         if self.staged and "stages" not in fixed:
             yield "stages", _listed(settings.stage_choices)
-        if find(grow.method).NOISE and "noise" not in fixed:
+        if "noise" in find(grow.method).TAKES and "noise" not in fixed:
             yield "noise", _listed(settings.noises)
         if self.learned[method]:
             yield "operator_steps", _listed(settings.operator_steps)

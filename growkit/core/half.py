@@ -1,7 +1,7 @@
 """Factors in float16 where TF32 would do: ten bits of mantissa as well, half the memory, twice the rate.
 
-Of TF32's range float16 has a part. So factors are scaled by powers of two, which changes no bit of a mantissa, and by
-`growkit.core.contract.growth` so far that no intermediate leaves it.
+float16 has only a part of TF32's range. So factors are scaled by powers of two, which changes no bit of a mantissa: as
+far as `growkit.core.contract.growth` says that no intermediate leaves float16's range.
 """
 
 import logging

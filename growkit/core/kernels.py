@@ -24,7 +24,10 @@ def run_each(device: torch.device) -> None:
 
 
 def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
-    """Write values * scale () to `out`, of which one is contiguous; False where the other lies in over four steps."""
+    """Write values * scale () to `out`. False, and nothing is written, where their memory is laid out otherwise:
+
+    one of them has to be contiguous, and the other to take at most four steps (see `in_steps`).
+    """
     steps = in_steps(*((values.shape, values.stride()) if out.is_contiguous() else (out.shape, out.stride())), 4)
     if steps is None or not _adjoin(steps[3]) or not (out.is_contiguous() or values.is_contiguous()):
         return False

@@ -1,7 +1,7 @@
-"""A bound on the memory that a stranger's graph may take: one of a few bytes can ask for any amount.
+"""A bound on the memory that a stranger's graph may take: a file of a few bytes can ask for any amount.
 
-It is Linux's, on address space. On other systems there is none, nor where CUDA is started or has been: that takes
-address space without memory, hundreds of gigabytes of it.
+The bound is Linux's own, on address space. On other systems there is none, nor where CUDA is started or has been: that
+takes address space without memory, hundreds of gigabytes of it.
 """
 
 import sys

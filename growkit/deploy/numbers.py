@@ -189,9 +189,9 @@ def predictions(
 def cosines(got: np.ndarray, wanted: np.ndarray, spread: float = 0.0) -> np.ndarray:
     """Cosine of the angle between the logits, image by image.
 
-    spread  standard deviation of all logits. An image whose logits happen to be shorter than that makes them, in the
-            model and in the file, as is common among few classes, has no direction to speak of: noise turns it far.
-            Its angle counts for less, as far as noise of the same size would turn logits of the usual length.
+    spread  standard deviation of all logits. An image whose logits are much smaller than that in model and file alike,
+            as is common among few classes, has no direction to speak of: noise turns it far. So its angle counts as
+            that by which the same noise would turn logits of the usual length.
     """
     a, b = got.astype(np.float64), wanted.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)

@@ -30,6 +30,9 @@ METHODS: dict[str, type[GrowthMethod]] = {
 }
 
 
+OPTIONAL = ("rank", "ranks", "ring_order", "vectors", "noise")  # settings that not every method takes
+
+
 def find(name: str) -> type[GrowthMethod]:
     """The method of a name.
 
@@ -58,6 +61,14 @@ def check(source: Architecture, target: Architecture, settings: GrowSettings) ->
     if reason is not None:
         raise GrowkitError(f"{settings.method}: {reason}; methods that can: {', '.join(able(source, target))}")
     return method
+
+
+def ignored(settings: GrowSettings) -> list[str]:
+    """Options that were given and mean nothing to the method, as they are typed."""
+    method, plain = find(settings.method), GrowSettings()
+    given = [name for name in OPTIONAL if getattr(settings, name) != getattr(plain, name)]
+    told = {"vectors": "--no-vectors"}
+    return [told.get(name, f"--{name.replace('_', '-')}") for name in given if name not in method.TAKES]
 
 
 def able(source: Architecture, target: Architecture) -> list[str]:

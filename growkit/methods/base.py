@@ -18,7 +18,8 @@ class GrowthMethod(nn.Module, ABC):
     """
 
     VARIANTS: ClassVar[tuple[str, ...]] = ()  # what --variant takes; the first is the default
-    NOISE: ClassVar[bool] = True  # whether --noise changes what it gives; tests hold it to that
+    # settings that change what it gives, beside its variant, stages and seed; tests hold it to that
+    TAKES: ClassVar[frozenset[str]] = frozenset({"noise"})
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
         super().__init__()

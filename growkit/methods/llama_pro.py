@@ -21,7 +21,7 @@ from growkit.settings import GrowSettings
 class LlamaPro(Expansion):
     """Identity blocks between copied layers; widths stay. Keeps the function at every depth."""
 
-    NOISE: ClassVar[bool] = False
+    TAKES: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:

@@ -68,6 +68,7 @@ class Mango(GrowthMethod):
     """
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("lossless", "noisy", "random")
+    TAKES: ClassVar[frozenset[str]] = frozenset({"noise", "rank", "ranks", "ring_order", "vectors"})
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:

@@ -1,9 +1,8 @@
 """random-pad, a control: the source in a corner of freshly initialised weights.
 
-Old units and layers keep their weights among themselves; everything new is what timm gives a fresh ViT: normal with
-deviation 0.02, cut at two, for matrices and embeddings, zeros for biases, ones for gains, 1e-5 for layer scales. New
-layers come last. It
-shows what is gained by having the source's numbers anywhere at all.
+Old units and layers keep their weights among themselves. Everything new is what timm gives a fresh ViT: matrices and
+embeddings are normal with deviation 0.02, cut at two deviations; biases are 0, gains 1, layer scales 1e-5. New layers
+come last. It shows what having the source's numbers anywhere at all is worth.
 """
 
 from typing import ClassVar
@@ -22,7 +21,7 @@ DEVIATION, LAYER_SCALE = 0.02, 1e-5
 class RandomPad(GrowthMethod):
     """The source's weights in the first places, fresh ones in the rest. Keeps the function of nothing."""
 
-    NOISE: ClassVar[bool] = False
+    TAKES: ClassVar[frozenset[str]] = frozenset()
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""

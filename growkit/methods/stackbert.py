@@ -33,7 +33,7 @@ LAYER_MAPS = {
 class StackBERT(Expansion):
     """Layers copied as they are; widths stay. A deeper target does not keep the function."""
 
-    NOISE: ClassVar[bool] = False
+    TAKES: ClassVar[frozenset[str]] = frozenset()
     VARIANTS: ClassVar[tuple[str, ...]] = tuple(LAYER_MAPS)
 
     @classmethod

@@ -30,7 +30,7 @@ from growkit.compare.sweep import sweep_settings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
 from growkit.grow import grow
-from growkit.methods import METHODS
+from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings
 from growkit.source import load_source
@@ -519,4 +519,25 @@ def test_methods_say_whether_noise_means_something_to_them(name, variant):
     state = randomised(pair[0]).state_dict()
     quiet, loud = (grow(*pair, state, replace(settings, noise=noise)).weights() for noise in (0.0, 1.0))
     differ = any(not torch.equal(quiet[key], loud[key]) for key in quiet)
-    assert differ == METHODS[name].NOISE
+    assert differ == ("noise" in METHODS[name].TAKES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("given", [{"rank": 3}, {"ranks": "2,2,1,2"}, {"ring_order": "BLOI"}, {"vectors": False}])
+def test_methods_say_whether_a_ring_means_something_to_them(name, given):
+    pair = PAIRS["twice as deep" if name in ("stackbert", "llama-pro") else "thrice as wide"]
+    state = randomised(pair[0]).state_dict()
+    settings = replace(GrowSettings(method=name), **given)
+    plain, asked = (grow(*pair, state, one) for one in (GrowSettings(method=name), settings))
+
+    def told(grown):
+        parameters = {key: (value.shape, value.requires_grad) for key, value in grown.method.named_parameters()}
+        ring = getattr(grown.method, "ring", None)
+        return parameters, ring and ring.order
+
+    same = told(plain) == told(asked) and all(torch.equal(plain.weights()[k], v) for k, v in asked.weights().items())
+    (option,) = given
+    assert same == (option not in METHODS[name].TAKES)
+    assert ignored(settings) == (
+        [] if not same else ["--no-vectors" if option == "vectors" else f"--{option}".replace("_", "-")]
+    )
