@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from growkit.deploy.settings import VerifySettings
-from growkit.text import clipped
+from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, From, FromSets, Model, NoEma, Run, with_settings
 from growkit_cli.typed import command_line
+from growkit_cli.verified import show
 
 if TYPE_CHECKING:
     from growkit.deploy.golden import Golden
     from growkit.deploy.verify import Verification
+    from growkit.record import RunFolder
     from growkit.source import Source
 
 
@@ -82,7 +84,6 @@ def verify(
     from growkit.deploy.junit import junit_xml
     from growkit.deploy.subject import model_subject, onnx_subject
     from growkit.deploy.verify import verify_alone
-    from growkit.errors import GrowkitError
     from growkit.files import refuse_unwritable, whole_file, write_json
     from growkit.record import RunFolder
 
@@ -92,29 +93,21 @@ def verify(
     folder.refuse_unusable()
     if junit is not None:
         refuse_unwritable(junit, suffix=".xml")
-    chosen = model or folder.furthest()
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if settings.max_latency_ratio is not None and not settings.latency:
         raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
+    chosen = model or folder.furthest()
+    file = file_of(chosen, folder, onnx_file, model_only=model_only, more=bool(data or images), update=update_reference)
     file_only = chosen.suffix == ".onnx"
-    if file_only and (onnx_file or model_only or data or images or update_reference):
-        raise GrowkitError(
-            f"{chosen}: an .onnx file alone is only held against --reference; for more name its model: "
-            f"growkit verify MODEL --onnx-file {chosen}"
-        )
-    if model_only and (onnx_file or data or images):
-        raise GrowkitError("--model-only leaves the ONNX file, --data and --images out; drop one of them")
-    file = chosen if file_only else None if model_only else onnx_file or folder.onnx / "model.onnx"
     golden = target = source = subject = None
     if update_reference:
-        stage = chosen.resolve().name if chosen.is_dir() else chosen.stem.replace(":", "-")
-        target = reference or folder.path / "reference" / (stage if model_only else "onnx")
+        target = reference or reference_of(chosen, folder, model_only=model_only)
         refuse_unreplaceable(target)
         settings = replace(settings, latency=False)  # a reference holds no times
     elif reference is not None:
         golden = read_golden(reference)
-    elif file_only or model_only:
+    elif model_only or file_only:
         raise GrowkitError(f"nothing to hold {chosen} against; name --reference DIR, which --update-reference writes")
     if file is not None and not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
@@ -138,7 +131,7 @@ def verify(
         leave_script(console, verified, folder.verify, str(chosen), file, settings, from_, from_sets, not no_ema)
     show(console, verified)
     report = {
-        "model": None if file_only else str(chosen),
+        "model": str(chosen) if source else None,
         "onnx": str(file) if file else None,
         "reference": str(reference or target) if golden or target else None,
         **verified.report,
@@ -186,6 +179,34 @@ def verify(
     console.result(report)
     if verified.verdict == "fail" or (strict and verified.verdict == "inconclusive"):
         raise typer.Exit(1)
+
+
+def file_of(
+    chosen: Path, run: "RunFolder", onnx_file: Path | None, *, model_only: bool, more: bool, update: bool
+) -> Path | None:
+    """The ONNX file to verify: `chosen` where that is one, none with --model-only; `more` needs model and file.
+
+    Raises:
+        GrowkitError: options that do not go together.
+    """
+    if chosen.suffix == ".onnx":
+        if onnx_file or model_only or more or update:
+            raise GrowkitError(
+                f"{chosen}: an .onnx file alone is only held against --reference; for more name its model: "
+                f"growkit verify MODEL --onnx-file {chosen}"
+            )
+        return chosen
+    if not model_only:
+        return onnx_file or run.onnx / "model.onnx"
+    if onnx_file or more:
+        raise GrowkitError("--model-only leaves the ONNX file, --data and --images out; drop one of them")
+    return None
+
+
+def reference_of(chosen: Path, run: "RunFolder", *, model_only: bool) -> Path:
+    """Where a reference goes that is given no folder: by the model's stage, or that of the run's file."""
+    stage = chosen.resolve().name if chosen.is_dir() else chosen.stem.replace(":", "-")
+    return run.path / "reference" / (stage if model_only else "onnx")
 
 
 def with_file(
@@ -271,73 +292,3 @@ def leave_script(
     with whole_file(script) as partial:
         partial.write_text(text, encoding="utf-8")
     console.say(f"python {script} shows it again")
-
-
-def show(console: Console, verified: "Verification") -> None:
-    """The checks and the times as tables, what went wrong as lines, and the verdict last."""
-    from growkit.deploy.checks import shown
-
-    if verified.report["provider"]["note"]:
-        console.say(verified.report["provider"]["note"])
-    for group in dict.fromkeys(c.group for c in verified.checks):
-        console.table(
-            group,
-            ("check", "measured", "allowed", "verdict"),
-            [
-                # long values are in report.json, and the line of a failed check quotes them
-                (c.name, clipped(shown(c.measured), 14), clipped(shown(c.limit), 14), c.verdict)
-                for c in verified.checks
-                if c.group == group
-            ],
-        )
-    if verified.latency:
-        console.table(
-            f"times in ms on {verified.latency.provider}, {verified.latency.threads} threads",
-            ("file against", "batch", "ratio", "low", "high", "p50", "p99", "its p50"),
-            [
-                (
-                    c.baseline,
-                    c.batch,
-                    f"{c.ratio:.3f}",
-                    f"{c.low:.3f}",
-                    f"{c.high:.3f}",
-                    f"{c.subject_ms.p50:.4g}",
-                    f"{c.subject_ms.p99:.4g}",
-                    f"{c.baseline_ms.p50:.4g}",
-                )
-                for c in verified.latency.comparisons
-            ],
-        )
-        for batch, seconds in verified.latency.compile_seconds.items():
-            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, which is in none of the times")
-        for note in verified.latency.notes:
-            console.say(f"warning: {note}")
-    if verified.throughput:
-        console.table(
-            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads, "
-            "spinning as by ONNX Runtime's default",
-            ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
-            [
-                (
-                    rate.batch,
-                    f"{rate.images_per_second:.4g}",
-                    f"{rate.ms.p50:.4g}",
-                    f"{rate.ms.p90:.4g}",
-                    f"{rate.ms.p99:.4g}",
-                    f"{rate.gflops:.3g}",
-                    f"{rate.share:.0%}",
-                )
-                for rate in verified.throughput.rates
-            ],
-        )
-        console.say(verified.throughput.line)
-    if verified.assignment and verified.assignment.fallen_back:
-        console.say(f"warning: {verified.assignment.line}")
-    failed = verified.verdict == "fail"
-    for c in verified.checks:
-        if c.verdict != "pass":
-            word = "FAILED" if c.verdict == "fail" else "warning:"
-            console.say(f"{word} {c.group}: {c.line}")
-    if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
-        console.say("latency was not measured: the answers come first")
-    console.say(f"verdict: {verified.verdict}")

@@ -1,0 +1,79 @@
+"""What a verification found, as a terminal shows it."""
+
+from typing import TYPE_CHECKING
+
+from growkit.text import clipped
+from growkit_cli.console import Console
+
+if TYPE_CHECKING:
+    from growkit.deploy.verify import Verification
+
+
+def show(console: Console, verified: "Verification") -> None:
+    """The checks and the times as tables, what went wrong as lines, and the verdict last."""
+    from growkit.deploy.checks import shown
+
+    if verified.report["provider"]["note"]:
+        console.say(verified.report["provider"]["note"])
+    for group in dict.fromkeys(c.group for c in verified.checks):
+        console.table(
+            group,
+            ("check", "measured", "allowed", "verdict"),
+            [
+                # long values are in report.json, and the line of a failed check quotes them
+                (c.name, clipped(shown(c.measured), 14), clipped(shown(c.limit), 14), c.verdict)
+                for c in verified.checks
+                if c.group == group
+            ],
+        )
+    if verified.latency:
+        console.table(
+            f"times in ms on {verified.latency.provider}, {verified.latency.threads} threads",
+            ("file against", "batch", "ratio", "low", "high", "p50", "p99", "its p50"),
+            [
+                (
+                    c.baseline,
+                    c.batch,
+                    f"{c.ratio:.3f}",
+                    f"{c.low:.3f}",
+                    f"{c.high:.3f}",
+                    f"{c.subject_ms.p50:.4g}",
+                    f"{c.subject_ms.p99:.4g}",
+                    f"{c.baseline_ms.p50:.4g}",
+                )
+                for c in verified.latency.comparisons
+            ],
+        )
+        for batch, seconds in verified.latency.compile_seconds.items():
+            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, which is in none of the times")
+        for note in verified.latency.notes:
+            console.say(f"warning: {note}")
+    if verified.throughput:
+        console.table(
+            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads, "
+            "spinning as by ONNX Runtime's default",
+            ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
+            [
+                (
+                    rate.batch,
+                    f"{rate.images_per_second:.4g}",
+                    f"{rate.ms.p50:.4g}",
+                    f"{rate.ms.p90:.4g}",
+                    f"{rate.ms.p99:.4g}",
+                    f"{rate.gflops:.3g}",
+                    f"{rate.share:.0%}",
+                )
+                for rate in verified.throughput.rates
+            ],
+        )
+        console.say(verified.throughput.line)
+    if verified.assignment and verified.assignment.fallen_back:
+        console.say(f"warning: {verified.assignment.line}")
+    failed = verified.verdict == "fail"
+    for c in verified.checks:
+        if c.verdict != "pass":
+            word = "FAILED" if c.verdict == "fail" else "warning:"
+            console.say(f"{word} {c.group}: {c.line}")
+    if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
+        console.say("latency was not measured: the answers come first")
+    console.say(f"verdict: {verified.verdict}")
