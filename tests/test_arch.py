@@ -236,6 +236,13 @@ def test_missing_and_unknown_tensors_are_named() -> None:
     assert "--from" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "norm.bias", "head.weight", "head.bias"])
+def test_of_two_tensors_the_missing_one_is_named(name: str) -> None:
+    state = {key: tensor for key, tensor in zeros(64, 2).items() if key != name}
+    with pytest.raises(GrowkitError, match=rf"lacks {name}; give all"):
+        detect(state)
+
+
 def test_many_missing_tensors_are_counted() -> None:
     state = {name: tensor for name, tensor in zeros(64, 2).items() if "norm2" not in name and "fc1.bias" not in name}
     with pytest.raises(GrowkitError, match=r"lacks blocks\.0\.norm2\.weight, .*, .* and 3 more"):

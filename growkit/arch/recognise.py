@@ -21,6 +21,7 @@ AXES = {
     "blocks.0.attn.qkv.weight": 2,
     "blocks.0.mlp.fc1.weight": 2,
     "head.weight": 2,
+    "head.bias": 1,
     "pos_embed": 3,
     "reg_token": 3,
 }
@@ -69,7 +70,9 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     # of SwiGLU in one tensor, timm's ratio counts both halves
     wide = "blocks.0.mlp.fc1.weight" if "blocks.0.mlp.fc1.weight" in state else "blocks.0.mlp.fc1_x.weight"
-    class_token, pooled = "cls_token" in state, "fc_norm.weight" in state
+    # by either of its tensors: the one that is missing is named where the weights are held against the architecture
+    modules, head = {key.partition(".")[0] for key in state}, state.get("head.weight", state.get("head.bias"))
+    class_token, pooled = "cls_token" in state, "fc_norm" in modules
     reg_tokens = state["reg_token"].shape[1] if "reg_token" in state else 0
     found: dict[str, Any] = {
         "embed_dim": embed,
@@ -77,7 +80,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
         "mlp_ratio": ratio(state[wide].shape[0] if wide in state else 4 * embed, embed),
         "in_chans": in_chans,
         "patch_size": patch,
-        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "num_classes": 0 if head is None else head.shape[0],
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
@@ -88,7 +91,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
         "pos_embed": "learn" if "pos_embed" in state else "none",
         "reg_tokens": reg_tokens,
         "pre_norm": "norm_pre.weight" in state,
-        "final_norm": pooled or "norm.weight" in state,
+        "final_norm": pooled or "norm" in modules,
         "fc_norm": pooled,
         "global_pool": "map" if f"{POOL}.latent" in state else "avg" if pooled or not class_token else "token",
     }
