@@ -38,19 +38,29 @@ class Answering:
     sha256: str  # of the weights or the ONNX file; empty for timm:NAME
 
 
-def labelled(data: str, source: Source, settings: FitSettings, *, image_size: int | None = None) -> Data:
-    """Data to judge `source` on as it is, its images `image_size` wide and high where that is not the source's own.
+def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size: int | None = None) -> Data:
+    """Data as `source` takes it, its images `image_size` wide and high where that is not the source's own.
 
     Raises:
-        GrowkitError: a source without a classifier, unusable data, or classes that are not the source's.
+        GrowkitError: unusable data.
     """
-    classes = source.architecture.classes
-    _refuse_headless(source.path, classes)
     prepared = dict(source.preprocessing)
     if image_size is not None:
         prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
-    opened = open_data(data, prepared, settings)
-    _refuse_other_data(data, opened.classes, classes, source.labels)
+    return open_data(data, prepared, settings)
+
+
+def refuse_unjudgeable(source: Source, data: str, classes: Sequence[str]) -> None:
+    """Raise GrowkitError where `source` cannot be judged on the labels of `data`: no classifier, or other classes."""
+    outputs = source.architecture.classes
+    _refuse_headless(source.path, outputs)
+    _refuse_other_data(data, classes, outputs, source.labels)
+
+
+def labelled(data: str, source: Source, settings: FitSettings, *, image_size: int | None = None) -> Data:
+    """Data to judge `source` on as it is; arguments and errors are those of the two above."""
+    opened = prepared_for(source, data, settings, image_size=image_size)
+    refuse_unjudgeable(source, data, opened.classes)
     return opened
 
 

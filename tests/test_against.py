@@ -226,6 +226,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("run/onnx/model.onnx", "--precision", "fp16"),
         "run/onnx/model.onnx is what it is: leave out --from, --from-set, --no-ema and --precision",
     ),
+    "ONNX models against each other in a precision": (
+        ("run/onnx/model.onnx", "--against", "run/onnx/model.onnx", "--precision", "fp16"),
+        "run/onnx/model.onnx is what it is",
+    ),
     "--from of an ONNX model": (("run/onnx/model.onnx", "--from", "vit_tiny"), "model.onnx is what it is: leave out"),
     "--from of two bare checkpoints": (
         ("bare.pth", "--against", "bare.pth", "--from-set", "num_heads=2"),

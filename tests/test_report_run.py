@@ -161,10 +161,19 @@ ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
 )
 
 
-def held(verdict: str, **identity: str) -> Change:
-    """The model alone, held against a reference."""
-    check = {"group": "golden", "name": "model: weights", "verdict": verdict, "line": "the reason why"}
-    return lambda run: write_json(run.verify / "reference.json", {"checks": [check], **identity})
+def held(what: str, verdict: str, sha256: str) -> Change:
+    """A model or a file alone, held against a reference."""
+    check = {"group": "golden", "name": f"{what}: weights", "verdict": verdict, "line": f"why the {what}"}
+    identity = {"weights_sha256" if what == "model" else "onnx_sha256": sha256}
+    return lambda run: write_json(run.verify / f"held-{what}.json", {"checks": [check], **identity})
+
+
+def in_turn(*changes: Change) -> Change:
+    def change(run: RunFolder) -> None:
+        for one in changes:
+            one(run)
+
+    return change
 
 
 GOLDEN = "It answers as when it was accepted"
@@ -176,8 +185,26 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "inconclusive",
         "not yet",
     ),
-    "the model alone is not what was accepted": (held("fail", weights_sha256=TUNED), GOLDEN, "fail", "no"),
-    "the file alone is what was accepted": (held("pass", onnx_sha256=ONNX), GOLDEN, "pass", "yes"),
+    "the model alone is not what was accepted": (held("model", "fail", TUNED), GOLDEN, "fail", "no"),
+    "the file alone is what was accepted": (held("file", "pass", ONNX), GOLDEN, "pass", "yes"),
+    "of model and file one is not what was accepted": (
+        in_turn(held("file", "fail", ONNX), held("model", "pass", TUNED)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the model alone is not what the verified file is": (
+        in_turn(one_check("golden", "pass"), held("model", "fail", TUNED)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the model is not what was accepted and there is no file": (
+        in_turn(removed("onnx"), lambda run: (run.verify / "report.json").unlink(), held("model", "fail", TUNED)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
     "a group nobody knows yet": (one_check("energy_use", "fail"), "Energy use", "fail", "no"),
     "a verdict nobody knows yet": (
         one_check("numbers", "skipped"),
@@ -214,7 +241,7 @@ def test_gate_and_verdict_follow_from_what_happened(happened: str, tmp_path: Pat
 
 def test_model_that_was_held_alone_and_is_no_more_decides_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    held("fail", weights_sha256=GROWN)(run)
+    held("model", "fail", GROWN)(run)
     assert GOLDEN not in gates(run)
     assert verdict(run).mark == "yes"
 
@@ -348,7 +375,10 @@ def paths(node: object, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 @pytest.mark.parametrize("odd", [10**400, math.inf, "--nan"], ids=["400 digits", "infinity", "no number"])
-def test_numbers_beyond_reason_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
+def test_numbers_beyond_reason_anywhere_still_make_a_page(
+    odd: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.report.page.draw", lambda plot: repr(plot))  # the drawing itself takes a second
     whole = write_run(tmp_path / "run", compared=True)
     for path in [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]:
         kept = path.read_text()
@@ -359,7 +389,7 @@ def test_numbers_beyond_reason_anywhere_still_make_a_page(odd: object, tmp_path:
                 inner = inner[key]
             inner[place[-1]] = odd
             path.write_text(json.dumps(content))
-            run_report(whole)
+            render(run_report(whole))
         path.write_text(kept)
 
 
@@ -409,8 +439,11 @@ def test_commands_are_told_as_they_were_typed_without_what_is_said_once(tmp_path
         ["verify", "--data", "my images", "--val-split", "test", "--images", "photos"],
     )
     for step, words in zip(read_facts(run).steps, typed, strict=True):
-        assert shlex.split(command_line(step)) == ["growkit", *words, "--run", str(run.path)]
-    assert "In order, as they were typed." in text(run)
+        assert shlex.split(command_line(step.content["command_line"])) == ["growkit", *words, "--run", str(run.path)]
+    write_json(run.compare / "results.json", comparison() | {"command": "growkit compare small.pth --resume --json"})
+    told = text(run)
+    assert "As they were typed, in order, but for --force, --resume, --json." in told
+    assert "growkit compare small.pth\n" in told
 
 
 @pytest.mark.parametrize("typed", [None, 3, "growkit grow 'small", ["growkit"]])
@@ -419,8 +452,12 @@ def test_step_without_a_command_has_none_on_the_page(typed: object, tmp_path: Pa
     content = record(run)
     content["steps"] = [{**step, "command_line": typed} for step in content["steps"]]
     write_json(run.record, content)
-    assert not any(command_line(step) for step in read_facts(run).steps)
-    assert "as they were typed" not in text(run)
+    config = json.loads((run.finetuned / "config.json").read_text())
+    write_json(run.finetuned / "config.json", {**config, "pretrained_cfg": {}})  # no licence to tell of
+    assert not any(command_line(step.content["command_line"]) for step in read_facts(run).steps)
+    told = text(run)
+    assert "How the steps were started is not on record." in told
+    assert "No steps on record" not in told
 
 
 def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -26,6 +27,15 @@ def outer(names: list[str]) -> None:
     told.append(command_line())
     app(["inner", "own", "--size", "2"], standalone_mode=False)
     told.append(command_line())
+
+
+def test_torchrun_is_told_with_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hosts, line in ((1, "torchrun --nproc-per-node 2"), (3, "torchrun --nnodes 3 --nproc-per-node 2")):
+        for name, value in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2), ("WORLD_SIZE", 2 * hosts)):
+            monkeypatch.setenv(name, str(value))
+        told.clear()
+        assert CliRunner().invoke(app, ["inner", "own"]).exit_code == 0
+        assert told == [f"{line} -m growkit_cli inner own"]
 
 
 def test_words_are_those_after_the_program_and_a_command_run_by_another_has_its_own() -> None:

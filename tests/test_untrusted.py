@@ -31,7 +31,6 @@ from growkit.deploy.reproduce import reproduction
 from growkit.deploy.settings import TritonSettings, VerifySettings
 from growkit.files import write_json
 from growkit.report.commands import command_line, in_lines
-from growkit.report.facts import Step
 from growkit.report.page import Gate, Mark, Report, Section, Table, render
 from growkit.report.plot import Bar, Bars, Dots, Plot, Series, draw, save
 from growkit.report.run import run_report
@@ -284,7 +283,7 @@ def test_script_names_the_very_files(text: str) -> None:
 def test_commands_of_a_report_can_be_typed_into_a_shell(text: str, tmp_path: Path) -> None:
     text = text.replace("\0", "").encode("utf-8", "replace").decode()
     typed = ["growkit", "finetune", text, "--data", f"{text} --seed {text}", "--data-dir", f"'{text} --seed"]
-    line = command_line(Step(1, {"command_line": shlex.join(typed)}))
+    line = command_line(shlex.join(typed))
     shown = in_lines(line)
     done = subprocess.run(
         ["sh", "-c", shown.replace("growkit", "printf '%s\\0'", 1)], capture_output=True, check=True, cwd=tmp_path

@@ -56,6 +56,9 @@ def evaluate(
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
     path = model or folder.furthest()
+    files = all(Path(name).suffix == ".onnx" for name in (path, against or path))
+    if files and (from_ or from_sets or no_ema or settings.precision != FitSettings.precision):
+        raise GrowkitError(f"{path} is what it is: leave out --from, --from-set, --no-ema and --precision")
     if against is not None:
         console.say(f"evaluating {path} against {against}")
         with telling(console) as tell:
@@ -87,8 +90,6 @@ def evaluate(
     with telling(console) as tell:
         progress = tell("evaluating")
         if path.suffix == ".onnx":
-            if from_ or from_sets or no_ema or settings.precision != FitSettings.precision:
-                raise GrowkitError(f"{path} is what it is: leave out --from, --from-set, --no-ema and --precision")
             scores = evaluate_onnx(path, data, settings, device=device, progress=progress)
         else:
             loaded = load(console, str(path), from_, from_sets, ema=not no_ema)

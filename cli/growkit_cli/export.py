@@ -85,13 +85,20 @@ def export(
         refuse_taken(triton, str(serving.name), serving, force)
     calibration = batches = None
     if data is not None:
-        from growkit.evaluation import labelled
+        from growkit.evaluation import prepared_for, refuse_unjudgeable
         from growkit.train.batches import unaugmented, val_batches
 
         reading = FitSettings(data_dir=data_dir, val_split=val_split)
-        opened = labelled(data, source, reading, image_size=settings.image_size)
-        batches = val_batches(opened, reading)
-        if settings.precision == "int8-static":
+        opened = prepared_for(source, data, reading, image_size=settings.image_size)
+        calibrates = settings.precision == "int8-static"
+        try:
+            refuse_unjudgeable(source, data, opened.classes)
+            batches = val_batches(opened, reading)
+        except GrowkitError as error:
+            if not calibrates or settings.max_accuracy_drop is not None:
+                raise
+            console.say(f"accuracy is not judged: {error}")  # ranges need no labels
+        if calibrates:
             calibration = unaugmented(opened, CALIBRATION, seed=settings.seed).numpy()
     elif settings.precision == "int8-static":
         raise GrowkitError("--precision int8-static takes its ranges from images: give --data, or use --precision int8")

@@ -1,5 +1,6 @@
 """The command that is at work, as it was typed."""
 
+import os
 import shlex
 from contextvars import ContextVar
 from typing import Any
@@ -28,5 +29,14 @@ class Typed(TyperCommand):
 
 
 def command_line() -> str:
-    """Its words, quoted for a shell; options that stood before its name are left out."""
-    return shlex.join(["growkit", *_words.get()])
+    """Its words, quoted for a shell; options that stood before its name are left out, torchrun's but the numbers."""
+    return shlex.join([*_program(), *_words.get()])
+
+
+def _program() -> list[str]:
+    """What starts the command as this process was started: growkit, or torchrun, which tells by the environment."""
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if "LOCAL_RANK" not in os.environ:
+        return ["growkit"]
+    hosts = ["--nnodes", str(everywhere // here)] if everywhere > here else []
+    return ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "growkit_cli"]

@@ -69,8 +69,8 @@ def verify(
 
     MODEL may be an .onnx file: it is then held against --reference alone.
 
-    Writes RUN/verify/report.json anew, or reference.json where a model or a file alone is held against --reference;
-    where answers differ, reproduce.py beside it shows it again.
+    Writes RUN/verify/report.json anew, or held-model.json or held-file.json where one alone is held against
+    --reference; where answers differ, reproduce.py beside it shows it again.
     Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
@@ -147,7 +147,7 @@ def verify(
             assert subject is not None
             report["reference_update"] = update_golden(target, golden, subject)
             console.say(f"{report['reference_update']}; hold it with --reference {target}")
-    write_json(folder.verify / ("report.json" if whole else "reference.json"), report)
+    write_json(folder.verify / ("report.json" if whole else "held-file.json" if file else "held-model.json"), report)
     if junit is not None:
         seconds = time.monotonic() - clock
         with whole_file(junit) as partial:

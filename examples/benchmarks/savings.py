@@ -107,7 +107,8 @@ def main() -> int:
         save_seconds=60,
     )
     root = given.out / ("full" if given.full else "quick")
-    run = RunFolder(root / "source")
+    typed = shlex.join(["python", *sys.argv])
+    run = RunFolder(root / "source", command_line=typed)
     if not whole(run, recipe):
         print(f"training the source, {given.source}", flush=True)
         told = deadline.tell()
@@ -135,7 +136,7 @@ def main() -> int:
             operator_steps=given.operator_steps,
             operator_lrs=given.operator_lrs,
         )
-        where = RunFolder(root / pair, command_line=shlex.join(["python", *sys.argv]))
+        where = RunFolder(root / pair, command_line=typed)
         if given.part is None:
             print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
         if given.jobs > 1:

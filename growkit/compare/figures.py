@@ -109,7 +109,7 @@ def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
     return arm_figures(
         content["runs"],
         arms=[
-            Arm(**{**arm, "grow": arm["grow"] and GrowSettings(**arm["grow"])})
+            Arm(**{**arm, "name": str(arm["name"]), "grow": arm["grow"] and GrowSettings(**arm["grow"])})
             for arm in content["arm_settings"].values()
         ],
         seeds=range(first, first + settings["seeds"]),

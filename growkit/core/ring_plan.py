@@ -10,7 +10,8 @@ from operator import attrgetter
 from growkit.core.contract import SPARE, Path, cheapest_orders
 
 # Elements of the largest intermediate of one slice: a share of the result's, so that slices weigh little beside what is
-# grown, but at least 1 MB in float32, for smaller slices make the matrix products thin, and never above 128 MB.
+# grown, but at least 1 MB in float32, for smaller slices make the matrix products thin; above 128 MB (on a GPU 256 MB)
+# only where no plan stays below.
 SLICE_SHARE = 1 / 8
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
 FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
@@ -33,7 +34,7 @@ class ContractionPlan:
 
 
 def fewest_elements(grown: int, *, gpu: bool) -> int:
-    """Below how many elements no slice need be cut, where `grown` elements are made in all."""
+    """Intermediates of no more elements are small enough: no axis is cut further for them. `grown` has the result."""
     return max(FEWEST_ELEMENTS, min(FEWEST_ON_GPU, int(SHARE_ON_GPU * grown))) if gpu else FEWEST_ELEMENTS
 
 
@@ -50,8 +51,8 @@ def contraction_plan(
 
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
-    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first, that of training: but for intermediates of more than
-    MOST_ELEMENTS, which none may have. Of the plans within SPARE of the cheapest, those with
+    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first, that of training, among plans without intermediates of more
+    than MOST_ELEMENTS (or `fewest`), if there are any. Of those within SPARE of the cheapest, those with
     intermediates of at most SLICE_SHARE of the result (or of `fewest` elements) are taken, or those with the smallest.
     Where `parts` divides no grown axis, the plan has one part.
     """

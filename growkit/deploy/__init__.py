@@ -1,1 +1,1 @@
-"""From an nn.Module to a served file that is proven: export, parity, latency, reference data."""
+"""From an nn.Module to a served file that is proven: export, parity, latency, data sets."""

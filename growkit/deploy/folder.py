@@ -1,4 +1,4 @@
-"""The folder that `growkit export` writes: the file, its reference data, and what was checked.
+"""The folder that `growkit export` writes: the file, its data sets, and what was checked.
 
 model.onnx  test_data_set_0/  test_data_set_1/  export.json
 """

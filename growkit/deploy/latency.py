@@ -110,8 +110,8 @@ class _Pair:
     foreign: float | None = None
 
     @property
-    def ratio(self) -> float:
-        """Its logarithm."""
+    def log_ratio(self) -> float:
+        """Logarithm of the subject's median over the baseline's."""
         subject, baseline = map(np.median, self.seconds)
         return math.log(subject / baseline)
 
@@ -192,9 +192,9 @@ def _calm(pairs: list[_Pair]) -> list[_Pair]:
 
 
 def _rounds(pairs: list[_Pair]) -> list[np.ndarray]:
-    """The ratios of each session."""
+    """The log ratios of each session."""
     sessions = dict.fromkeys(pair.session for pair in pairs)
-    return [np.array([pair.ratio for pair in pairs if pair.session == session]) for session in sessions]
+    return [np.array([pair.log_ratio for pair in pairs if pair.session == session]) for session in sessions]
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:

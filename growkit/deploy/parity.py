@@ -227,7 +227,7 @@ def _stored(session: Session, model: nn.Module, form: Form, limits: Limits, fold
             label = f"{name}: {side}"
             try:
                 got = run(fed)
-            except Exception as error:  # those of another model does not even fit
+            except Exception as error:  # data sets of another model do not even fit
                 line = f"{label} refuses the stored input: {first_line(error)}"
                 checks.append(check("reference", label, False, "refused", "ok", line))
                 continue

@@ -59,7 +59,7 @@ def write_model_repository(
 
     Raises:
         GrowkitError: tritonclient is missing; a setting out of range; the version is there and `force` was not given;
-            the other versions take other tensors or labels; the file or its reference data do not fit Triton.
+            the other versions take other tensors or labels; the file or its data sets do not fit Triton.
     """
     proto = load_graph(exported / MODEL)
     name = settings.name or default_name(proto)
@@ -168,7 +168,7 @@ def _fill(value: Any, tensor: Tensor, batched: bool) -> None:
 
 
 def _samples(signature: Signature, exported: Path) -> list[np.ndarray]:
-    """An array for each input, batch included: of the first reference data that fits; one image where batched."""
+    """An array for each input, batch included: of the first data sets that fits; one image where batched."""
     for folder in sorted(exported.glob("test_data_set_*")):
         arrays = [_array(folder / f"input_{index}.pb") for index in range(len(signature.inputs))]
         if signature.batched:

@@ -1,4 +1,4 @@
-"""The gate: parity, reference data, accuracy and latency of an ONNX file, and one verdict.
+"""The gate: parity, data sets, accuracy and latency of an ONNX file, and one verdict.
 
 A model without its file, or a file without its model, is held against a golden reference alone.
 """

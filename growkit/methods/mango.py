@@ -8,6 +8,7 @@ of the first path, which costs what it costs; `random`, a ring of normal numbers
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -158,7 +159,8 @@ def lossless_start(
     which new layers keep at zero.
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
-    blocks = mlp_blocks(source), mlp_blocks(target), source.has("gate")
+    old_k, new_k = mlp_blocks(source), mlp_blocks(target)
+    slots = partial(_slots, old_k, new_k, source.has("gate"), noise=noise, generator=generator)
     copies = new // old
     vectors = vector_maps(source, old, new)
     residual, normed = vectors["embed"], vectors["shift"]
@@ -172,13 +174,13 @@ def lossless_start(
         hidden = maps.duplicate(old, new, source.spaces["attn"].group)
         paths = [
             {
-                "B": _slots(*blocks, "qkv", reads=False, noise=noise, generator=generator),
+                "B": slots("qkv", reads=False),
                 "O": hidden,
                 "L": layers,
                 "I": normed / copies + parted([normed]),
             },
             {
-                "B": _slots(*blocks, "o", reads=True, noise=noise, generator=generator),
+                "B": slots("o", reads=True),
                 "O": residual,
                 "L": branches,
                 "I": maps.shared_read(hidden) + parted([hidden]),
@@ -186,15 +188,15 @@ def lossless_start(
         ]
     else:
         hidden = residual
-        inner = _slots(*blocks, "qkv", reads=False, noise=noise, generator=generator)
-        outer = _slots(*blocks, "o", reads=True, noise=noise, generator=generator)
+        inner = slots("qkv", reads=False)
+        outer = slots("o", reads=True)
         reads = normed / copies + parted([normed, residual])
         paths = [{"B": inner + outer, "O": residual, "L": branches, "I": reads}]
     matrices = {
         **vectors,
         "head": normed / copies + parted(read_maps(source, normed, residual)),
         "attn": hidden,
-        MLP_BLOCKS: maps.duplicate(*blocks[:2]),
+        MLP_BLOCKS: maps.duplicate(old_k, new_k),
         "layers": layers,
         "branches": branches,
     }

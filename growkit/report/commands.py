@@ -3,23 +3,17 @@
 import re
 import shlex
 
-from growkit.report.facts import Step
-
 WIDTH = 86  # characters of a command in one line
 ONCE = ("--force", "--resume", "--json")  # what says nothing of the result
 
 
-def command_line(step: Step) -> str:
-    """The command of a step, as one would type it to make the run anew; empty where none is on record.
-
-    None is where a step was made from Python.
-    """
-    typed = step.content.get("command_line")
+def command_line(typed: object) -> str:
+    """A command on record, as one would type it to make the run anew; empty where there is none, or a damaged one."""
     if not isinstance(typed, str):
         return ""
     try:
         words = shlex.split(typed)
-    except ValueError:  # damaged
+    except ValueError:
         return ""
     return shlex.join(word for word in words if word not in ONCE)
 

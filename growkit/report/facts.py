@@ -58,7 +58,7 @@ class Facts:
     config: Content  # config.json of the furthest model
     export: Content
     verify: Content
-    held: Content  # of a model or an ONNX file alone, against a reference
+    held: tuple[Content, ...]  # of the model alone and of an ONNX file alone, against a reference
     comparison: Content
     damaged: tuple[str, ...]  # one line for each file that could not be read
 
@@ -122,7 +122,7 @@ def read_facts(run: RunFolder) -> Facts:
         config=read(furthest / "config.json"),
         export=read(run.onnx / "export.json"),
         verify=read(run.verify / "report.json"),
-        held=read(run.verify / "reference.json"),
+        held=tuple(read(run.verify / f"held-{what}.json") for what in ("model", "file")),
         comparison=read(run.compare / "results.json"),
         damaged=tuple(damaged),
     )

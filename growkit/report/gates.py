@@ -90,15 +90,15 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     """One gate for each group of checks, and one for each that a rollout needs and nobody made."""
     content = checked(facts)
     groups = checks_of(content)
+    golden = [*groups.pop("golden", ()), *_held_alone(facts)]
+    if golden:
+        yield Gate(group_name("golden"), mark_of(golden), _line("golden", golden, content))
     if not groups:
         remedy = "`growkit verify` does it." if facts.export else "`growkit export --onnx`, then `growkit verify`."
         yield Gate("The ONNX file was verified", Mark("not done"), remedy)
         return
     for group, checks in groups.items():
         yield Gate(group_name(group), mark_of(checks), _line(group, checks, content))
-    held = checks_of(facts.held).get("golden", ())
-    if held and "golden" not in groups and _is_current(facts):
-        yield Gate(group_name("golden"), mark_of(held), _line("golden", held, facts.held))
     if content is not facts.verify:
         yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
         return
@@ -107,11 +107,15 @@ def _checks(facts: Facts) -> Iterator[Gate]:
             yield Gate(GROUPS[group], Mark("not done"), remedy)
 
 
-def _is_current(facts: Facts) -> bool:
-    """Whether what was held against a reference alone is the model or the file as it stands now."""
-    current = {facts.shipped[1] if facts.shipped else None, facts.export.get("sha256")} - {None}
-    held = facts.held.get("onnx_sha256") or facts.held.get("weights_sha256")
-    return held in current if isinstance(held, str) else False
+def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
+    """The checks of model or file alone against a reference, where they are of those that there are now."""
+    now = {facts.shipped[1] if facts.shipped else None, facts.export.get("sha256")}
+    return [
+        one
+        for held in facts.held
+        if str(held.get("onnx_sha256") or held.get("weights_sha256")) in now
+        for one in checks_of(held).get("golden", ())
+    ]
 
 
 def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:

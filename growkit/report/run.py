@@ -6,7 +6,7 @@ from dataclasses import replace
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
-from growkit.report.commands import command_line, in_lines
+from growkit.report.commands import ONCE, command_line, in_lines
 from growkit.report.facts import Facts, mapping, percent, read_facts, short
 from growkit.report.gates import behaviour_step, gates_of, verdict_of
 from growkit.report.growth import (
@@ -118,14 +118,14 @@ def _provenance(facts: Facts) -> Section:
     steps = facts.steps
     licence = mapping(facts.config.get("pretrained_cfg")).get("license")
     lines = []
-    if any(map(command_line, steps)):
-        lines.append("In order, as they were typed.")
+    commands = [line for step in steps if (line := command_line(step.content.get("command_line")))]
+    if steps:
+        kept = f"As they were typed, in order, but for {', '.join(ONCE)}."
+        lines.append(kept if commands else "How the steps were started is not on record.")
     if licence:
         lines.append(f"License that timm notes for the architecture's weights: {licence}.")
-    commands = [in_lines(line) for step in steps if (line := command_line(step))]
-    compared = facts.comparison.get("command")
-    if compared:
-        commands.append(in_lines(str(compared)))
+    if compared := command_line(facts.comparison.get("command")):
+        commands.append(compared)
     seeds = [(step.name, step.options["seed"]) for step in steps if "seed" in step.options]
     parts = []
     if steps:
@@ -137,4 +137,6 @@ def _provenance(facts: Facts) -> Section:
     made = [one for step in steps for one in step_sections(step, figures=step.command not in told)]
     if made:
         parts.append(Section("Every step as recorded", parts=made, folded=True))
-    return Section("Provenance", "\n".join(lines) or "No steps on record.", code=commands, parts=parts)
+    return Section(
+        "Provenance", "\n".join(lines) or "No steps on record.", code=[*map(in_lines, commands)], parts=parts
+    )

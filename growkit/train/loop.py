@@ -72,8 +72,8 @@ def fit(
     The result depends on the model, the data and the settings alone: not on the number of workers,
     nor on where a run was stopped and resumed. No global random state is changed. Ctrl-C or
     SIGTERM ends the run after the batch at hand, with the state of the last whole update saved, and a
-    scoring at once where it is of one process; a second one ends at once whatever is at hand. What was not scored is
-    when the run is resumed.
+    scoring at once where it is of one process; a second one ends at once whatever is at hand. A score that was due
+    and not made is made when the run is resumed.
 
     On several processes (`distributed.joined`) each takes its part of every batch, gradients are averaged, and the
     result is that of one process to rounding; but dropout and mixing draw for each process, and mixing pairs the

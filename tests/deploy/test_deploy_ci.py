@@ -208,7 +208,7 @@ def test_model_held_alone_leaves_the_verification_of_its_file_as_it_is(place: Pa
     assert growkit(place, *whole) == 0
     before = (place / "run" / "verify" / "report.json").read_bytes()
     assert growkit(place, *MODEL) == 0
-    held = json.loads((place / "run" / "verify" / "reference.json").read_text())
+    held = json.loads((place / "run" / "verify" / "held-model.json").read_text())
     assert ({one["group"] for one in held["checks"]}, held["onnx"]) == ({"golden"}, None)
     assert (place / "run" / "verify" / "report.json").read_bytes() == before
 
@@ -302,7 +302,7 @@ def test_gate_passes_what_was_accepted_and_reports_it(path: Path, place: Path) -
         assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
         assert int(suite.get("tests") or 0) == len(suite.findall("testcase")) > 5
         (written,) = (place / "gate" / name / "verify").iterdir()
-        assert written.name == ("reference.json" if name == "model" else "report.json")
+        assert written.name == ("held-model.json" if name == "model" else "report.json")
         assert json.loads(written.read_text())["verdict"] == "pass"
 
 

@@ -1,6 +1,7 @@
 """`growkit export` and `growkit verify` on a run folder, as a user meets them."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -93,13 +94,36 @@ def test_export_that_answers_differently_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Path) -> None:
+def write_images(root: Path, labels: str) -> None:
     for split in ("train", "val"):
-        for label in "abcdefg":
-            (tmp_path / "data" / split / label).mkdir(parents=True)
+        for label in labels:
+            (root / split / label).mkdir(parents=True)
             for index in range(2):
                 image = Image.new("RGB", (20, 20), (30 * index, 5 * ord(label) % 255, 90))
-                image.save(tmp_path / "data" / split / label / f"{index}.png")
+                image.save(root / split / label / f"{index}.png")
+
+
+@pytest.mark.parametrize(
+    ("classes", "why"), [(0, "has no classifier to judge"), (7, "its 2 classes are not the model's 7")]
+)
+def test_ranges_of_int8_need_images_and_no_labels(classes: int, why: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "ab")
+    kept = {k: v for k, v in ARGUMENTS.items() if k != "num_classes"}
+    config = {"architecture": NAME, "model_args": kept}
+    save_for_hf(make_model(num_classes=classes), str(tmp_path / "model"), model_config=config, safe_serialization=True)
+    words = ("export", tmp_path / "model", "--run", tmp_path / "run", "--data", tmp_path / "data", "--precision")
+    result = call(*words, "int8-static")
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"accuracy is not judged: .*{why}", result.output)
+    assert "accuracy" not in json.loads((tmp_path / "run" / "onnx" / "export.json").read_text())["parity"]["figures"]
+    for more in (("int8-static", "--max-accuracy-drop", "1"), ("int8",)):  # what asks for a judgement gets none
+        refused = call(*words, *more, "--out", tmp_path / "other")
+        assert why in str(refused.exception)
+        assert not (tmp_path / "other").exists()
+
+
+def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "abcdefg")
     data = ("--data", tmp_path / "data", "--workers", "0")
     junit = tmp_path / "junit.xml"
     result = call("verify", "--run", run, "--json", *SHORT, "--junit", junit, *data)

@@ -794,7 +794,7 @@ def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(
     """The ring is cut into slices here; compiled, each would be traced, and its planning too."""
     from torch._dynamo.utils import counters  # takes seconds to import
 
-    monkeypatch.setattr("growkit.core.ring.FEWEST_ELEMENTS", 2**8)
+    monkeypatch.setattr("growkit.core.ring_plan.FEWEST_ELEMENTS", 2**8)
     source, target = (tiny(*size) for size in ((32, 2, 2), (64, 2, 4)))
     state = published_scale(source).state_dict()
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
