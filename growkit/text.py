@@ -16,6 +16,11 @@ def visible(text: object) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def counted(number: float, thing: str) -> str:
+    """As in '1 update' and '1,200 updates'."""
+    return f"{number:,.0f} {thing}" + ("" if number == 1 else "s")
+
+
 def clipped(text: str, most: int) -> str:
     """At most `most` characters, an ellipsis the last where some are left out."""
     return text if len(text) <= most else text[: most - 1] + "…"

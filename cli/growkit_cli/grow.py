@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
+from growkit.text import counted
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
@@ -86,7 +87,7 @@ def grow(
     if grown.operator and grown.scores:
         before, after = grown.scores["step0"], grown.scores.get("operator")
         console.say(
-            f"operator trained for {grown.operator.steps} updates: loss {grown.operator.losses[0]:.4f} -> "
+            f"operator trained for {counted(grown.operator.steps, 'update')}: loss {grown.operator.losses[0]:.4f} -> "
             f"{grown.operator.losses[-1]:.4f}"
             + ("" if after is None else f", validation top-1 {before.top1:.2%} -> {after.top1:.2%}")
         )

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from growkit.text import counted
 from growkit_cli.console import Console
 from growkit_cli.loading import load
 from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument
@@ -73,7 +74,7 @@ def plan(
         console.result(asdict(planned))
         return
     console.table(
-        f"mango, {steps} updates of {batch_size}",
+        f"mango, {counted(steps, 'update')} of {counted(batch_size, 'image')}",
         (
             "rank",
             "operator",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from growkit.text import counted
 from growkit_cli.console import Console, PlainBar
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def tell_trained(console: Console, trained: "Trained") -> None:
         console.say("all of its updates were made before; nothing was left to train")
     rate = f"{fitted.images_per_second:.0f} images/s, " if fitted.images_per_second else ""
     console.say(
-        f"wrote {trained.folder} after {fitted.steps} updates in {fitted.seconds:.0f} s "
-        f"({rate}{fitted.flops_per_step * fitted.steps / 1e12:.2f} TFLOP)"
+        f"wrote {trained.folder} after {counted(fitted.steps, 'update')} in {fitted.seconds:.0f} s "
+        f"({rate}{fitted.flops_per_step * fitted.steps / 1e12:.3g} TFLOP)"
     )
     console.result(
         {

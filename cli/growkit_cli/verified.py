@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from growkit.text import clipped
+from growkit.text import clipped, counted
 from growkit_cli.console import Console
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def show(console: Console, verified: "Verification") -> None:
         )
     if verified.latency:
         console.table(
-            f"times in ms on {verified.latency.provider}, {verified.latency.threads} threads",
+            f"times in ms on {verified.latency.provider}, {counted(verified.latency.threads, 'thread')}",
             ("file against", "batch", "ratio", "low", "high", "p50", "p99", "its p50"),
             [
                 (
@@ -50,7 +50,7 @@ def show(console: Console, verified: "Verification") -> None:
             console.say(f"warning: {note}")
     if verified.throughput:
         console.table(
-            f"throughput on {verified.throughput.provider}, {verified.throughput.threads} threads, "
+            f"throughput on {verified.throughput.provider}, {counted(verified.throughput.threads, 'thread')}, "
             "spinning as by ONNX Runtime's default",
             ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
             [

@@ -14,7 +14,7 @@ from growkit.compare.trials import Tried
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
 from growkit.report.plot import Bar, Bars, Plot, Series, save
-from growkit.text import visible
+from growkit.text import counted, visible
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
 
@@ -171,7 +171,7 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     known = content["source_flops"]
     summary = [
         f"{content['source']['name']} ({_size(content['source'])}) grown into {_size(content['target'])}, "
-        f"{seeds} paired {'seed' if seeds == 1 else 'seeds'}.",
+        f"{counted(seeds, 'paired seed')}.",
         f"From nothing the target ends at {points(nothing.budgets[-1].top1)} % on the test images, after "
         f"{cell(content['full_flops'] / 1e12)} TFLOP ({cell(content['full_flops'] / 2e12)} T multiply-adds).",
         "Training the source took "

@@ -7,6 +7,7 @@ from growkit.report.facts import Facts, Step, mapping, number, percent, rows, sh
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
+from growkit.text import counted
 
 SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # what grows, first
 SMOOTH = 50  # points of a curve of training losses
@@ -206,7 +207,7 @@ def _spent(what: str, fit: Mapping[str, Any]) -> str:
         *([duration(seconds)] if seconds else []),
         *([f"{rate:,.0f} images per second"] if rate else []),
     ]
-    many = f" for {steps:,.0f} updates" if steps is not None else ""
+    many = f" for {counted(steps, 'update')}" if steps is not None else ""
     stopped = " It was stopped before its end." if fit.get("interrupted") else ""
     return f"{what}{many}" + (f": {', '.join(told)}." if told else ".") + stopped
 

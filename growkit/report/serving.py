@@ -8,6 +8,7 @@ from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
 from growkit.report.plot import Bar, Bars, Chart, Dots
 from growkit.report.steps import figure_sections
+from growkit.text import counted
 
 GROUPS = {  # the groups of checks known by now, as a reader asks
     "structure": "The ONNX file is well formed",
@@ -144,9 +145,8 @@ def latency_section(facts: Facts) -> Section:
     compared = rows(timed.get("comparisons"))
     if not compared:
         return Section("Latency", "Not measured: `growkit verify` measures it once the answers are right.")
-    where = (
-        f"{timed.get('provider')}, {cell(timed.get('threads'))} {'thread' if timed.get('threads') == 1 else 'threads'}"
-    )
+    threads = number(timed.get("threads"))
+    where = str(timed.get("provider")) + (f", {counted(threads, 'thread')}" if threads is not None else "")
     lines = [
         f"On {where}: time of the file / time of what it is held against, timed in turns; below 1 the file is faster.",
         "Against itself shows how far this machine can tell; bars are 95 % intervals.",
