@@ -63,7 +63,9 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     if path.is_dir():
         weights = next((path / name for name in (WEIGHTS, PICKLED) if (path / name).exists()), None)
         if not (path / CONFIG).exists() or weights is None:
-            raise GrowkitError(f"{path}: no model folder; expected {CONFIG} and {WEIGHTS} in it")
+            within = [path / stage for stage in ("finetuned", "grown", "trained") if (path / stage / WEIGHTS).exists()]
+            remedy = f"give {within[0]}, the model in it" if within else f"expected {CONFIG} and {WEIGHTS} in it"
+            raise GrowkitError(f"{path}: no model folder; {remedy}")
         config = read_json(path / CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")

@@ -25,7 +25,7 @@ from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import METRICS, STATE, batch_size_of
-from growkit.train.room import with_batch_size
+from growkit.train.room import STEP, with_batch_size
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Say, Tell, silent
@@ -197,6 +197,7 @@ def grow_model(
                 "set": list(sets),
                 "data": data,
                 **asdict(settings),
+                "operator": asdict(operator) if operator is not None and data is not None else None,
             },
             figures={
                 "step0_gap": gap,
@@ -408,7 +409,8 @@ def _sized(
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"
-        found = "takes all training images" if sized.batch_size >= images else f"is the largest that fits {where}"
+        whole = sized.batch_size > images - STEP * size()  # it is rounded down
+        found = f"takes as good as all {images:,} training images" if whole else f"is the largest that fits {where}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 

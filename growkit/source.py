@@ -201,7 +201,11 @@ def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[st
             raise GrowkitError(
                 f"{architecture.name} reads {what} of {height} x {width}; growkit grows square ones alone"
             )
-    channels, size = model.in_chans, model.patch_embed.img_size[0]
+    channels, size, patch = model.in_chans, model.patch_embed.img_size[0], model.patch_embed.patch_size[0]
+    if size < patch:
+        raise GrowkitError(
+            f"images {size} wide hold no patch of {patch}; choose --set img_size={patch} or more, or --set patch_size=N"
+        )
     config["input_size"] = (channels, size, size)
     if not given and size < 64:
         config["crop_pct"] = 1.0

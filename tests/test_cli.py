@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         change(changed)
         (root / name / "config.json").write_text(json.dumps(changed))
         (root / name / "model.safetensors").write_bytes((root / "small" / "model.safetensors").read_bytes())
+    shutil.copytree(root / "small", root / "a-run" / "trained")
     (root / "odd-stage").mkdir()
     (root / "odd-stage" / "verify").touch()
     (root / "odd-record").mkdir()
@@ -159,6 +161,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "finetune of nothing": (("finetune", "nowhere", *DATA), "nowhere: no such file"),
     "resume of nothing": (("finetune", "small", *DATA, "--resume", *QUICK), "start without --resume"),
     "train of no architecture": (("train", "vit_tinny", *DATA), "nearest: vit_tiny"),
+    "train on images below a patch": (
+        ("train", "vit_tiny", *DATA, "--set", "img_size=8"),
+        "images 8 wide hold no patch of 16; choose --set img_size=16 or more",
+    ),
+    "a run folder for its model": (
+        ("plan", "a-run", *TO),
+        "a-run: no model folder; give a-run/trained, the model in it",
+    ),
     "train of another kind": (("train", "resnet18", *DATA), "resnet18"),
     "export without a model": (("export", "--onnx"), "holds no model yet"),
     "verify without a model": (("verify",), "holds no model yet"),
@@ -390,7 +400,7 @@ def test_grow_records_what_made_the_model(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("auto", "--batch-size {eights} is the largest that fits cpu; --lr 0.0001 is not scaled"),
+        ("auto", "--batch-size {eights} takes as good as all {images} training images; --lr 0.0001 is not scaled"),
         ("1000", "--batch-size 1000: there are {images} training images, and a batch takes them all"),
     ],
 )
@@ -413,14 +423,14 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
     assert step["options"]["batch_size"] == (eights if asked == "auto" else 1000)
 
 
-def test_batch_that_takes_all_images_is_not_said_to_be_the_largest_that_fits(
+def test_batch_that_memory_bounds_is_said_to_be_the_largest_that_fits(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("growkit.train.room.STEP", 1)
+    monkeypatch.setattr("growkit.pipeline.with_batch_size", lambda *given: replace(given[2], batch_size=4))
     options = ("--batch-size", "auto", "--steps", "1", "--workers", "0", "--run", tmp_path)
     status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
-    assert (status, "--batch-size 15 takes all training images; --lr 0.0001 is not scaled" in out) == (0, True)
+    assert (status, "--batch-size 4 is the largest that fits cpu; --lr 0.0001 is not scaled" in out) == (0, True)
 
 
 @pytest.mark.parametrize("command", [("finetune", "small"), GROW])

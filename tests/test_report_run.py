@@ -446,6 +446,30 @@ def test_commands_are_told_as_they_were_typed_without_what_is_said_once(tmp_path
     assert "growkit compare small.pth\n" in told
 
 
+def test_command_that_was_resumed_is_told_once_and_options_of_nothing_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    tuned = next(step for step in content["steps"] if step["command"] == "finetune")
+    tuned["options"] |= {"hflip": 0.0, "channels_last": False, "aa": None}
+    content["steps"].append({**tuned, "command_line": f"{tuned['command_line']} --resume"})
+    write_json(run.record, content)
+    told = text(run)
+    assert told.count("growkit finetune --data") == 1
+    assert "hflip 0" in told
+    assert "channels last no" in told
+    assert "aa –" not in told
+
+
+def test_run_that_only_trained_is_not_asked_for_a_source(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run.trained).mkdir()
+    write_json(run.trained / "growkit.json", {"stage": "trained"})
+    for name in ("grown", "finetuned"):
+        shutil.rmtree(run.path / name)
+    without("grow", "finetune", "evaluate")(run)
+    assert ACCURATE not in gates(run)
+
+
 @pytest.mark.parametrize("typed", [None, 3, "growkit grow 'small", ["growkit"]])
 def test_step_without_a_command_has_none_on_the_page(typed: object, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")

@@ -144,6 +144,8 @@ def export(
         console.say(
             f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images"
         )
+    elif made.form.precision != "fp32" and data is None:
+        console.say("what that does to accuracy was not looked at: give --data, here or to `growkit verify`")
     folder.add(
         "export",
         options={

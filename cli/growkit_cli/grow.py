@@ -94,8 +94,8 @@ def grow(
         if after is not None and after.top1 < before.top1:
             console.say("warning: training the operator did harm: try a lower --lr, or grow with --force and no --data")
     console.say(
-        f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters from an operator of "
-        f"{grown.operator_parameters / 1e6:.2f} M"
+        f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters"
+        + (f" from an operator of {grown.operator_parameters / 1e6:.2f} M" if grown.operator_parameters else "")
     )
     console.result(
         {

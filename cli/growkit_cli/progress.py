@@ -85,10 +85,8 @@ def tell_trained(console: Console, trained: "Trained") -> None:
     if not fitted.images_per_second and not fitted.interrupted:
         console.say("all of its updates were made before; nothing was left to train")
     rate = f"{fitted.images_per_second:.0f} images/s, " if fitted.images_per_second else ""
-    console.say(
-        f"wrote {trained.folder} after {counted(fitted.steps, 'update')} in {fitted.seconds:.0f} s "
-        f"({rate}{fitted.flops_per_step * fitted.steps / 1e12:.3g} TFLOP)"
-    )
+    done = f"{'wrote' if rate else 'kept'} {trained.folder} after {counted(fitted.steps, 'update')}"
+    console.say(f"{done} in {fitted.seconds:.0f} s ({rate}{fitted.flops_per_step * fitted.steps / 1e12:.3g} TFLOP)")
     console.result(
         {
             "folder": trained.folder,

@@ -300,6 +300,8 @@ def compare_methods(
         metric=settings.metric,
         source_flops=known,
     )
+    if worse := [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, settings.metric)]:
+        say(f"warning: worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
     content = {
         **identity_of(bench),
         "adapted": bench.source.adapted,
@@ -318,3 +320,9 @@ def compare_methods(
     write_json(run.compare / "results.json", content)
     write_pages(run.compare, content, arms)
     return Compared(run.compare, arms, content)
+
+
+def _ends_below_start(arm: ArmFigures, metric: str) -> bool:
+    """Whether training did harm, on held-out images and in the mean over seeds."""
+    scores = [score.mean for _, score in arm.curve]
+    return bool(scores) and sign_of(metric) * (scores[-1] - scores[0]) < 0

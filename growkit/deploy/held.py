@@ -83,10 +83,11 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
 
 def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:
     """What tells the two apart and its hashes before and now: the whole file, else the weights; None if unknown."""
-    for kind in ("onnx_sha256", "tensors_sha256", "weights_sha256"):
+    kinds = {"onnx_sha256": "SHA-256", "tensors_sha256": "weights by tensor", "weights_sha256": "weights"}
+    for kind, what in kinds.items():
         before, after = getattr(was, kind), getattr(now, kind)
         if before and after:
-            return ("SHA-256" if kind == "onnx_sha256" else "weights"), before, after
+            return what, before, after
     return None
 
 

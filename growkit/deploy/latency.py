@@ -366,7 +366,7 @@ def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
         f"[{comparison.low:.3f}, {comparison.high:.3f}], allowed {limit:.2f}"
     )
     if noise > NOISY:
-        line += f"; the machine is too noisy: the file against itself is off by {noise:.1%}"
+        line += f"; the machine is too noisy: the file against itself may be off by {noise:.1%}"
         if comparison.foreign is not None and comparison.foreign > CONTENDED:
             line += f", and other programs took {comparison.foreign:.0%} of its processors"
     elif verdict == "inconclusive":

@@ -25,7 +25,8 @@ def verdict_of(gates: Sequence[Gate]) -> Gate:
 
 def gates_of(facts: Facts) -> list[Gate]:
     """Start, accuracy against the source, every group of checks, and whether the files belong together."""
-    return [*_start(facts), _accuracy(facts), *_checks(facts), *_together(facts)]
+    has_source = facts.grown or facts.all("evaluate") or not facts.trained
+    return [*_start(facts), *([_accuracy(facts)] if has_source else []), *_checks(facts), *_together(facts)]
 
 
 def _start(facts: Facts) -> Iterator[Gate]:

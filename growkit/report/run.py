@@ -118,7 +118,8 @@ def _provenance(facts: Facts) -> Section:
     steps = facts.steps
     licence = mapping(facts.config.get("pretrained_cfg")).get("license")
     lines = []
-    commands = [line for step in steps if (line := command_line(step.content.get("command_line")))]
+    typed = (command_line(step.content.get("command_line")) for step in steps)
+    commands = list(dict.fromkeys(line for line in typed if line))  # what was resumed is one command
     if steps:
         kept = f"As they were typed, in order, but for {', '.join(ONCE)}."
         lines.append(kept if commands else "How the steps were started is not on record.")

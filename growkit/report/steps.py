@@ -18,7 +18,9 @@ def step_sections(step: Step, *, figures: bool = True) -> list[Section]:
     first, *others = figure_sections(step.name, step.figures if figures else {})
     lines = [f"Finished {step.finished}."] if step.finished else []
     options = [
-        f"{words(key)} {_item(value)}" for key, value in _flat(step.options) if value not in (None, "", [], {}, False)
+        f"{words(key)} {cell(_item(value))}"
+        for key, value in _flat(step.options)
+        if value is not None and value not in ("", [], {})
     ]
     if options:
         lines.append(f"Options: {', '.join(options)}.")

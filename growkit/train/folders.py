@@ -36,9 +36,12 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
         only = next(name for name in (*classes, *others) if (name in classes) != (name in others))
         has, lacks = names if only in classes else names[::-1]
         alike = [name for name in (*classes, *others) if name != only and name.lower() == only.lower()]
-        remedy = f"rename {alike[0]} there" if alike else f"add some or remove {has}/{only}"
+        extra = [name for name in (others if lacks == names[1] else classes) if (name in classes) != (name in others)]
+        besides = f" and alone has {extra[0]}" if extra else ""
+        remedy = f"rename {(alike or extra)[0]} there" if alike or extra else f"add some or remove {has}/{only}"
         raise GrowkitError(
-            f"{shown}: {has}/ and {lacks}/ must hold the same classes, but {lacks}/ has no images of {only}; {remedy}"
+            f"{shown}: {has}/ and {lacks}/ must hold the same classes, but {lacks}/ has no images of {only}{besides}; "
+            f"{remedy}"
         )
     if len(classes) == 1:
         raise GrowkitError(f"{shown}: all images are of one class, {classes[0]}; add another to tell it from")

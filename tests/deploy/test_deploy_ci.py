@@ -217,7 +217,7 @@ def test_update_says_what_it_replaced(place: Path, capsys: pytest.CaptureFixture
     damage_model(place)
     assert growkit(place, *MODEL, "--update-reference") == 0
     out = capsys.readouterr().out
-    assert re.search(r"replaced reference/model: weights \w{12} -> \w{12}; logits move by up to (?!0 )", out)
+    assert re.search(r"replaced reference/model: weights by tensor \w{12} -> \w{12}; logits move by up to (?!0 )", out)
     assert growkit(place, *MODEL) == 0
     capsys.readouterr()
     assert growkit(place, *MODEL, "--update-reference", "--json") == 0

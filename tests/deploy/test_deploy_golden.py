@@ -155,7 +155,7 @@ def test_model_matches_its_own_reference(model: nn.Module, folder: Path) -> None
     checks = check_golden(read_golden(folder), model_subject(model))
     assert set(verdicts(checks).values()) == {"pass"}
     assert set(verdicts(checks)) == {
-        "model: weights",
+        "model: weights by tensor",
         "model: preprocessing",
         *(f"test_data_set_{i}: model{rest}" for i in (0, 1) for rest in ("", ", certain predictions changed")),
     }
@@ -178,7 +178,7 @@ def test_one_weight_off_is_found_even_where_it_drowns_in_noise(golden: Golden, o
     assert len(said) == lines
     before, after = (h[:12] for h in (golden.identity.tensors_sha256 or "", tensors_sha256(moved)))
     assert said[0] == (
-        f"the reference was written for weights {before}, this model has {after}: "
+        f"the reference was written for weights by tensor {before}, this model has {after}: "
         "run `growkit verify --update-reference` if the change was meant"
     )
 
@@ -222,7 +222,7 @@ def test_model_of_one_class_matches_itself() -> None:
         ({"img_size": 32}, "refuses the stored images of 3 x 16 x 16: the reference is another model's"),
         ({"num_classes": 5}, "answers 5 x 5, stored is 5 x 7: the reference is another model's"),
         ({"in_chans": 1}, "preprocessing is input_size [1, 16, 16]"),
-        ({"embed_dim": 32}, "the reference was written for weights"),
+        ({"embed_dim": 32}, "the reference was written for weights by tensor"),
     ],
 )
 def test_reference_of_another_model_is_said_to_be_one(golden: Golden, changed: dict[str, int], told: str) -> None:
@@ -409,7 +409,7 @@ def test_change_says_how_far_the_answers_move(golden: Golden) -> None:
         moved.head.bias[2] += 0.25
     told = change_since(golden, model_subject(moved))
     before, after = (h[:12] for h in (golden.identity.tensors_sha256 or "", tensors_sha256(moved)))
-    assert told.startswith(f"weights {before} -> {after}; logits move by up to 0.25 ")
+    assert told.startswith(f"weights by tensor {before} -> {after}; logits move by up to 0.25 ")
     assert "as before; logits move by up to" in change_since(golden, model_subject(make_model()))
     assert "7 classes before, 5 now" in change_since(golden, model_subject(make_model(num_classes=5)))
     assert "images were 3 x 16 x 16, are 3 x 32 x 32" in change_since(golden, model_subject(make_model(img_size=32)))

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "grow": ("small", *TO, *SHORT),
     "plan": ("small", *TO),
     "finetune": ("small", *SHORT, "--model-ema"),
-    "evaluate": ("small", *DATA),
+    "evaluate": ("three/trained", *DATA),  # of the classes of the images
     "compare": ("small", *TO, *SHORT, "--methods", "net2net", "--controls", "none", "--seeds", 1, "--budgets", 1, *ONE),
     "sweep": (
         *("small", *TO, *DATA, "--steps", 8, *ONE, "--share", 1, "--trials", 1, "--operator-steps", 1),
@@ -83,8 +83,9 @@ def server() -> Iterator[Server]:
 def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("place")
     furnish(root)
-    ended = server.run(root, ("export", "small", "--run", "exported"))
-    assert ended.status == 0, ended.err
+    for words in (("export", "small", "--run", "exported"), ("train", *COMMANDS["train"], "--run", "three")):
+        ended = server.run(root, words)
+        assert ended.status == 0, ended.err
     return root
 
 
