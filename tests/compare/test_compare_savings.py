@@ -1,12 +1,15 @@
 """Savings, intervals and censoring, against NumPy, SciPy and by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from growkit.compare.savings import estimate, flops_to, saving
+from growkit.compare.compare import _ends_below_start
+from growkit.compare.savings import Estimate, estimate, flops_to, saving
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 
@@ -69,3 +72,17 @@ def test_run_that_never_gets_there_counts_as_all_it_spent_and_bounds_the_saving(
     assert (found.reached, found.seeds) == (1, 2)
     assert found.mean == pytest.approx((0.8 + 0.1) / 2)
     assert found.low is None  # an interval around a bound would be none
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "worse"),
+    [
+        ("top1", (0.6, 0.7, 0.5), True),
+        ("top1", (0.6, 0.5, 0.7), False),
+        ("loss", (1.0, 2.0), True),
+        ("loss", (2.0, 1.0), False),
+    ],
+)
+def test_arm_that_ends_below_its_start_is_found(metric, scores, worse):
+    arm = SimpleNamespace(curve=[(at, Estimate(score, None, None, 1)) for at, score in enumerate(scores)])
+    assert _ends_below_start(arm, metric) == worse
