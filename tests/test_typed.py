@@ -35,7 +35,7 @@ def test_torchrun_is_told_with_its_processes(monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setenv(name, str(value))
         told.clear()
         assert CliRunner().invoke(app, ["inner", "own"]).exit_code == 0
-        assert told == [f"{line} -m growkit_cli inner own"]
+        assert told == [f"{line} -m -- growkit_cli inner own"]
 
 
 def test_words_are_those_after_the_program_and_a_command_run_by_another_has_its_own() -> None:

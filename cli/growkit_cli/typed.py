@@ -39,4 +39,5 @@ def _program() -> list[str]:
     if "LOCAL_RANK" not in os.environ:
         return ["growkit"]
     hosts = ["--nnodes", str(everywhere // here)] if everywhere > here else []
-    return ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "growkit_cli"]
+    # without the --, torchrun would take --run for its own
+    return ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "--", "growkit_cli"]
