@@ -18,7 +18,7 @@ def step_sections(step: Step, *, figures: bool = True) -> list[Section]:
     first, *others = figure_sections(step.name, step.figures if figures else {})
     lines = [f"Finished {step.finished}."] if step.finished else []
     options = [
-        f"{words(key)} {cell(_item(value))}"
+        f"{words(key)} {cell(value) if isinstance(value, bool) else _item(value)}"
         for key, value in _flat(step.options)
         if value is not None and value not in ("", [], {})
     ]

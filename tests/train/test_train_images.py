@@ -322,7 +322,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train/cat").rename(f / "train/c\x1b[31m\nat"),
         r"/train/c\x1b[31m\nat: a class whose name cannot be printed; rename it",
     ),
-    "other case": (lambda f: (f / "val/cat").rename(f / "val/Cat"), "val/ has no images of cat; rename Cat there"),
+    "other case": (
+        lambda f: (f / "val/cat").rename(f / "val/Cat"),
+        "val/ has no images of cat and alone has Cat; rename Cat there",
+    ),
     "one more in val": (
         lambda f: shutil.copytree(f / "val/cat", f / "val/owl"),
         "train/ has no images of owl; add some or remove val/owl",

@@ -129,8 +129,8 @@ def test_making_in_one_piece_and_in_slices_counts_the_same_for_a_step(monkeypatc
     monkeypatch.setattr(
         RingOperator,
         "_plan",
-        lambda ring, x, cores, parts=1, plan=RingOperator._plan: (
-            plan(ring, x, cores, parts) if x.is_meta else replace(plan(ring, x, cores, parts), slices=2, width=24)
+        lambda ring, x, cores, plan=RingOperator._plan, **how: (
+            plan(ring, x, cores, **how) if x.is_meta else replace(plan(ring, x, cores, **how), slices=2, width=24)
         ),
     )
     counted = count_step(model, batch, cross_entropy)
