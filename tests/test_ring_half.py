@@ -178,3 +178,13 @@ def test_memory_that_is_used_up_says_nothing_of_kernels(monkeypatch):
 
 
 EXAMPLE = ({"B": 3, "O": 6, "L": 2, "I": 5}, {"B": 3, "O": 8, "L": 4, "I": 7}, [2, 3, 2, 2], "BOLI", 0)
+
+
+def test_slices_may_hold_twice_as_many_numbers_of_half_the_size(monkeypatch):
+    ring, x = random_ring(*EXAMPLE)
+    asked = []
+    plan = lambda *given: asked.append(given[4]) or contraction_plan(*given)  # noqa: E731
+    monkeypatch.setattr("growkit.core.ring.contraction_plan", plan)
+    for kind in (torch.float64, torch.float32):  # only the second is halved here
+        ring.to(kind)(x.to(kind))
+    assert asked[1] == 2 * asked[0]

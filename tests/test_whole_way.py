@@ -97,6 +97,8 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     assert {name for name, mark in marks.items() if mark != "pass"} == {"It is as fast as its architecture allows"}
     assert told["verdict"]["mark"] == "not yet"  # nobody timed it
     steps = json.loads(Path("run/record.json").read_text())["steps"]
+    operator = next(step for step in steps if step["command"] == "grow")["options"]["operator"]
+    assert (operator["steps"], operator["batch_size"], operator["lr"]) == (3, 8, 1e-4)
     names = [step["command"] for step in steps]
     assert names == ["train", "grow", "finetune", "export", "verify"]
     recorded = [shlex.split(step["command_line"]) for step in steps]

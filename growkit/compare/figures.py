@@ -76,7 +76,7 @@ def arm_figures(
         own = [run for run in chosen if run["arm"] == name]
         whole = sorted((run for run in own if run["budget"] == full), key=lambda run: run["seed"])
         by_seed = {run["seed"]: run for run in whole}
-        paired = [seed for seed in sorted(targets) if seed in seeds] if whole else []
+        paired = sorted(targets) if whole else []
         costs = tuple(
             cost_of(by_seed[s], targets[s]["final"][metric], metric) if s in by_seed else None for s in paired
         )

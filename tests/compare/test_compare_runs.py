@@ -237,6 +237,15 @@ def test_seed_that_failed_counts_as_one_that_never_got_there(source, digits, tmp
     assert "(2 of 3)" in next(line for line in text.splitlines() if line.startswith("| lemon"))
 
 
+def test_arms_that_end_below_their_start_are_named_and_training_from_nothing_has_none(
+    source, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("growkit.compare.compare._ends_below_start", lambda arm, metric: True)
+    lines = []
+    run_compare(tmp_path, source, digits, options(methods="lemon"), say=lines.append)
+    assert "warning: worse at the end than at the start: lemon; try lower --lrs or more --epochs" in lines
+
+
 def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digits, tmp_path, monkeypatch):
     start = Bench.start
 

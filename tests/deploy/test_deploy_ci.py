@@ -203,13 +203,14 @@ def test_references_go_by_stage_where_none_is_named(place: Path, capsys: pytest.
         assert growkit(place, *hold, f"run/reference/{other}") == 1
 
 
-def test_model_held_alone_leaves_the_verification_of_its_file_as_it_is(place: Path) -> None:
+def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place: Path) -> None:
     whole = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency")
     assert growkit(place, *whole) == 0
     before = (place / "run" / "verify" / "report.json").read_bytes()
-    assert growkit(place, *MODEL) == 0
-    held = json.loads((place / "run" / "verify" / "held-model.json").read_text())
-    assert ({one["group"] for one in held["checks"]}, held["onnx"]) == ({"golden"}, None)
+    assert growkit(place, *MODEL) == growkit(place, *FILE, "reference/onnx") == 0
+    model, file = (json.loads((place / "run" / "verify" / f"held-{of}.json").read_text()) for of in ("model", "file"))
+    assert {one["group"] for one in model["checks"]} == {"golden"}
+    assert (model["model"], model["onnx"], file["model"], file["onnx"]) == ("model", None, None, "onnx/model.onnx")
     assert (place / "run" / "verify" / "report.json").read_bytes() == before
 
 
