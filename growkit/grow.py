@@ -61,8 +61,13 @@ class GrownModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, of the skeleton's dropout too."""
-        self._skeleton[0].train(mode)
+        self.network.train(mode)
         return super().train(mode)
+
+    @property
+    def network(self) -> VisionTransformer:
+        """What runs with the grown weights; its own have no storage."""
+        return self._skeleton[0]
 
     def weights(self) -> dict[str, Tensor]:
         """The target's weights by checkpoint name, with gradients to the method's parameters."""
@@ -95,14 +100,22 @@ class GrownModel(nn.Module):
     @contextmanager
     def weights_shared(self, processes: int) -> Iterator[None]:
         """Inside, rings are computed by all `processes` of torch.distributed together: see `RingOperator`."""
-        rings = [part for part in self.method.modules() if isinstance(part, RingOperator)]
-        for ring in rings:
+        for ring in self._rings:
             ring.processes = processes
         try:
             yield
         finally:
-            for ring in rings:
+            for ring in self._rings:
                 ring.processes = 1
+
+    def keep_intermediates(self, size: int) -> None:
+        """Have rings keep intermediates of at most `size` bytes for the backward pass, which makes the others again."""
+        for ring in self._rings:
+            ring.room = size // len(self._rings)
+
+    @property
+    def _rings(self) -> list[RingOperator]:
+        return [part for part in self.method.modules() if isinstance(part, RingOperator)]
 
     def leave_weights_uncompiled(self) -> None:
         """Have torch.compile pass `weights` over: it would trace a ring's planning, and compile each of its slices."""
@@ -110,17 +123,17 @@ class GrownModel(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass, as timm's models do under this name."""
-        blocks = self._skeleton[0].blocks
+        blocks = self.network.blocks
         for index, block in enumerate(blocks):
             inner = block.block if isinstance(block, _Recomputed) else block
             blocks[index] = _Recomputed(inner) if enable else inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The target network's forward, through the grown weights."""
-        skeleton, weights = self._skeleton[0], self._weights_of(self)
-        if isinstance(skeleton.blocks[0], _Recomputed):
+        weights = self._weights_of(self)
+        if isinstance(self.network.blocks[0], _Recomputed):
             weights = {_IN_BLOCK.sub(r"\1block.", name): tensor for name, tensor in weights.items()}
-        return functional_call(skeleton, weights, args, kwargs)
+        return functional_call(self.network, weights, args, kwargs)
 
     @torch.no_grad()
     def materialize(self) -> VisionTransformer:

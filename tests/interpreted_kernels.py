@@ -104,8 +104,9 @@ def test_as_many_tiles_are_on_their_way_as_fit(kilobytes, stages, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [[1, 1, 1, 1], [2, 3, 2, 2]], ids=["bonds of one", "wider bonds"])
+@pytest.mark.parametrize("room", [0, 2**30])
 @pytest.mark.parametrize("in_slices", [False, True])
-def test_ring_by_kernels_is_the_ring_by_torch(ranks, in_slices, monkeypatch):
+def test_ring_by_kernels_is_the_ring_by_torch(ranks, in_slices, room, monkeypatch):
     exact, x = random_ring({"B": 3, "O": 6, "L": 2, "I": 8}, {"B": 4, "O": 12, "L": 3, "I": 16}, ranks, "BOLI", 0)
     monkeypatch.setattr(ring_module, "may_halve", lambda x: True)
     monkeypatch.setattr(ring_plan, "FEWEST_ELEMENTS", 2000 if in_slices else ring_plan.FEWEST_ELEMENTS)
@@ -125,6 +126,7 @@ def test_ring_by_kernels_is_the_ring_by_torch(ranks, in_slices, monkeypatch):
         contraction_plan.cache_clear()
         together.clear()
         ring = copy.deepcopy(exact).float()
+        ring.room = room  # what is kept lies in memory as the next product takes it
         grown = ring(x.detach().float())
         found.append([grown.detach(), *torch.autograd.grad(grown, list(ring.parameters()), upstream)])
     contraction_plan.cache_clear()

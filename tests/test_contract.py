@@ -24,10 +24,23 @@ def test_any_order_gives_the_einsum_and_its_gradients(size, path, seed):
     truth = torch.autograd.grad((expected * grad).sum(), operands)
     made = contract(EQUATION, path, operands)
     taped = torch.autograd.grad((made * grad).sum(), operands)
-    found = gradients(EQUATION, path, [operand.detach() for operand in operands], grad, [True] * 5)
+    bare = [operand.detach() for operand in operands]
+    found = gradients(EQUATION, path, bare, grad, [True] * 5)
     for one, other in [(made, expected), *zip(taped, truth, strict=True), *zip(found, truth, strict=True)]:
         assert one.shape == other.shape
         assert (one - other).norm() <= 1e-12 * other.norm() + 1e-300
+    kept: list[torch.Tensor] = []
+    contract(EQUATION, path, bare, keep=kept)
+    assert len(kept) == 3
+    assert all(map(torch.equal, gradients(EQUATION, path, bare, grad, [True] * 5, kept), found))
+
+
+def test_what_is_kept_is_not_made_again(monkeypatch):
+    operands, made = [torch.ones([2] * len(term)) for term in RING], []
+    path = ((0, 1), (0, 3), (0, 2), (0, 1))
+    contract(EQUATION, path, operands, keep=made)
+    monkeypatch.setattr("growkit.core.contract._product", None)  # whoever makes one fails
+    assert all(part is not None for part in gradients(EQUATION, path, operands, torch.ones([2] * 4), [True] * 5, made))
 
 
 @given(paths, st.sets(st.integers(0, 4)))

@@ -103,6 +103,25 @@ def test_slicing_changes_neither_value_nor_gradient(case):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
+@given(rings, st.floats(0, 1.5))
+@settings(max_examples=40, deadline=None)
+def test_intermediates_that_are_kept_change_no_bit(case, share):
+    ring, x = random_ring(*case)
+    cores = [ring.cores[axis] for axis in ring.order]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_plan, "FEWEST_ELEMENTS", 8)
+        contraction_plan.cache_clear()
+        plan = ring._plan(x, cores)
+        again = ring(x)
+        truth = torch.autograd.grad(again.square().sum(), list(ring.parameters()))
+        ring.room = int(share * plan.slices * plan.elements * x.element_size())
+        kept = ring(x)
+        found = torch.autograd.grad(kept.square().sum(), list(ring.parameters()))
+    contraction_plan.cache_clear()
+    assert torch.equal(kept, again)
+    assert all(map(torch.equal, found, truth))
+
+
 class Team:
     """torch.distributed among threads: what `ring` asks of it."""
 
@@ -142,9 +161,9 @@ class Team:
             return list(pool.map(member, range(len(self.given))))
 
 
-@given(rings, st.integers(2, 4), st.booleans())
+@given(rings, st.integers(2, 4), st.booleans(), st.sampled_from([0, 2**10, 2**30]))
 @settings(max_examples=60, deadline=None)
-def test_processes_that_share_a_ring_get_it_whole_and_their_gradients_mean_its_own(case, count, in_slices):
+def test_processes_that_share_a_ring_get_it_whole_and_their_gradients_mean_its_own(case, count, in_slices, room):
     """Each process has other upstream gradients, for it has other images."""
     ring, x = random_ring(*case)
     assume(any(core.shape[2] % count == 0 for core in ring.cores.values()))
@@ -156,7 +175,7 @@ def test_processes_that_share_a_ring_get_it_whole_and_their_gradients_mean_its_o
 
     def work(number):
         own, mine = copy.deepcopy(ring), x.detach().clone().requires_grad_()
-        own.processes = count
+        own.processes, own.room = count, room
         grown = own(mine)
         return grown.detach(), torch.autograd.grad((grown * weights[number]).sum(), [mine, *own.cores.values()])
 

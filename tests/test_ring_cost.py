@@ -57,6 +57,28 @@ def optimum(ring, x):
     return sum(forward), gradients, sum(forward[:-1])
 
 
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), *UNEVEN], ids=str)
+def test_intermediates_that_are_kept_are_not_counted_again_and_take_the_room_they_were_given(ranks):
+    ring, x = on_meta(*SMALL_TO_BASE, ranks, "BOLI")
+    shapes = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
+    plan = contraction_plan(ring.equation, tuple(x.shape), shapes, ring.order)
+    best, gradients, again = optimum(ring, x)
+    each = 4 * plan.elements
+    arithmetic, held = [], []
+    for keeping in (0, plan.slices // 2, plan.slices):
+        ring.room = keeping * each
+        arithmetic.append(sum(counted(ring, x)))
+        with Alive() as alive:
+            y = ring(x)
+        held.append(alive.now)
+        del y
+    half = plan.slices // 2 / plan.slices
+    assert arithmetic[2] <= 1.05 * (best + gradients)
+    assert arithmetic[0] - arithmetic[2] == pytest.approx(again, rel=0.05)
+    assert arithmetic[0] - arithmetic[1] == pytest.approx(half * again, rel=0.05)
+    assert [(size - held[0]) / (plan.slices * each) for size in held[1:]] == pytest.approx([half, 1], rel=1e-6)
+
+
 def in_slices(ring, x):
     shapes = tuple(tuple(ring.cores[axis].shape) for axis in ring.order)
     plan = contraction_plan(ring.equation, tuple(x.shape), shapes, ring.order)
@@ -119,7 +141,7 @@ def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
     ring, x = on_meta(*SMALL_TO_BASE, (4,) * 4, "BOLI")
     best, *_ = optimum(ring, x)
     dearer = ((0, 1), (0, 2), (0, 1), (0, 1))  # B and L first
-    found = Order(dearer, best, best, ring_plan.FEWEST_ELEMENTS)
+    found = Order(dearer, best, best, ring_plan.FEWEST_ELEMENTS, 0)
     monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (found,))
     contraction_plan.cache_clear()
     try:
@@ -194,16 +216,16 @@ def test_nothing_of_rank_squared_times_the_model_is_held(rank):
     ],
 )
 def test_slices_are_as_large_as_an_eighth_of_what_is_grown_allows(grown, plans, taken, monkeypatch):
-    made = [ContractionPlan((), "O", 1, slices, flops, flops, largest) for flops, slices, largest in plans]
+    made = [ContractionPlan((), "O", 1, slices, flops, flops, largest, 0) for flops, slices, largest in plans]
     monkeypatch.setattr(ring_plan, "_plans_along", lambda position, *_: made if position == 0 else [])
-    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 100, 100, 0),))
+    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 100, 100, 0, 0),))
     cores = ((1, 1, grown, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1))
     assert contraction_plan.__wrapped__("", (1,) * 4, cores, AXES) is made[taken]
 
 
 @pytest.mark.parametrize(("largest", "most_slices"), [(2**25, 256), (2**25 + 1, 1024)])
 def test_more_than_256_slices_are_tried_where_memory_asks_for_them_alone(largest, most_slices, monkeypatch):
-    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 1, 1, largest),))
+    monkeypatch.setattr(ring_plan, "cheapest_orders", lambda *_: (Order((), 1, 1, largest, 0),))
     plans = ring_plan._plans_along(0, "", (1,) * 4, ((1, 1, 1024, 1),) * 4, AXES, 1)
     assert max(plan.slices for plan in plans) == most_slices
 

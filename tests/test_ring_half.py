@@ -41,9 +41,9 @@ def sizes_of(ring, x, weights):
     return grown_and_gradients(ring, x.detach().abs().requires_grad_(), weights.abs())
 
 
-@given(rings, st.booleans(), st.sampled_from([0, -40, 40]), st.sampled_from([0, -60, 30]))
+@given(rings, st.booleans(), st.sampled_from([0, -40, 40]), st.sampled_from([0, -60, 30]), st.sampled_from([0, 2**30]))
 @settings(max_examples=60, deadline=None)
-def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in_slices, magnitude, steepness):
+def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in_slices, magnitude, steepness, room):
     """Weights and gradients of any magnitude: 2^-40 is far below what float16 holds, 2^30 far above."""
     exact, x = random_ring(*case)
     x = (x.detach() * 2.0**magnitude).requires_grad_()
@@ -51,6 +51,7 @@ def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in
     weights = weights * 2.0**steepness
     truth, size = grown_and_gradients(exact, x, weights), sizes_of(exact, x, weights)
     rounded = copy.deepcopy(exact).float()
+    rounded.room = room
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring_plan, "FEWEST_ELEMENTS", 8 if in_slices else ring_plan.FEWEST_ELEMENTS)
         contraction_plan.cache_clear()

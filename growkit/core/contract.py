@@ -60,12 +60,14 @@ class Order(NamedTuple):
     flops           of the products, 2 per multiply-add
     training_flops  those, and of a backward pass: the gradients of all but the first operand, and intermediates again
     largest         elements of the largest intermediate, or of the result
+    intermediates   elements of all intermediates together
     """
 
     path: Path
     flops: int
     training_flops: int
     largest: int
+    intermediates: int
 
 
 @lru_cache(maxsize=1024)
@@ -80,11 +82,13 @@ def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[O
     forwards = np.where(over, sizes, 1).prod(-1) * (1 + (over != left).any(-1))  # (orders, products)
     flops = forwards.sum(-1)
     training = flops + (forwards * factors).sum(-1) + forwards[:, :-1].sum(-1)
-    largest = np.where(left, sizes, 1).prod(-1).max(-1)
+    elements = np.where(left, sizes, 1).prod(-1)  # of what each product makes
+    largest, intermediates = elements.max(-1), elements[:, :-1].sum(-1)
     number = paths.index(tuple(tuple(step) for step in best))
     other = int(np.where(flops <= SPARE * flops[number], training, np.inf).argmin())
     chosen = (number, other) if training[other] < training[number] else (number,)
-    return tuple(Order(paths[n], int(flops[n]), int(training[n]), int(largest[n])) for n in chosen)
+    found = flops, training, largest, intermediates
+    return tuple(Order(paths[n], *(int(of_each[n]) for of_each in found)) for n in chosen)
 
 
 def _letters(equation: str) -> str:
@@ -152,15 +156,23 @@ def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def contract(equation: str, path: Path, operands: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+def contract(
+    equation: str,
+    path: Path,
+    operands: Sequence[Tensor],
+    out: Tensor | None = None,
+    keep: list[Tensor] | None = None,
+) -> Tensor:
     """torch.einsum(equation, *operands) along `path`; each index is in two of operands and result.
 
-    Written to `out` where that is given, whatever its strides.
+    Written to `out` where that is given, whatever its strides. Intermediates are added to `keep` where that is given.
     """
     pairs = pairs_of(equation, path)
     values = dict(enumerate(operands))
     for made, (pair, then) in enumerate(pairwise(pairs), start=len(operands)):
         values[made] = _product(pair, values.pop(pair.large), values.pop(pair.small), then)
+        if keep is not None:
+            keep.append(values[made])
     pair, result = pairs[-1], equation.split("->")[1]
     parts = _parts(pair, values.pop(pair.large), values.pop(pair.small), wide=True)
     if out is None:
@@ -170,14 +182,22 @@ def contract(equation: str, path: Path, operands: Sequence[Tensor], out: Tensor 
 
 
 def gradients(
-    equation: str, path: Path, operands: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    equation: str,
+    path: Path,
+    operands: Sequence[Tensor],
+    grad: Tensor,
+    wanted: Sequence[bool],
+    kept: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """Gradients of `contract` for the `wanted` operands, given the result's; intermediates are made again."""
+    """Gradients of `contract` for the `wanted` operands, given the result's.
+
+    Intermediates are those that it `kept`, or are made again.
+    """
     pairs, given = pairs_of(equation, path), len(operands)
-    values, asked = list(operands), list(wanted)
+    values, asked = [*operands, *kept], list(wanted)
     for pair in pairs:
         asked.append(asked[pair.large] or asked[pair.small])
-    for pair in pairs[:-1]:
+    for pair in pairs[len(kept) : -1]:
         values.append(_product(pair, values[pair.large], values[pair.small]))
     last = _ordered(grad, equation.split("->")[1], pairs[-1].indices)
     found: list[Tensor | None] = [*[None] * (len(asked) - 1), last]

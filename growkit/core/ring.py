@@ -44,6 +44,7 @@ class RingOperator(nn.Module):
             raise GrowkitError(f"ranks {tuple(ranks)}: expected four whole numbers of at least 1, one per bond")
         self.order, self.ranks = order, tuple(ranks)
         self.processes = 1  # of torch.distributed's, all there are, that train it together; each grows a part for all
+        self.room = 0  # bytes for intermediates to be kept in for the backward pass
         self.cores = nn.ParameterDict(
             {
                 axis: torch.zeros(ranks[n], old[axis], new[axis], ranks[(n + 1) % 4], dtype=dtype)
@@ -89,10 +90,10 @@ class RingOperator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, O, L, I) -> (B', O', L', I'), slice by slice along the grown axis where slicing costs nothing.
 
-        A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time. Where
-        `processes` train together, each computes its part of the slices and gets the others'. The gradients that it
-        finds are then those of its part, from the upstream gradients of all: their mean over the processes is the
-        mean gradient, as where each computes everything.
+        A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time; as many as
+        `room` holds are kept instead. Where `processes` train together, each computes its part of the slices and gets
+        the others'. The gradients that it finds are then those of its part, from the upstream gradients of all: their
+        mean over the processes is the mean gradient, as where each computes everything.
         """
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
@@ -100,7 +101,7 @@ class RingOperator(nn.Module):
             plan = self._plan(x, cores, halves=halves, parts=self.processes)
             if plan.slices == 1 and not halves:
                 return product(self.equation, plan.path, [x, *cores])
-            sliced: Tensor = Sliced.apply(self.equation, plan, halves, x, *cores)
+            sliced: Tensor = Sliced.apply(self.equation, plan, halves, self.room, x, *cores)
             return sliced
         grown = grown_like(x, self.equation, cores).zero_()
         for ring in _independent_rings(_without_dead_bonds(cores)):

@@ -30,6 +30,7 @@ class ContractionPlan:
     flops: int  # of one forward application, 2 per multiply-add, of all parts together
     training_flops: int  # those and of a backward pass
     largest_elements: int  # of the largest intermediate
+    elements: int  # of all intermediates of a slice together
     parts: int = 1
 
 
@@ -87,8 +88,8 @@ def _plans_along(
         sliced[position] = (shape[0], shape[1], width, shape[3])
         slices = parts * -(-each // width)
         for one in cheapest_orders(equation, x, tuple(sliced)):
-            costs = slices * one.flops, slices * one.training_flops
-            yield ContractionPlan(one.path, order[position], width, slices, *costs, one.largest, parts)
+            costs = slices * one.flops, slices * one.training_flops, one.largest, one.intermediates
+            yield ContractionPlan(one.path, order[position], width, slices, *costs, parts)
         if width == 1 or (slices >= MANY_SLICES and one.largest <= MOST_ELEMENTS):
             return
 

@@ -1,4 +1,4 @@
-"""A ring applied slice by slice, in one process or several: forwards, and backwards with intermediates made again."""
+"""A ring applied slice by slice, in one process or several: forwards, and backwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,37 +15,44 @@ from growkit.core.ring_plan import ContractionPlan
 
 
 class Sliced(torch.autograd.Function):
-    """A ring applied slice by slice, each written where it belongs; intermediates are made again for gradients.
+    """A ring applied slice by slice, each written where it belongs.
 
+    For gradients the first slices keep their intermediates, as many as `room` bytes hold; the others make them again.
     torch's checkpointing would do as much, but takes longer about a slice than a GPU does. With `halves`, factors and
     intermediates are float16 (see core/half.py).
     """
 
     @staticmethod
-    def forward(ctx: Any, equation: str, plan: ContractionPlan, halves: bool, x: Tensor, *cores: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, equation: str, plan: ContractionPlan, halves: bool, room: int, x: Tensor, *cores: Tensor
+    ) -> Tensor:
         ctx.equation, ctx.plan = equation, plan
         grown = grown_like(x, equation, cores)
         factors, scales = [x, *cores], None
         if halves:
             factors, scales, ctx.steeper = _halved(equation, plan, factors)
             whole = scales.prod()
-        ctx.save_for_backward(*factors, scales)
+        keeping, kept = room // (factors[0].element_size() * plan.elements), list[Tensor]()
         with nullcontext() if scales is None else float32_sums():
-            for places, slice_ in cut_up(equation, plan, grown, factors):
+            for number, (places, slice_) in enumerate(cut_up(equation, plan, grown, factors)):
+                keep = kept if number < keeping else None
                 if plan.parts > 1:
-                    made = product(equation, plan.path, slice_)
+                    made = product(equation, plan.path, slice_, keep=keep)
                     _hand_round(made if scales is None else made.mul_(whole), places)
                 elif scales is None:
-                    product(equation, plan.path, slice_, out=places[0])
+                    product(equation, plan.path, slice_, out=places[0], keep=keep)
                 else:
-                    scaled(product(equation, plan.path, slice_), whole, places[0])
+                    scaled(product(equation, plan.path, slice_, keep=keep), whole, places[0])
+        ctx.save_for_backward(*factors, scales, *kept)
         return grown
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[3:]
-        *factors, scales = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        saved, end = ctx.saved_tensors, len(wanted)
+        factors, scales, kept = saved[:end], saved[end], saved[end + 1 :]
+        each = len(factors) - 2  # intermediates of a slice
         steepest = flat = None
         if scales is not None:
             steepest = _scale_of_sums(grad, ctx.plan.parts) * ctx.steeper
@@ -54,11 +61,12 @@ class Sliced(torch.autograd.Function):
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
         with without_autocast(grad.device.type), nullcontext() if scales is None else float32_sums():
-            for places, slice_ in cut_up(ctx.equation, ctx.plan, grad, factors):
+            for nth, (places, slice_) in enumerate(cut_up(ctx.equation, ctx.plan, grad, factors)):
                 above = _sum_of_own(places)
                 if flat is not None:
                     above = halved(above, flat)
-                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, above, wanted)):
+                here = kept[nth * each : (nth + 1) * each]
+                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, above, wanted, here)):
                     total = found[number]
                     if part is None:
                         continue
@@ -74,7 +82,7 @@ class Sliced(torch.autograd.Function):
             for part, scale in zip(found, steepest * scales.prod() / scales, strict=True):
                 if part is not None:
                     part.mul_(scale)
-        return None, None, None, *found
+        return None, None, None, None, *found
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -179,18 +187,29 @@ def grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
     return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in _axes(equation)])
 
 
-def product(equation: str, path: Path, factors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """The einsum of `equation` along `path`; the factors are x and the cores."""
+def product(
+    equation: str,
+    path: Path,
+    factors: Sequence[Tensor],
+    out: Tensor | None = None,
+    keep: list[Tensor] | None = None,
+) -> Tensor:
+    """The einsum of `equation` along `path`; the factors are x and the cores. `out` and `keep` as in `contract`."""
     without_single, operands = _prepared(equation, factors)
-    return contract(without_single, path, operands, out)
+    return contract(without_single, path, operands, out, keep)
 
 
 def _gradients(
-    equation: str, path: Path, factors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    equation: str,
+    path: Path,
+    factors: Sequence[Tensor],
+    grad: Tensor,
+    wanted: Sequence[bool],
+    kept: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of `product` for its factors."""
     without_single, operands = _prepared(equation, factors)
-    found = gradients(without_single, path, operands, grad, wanted)
+    found = gradients(without_single, path, operands, grad, wanted, kept)
     return [part if part is None else part.reshape(of.shape) for part, of in zip(found, factors, strict=True)]
 
 

@@ -18,7 +18,8 @@ aten = torch.ops.aten
 class StepCost:
     """Matrix products and convolutions of a forward and a backward pass over one batch.
 
-    A multiply-accumulate (MAC) is two FLOPs. What torch.utils.checkpoint computes twice is counted twice; what a fused
+    A multiply-accumulate (MAC) is two FLOPs. What torch.utils.checkpoint computes twice is counted twice, and so are
+    intermediates of a ring, though training keeps those for which there is room (`memory.keep_what_fits`); what a fused
     attention kernel computes twice, once: nothing is computed, so the figures depend on no device or kernel. The
     optimizer's own arithmetic, norms and activations are not counted.
     """

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 class MakesWeights(Protocol):
     """What growkit.grow.GrownModel is to the loop."""
 
+    @property
+    def network(self) -> nn.Module:
+        """What runs with the weights; its own have no storage."""
+
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, with gradients to the parameters."""
 
@@ -23,6 +27,9 @@ class MakesWeights(Protocol):
 
     def weights_shared(self, processes: int) -> AbstractContextManager[None]:
         """Inside, each of as many processes as there are makes a part of the weights for all."""
+
+    def keep_intermediates(self, size: int) -> None:
+        """Keep intermediates of at most `size` bytes from the forward to the backward pass; make the others again."""
 
     def leave_weights_uncompiled(self) -> None:
         """Keep torch.compile out of making them."""

@@ -2,7 +2,8 @@
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from growkit.train.making import made_once
+from growkit.train.making import MakesWeights, made_once
 from growkit.train.score import autocast
+
+# Of what a network holds for its backward pass: what the making of its weights may hold besides. Where that is all of a
+# ring's intermediates, an update of its operator at rank 4 peaks a fifth above one of the network at most.
+KEPT_SHARE = 1 / 4
 
 
 class Alive(TorchDispatchMode):
@@ -55,23 +60,49 @@ def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: 
     `precision` is fp32, bf16 or fp16. Weights, gradients, moments, activations and the batch are in. `model` is given
     up: it comes back without weights.
     """
-    device = torch.device("cpu")  # autograd runs on no other fake device without that device being there
-    with FakeTensorMode(), Alive() as alive:
-        for module in model.modules():
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                parameter = isinstance(tensor, nn.Parameter)
-                setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if parameter else fake)
+    keep_what_fits(model, images, precision)
+    with _computing_nothing(model) as alive:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        batch = torch.empty(*images, device=device)
-        labels = torch.empty(len(batch), dtype=torch.long, device=device)
+        batch = torch.empty(*images)
+        labels = torch.empty(len(batch), dtype=torch.long)
         for _ in range(2):
             with made_once(model, batches):
                 for _ in range(batches):
-                    with autocast(precision, device):
+                    with autocast(precision, batch.device):
                         loss = nn.functional.cross_entropy(model(batch), labels)
                     loss.backward()
                     del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return alive.peak
+
+
+def keep_what_fits(model: nn.Module, images: Sequence[int], precision: str) -> None:
+    """Let a model that makes its weights keep intermediates of that, as many as weigh little beside a batch of images.
+
+    It is (N, C, H, W) as of `step_peak`. The room is a share of what the network holds for its backward pass, so that
+    it depends on model and batch alone.
+    """
+    if not isinstance(model, MakesWeights):
+        return
+    network = without_storage(model.network)
+    with _computing_nothing(network) as alive:
+        batch = torch.empty(*images)
+        before = alive.now
+        with autocast(precision, batch.device):
+            outputs = network(batch)
+        model.keep_intermediates(int(KEPT_SHARE * (alive.now - before)))
+        del outputs
+
+
+@contextmanager
+def _computing_nothing(model: nn.Module) -> Iterator[Alive]:
+    """Inside, the model's tensors have no numbers, and what is made of them is counted."""
+    with FakeTensorMode(), Alive() as alive:
+        for module in model.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                # on the CPU: autograd runs on no other fake device without that device being there
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if parameter else fake)
+        yield alive

@@ -15,7 +15,7 @@ from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.free_memory import free_bytes, limited
 from growkit.train.making import made_once
-from growkit.train.memory import step_peak, without_storage
+from growkit.train.memory import keep_what_fits, step_peak, without_storage
 from growkit.train.score import autocast, mode_kept, precision_on
 from growkit.train.settings import AUTO, FitSettings
 
@@ -87,6 +87,7 @@ def largest_batch(
 
 
 def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
+    keep_what_fits(model, (count, *images.shape[1:]), precision_on(images.device, settings.precision))
     try:
         with mode_kept(model), multiplying(settings.tf32), made_once(model, batches):
             for _ in range(batches):

@@ -22,10 +22,10 @@ from growkit.train import resume as resuming
 from growkit.train.batches import train_batches
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
-from growkit.train.memory import without_storage
+from growkit.train.memory import keep_what_fits, without_storage
 from growkit.train.normalise import sent
 from growkit.train.room import recompute_blocks
-from growkit.train.score import amp_dtype, autocast, predictor, require_labels
+from growkit.train.score import amp_dtype, autocast, precision_on, predictor, require_labels
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 
@@ -84,6 +84,7 @@ class Training:
             with making.shared(bare, processes):
                 flops += count_making(bare) - cost.flops_of_making
         self.flops_per_step = flops * processes
+        keep_what_fits(model, batch[0].shape, precision_on(device, settings.precision))
         self.network = distributed.together(model, device)
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from growkit.arch import build
 from growkit.core.ring import RingOperator
+from growkit.core.ring_plan import contraction_plan
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
 from growkit.train.data import Data
@@ -105,6 +106,27 @@ def test_accumulated_update_makes_the_weights_once(monkeypatch: pytest.MonkeyPat
     # beside one for each update: for the number of outputs, for FLOPs of the network, for those of the making
     assert counts == [3 + 3, 3 + 3]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mango", "mango in two stages"])
+def test_training_keeps_intermediates_and_learns_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("growkit.core.ring_plan.FEWEST_ELEMENTS", 64)  # slices, small as these networks are
+    contraction_plan.cache_clear()
+    pairs = TensorDataset(*map(torch.cat, zip(*batches(2, torch.float32), strict=True)))
+    data, rooms, fitted, states = Data(train=pairs, val=pairs, classes=list("abcdefg")), [], [], []
+    for share in (0, 0.25):
+        monkeypatch.setattr("growkit.train.memory.KEPT_SHARE", share)
+        model = grown(METHODS[name], torch.float32)
+        fitted.append(fit(model, data, PLAIN))
+        rooms.append([part.room for part in model.modules() if isinstance(part, RingOperator)])
+        states.append(model.method.state_dict())
+    contraction_plan.cache_clear()
+    assert all(room == 0 for room in rooms[0])
+    assert all(room > 0 for room in rooms[1])
+    assert len(rooms[1]) == (2 if "two" in name else 1)
+    assert fitted[0].losses == fitted[1].losses
+    assert fitted[0].flops_per_step == fitted[1].flops_per_step
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_update_counts_each_batch_and_the_making_once() -> None:

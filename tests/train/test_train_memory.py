@@ -11,7 +11,7 @@ from growkit.core.ring_plan import contraction_plan, fewest_elements
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train.making import made_once
-from growkit.train.memory import Alive, step_peak
+from growkit.train.memory import KEPT_SHARE, Alive, keep_what_fits, step_peak
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8, "num_classes": 10}
 BIG = ["embed_dim=128", "depth=4", "num_heads=4"]
@@ -31,6 +31,7 @@ def network(rank):
 @pytest.mark.parametrize("rank", [0, 1, 4])
 def test_counted_peak_is_the_peak_of_real_allocations(rank, batches):
     model = network(rank).train()
+    keep_what_fits(model, BATCH, "fp32")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         images, labels = torch.randn(BATCH), torch.zeros(BATCH[0], dtype=torch.long)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -59,6 +60,21 @@ def test_storage_counts_until_its_last_view_is_gone():
         del view
         assert alive.now == 0
     assert alive.peak == alive.largest == 4000
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_intermediates_may_take_a_quarter_of_what_a_network_holds_for_its_gradients(recomputed):
+    model = network(4)
+    model.set_grad_checkpointing(recomputed)
+    keep_what_fits(model, BATCH, "fp32")
+    real = build(model.target.name, model.target.arguments).train()
+    real.set_grad_checkpointing(recomputed)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        images = torch.randn(BATCH)
+        outputs = real(images)
+    held = sum(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert outputs.requires_grad
+    assert model.method.ring.room == pytest.approx(KEPT_SHARE * (held - images.nbytes), rel=0.03)
 
 
 @pytest.fixture(scope="module")
