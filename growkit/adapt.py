@@ -19,6 +19,7 @@ from growkit.arch import build, find, parse_sets, vit
 from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
 from growkit.source import Source
+from growkit.text import some
 
 INPUT = ("img_size", "patch_size", "in_chans")
 STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
@@ -157,7 +158,7 @@ def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
     differ = (at for at, name in enumerate(names) if source.labels[at : at + 1] != (name,))
     at = next(differ, len(names))
     where = f" from {at} on" if at else ""
-    was, now = (_some(each[at:]) for each in (source.labels, names))
+    was, now = (some(each[at:]) for each in (source.labels, names))
     line = f"the source calls its classes{where} {was}, the data {now}: they are taken in order"
     return replace(kept, adapted=(*source.adapted, line))
 
@@ -189,7 +190,3 @@ def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] |
 def _counting(architecture: Architecture, count: int) -> Architecture:
     """The architecture with a head for `count` classes."""
     return find(architecture.name, {**architecture.arguments, "num_classes": count})
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

@@ -1,7 +1,6 @@
 """Weights in and out: checkpoints of every common kind, never unpickled, and timm's own model folders."""
 
 import argparse
-import json
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError, first_line
 from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json
+from growkit.text import some
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "model.safetensors",
@@ -205,13 +205,12 @@ def _network(path: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], t
     if STEM in state or not prefixes:
         return state, ()
     if len(prefixes) > 1:
-        several = ", ".join(prefix.rstrip(".") for prefix in prefixes[:3])
-        raise GrowkitError(f"{path}: holds several networks ({several}); save the state_dict() of one")
+        several = [prefix.rstrip(".") for prefix in prefixes]
+        raise GrowkitError(f"{path}: holds several networks ({some(several)}); save the state_dict() of one")
     (prefix,) = prefixes
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     others = [key for key in state if not key.startswith(prefix)]
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    left = f", and left out {', '.join(others[:3])}{more}" if others else ""
+    left = f", and left out {some(others)}" if others else ""
     return own, (f"took the network under '{prefix.rstrip('.')}'{left}",)
 
 
@@ -235,7 +234,7 @@ def write_model(
     config = read_json(folder / CONFIG)
     # Where the weights came from is growkit.json's to say; timm's tag would name other weights.
     config["pretrained_cfg"].pop("tag", None)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
     told = without_folders({**history, "weights_sha256": sha256_of(folder / WEIGHTS)})
     write_json(folder / HISTORY, told)
 

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from typing import Any
 
 from growkit import __version__
-from growkit.arch import build
-from growkit.arch.spec import Architecture
+from growkit.arch.spec import LAYERS, Architecture
 from growkit.lineage import ancestors, name_of
 from growkit.record import versions
 from growkit.source import Source
-from growkit.train.distributed import size
+from growkit.train import distributed
 from growkit.train.loop import FitResult
 from growkit.train.settings import FitSettings
 
@@ -38,14 +37,14 @@ def _training(source: Source) -> dict[str, Any] | None:
     return {"stage": history.get("stage"), trained: in_short(history[trained])} if trained else None
 
 
-def sizes_of(architecture: Architecture) -> dict[str, int]:
+def sizes(architecture: Architecture) -> dict[str, int]:
     """What grows, whether an argument says it or the architecture's name."""
-    model = build(architecture.name, architecture.arguments, device="meta")
+    attention = architecture.spaces["attn"]
     return {
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "embed_dim": architecture.spaces["embed"].size,
+        "depth": architecture.spaces[LAYERS].size,
+        "num_heads": attention.size // attention.group,
+        "parameters": architecture.parameters,
     }
 
 
@@ -57,7 +56,7 @@ def fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[
         "steps": fitted.steps,
         "images": fitted.images_per_step * fitted.steps,
         "interrupted": fitted.interrupted,
-        "processes": size(),
+        "processes": distributed.size(),
         "losses": [round(loss, 6) for loss in fitted.losses],
         "history": [{"step": step, **asdict(scores)} for step, scores in fitted.history],
         "best": asdict(fitted.best_scores) if fitted.best_scores else None,

@@ -15,9 +15,10 @@ from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
-from growkit.history import fit_figures, in_short, origin_of, sizes_of
+from growkit.history import fit_figures, in_short, origin_of, sizes
 from growkit.methods import ignored
 from growkit.record import RunFolder
+from growkit.report.growth import EXACT
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh
 from growkit.train.data import Data, open_data, size_of
@@ -39,7 +40,6 @@ class Grown:
     """What `grow_model` did. With data, `scores` on its validation images: source, step 0, after operator training."""
 
     folder: Path
-    source: Source
     target: Architecture
     gap: float  # largest logit difference from the source before any operator training
     parameters: int
@@ -167,7 +167,7 @@ def grow_model(
         "stage": "grown",
         **origin_of(source),
         "to": target.name,
-        "sizes": {"source": sizes_of(source.architecture), "target": sizes_of(target)},
+        "sizes": {"source": sizes(source.architecture), "target": sizes(target)},
         "settings": asdict(settings),
         "step0_gap": gap,
         "operator": fit_figures(fitted, operator),
@@ -175,7 +175,6 @@ def grow_model(
     operator_parameters = sum(p.numel() for p in grown.method.parameters())
     result = Grown(
         folder=run.grown,
-        source=source,
         target=target,
         gap=gap,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -268,7 +267,7 @@ def step0_line(gap: float, *, lossless: bool = True) -> str:
     """How far the grown model starts from the source, in words; `lossless` is what its method claims."""
     if not lossless:
         return f"does not start where the source stands, nor claims to: logits differ by up to {gap:.1e}"
-    if gap <= 1e-5:
+    if gap <= EXACT:
         return f"starts where the source stands: logits differ by at most {gap:.1e}"
     return f"starts near the source: logits differ by at most {gap:.1e} (LayerNorm's eps and float32 rounding)"
 

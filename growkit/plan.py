@@ -110,7 +110,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
         sizes=tuple(
             Size(name, space.size, target.spaces[name].size) for name, space in source.architecture.spaces.items()
         ),
-        parameters=tuple(sum(torch.Size(s).numel() for s in a.shapes.values()) for a in both),  # type: ignore[arg-type]
+        parameters=(source.architecture.parameters, target.parameters),
         flops_per_step=tuple(  # type: ignore[arg-type]
             step_flops(build(a.name, a.arguments, device="meta"), a, batch_size) for a in both
         ),

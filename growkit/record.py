@@ -53,10 +53,7 @@ class RunFolder:
         Raises:
             GrowkitError: the run holds no model yet.
         """
-        for stage in (self.finetuned, self.grown, self.trained):
-            if (stage / "model.safetensors").exists():
-                return stage
-        raise GrowkitError(f"{self.path} holds no model yet; run `growkit grow` first, or name a model or --run")
+        return self._first("model yet", self.finetuned, self.grown, self.trained)
 
     def startable(self) -> Path:
         """The model folder that fine-tuning starts from: grown, else trained.
@@ -64,10 +61,13 @@ class RunFolder:
         Raises:
             GrowkitError: the run holds neither.
         """
-        for stage in (self.grown, self.trained):
+        return self._first("grown model", self.grown, self.trained)
+
+    def _first(self, what: str, *stages: Path) -> Path:
+        for stage in stages:
             if (stage / "model.safetensors").exists():
                 return stage
-        raise GrowkitError(f"{self.path} holds no grown model; run `growkit grow` first, or name a model or --run")
+        raise GrowkitError(f"{self.path} holds no {what}; run `growkit grow` first, or name a model or --run")
 
     def refuse_unusable(self) -> None:
         """Raise GrowkitError where the run cannot be written to its end, before the work starts."""

@@ -24,6 +24,15 @@ FETCHED = (TIMM, HUB)  # what these begin is fetched from the network, and nothi
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What a command says of a checkpoint beside its path: --from, --from-set and, where `ema` is not set, --no-ema."""
+
+    from_: str | None = None
+    sets: tuple[str, ...] = ()
+    ema: bool = True
+
+
+@dataclass(frozen=True)
 class Source:
     """A model as it lies on disk: what it is, its weights, and what to tell the user about it."""
 
@@ -36,6 +45,7 @@ class Source:
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
     notes: tuple[str, ...]
     adapted: tuple[str, ...] = ()  # what was changed so that it fits (see adapt.py), a line each
+    loading: Loading = Loading()  # how it was loaded
 
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
@@ -53,12 +63,16 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
     Raises:
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
     """
+    return replace(_load(path, from_, sets, ema=ema), loading=Loading(from_, tuple(sets), ema))
+
+
+def _load(path: str, from_: str | None, sets: Sequence[str], *, ema: bool) -> Source:
     if path.startswith(TIMM):
         if from_ or sets:
             raise GrowkitError(f"{path}: its name is its architecture; --from and --from-set are for bare checkpoints")
         return _load_timm(path)
     if path.startswith(HUB):
-        return replace(load_source(str(_from_hub(path)), from_, sets), path=path)
+        return replace(_load(str(_from_hub(path)), from_, sets, ema=True), path=path)
     checkpoint = read_checkpoint(Path(path), ema=ema)
     if checkpoint.config is not None:
         config = checkpoint.config

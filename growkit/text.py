@@ -1,6 +1,7 @@
 """Text that came from files, made fit to be shown: on a terminal, on a page, in XML, in a script."""
 
 import re
+from collections.abc import Sequence
 
 # What moves a cursor, ends a line, turns writing around, or is no character at all; XML 1.0 cannot hold most of it.
 HIDDEN = re.compile(
@@ -19,6 +20,17 @@ def visible(text: object) -> str:
 def counted(number: float, thing: str) -> str:
     """As in '1 update' and '1,200 updates'."""
     return f"{number:,.0f} {thing}" + ("" if number == 1 else "s")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """As in 'a, b, c and 2 more'."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def short(sha256: object) -> str:
+    """The first digits of a hash."""
+    return f"{sha256}"[:12] if sha256 else "unknown"
 
 
 def clipped(text: str, most: int) -> str:

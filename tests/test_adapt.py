@@ -280,7 +280,9 @@ def test_other_names_of_as_many_classes_are_taken_in_order_and_it_is_said() -> N
     adapted = with_classes(source, list("tuvwxyz"), seed=0)
     assert adapted.state is source.state
     (line,) = adapted.adapted
-    assert line == "the source calls its classes a, b, c, ..., the data t, u, v, ...: they are taken in order"
+    assert (
+        line == "the source calls its classes a, b, c and 4 more, the data t, u, v and 4 more: they are taken in order"
+    )
     (line,) = with_classes(source, list("abcdxyz"), seed=0).adapted
     assert line == "the source calls its classes from 4 on e, f, g, the data x, y, z: they are taken in order"
 

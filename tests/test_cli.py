@@ -729,4 +729,18 @@ def test_demo_removes_nothing_that_is_not_its_own(
     status, _, err = growkit(capsys, "demo", tmp_path / "photos", *force)
     assert status == 2
     assert ("is not the demo's to replace" if force else "already exists") in err
+    assert "name another folder" in err
     assert listing(tmp_path) == before
+
+
+def test_demo_says_nothing_on_stdout_but_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        print("a line of the first command")
+        raise GrowkitError("enough")
+
+    monkeypatch.setattr("growkit.pipeline.train_model", fail)
+    status, out, err = growkit(capsys, "demo", tmp_path / "demo", "--json")
+    assert (status, out) == (2, "")
+    assert "a line of the first command" in err

@@ -207,7 +207,7 @@ def test_deit_small_to_base_costs_the_cheapest_order_in_bounded_memory(rank, ord
 
 
 def test_cheapest_order_costs_what_was_published():
-    # growth-methods: opt_einsum's optimum for DeiT-S -> DeiT-B, one forward application, in GFLOP.
+    # opt_einsum's optimum for DeiT-S -> DeiT-B, one forward application, in GFLOP.
     for rank, gflop in [(1, 99), (2, 408), (4, 1696), (8, 7306)]:
         x = (12, 384, 12, 384)
         cores = (

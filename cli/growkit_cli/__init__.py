@@ -1,1 +1,1 @@
-"""The growkit command: one sub-command, one module, one library function."""
+"""The growkit command: one module for each sub-command."""

@@ -1,7 +1,6 @@
 """growkit compare: several methods and training from nothing under one budget."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -21,6 +20,7 @@ from growkit_cli.options import (
     Run,
     Sets,
     SourceArgument,
+    To,
     with_settings,
 )
 from growkit_cli.progress import following, telling
@@ -36,7 +36,7 @@ from growkit_cli.typed import command_line
 )
 def compare(
     source: SourceArgument,
-    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    to: To,
     data: NeededData,
     settings: CompareSettings,
     recipe: FitSettings,

@@ -29,7 +29,7 @@ def demo(
     from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
-    refuse_existing(out, force, elsewhere="--out writes elsewhere")
+    refuse_existing(out, force, elsewhere="name another folder")
     refuse_unwritable(out)
     with holding(out):
         if foreign := [path for path in out.iterdir() if path.name not in OWN]:
@@ -44,7 +44,9 @@ def demo(
 
 def _demo(console: Console, out: Path) -> None:
     import shlex
+    import sys
     import time
+    from contextlib import nullcontext, redirect_stdout
 
     from growkit.demo import (
         AUGMENTATION,
@@ -69,7 +71,9 @@ def _demo(console: Console, out: Path) -> None:
     def growkit(*arguments: str) -> None:
         console.say("")
         console.say(f"$ growkit {shlex.join(arguments)}")
-        status = app([*arguments], standalone_mode=False)
+        # what the commands say is for people, too
+        with redirect_stdout(sys.stderr) if console.as_json else nullcontext():
+            status = app([*arguments], standalone_mode=False)
         if status in INTERRUPTED:
             raise typer.Exit(status)
 

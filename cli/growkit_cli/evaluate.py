@@ -13,11 +13,8 @@ from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededDat
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 
-DATA_OPTIONS = ("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split")
-OTHERS = tuple(name for name in FitSettings.__dataclass_fields__ if name not in DATA_OPTIONS)
 
-
-@with_settings(FitSettings, skip=OTHERS)
+@with_settings(FitSettings, only=("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split"))
 def evaluate(
     data: NeededData,
     settings: FitSettings,

@@ -1,9 +1,6 @@
 """growkit grow: a bigger model from a small one."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.text import counted
@@ -22,6 +19,7 @@ from growkit_cli.options import (
     Run,
     Sets,
     SourceArgument,
+    To,
     with_settings,
 )
 from growkit_cli.processes import on_processes
@@ -41,7 +39,7 @@ from growkit_cli.typed import command_line
 @on_processes
 def grow(
     source: SourceArgument,
-    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    to: To,
     settings: GrowSettings,
     operator: FitSettings,
     sets: Sets = None,

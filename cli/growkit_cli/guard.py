@@ -15,6 +15,7 @@ import typer
 
 from growkit.errors import Terminated
 from growkit.lock import held
+from growkit_cli.processes import speaks
 from growkit_cli.typed import command_line
 
 STATES = {  # where a stopped command goes on from, inside the run folder
@@ -38,7 +39,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             with nullcontext() if folder is None else holding(folder):
                 return command(*args, **given)
         except KeyboardInterrupt as error:
-            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            if speaks():
                 sys.stderr.write(f"interrupted; {left(command.__name__, given)}\n")
             raise typer.Exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)) from None
         finally:
@@ -50,7 +51,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 def written(command: str, given: Mapping[str, Any]) -> Path | None:
     """The run folder that a command with these arguments writes; None where it only reads."""
     reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
-    if reads or os.environ.get("RANK", "0") != "0":  # torchrun's processes share a run: the first one holds it
+    if reads or not speaks():  # torchrun's processes share a run: the first one holds it
         return None
     run = given.get("run")
     # a report of a run that is not there has to say so, and holding it would make it

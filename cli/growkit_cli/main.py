@@ -24,6 +24,7 @@ from growkit_cli import (
     verify,
 )
 from growkit_cli.guard import guarded, stoppable
+from growkit_cli.processes import speaks
 from growkit_cli.typed import Typed
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def growkit(
     """Grow small pretrained transformers into larger ones and take them into serving."""
     command = context.invoked_subcommand
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ and command not in ON_PROCESSES:
-        if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        if not speaks():
             raise typer.Exit(2)
         raise GrowkitError(f"growkit {command} runs in one process; start it without torchrun")
     if debug:
@@ -70,7 +71,7 @@ def prompt(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if sys.modules.get("torch") is None and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if sys.modules.get("torch") is None and speaks():
             sys.stderr.write(f"growkit {__version__}: {command.__name__}\n")
             sys.stderr.flush()
         return command(*args, **kwargs)
@@ -126,7 +127,3 @@ def _tell(message: str) -> None:
     if len(line) > LONGEST_LINE:  # somebody gave a file instead of its name
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -54,6 +54,7 @@ SourceArgument = Annotated[
         metavar="SOURCE", help="A .pth, .pt or .safetensors, a model folder, timm:NAME, or hf-hub:OWNER/NAME."
     ),
 ]
+To = Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override an argument of the architecture, as --set depth=8; repeatable."),
@@ -98,20 +99,22 @@ def with_settings(
     prefix: str = "",
     panel: str | None = None,
     skip: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
     auto: dict[str, int] | None = None,
     **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of `settings`, collected into its argument `name`.
 
-    The help of an option is the string under its field, its default the field's own unless
-    `defaults` says otherwise; fields in `skip` get no option. `prefix` goes before each option's name, `panel` is the
-    heading in --help. Options named in `auto` also take that word, for the number given there.
+    The help of an option is the string under its field, its default the field's own unless `defaults` says otherwise;
+    fields in `skip`, or not in `only` where that is given, get no option. `prefix` goes before each option's name,
+    `panel` is the heading in --help. Options named in `auto` also take that word, for the number given there.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         docs = field_docs(settings)
-        fields = [f for f in dataclasses.fields(settings) if f.name not in skip]
-        hidden = {key: value for key, value in defaults.items() if key in skip}
+        fields = [f for f in dataclasses.fields(settings) if f.name not in skip and (only is None or f.name in only)]
+        shown = {f.name for f in fields}
+        hidden = {key: value for key, value in defaults.items() if key not in shown}
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> Any:

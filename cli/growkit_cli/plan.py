@@ -7,12 +7,12 @@ import typer
 from growkit.text import counted
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument
+from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument, To
 
 
 def plan(
     source: SourceArgument,
-    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    to: To,
     sets: Sets = None,
     from_: From = None,
     from_sets: FromSets = None,

@@ -1,4 +1,4 @@
-"""Commands that torchrun may start in several processes."""
+"""Commands that torchrun may start in several processes, and which of these speaks."""
 
 import functools
 import os
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+
+
+def speaks() -> bool:
+    """Whether this is the one of torchrun's processes that says what all do; alone, it is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,9 +1,6 @@
 """growkit sweep: a pilot that recommends how to grow, before the full run is paid for."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from growkit.compare.settings import SweepSettings
 from growkit.train.settings import FitSettings
@@ -21,6 +18,7 @@ from growkit_cli.options import (
     Run,
     Sets,
     SourceArgument,
+    To,
     with_settings,
 )
 from growkit_cli.progress import following, telling
@@ -36,7 +34,7 @@ from growkit_cli.typed import command_line
 )
 def sweep(
     source: SourceArgument,
-    to: Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")],
+    to: To,
     data: NeededData,
     settings: SweepSettings,
     recipe: FitSettings,
@@ -72,9 +70,6 @@ def sweep(
             settings,
             recipe,
             sets=sets or (),
-            from_=from_,
-            from_sets=from_sets or (),
-            ema=not no_ema,
             device=pick_device(device),
             force=force,
             resume=resume,

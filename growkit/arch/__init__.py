@@ -156,7 +156,7 @@ def detect(
             )
         name, how = _name_for(shapes, heads_given="num_heads" in chosen, distilled="dist_token" in state)
     base = _as_named(name)
-    own = {**vit.input_arguments(base), **vit.sizes_of(base)}
+    own = {**vit.input_arguments(base), **vit.grown_arguments(base)}
     arguments = {key: value for key, value in shapes.items() if not vit.same_argument(key, value, own[key])}
     if own["global_pool"] not in ("token", "map") and shapes["global_pool"] != "map":
         arguments.pop("global_pool", None)  # a mean or a maximum leaves no trace: the name knows

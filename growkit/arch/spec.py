@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from growkit.errors import GrowkitError
+from growkit.text import some
 
 StateDict = Mapping[str, Tensor]  # by checkpoint name
 Weights = dict[str, Tensor]  # by slot; layered tensors stacked, (L, out, in)
@@ -68,6 +70,11 @@ class Architecture:
         return tuple(name for name in self.spaces if name != LAYERS)
 
     @property
+    def parameters(self) -> int:
+        """How many numbers its checkpoint holds."""
+        return sum(map(prod, self.shapes.values()))
+
+    @property
     def classes(self) -> int:
         """How many classes its head tells apart; 0 where it has none and gives features."""
         return self.shapes["head.weight"][0] if "head.weight" in self.shapes else 0
@@ -90,9 +97,7 @@ class Architecture:
         missing = [name for name in self.shapes if name not in state]
         unknown = [name for name in state if name not in self.shapes]
         if missing or unknown:
-            parts = [
-                f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names
-            ]
+            parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
             raise GrowkitError(
                 f"weights do not fit {self.name}: {'; '.join(parts)}; give all of its weights and no others, or name"
                 " what they are (--from)"
@@ -128,11 +133,6 @@ class Architecture:
             else:
                 state[spec.key] = tensor
         return state
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def linear(

@@ -184,7 +184,7 @@ def input_arguments(model: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def sizes_of(model: VisionTransformer) -> dict[str, Any]:
+def grown_arguments(model: VisionTransformer) -> dict[str, Any]:
     """The arguments that growing changes, as this network has them."""
     mlp = model.blocks[0].mlp
     hidden = mlp.fc1_x.out_features if isinstance(mlp, SwiGLU) else mlp.fc1.out_features

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from growkit.checkpoint import write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
-from growkit.compare.folder import BEGUN, SCHEMA, begin, identity_of, read_own
+from growkit.compare.folder import BEGUN, SCHEMA, begin, described, identity_of, read_own
 from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, whole_file, write_json
 from growkit.lineage import flops_of
-from growkit.record import RunFolder, hardware, versions
+from growkit.record import RunFolder
 from growkit.source import Source
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, Tell, each, silent, unheard
@@ -107,7 +106,10 @@ class Comparison:
         if best is not None and (seed != self.seeds[0] or best["test"] is not None):
             grid = (best["lr"],)  # what was chosen stays so: a rate that failed then is not tried again
         elif seed != self.seeds[0]:
+            self.finished += 1
             return  # every rate failed; the reasons are on file
+        if seed == self.seeds[0]:
+            self.finished += len(self.lrs) - len(grid)
         for lr in grid:
             self._run(Cell(arm, budget, seed, lr))
         chosen = self.best(arm, budget) if seed == self.seeds[0] else self._result(Cell(arm, budget, seed, grid[0]))
@@ -303,19 +305,13 @@ def compare_methods(
     if worse := [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, settings.metric)]:
         say(f"warning: worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
     content = {
-        **identity_of(bench),
-        "adapted": bench.source.adapted,
-        "command": run.command_line,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": asdict(settings),
+        **described(bench, settings, run.command_line),
         "full_flops": comparison.full,
         "source_flops": known,
         "source_score": asdict(bench.score(bench.source.model())),
         "arms": [asdict(arm) for arm in arms],
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
-        "versions": versions(),
-        "hardware": hardware(),
     }
     write_json(run.compare / "results.json", content)
     write_pages(run.compare, content, arms)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from growkit import __version__
 from growkit.arch.spec import Architecture
 from growkit.compare.bench import Bench
+from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json, write_json
+from growkit.record import hardware, versions
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype
 from growkit.train.telling import Say
@@ -40,6 +43,19 @@ def identity_of(bench: Bench) -> dict[str, Any]:
             "precision": str(amp_dtype(bench.recipe.precision, bench.device)).removeprefix("torch."),
             "torch": torch.__version__,
         },
+    }
+
+
+def described(bench: Bench, settings: CompareSettings | SweepSettings, command: str | None) -> dict[str, Any]:
+    """What results.json says of where its figures come from."""
+    return {
+        **identity_of(bench),
+        "adapted": bench.source.adapted,
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": asdict(settings),
+        "versions": versions(),
+        "hardware": hardware(),
     }
 
 

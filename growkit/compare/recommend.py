@@ -4,19 +4,17 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from growkit.compare.bench import Bench
-from growkit.compare.folder import identity_of
+from growkit.compare.folder import described
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.page import write_sweep_page
 from growkit.compare.settings import SweepSettings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
 from growkit.files import write_json
-from growkit.record import hardware, versions
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS
 from growkit.train.settings import FitSettings
 
@@ -28,7 +26,6 @@ class Swept:
     folder: Path
     tried: tuple[Tried, ...]
     best: Tried
-    scratch: float
     saving: float | None  # of the best over training from nothing, on the pilot; None where it never got there
     reasons: tuple[str, ...]
     commands: tuple[str, ...]
@@ -80,11 +77,7 @@ def conclude(
     commands = _commands(best, bench, settings, budget, what, data, where)
     order = tuple(sorted(tried, key=lambda one: (one.state != "finished", -_goodness(one, metric))))
     content = {
-        **identity_of(bench),
-        "adapted": bench.source.adapted,
-        "command": command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": asdict(settings),
+        **described(bench, settings, command),
         "from_nothing": nothing,
         "trials": [asdict(one) for one in order],
         "recommended": asdict(best),
@@ -92,13 +85,11 @@ def conclude(
         "left_out": left_out,
         "reasons": reasons,
         "commands": commands,
-        "versions": versions(),
-        "hardware": hardware(),
     }
     write_json(folder / "results.json", content)
     write_sweep_page(folder, content, order)
     bench.let_starts_go()
-    return Swept(folder, order, best, target, saving, tuple(reasons), commands, content)
+    return Swept(folder, order, best, saving, tuple(reasons), commands, content)
 
 
 def _goodness(one: Tried, metric: str) -> float:

@@ -26,6 +26,7 @@ from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, write_json
 from growkit.record import RunFolder
 from growkit.source import Source
+from growkit.text import some
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, Tell, each, silent, unheard
 from growkit.train.watch import StepRecord
@@ -45,9 +46,6 @@ def sweep_settings(
     recipe: FitSettings,
     *,
     sets: Sequence[str] = (),
-    from_: str | None = None,
-    from_sets: Sequence[str] = (),
-    ema: bool = True,
     device: torch.device,
     force: bool = False,
     resume: bool = False,
@@ -58,8 +56,7 @@ def sweep_settings(
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
     Every trial spends what training the target from nothing on that share costs for the recipe's epochs; so an
-    expensive operator pays with fewer updates of fine-tuning. `from_`, `from_sets` and `ema` are those that `source`
-    was loaded with; the recommended commands repeat them.
+    expensive operator pays with fewer updates of fine-tuning.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, operators that all cost more than a trial may spend, unusable
@@ -87,10 +84,11 @@ def sweep_settings(
     tried = [tried_of(trial) for trial in pilot.run(nothing)]
     for line in bench.data.remarks:
         say(line)
+    loading = source.loading
     what = [source.path, "--to", to]
-    what += ["--from", from_] if from_ else []
-    what += [] if ema else ["--no-ema"]
-    for option, items in (("--from-set", from_sets), ("--set", sets)):
+    what += ["--from", loading.from_] if loading.from_ else []
+    what += [] if loading.ema else ["--no-ema"]
+    for option, items in (("--from-set", loading.sets), ("--set", sets)):
         for item in items:
             what += [option, item]
     return conclude(
@@ -147,10 +145,9 @@ class Pilot:
             for key in dear:
                 del combinations[key]
             names = list(dict.fromkeys(arms[key].name for key in dear))
-            more = f" and {len(names) - 3} others" if len(names) > 3 else ""
             self.left_out.append(
                 f"{len(dear)} of {len(arms)} combinations are left out, their operators would take all of a trial's "
-                f"{self.budget / 1e12:.3g} TFLOP: {', '.join(names[:3])}{more}, at every rate"
+                f"{self.budget / 1e12:.3g} TFLOP: {some(names)}, at every rate"
             )
             self.say(self.left_out[0])
 

@@ -64,9 +64,8 @@ class RingOperator(nn.Module):
     ) -> Self:
         """A ring that computes the sum of `paths` exactly, with every further bond index alive.
 
-        Each path holds one (new, old) matrix per axis and takes one index of every bond (growth-methods
-        1.3: one path for whole multiples of width, two otherwise). The other bond indices get noise of
-        standard deviation noise / sqrt(old) where they leave a core and zeros where they enter the next
+        Each path holds one (new, old) matrix per axis and takes one index of every bond. The other bond indices
+        get noise of standard deviation noise / sqrt(old) where they leave a core and zeros where they enter the next
         one: the sum is untouched, yet the zeros receive a gradient at the first step (as LoRA starts).
 
         Raises:

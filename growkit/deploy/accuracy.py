@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from growkit.deploy.checks import Check, check
@@ -13,6 +12,7 @@ from growkit.deploy.limits import Limits, accuracy_drop_interval, accuracy_verdi
 from growkit.deploy.numbers import predictions, relative, rms
 from growkit.deploy.truth import logits_of
 from growkit.errors import GrowkitError
+from growkit.mcnemar import mcnemar
 
 
 def accuracy_checks(
@@ -48,7 +48,7 @@ def accuracy_checks(
         "torch_top5": float(_hits(plain, truth, 5).mean()),
         "n01": won,
         "n10": lost,
-        "mcnemar_p": mcnemar_p(won, lost),
+        "mcnemar_p": mcnemar(lost, won),
         "relative_rms": off,
         "largest_over_std": largest,
     }
@@ -85,8 +85,3 @@ def accuracy_checks(
 def _hits(logits: np.ndarray, classes: np.ndarray, k: int) -> np.ndarray:
     best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return np.asarray((best == classes[:, None]).any(axis=1))
-
-
-def mcnemar_p(n01: int, n10: int) -> float:
-    """Exact two-sided p of McNemar's test on the discordant pairs; 1 when there are none."""
-    return float(binomtest(n01, n01 + n10, 0.5).pvalue) if n01 + n10 else 1.0

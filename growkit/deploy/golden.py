@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from growkit import __version__
 from growkit.deploy.subject import Identity, Subject
-from growkit.deploy.truth import Preprocessing, noise_images
+from growkit.deploy.truth import Preprocessing, noise_images, normalised
 from growkit.errors import GrowkitError
 from growkit.files import read_json, whole_folder, write_json
 from growkit.record import versions
@@ -65,7 +65,7 @@ def reference_images(prepared: Preprocessing, seed: int) -> tuple[np.ndarray, np
     mean, std = (np.reshape(v, (-1, 1, 1)) for v in (prepared.mean, prepared.std))
     noise = np.rint(np.clip(noise_images(prepared, 4, seed) * std + mean, 0, 1) * 255)
     pixels = np.concatenate([noise, np.zeros_like(noise[:1]), np.full_like(noise[:1], 255)])
-    images = ((pixels / 255 - mean) / std).astype(np.float32)
+    images = normalised(prepared, pixels / 255)
     return images[:1], images[1:]
 
 

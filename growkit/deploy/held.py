@@ -9,6 +9,7 @@ from growkit.deploy.golden import FILE, TOLERANCE, UPDATE, DataSet, Golden, read
 from growkit.deploy.numbers import relative, rms
 from growkit.deploy.subject import Identity, Subject
 from growkit.errors import GrowkitError, first_line
+from growkit.text import short
 
 CERTAIN = 2 * 10  # a winner that leads by this many tolerances must stay: none may move by over ten
 
@@ -26,14 +27,14 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
         what, before, after = hashes
         same = before == after
         line = (
-            f"{word}: {what} {_short(after)}, as the reference"
+            f"{word}: {what} {short(after)}, as the reference"
             if same
             else (
-                f"the reference was written for {what} {_short(before)}, this {word} has {_short(after)}: "
+                f"the reference was written for {what} {short(before)}, this {word} has {short(after)}: "
                 f"run {UPDATE} if the change was meant"
             )
         )
-        checks.append(check("golden", f"{word}: {what}", same, _short(after), _short(before), line))
+        checks.append(check("golden", f"{word}: {what}", same, short(after), short(before), line))
     if was.architecture and now.architecture:
         same = was.architecture == now.architecture
         line = f"{word}: {now.architecture}" + ("" if same else f", the reference is of {was.architecture}")
@@ -110,7 +111,7 @@ def change_since(old: Golden, subject: Subject) -> str:
     """What replaces `old`, in a sentence: weights before and now, and how far the answers to its images move."""
     was, now = old.identity, subject.identity
     what, before, after = _told_apart(was, now) or ("weights", None, None)
-    weights = f"{what} {_short(before)} -> {_short(after)}" if before != after else f"{what} {_short(after)} as before"
+    weights = f"{what} {short(before)} -> {short(after)}" if before != after else f"{what} {short(after)} as before"
     if was.of != now.of:
         weights = f"it was of a {was.word}, is of a {now.word}; {weights}"
     if was.size != now.size:
@@ -127,7 +128,3 @@ def change_since(old: Golden, subject: Subject) -> str:
 
 def _shape(shape: tuple[int, ...] | list[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _short(sha256: str | None) -> str:
-    return sha256[:12] if sha256 else "unknown"

@@ -39,7 +39,7 @@ def load(provider: str) -> None:
 def missing(provider: str) -> tuple[str, ...]:
     """A sentence with its remedy for each library without which `provider` does not run; call `load` first.
 
-    None where all are here, and where the loader does not name them (Windows).
+    () where all are here, and where the loader does not name them (Windows).
     """
     if not sys.platform.startswith("linux"):
         return ()

@@ -27,6 +27,7 @@ import numpy as np
 
 from growkit.deploy.inputs import extremes
 from growkit.deploy.limits import LIMITS
+from growkit.deploy.numbers import in_batches, rms
 from growkit.deploy.parity import check_parity
 from growkit.deploy.parts import core_session
 from growkit.deploy.truth import at_image_size, logits_of, noise_images, preprocessing, truth_of
@@ -51,22 +52,16 @@ def failing_input_is_wrong(network, file: Path) -> bool:
     images = extremes(prepared, FAILING["seed"]).get(FAILING["run"], made[: FAILING["used"]])
     wanted = logits_of(truth, images)
     session = core_session(file, form, prepared, wanted.shape[1], provider=PROVIDER)
-    batch, got = FAILING["batch"], []
-    for start in range(0, len(images), batch):
-        fed = images[start : start + batch]
-        lacking = batch - len(fed)  # a file of one batch size takes no less
-        fed = np.concatenate([fed, np.repeat(fed[-1:], lacking, axis=0)])
-        try:
-            got.append(session.run(fed))
-        except Exception as error:
-            print(f"{FAILING['run']}: refused: {error}")
-            return True
-    got = np.concatenate(got)[: len(images)]
+    try:
+        got = in_batches(session, images, FAILING["batch"])
+    except Exception as error:
+        print(f"{FAILING['run']}: refused: {error}")
+        return True
     if got.shape != wanted.shape:
         print(f"{FAILING['run']}: logits {got.shape}, expected {wanted.shape}")
         return True
     difference = got.astype(np.float64) - wanted
-    off, most = np.sqrt(np.mean(difference**2)) / spread, np.abs(difference).max() / spread
+    off, most = rms(difference) / spread, np.abs(difference).max() / spread
     limits = LIMITS[form.precision]
     print(f"{FAILING['run']}: relative RMS error {off:.3g}, allowed {limits.relative_rms:.3g}")
     print(f"{FAILING['run']}: largest error / std {most:.3g}, at image {int(np.abs(difference).max(axis=1).argmax())}")

@@ -48,13 +48,13 @@ def half(
     return lowered(proto, HALF, kept), _in_order(proto, kept)
 
 
-def brain(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def brain(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """`proto` in bfloat16, its input and output float32, and the names of the nodes that stay float32.
 
     These are the ones without bfloat16 in the graph's opset: Conv below opset 22. Nothing overflows: the range is
     float32's. ONNX Runtime runs it on CUDA; its CPU provider has no bfloat16 kernels, see `emulated`.
     """
-    kept = _without(proto, BRAIN) | {node.name for node in proto.graph.node if node.op_type in keep}
+    kept = _without(proto, BRAIN)
     return lowered(proto, BRAIN, kept), _in_order(proto, kept)
 
 

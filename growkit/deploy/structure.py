@@ -19,6 +19,7 @@ from growkit.deploy.form import CONTRIB, Form
 from growkit.deploy.pixels import INPUT
 from growkit.deploy.store import json_in, props_of, without_weights
 from growkit.deploy.truth import Preprocessing
+from growkit.text import short
 
 RANDOM = {
     "Bernoulli",
@@ -230,8 +231,8 @@ def _metadata(
         provenance = json_in(props, "growkit.provenance")
         found = provenance.get("weights_sha256") if isinstance(provenance, dict) else None
         same = found == weights_sha256
-        line = f"exported from weights {_short(found)}" + (
-            "" if same else f", but this model's are {_short(weights_sha256)}: export it again"
+        line = f"exported from weights {short(found)}" + (
+            "" if same else f", but this model's are {short(weights_sha256)}: export it again"
         )
         checks.append(check("structure", OWN_MODEL, same, str(found), weights_sha256, line))
     if labels is not None:
@@ -240,7 +241,3 @@ def _metadata(
         line = "class names in the file are " + ("the model's" if same else "not the model's")
         checks.append(check("structure", "labels", same, str(found), str(labels), line))
     return checks
-
-
-def _short(sha256: str | None) -> str:
-    return sha256[:12] if sha256 else "unknown"

@@ -20,10 +20,9 @@ from growkit.deploy.numbers import in_batches
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import open_session
 from growkit.deploy.store import files_of, json_in, props_of, read_graph, sha256_of_files
+from growkit.deploy.structure import QUANTISERS
 from growkit.deploy.truth import Preprocessing, logits_of, preprocessing, truth_of
 from growkit.errors import GrowkitError
-
-QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Subject:
 
     run       images (B, C, H, W) float32 -> logits (B, classes)
     answers   the same as a reference stores it: a model's float64 truth, what a file itself says
-    provider  where ONNX Runtime runs a file, 'cpu' or 'cuda'
+    provider  where ONNX Runtime runs a file, 'cpu', 'cuda' or 'tensorrt'
     """
 
     identity: Identity
@@ -158,7 +157,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
 def precision_of(proto: onnx.ModelProto) -> str:
     """fp32, fp16, bf16 or int8: the lowest one that the file computes in."""
     kinds = {tensor.data_type for tensor in proto.graph.initializer}
-    if QUANTISED & {node.op_type for node in proto.graph.node}:
+    if QUANTISERS & {node.op_type for node in proto.graph.node}:
         return "int8"
     if onnx.TensorProto.BFLOAT16 in kinds:
         return "bf16"

@@ -98,12 +98,10 @@ def verify_onnx(
         if parity.figures:  # else the file does not even open
             subject_of_file, valid = _open(file, parity.provider)
             held += check_golden(golden, subject_of_file) if subject_of_file else (valid,)
-    facts = environment()
-    chosen, placed = "", None
-    if parity.figures:  # it opens
-        opened = whole_session(file, parity.form, provider=settings.provider)
-        chosen, placed, facts = opened.note, assignment(opened), environment(opened)
-        del opened
+    opened = whole_session(file, parity.form, provider=settings.provider) if parity.figures else None
+    chosen, placed = (opened.note, assignment(opened)) if opened else ("", None)
+    facts = environment(opened)
+    del opened
     latency = throughput = None
     emulated = parity.form.precision == "bf16" and parity.provider == "cpu"  # its times would say nothing
     if settings.latency and not emulated and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
@@ -143,21 +141,37 @@ def verify_onnx(
         *held,
         *(latency.checks if latency else ()),
     )
+    report = {
+        "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
+        "weights_sha256": weights_sha256,
+        "provider": _provider(settings, parity.provider, chosen, placed),
+        "environment": facts,
+    }
+    return _verified(checks, settings, report, parity, placed, latency, throughput)
+
+
+def _verified(
+    checks: Sequence[Check],
+    settings: VerifySettings,
+    subject: Mapping[str, Any],
+    parity: Parity | None = None,
+    placed: Assignment | None = None,
+    latency: Latency | None = None,
+    throughput: Throughput | None = None,
+) -> Verification:
+    """What was found; `subject` is the part of report.json that says of what, and where."""
     verdict = verdict_of(checks)
     report = {
         "schema": 1,
         "verdict": verdict,
-        "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
-        "weights_sha256": weights_sha256,
-        "provider": _provider(settings, parity.provider, chosen, placed),
+        **subject,
         "settings": asdict(settings),
-        "environment": facts,
         "checks": [asdict(c) for c in checks],
-        "numerics": parity.figures,
+        "numerics": parity.figures if parity else None,
         "latency": asdict(latency) if latency else None,
         "throughput": asdict(throughput) if throughput else None,
     }
-    return Verification(checks, parity, latency, throughput, placed, verdict, plain(report))
+    return Verification(tuple(checks), parity, latency, throughput, placed, verdict, plain(report))
 
 
 def _provider(
@@ -197,21 +211,13 @@ def verify_alone(
         opened = subject
     if opened is not None:
         checks += check_golden(golden, opened, tolerance=tolerance)
-    verdict = verdict_of(checks)
     report = {
-        "schema": 1,
-        "verdict": verdict,
         "onnx_sha256": _sha256(subject, opened) if isinstance(subject, Path) else None,
         "weights_sha256": opened.identity.weights_sha256 if opened else None,
         "provider": _provider(settings, opened.provider if opened else None),
-        "settings": asdict(settings),
         "environment": environment(),
-        "checks": [asdict(c) for c in checks],
-        "numerics": None,
-        "latency": None,
-        "throughput": None,
     }
-    return Verification(tuple(checks), None, None, None, None, verdict, plain(report))
+    return _verified(checks, settings, report)
 
 
 def _sha256(file: Path, opened: Subject | None) -> str | None:

@@ -15,6 +15,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.pixels import CUBIC
 from growkit.deploy.stored import explain, stored_in
 from growkit.deploy.truth import preprocessing
+from growkit.text import some
 
 
 def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
@@ -124,7 +125,7 @@ def _odd_attributes(proto: onnx.ModelProto, model: nn.Module, known: set[np.floa
 
 def _told(missing: list[str], unexplained: list[str], constants: list[str], own: int, stored: int) -> list[Check]:
     def none_of(name: str, culprits: list[str], told: str) -> Check:
-        line = f"{name}: {told}" if not culprits else f"{name}: {_listed(culprits)}"
+        line = f"{name}: {told}" if not culprits else f"{name}: {some(culprits)}"
         return check("weights", name, not culprits, len(culprits), 0, line)
 
     return [
@@ -138,12 +139,6 @@ def _bits(array: np.ndarray) -> bytes:
     # reshaping keeps the bits in order, so the shape is not part of the key
     bits = hashlib.sha256(np.ascontiguousarray(array).data)
     return array.dtype.str.encode() + bits.digest()
-
-
-def _listed(names: list[str]) -> str:
-    """The first three names and how many more there are."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
 
 
 def _where(array: np.ndarray, wanted: np.ndarray) -> str:

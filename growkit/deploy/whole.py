@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.special import softmax
 
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import Form
@@ -27,8 +28,7 @@ def answer(form: Form, logits: np.ndarray) -> dict[str, np.ndarray]:
     """What a file of this form must answer where the network inside says `logits` (B, classes)."""
     if form.output == "logits":
         return {"logits": logits}
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities = powers / powers.sum(axis=1, keepdims=True)
+    probabilities = softmax(logits.astype(np.float64), axis=1)
     if form.top is None:
         return {"probabilities": probabilities}
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, : form.top]

@@ -29,13 +29,13 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     if precision == "int8":
         for module in copied.modules():
             if isinstance(module, nn.Linear):
-                module.weight.data = _eight_bits(module.weight.data, dim=1)
+                module.weight.data = _eight_bits(module.weight.data)
                 module.register_forward_pre_hook(lambda _, inputs: (_eight_bits_asymmetric(inputs[0]), *inputs[1:]))
     return copied
 
 
-def _eight_bits(weight: Tensor, dim: int) -> Tensor:
-    step = weight.abs().amax(dim, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+def _eight_bits(weight: Tensor) -> Tensor:
+    step = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
     return (weight / step).round() * step
 
 

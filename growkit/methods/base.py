@@ -14,7 +14,7 @@ class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
 
     Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters. Which sizes a
-    method can grow is for `cannot` to say; callers go through `methods.make`, which asks it first.
+    method can grow is for `cannot` to say; callers ask `methods.check`, as `grow.make_method` does.
     """
 
     VARIANTS: ClassVar[tuple[str, ...]] = ()  # what --variant takes; the first is the default

@@ -161,12 +161,7 @@ def words(key: object) -> str:
     return str(key).replace("_", " ")
 
 
-def percent(share: object, digits: int = 1) -> str:
+def percent(share: object) -> str:
     """A share of 1 in per cent; a dash where there is none."""
     value = number(share)
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def short(sha256: object) -> str:
-    """The first digits of a hash."""
-    return f"{sha256}"[:12] if sha256 else "unknown"
+    return "–" if value is None else f"{100 * value:.1f}%"

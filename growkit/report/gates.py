@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, percent, short
+from growkit.report.facts import Facts, Step, mapping, number, percent
 from growkit.report.growth import EXACT, gap_of, scores_of, start_line
 from growkit.report.page import Gate, Mark, cell
 from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
+from growkit.text import short
 
 CHANCE = 0.05  # p below which a change of answers is no chance
 LINES = 3  # checks of a group that are quoted

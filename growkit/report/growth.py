@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, percent, rows, short, texts, words
+from growkit.report.facts import Facts, Step, mapping, number, percent, rows, texts, words
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
-from growkit.text import counted
+from growkit.text import counted, short
 
 SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # what grows, first
 SMOOTH = 50  # points of a curve of training losses
@@ -60,7 +60,7 @@ def _trained(facts: Facts) -> Section:
     )
 
 
-def sizes_of(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def sizes_in(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Arguments of source and target, as far as they are on record; sizes also where the name alone says them."""
     sizes = mapping(facts.grown.get("sizes"))
     old, new = ({k: v for k, v in mapping(sizes.get(side)).items() if k in SIZES} for side in ("source", "target"))
@@ -73,7 +73,7 @@ def sizes_of(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 def grown_sizes(facts: Facts) -> str:
     """What grew, in words: 'width 32 to 64, layers 2 to 4'."""
-    old, new = sizes_of(facts)
+    old, new = sizes_in(facts)
     return ", ".join(
         f"{name} {old[key]} to {new[key]}"
         for key, name in SIZES.items()
@@ -82,7 +82,7 @@ def grown_sizes(facts: Facts) -> str:
 
 
 def _sizes(facts: Facts) -> Table:
-    old, new = sizes_of(facts)
+    old, new = sizes_in(facts)
     origin = mapping(facts.grown.get("source"))
     body: list[Sequence[object]] = [("architecture", origin.get("architecture"), facts.grown.get("to"))]
     for key in dict.fromkeys((*SIZES, *old, *new)):

@@ -7,7 +7,7 @@ from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import ONCE, command_line, in_lines
-from growkit.report.facts import Facts, mapping, percent, read_facts, short
+from growkit.report.facts import Facts, mapping, percent, read_facts
 from growkit.report.gates import behaviour_step, gates_of, verdict_of
 from growkit.report.growth import (
     earlier_line,
@@ -20,6 +20,7 @@ from growkit.report.growth import (
 from growkit.report.page import Gate, Mark, Report, Section, Table
 from growkit.report.serving import latency_section, parity_section
 from growkit.report.steps import hashes, machines, step_sections
+from growkit.text import short
 
 # what damaged records lead to
 ODD = (ArithmeticError, AttributeError, GrowkitError, LookupError, TypeError, ValueError)

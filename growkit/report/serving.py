@@ -8,7 +8,7 @@ from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
 from growkit.report.plot import Bar, Bars, Chart, Dots
 from growkit.report.steps import figure_sections
-from growkit.text import counted
+from growkit.text import clipped, counted
 
 GROUPS = {  # the groups of checks known by now, as a reader asks
     "structure": "The ONNX file is well formed",
@@ -123,9 +123,8 @@ def _group(group: str, checks: Sequence[Mapping[str, Any]]) -> Section:
         for one in checks
     ]
     lines = [str(one.get("line")) for one in checks if one.get("verdict") != "pass"]
-    many = f"{len(checks)} checks" if len(checks) > 1 else "1 check"
     return Section(
-        f"{group_name(group)}: {mark} ({many})",
+        f"{group_name(group)}: {mark} ({counted(len(checks), 'check')})",
         "\n".join(lines),
         Table(("check", "verdict", "measured", "allowed"), body),
         folded=mark == "pass",
@@ -136,7 +135,7 @@ def _short(check: Mapping[str, Any], key: str) -> str:
     """A number with three digits; of a long text the beginning, for its check's line quotes it."""
     value = number(check.get(key))
     text = f"{value:.3g}" if value is not None else str(check.get(key))
-    return text if len(text) <= 40 else text[:39] + "…"
+    return clipped(text, 40)
 
 
 def latency_section(facts: Facts) -> Section:
@@ -174,9 +173,7 @@ def latency_section(facts: Facts) -> Section:
         parts.insert(0, _group("latency", checks))
     more = {key: value for key, value in timed.items() if key not in TOLD}
     if more:
-        parts += [
-            Section(one.title, one.text, one.table, one.plots) for one in figure_sections("Further figures", more)
-        ]
+        parts += figure_sections("Further figures", more)
     return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
 
 

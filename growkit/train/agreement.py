@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from growkit.errors import GrowkitError
+from growkit.mcnemar import mcnemar
 from growkit.train.score import Scores, Tally
 
 Predict = Callable[[Tensor], Tensor]  # images (N, C, H, W) to logits (N, classes)
@@ -123,9 +123,3 @@ def in_step(source: Iterable[Batch], model: Iterable[Batch]) -> Iterator[tuple[T
         if not torch.equal(labels, theirs):
             raise GrowkitError(f"batch {number} has other labels when read again; give data with a fixed order")
         yield images, others, labels
-
-
-def mcnemar(turned_wrong: int, turned_right: int) -> float:
-    """Exact two-sided p-value of McNemar's test (binomial, one half); 1 where nothing turned."""
-    turned = turned_wrong + turned_right
-    return float(binomtest(turned_wrong, turned, 0.5).pvalue) if turned else 1.0

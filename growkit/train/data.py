@@ -239,8 +239,9 @@ def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> An
     except Exception as error:  # every dataset library has its own kinds
         reason = first_line(error)
         raise GrowkitError(
-            f"--data {data}, split {split}: {reason} (files are looked for in --data-dir"
-            f" {settings.data_dir}; --dataset-download fetches them, --val-split names the split)"
+            f"--data {data}, split {split}: {reason} (files are looked for in --data-dir {settings.data_dir}; "
+            + ("" if data.startswith("hf") else "--dataset-download fetches them, ")
+            + "--val-split names the split)"
         ) from error
     if isinstance(dataset, IterableDataset):
         raise GrowkitError(

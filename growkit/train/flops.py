@@ -18,15 +18,13 @@ aten = torch.ops.aten
 class StepCost:
     """Matrix products and convolutions of a forward and a backward pass over one batch.
 
-    A multiply-accumulate (MAC) is two FLOPs. What torch.utils.checkpoint computes twice is counted twice, and so are
+    A multiply-accumulate is two FLOPs. What torch.utils.checkpoint computes twice is counted twice, and so are
     intermediates of a ring, though training keeps those for which there is room (`memory.keep_what_fits`); what a fused
     attention kernel computes twice, once: nothing is computed, so the figures depend on no device or kernel. The
     optimizer's own arithmetic, norms and activations are not counted.
     """
 
     flops_per_step: int
-    macs_per_step: int
-    flops_per_image: float
     flops_of_making: int = 0  # of them, what makes a grown model's weights, forward and backward
 
     def of_update(self, batches: int) -> int:
@@ -49,7 +47,7 @@ def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable
         loss_fn(bare(images), targets).backward()
     making = count_making(model)
     flops = counter.get_total_flops() + making
-    return StepCost(flops, flops // 2, flops / len(images), making)
+    return StepCost(flops, making)
 
 
 def count_making(model: nn.Module) -> int:

@@ -482,4 +482,5 @@ def test_other_class_names_are_told(source, digits, tmp_path):
     lines = []
     named = replace(source, labels=tuple("abcdefghij"))
     run_compare(tmp_path, named, digits, options(methods="lemon", share=0.2), say=lines.append)
-    assert "the source calls its classes a, b, c, ..., the data 0, 1, 2, ...: they are taken in order" in lines
+    told = "the source calls its classes a, b, c and 7 more, the data 0, 1, 2 and 7 more: they are taken in order"
+    assert told in lines

@@ -26,7 +26,8 @@ from growkit.deploy.throughput import Rate, Throughput
 from growkit.deploy.truth import Preprocessing, noise_images
 from growkit.errors import GrowkitError
 from growkit.evaluation import _answering_onnx
-from growkit_cli.export import export, without_folders
+from growkit.files import without_folders
+from growkit_cli.export import export
 from growkit_cli.verify import verify
 
 SHORT = ("--latency-seconds", "0.05", "--throughput-seconds", "0.01")

@@ -14,7 +14,6 @@ from faults import folded_batch, prepares, version, zeroed
 from torch import nn
 
 from growkit.deploy import parity as parity_module
-from growkit.deploy.accuracy import mcnemar_p
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.numbers import by_chance, cosines
@@ -201,15 +200,6 @@ def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, e
 def test_empty_data_is_refused(model: nn.Module, exported: Path) -> None:
     with pytest.raises(GrowkitError, match="no labelled sample"):
         check_parity(model, exported, data=[])
-
-
-@pytest.mark.parametrize(
-    ("n01", "n10", "p"),
-    [(0, 0, 1.0), (0, 5, 2 / 32), (1, 4, 12 / 32), (3, 3, 1.0), (0, 10, 2 / 1024)],
-)
-def test_mcnemar_p_is_the_exact_binomial(n01: int, n10: int, p: float) -> None:
-    assert mcnemar_p(n01, n10) == pytest.approx(p)
-    assert mcnemar_p(n10, n01) == pytest.approx(p)
 
 
 @pytest.mark.parametrize("values", [1, 2, 7, 30])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from growkit.errors import GrowkitError
-from growkit.train.agreement import Agreement, Part, compare_answers, in_step, mcnemar
+from growkit.mcnemar import mcnemar
+from growkit.train.agreement import Agreement, Part, compare_answers, in_step
 from growkit.train.score import evaluate
 
 PARTS = [field.name for field in fields(Agreement) if field.type is Part]

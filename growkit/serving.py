@@ -1,0 +1,368 @@
+"""What goes into serving: a model exported, and a file verified, each as one function into a run folder."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from growkit.deploy.folder import Exported, write_export
+from growkit.deploy.golden import Golden, make_golden, read_golden, refuse_unreplaceable
+from growkit.deploy.held import update_golden
+from growkit.deploy.inputs import read_pictures
+from growkit.deploy.junit import junit_xml
+from growkit.deploy.limits import LIMITS
+from growkit.deploy.outputs import refuse_answers
+from growkit.deploy.reproduce import reproduction
+from growkit.deploy.settings import ExportSettings, TritonSettings, VerifySettings
+from growkit.deploy.store import form_in
+from growkit.deploy.subject import Subject, model_subject, onnx_subject
+from growkit.deploy.triton import refuse_taken, write_model_repository
+from growkit.deploy.truth import at_image_size, preprocessing
+from growkit.deploy.verify import Verification, timing_steps, verify_alone, verify_onnx
+from growkit.errors import GrowkitError
+from growkit.evaluation import labelled, prepared_for, refuse_unjudgeable
+from growkit.files import refuse_existing, refuse_unwritable, whole_file, whole_folder, without_folders, write_json
+from growkit.record import RunFolder
+from growkit.source import Source
+from growkit.train.batches import unaugmented, val_batches
+from growkit.train.settings import FitSettings
+from growkit.train.telling import Done, Say, unheard
+
+CALIBRATION = 256  # images that int8-static takes its ranges from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A Triton model repository that an export goes into, too; without a name, under the architecture's."""
+
+    folder: Path
+    settings: TritonSettings
+
+
+def export_model(
+    run: RunFolder,
+    source: Source,
+    settings: ExportSettings,
+    *,
+    out: Path | None = None,
+    triton: Repository | None = None,
+    data: str | None = None,
+    reading: FitSettings | None = None,
+    force: bool = False,
+    say: Say = lambda line: None,
+) -> Exported:
+    """Write `source` as ONNX into `out`, or RUN/onnx, and hold the finished file against it.
+
+    One that answers otherwise, of which `Exported.parity` tells, does not appear. `data`, read by `reading`, is for
+    accuracy, and for the ranges of int8-static.
+
+    Raises:
+        GrowkitError: a folder that cannot be written or is taken and `force` is not set, settings or data that do not
+            fit the model.
+    """
+    run.refuse_unusable()
+    target = out or run.onnx
+    _refuse_folders(target, triton, force)
+    refuse_answers(settings.form(), source.architecture.classes)
+    if triton is not None:
+        name = triton.settings.name or source.architecture.name
+        triton = replace(triton, settings=replace(triton.settings, name=name))
+        refuse_taken(triton.folder, name, triton.settings, force)
+    calibration, batches = _calibrating(source, settings, data, reading or FitSettings(), say)
+    provenance = {
+        "weights_sha256": source.sha256 or None,
+        "architecture": source.architecture.name,
+        "arguments": source.architecture.arguments,
+        "history": without_folders(source.history),
+    }
+    try:
+        with whole_folder(target) as partial:
+            exported = write_export(
+                source.model(),
+                partial,
+                settings,
+                labels=source.labels,
+                provenance=provenance,
+                calibration=calibration,
+                data=batches,
+                say=say,
+            )
+            if not exported.parity.passed:
+                raise _UnfaithfulError
+    except _UnfaithfulError:
+        for check in exported.parity.failed:
+            say(f"FAILED {check.group}: {check.line}")
+        say(f"{target} was not written: the file does not answer like the model")
+        return exported
+    _tell(exported, target, data, say)
+    made = exported.export
+    run.add(
+        "export",
+        options={
+            "model": source.path,
+            "out": str(target),
+            "data": data,
+            **asdict(settings),
+            "triton": {"repository": str(triton.folder), **asdict(triton.settings)} if triton else None,
+        },
+        figures={"bytes": made.bytes, "nodes": made.nodes, "parity": exported.parity.figures},
+        hashes={"weights": source.sha256, "model.onnx": made.sha256},
+    )
+    if triton is not None:
+        _write_repository(target, triton, force, say)
+    return exported
+
+
+class _UnfaithfulError(Exception):
+    """The file does not answer like the model: its folder is not to appear."""
+
+
+def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> None:
+    """Raise GrowkitError where an export cannot be written to its end."""
+    if target.resolve() == Path.cwd():
+        raise GrowkitError(f"--out {target}: the folder you stand in cannot be replaced; name another")
+    refuse_unwritable(target.absolute().parent)
+    refuse_existing(target, force, "export.json", elsewhere="--out writes elsewhere")
+    if triton is not None and triton.folder.resolve().is_relative_to(target.resolve()):
+        raise GrowkitError(
+            f"--triton {triton.folder}: {target} is replaced whole by the next export; name one outside it"
+        )
+
+
+def _calibrating(
+    source: Source, settings: ExportSettings, data: str | None, reading: FitSettings, say: Say
+) -> tuple[np.ndarray | None, Iterable[tuple[Tensor, Tensor]] | None]:
+    """Images for the ranges of int8-static (N, C, H, W), and labelled batches for accuracy, where there are any."""
+    calibrates = settings.precision == "int8-static"
+    if data is None:
+        if settings.max_accuracy_drop is not None:
+            raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+        if calibrates:
+            raise GrowkitError(
+                "--precision int8-static takes its ranges from images: give --data, or use --precision int8"
+            )
+        return None, None
+    opened, batches = prepared_for(source, data, reading, image_size=settings.image_size), None
+    try:
+        refuse_unjudgeable(source, data, opened.classes)
+        batches = val_batches(opened, reading)
+    except GrowkitError as error:
+        if not calibrates or settings.max_accuracy_drop is not None:
+            raise
+        say(f"accuracy is not judged: {error}")  # ranges need no labels
+    return unaugmented(opened, CALIBRATION, seed=settings.seed).numpy() if calibrates else None, batches
+
+
+def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
+    """What was written, and how near it is to the model."""
+    made, figures = exported.export, exported.parity.figures
+    for choice in exported.choices:
+        say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
+    say(
+        f"wrote {target / 'model.onnx'}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
+        f"IR {made.ir}, {made.nodes} nodes" + (f", weights in {made.files[1]}" if made.files[1:] else "")
+    )
+    worst = max(batch["relative_rms"] for batch in figures["batches"].values())
+    allowed = LIMITS[made.form.precision].relative_rms
+    say(
+        f"it answers like PyTorch: relative error {worst:.1e} (allowed {allowed:g}), "
+        f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
+    )
+    if "accuracy" in figures:
+        scores = figures["accuracy"]
+        say(f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images")
+    elif made.form.precision != "fp32" and data is None:
+        say("what that does to accuracy was not looked at: give --data, here or to `growkit verify`")
+
+
+def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -> None:
+    """Write the exported folder into a model repository; the folder stays whatever becomes of it."""
+    try:
+        model = write_model_repository(target, triton.folder, triton.settings, force=force)
+    except (GrowkitError, OSError) as error:
+        raise GrowkitError(f"{target} was written, the model repository was not: {error}") from error
+    kept = "" if model.configured else "; config.pbtxt was kept as it is"
+    say(f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe{kept}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The folder of a golden reference: answers are held against it, or where `update` become it."""
+
+    folder: Path
+    update: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Images of the user, beside the made ones, that a file and its model are held against each other on."""
+
+    data: str | None = None  # labelled, for accuracy
+    reading: FitSettings = field(default_factory=FitSettings)  # how they are read
+    pictures: Path | None = None  # a folder with some
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked; `report` is what the JSON file in RUN/verify holds."""
+
+    verification: Verification
+    report: dict[str, Any]
+
+
+def verify_run(
+    run: RunFolder,
+    settings: VerifySettings,
+    source: Source | None,
+    file: Path | None,
+    *,
+    reference: Reference | None = None,
+    evidence: Evidence = Evidence(),
+    junit: Path | None = None,
+    say: Say = lambda line: None,
+    progress: Done = unheard,
+) -> Verified:
+    """Hold an ONNX `file` against the model it came from, or one of the two alone against a reference.
+
+    Writes report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers differ. What
+    passes becomes the reference, where that is to be updated.
+
+    Raises:
+        GrowkitError: nothing to hold against, a missing file, a provider that does not run here, a reference or data
+            that cannot be read or do not fit.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    run.refuse_unusable()
+    if junit is not None:
+        refuse_unwritable(junit, suffix=".xml")
+    if settings.max_accuracy_drop is not None and evidence.data is None:
+        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    if settings.max_latency_ratio is not None and not settings.latency:
+        raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
+    if file is not None and not file.is_file():
+        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+    updating = reference is not None and reference.update
+    golden = read_golden(reference.folder) if reference is not None and not updating else None
+    if reference is not None and updating:
+        refuse_unreplaceable(reference.folder)
+        settings = replace(settings, latency=False)  # a reference holds no times
+
+    if source is not None and file is not None:
+        name, verified = "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
+        _leave_script(run.verify, verified, source, file, settings, say)
+    elif source is not None and (golden or updating):
+        model = _subject_of(source)
+        name, verified = "held-model.json", verify_alone(model, golden or _golden_of(model, settings), settings)
+    elif file is not None and golden:
+        name, verified = "held-file.json", verify_alone(file, golden, settings)
+    else:
+        alone = file or (source and source.path)
+        raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
+    report = {
+        "model": source.path if source else None,
+        "onnx": str(file) if file else None,
+        "reference": str(reference.folder) if reference else None,
+        **verified.report,
+    }
+    if reference is not None and updating and source is not None and verified.verdict != "fail":
+        held = onnx_subject(file, provider=report["provider"]["used"]) if file else _subject_of(source)
+        report["reference_update"] = update_golden(reference.folder, _golden_of(held, settings), held)
+    write_json(run.verify / name, report)
+    if junit is not None:
+        text = junit_xml(verified.checks, suite="growkit verify", started=started, seconds=time.monotonic() - clock)
+        with whole_file(junit) as partial:
+            partial.write_text(text, encoding="utf-8")
+    hashes = {"weights": source.sha256 if source else None, "model.onnx": report["onnx_sha256"]}
+    run.add(
+        "verify",
+        options={
+            **{key: report[key] for key in ("model", "onnx", "reference")},
+            "data": evidence.data,
+            **asdict(settings),
+        },
+        figures={
+            "verdict": verified.verdict,
+            "failed": [c.line for c in verified.checks if c.verdict == "fail"],
+            **{key: report[key] for key in ("numerics", "latency", "throughput")},
+        },
+        hashes={name: sha256 for name, sha256 in hashes.items() if sha256},
+    )
+    return Verified(verified, report)
+
+
+def _subject_of(source: Source) -> Subject:
+    return model_subject(source.model(), weights_sha256=source.sha256 or None, architecture=source.architecture.name)
+
+
+def _golden_of(subject: Subject, settings: VerifySettings) -> Golden:
+    return make_golden(subject, seed=settings.seed)
+
+
+def _with_file(
+    source: Source,
+    file: Path,
+    settings: VerifySettings,
+    golden: Golden | None,
+    evidence: Evidence,
+    say: Say,
+    progress: Done,
+) -> Verification:
+    """The ONNX file against its model: answers, a reference, accuracy on data, times."""
+    network, form = source.model(), form_in(file)
+    prepared = preprocessing(at_image_size(network, form.image_size))
+    pictures = read_pictures(evidence.pictures, prepared) if evidence.pictures is not None else None
+    batches = None
+    if evidence.data is not None:
+        judged = labelled(evidence.data, source, evidence.reading, image_size=form.image_size)
+        batches = val_batches(judged, evidence.reading)
+    say("comparing answers" + (", then times" if settings.latency else ""))
+    total = timing_steps(settings, form)
+    return verify_onnx(
+        network,
+        file,
+        settings,
+        stock=(source.architecture.name, source.architecture.arguments),
+        weights_sha256=source.sha256 or None,
+        labels=source.labels,
+        data_sets=_data_sets_beside(file),
+        golden=golden,
+        data=batches,
+        batch_size=evidence.reading.batch_size,
+        pictures=pictures,
+        progress=lambda done, note: progress(done, total, note),
+    )
+
+
+def _data_sets_beside(file: Path) -> Path | None:
+    """The folder of a file's own reference data, where `growkit export` left them."""
+    return file.parent if (file.parent / "test_data_set_0").is_dir() else None
+
+
+def _leave_script(
+    folder: Path, verified: Verification, source: Source, file: Path, settings: VerifySettings, say: Say
+) -> None:
+    """Write reproduce.py into `folder` where a file answers unlike its model; one of an earlier run goes."""
+    script = folder / "reproduce.py"
+    script.unlink(missing_ok=True)
+    if verified.parity is None or verified.parity.passed:
+        return
+    loading = source.loading
+    text = reproduction(
+        verified.parity,
+        folder,
+        model=source.path,
+        file=file,
+        settings=settings,
+        data_sets=_data_sets_beside(file),
+        from_=loading.from_,
+        sets=loading.sets,
+        ema=loading.ema,
+    )
+    with whole_file(script) as partial:
+        partial.write_text(text, encoding="utf-8")
+    say(f"python {script} shows it again")
