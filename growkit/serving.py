@@ -1,7 +1,7 @@
 """What goes into serving: a model exported, and a file verified, each as one function into a run folder."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.reproduce import reproduction
 from growkit.deploy.settings import ExportSettings, TritonSettings, VerifySettings
 from growkit.deploy.store import form_in
-from growkit.deploy.subject import Subject, model_subject, onnx_subject
+from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.triton import refuse_taken, write_model_repository
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.deploy.verify import Verification, timing_steps, verify_alone, verify_onnx
@@ -28,7 +28,7 @@ from growkit.errors import GrowkitError
 from growkit.evaluation import labelled, prepared_for, refuse_unjudgeable
 from growkit.files import refuse_existing, refuse_unwritable, whole_file, whole_folder, without_folders, write_json
 from growkit.record import RunFolder
-from growkit.source import Source
+from growkit.source import AS_IT_IS, Loading, Source, load_source
 from growkit.train.batches import unaugmented, val_batches
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, unheard
@@ -46,28 +46,34 @@ class Repository:
 
 def export_model(
     run: RunFolder,
-    source: Source,
+    model: str,
     settings: ExportSettings,
     *,
+    loading: Loading = AS_IT_IS,
     out: Path | None = None,
     triton: Repository | None = None,
     data: str | None = None,
     reading: FitSettings | None = None,
     force: bool = False,
     say: Say = lambda line: None,
+    show: Callable[[Exported], None] = lambda exported: None,
 ) -> Exported:
-    """Write `source` as ONNX into `out`, or RUN/onnx, and hold the finished file against it.
+    """Write a model as ONNX into `out`, or RUN/onnx, and hold the finished file against it.
 
-    One that answers otherwise, of which `Exported.parity` tells, does not appear. `data`, read by `reading`, is for
-    accuracy, and for the ranges of int8-static.
+    One that answers otherwise, of which `Exported.parity` tells, does not appear. `model` and `loading` are what
+    `load_source` takes; `data`, read by `reading`, is for accuracy, and for the ranges of int8-static. `show` is given
+    what was made before any of it goes into the Triton repository.
 
     Raises:
-        GrowkitError: a folder that cannot be written or is taken and `force` is not set, settings or data that do not
-            fit the model.
+        GrowkitError: a model that cannot be loaded, a folder that cannot be written or is taken and `force` is not set,
+            settings or data that do not fit the model.
     """
     run.refuse_unusable()
     target = out or run.onnx
     _refuse_folders(target, triton, force)
+    if settings.max_accuracy_drop is not None and data is None:
+        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    source = _loaded(model, loading, say)
     refuse_answers(settings.form(), source.architecture.classes)
     if triton is not None:
         name = triton.settings.name or source.architecture.name
@@ -98,8 +104,10 @@ def export_model(
         for check in exported.parity.failed:
             say(f"FAILED {check.group}: {check.line}")
         say(f"{target} was not written: the file does not answer like the model")
+        show(exported)
         return exported
     _tell(exported, target, data, say)
+    show(exported)
     made = exported.export
     run.add(
         "export",
@@ -116,6 +124,13 @@ def export_model(
     if triton is not None:
         _write_repository(target, triton, force, say)
     return exported
+
+
+def _loaded(model: str, loading: Loading, say: Say) -> Source:
+    source = load_source(model, loading.from_, loading.sets, ema=loading.ema)
+    for note in source.notes:
+        say(note)
+    return source
 
 
 class _UnfaithfulError(Exception):
@@ -140,8 +155,6 @@ def _calibrating(
     """Images for the ranges of int8-static (N, C, H, W), and labelled batches for accuracy, where there are any."""
     calibrates = settings.precision == "int8-static"
     if data is None:
-        if settings.max_accuracy_drop is not None:
-            raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
         if calibrates:
             raise GrowkitError(
                 "--precision int8-static takes its ranges from images: give --data, or use --precision int8"
@@ -218,23 +231,26 @@ class Verified:
 def verify_run(
     run: RunFolder,
     settings: VerifySettings,
-    source: Source | None,
+    model: str | None,
     file: Path | None,
     *,
+    loading: Loading = AS_IT_IS,
     reference: Reference | None = None,
     evidence: Evidence = Evidence(),
     junit: Path | None = None,
     say: Say = lambda line: None,
     progress: Done = unheard,
+    show: Callable[[Verification], None] = lambda verification: None,
 ) -> Verified:
     """Hold an ONNX `file` against the model it came from, or one of the two alone against a reference.
 
     Writes report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers differ. What
-    passes becomes the reference, where that is to be updated.
+    passes becomes the reference, where that is to be updated. `model` and `loading` are what `load_source` takes;
+    `show` is given what was checked before any of it is written.
 
     Raises:
-        GrowkitError: nothing to hold against, a missing file, a provider that does not run here, a reference or data
-            that cannot be read or do not fit.
+        GrowkitError: nothing to hold against, a model that cannot be loaded, a missing file, a provider that does not
+            run here, a reference or data that cannot be read or do not fit.
     """
     started, clock = datetime.now(UTC), time.monotonic()
     run.refuse_unusable()
@@ -244,39 +260,63 @@ def verify_run(
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if settings.max_latency_ratio is not None and not settings.latency:
         raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
-    if file is not None and not file.is_file():
-        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
     updating = reference is not None and reference.update
-    golden = read_golden(reference.folder) if reference is not None and not updating else None
+    if (model is None or file is None) and (reference is None or (model is None and updating)):
+        alone = file or model
+        raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
+    golden = None
     if reference is not None and updating:
         refuse_unreplaceable(reference.folder)
         settings = replace(settings, latency=False)  # a reference holds no times
+    elif reference is not None:
+        golden = read_golden(reference.folder)
+    if file is not None and not file.is_file():
+        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
 
+    source, held = None if model is None else _loaded(model, loading, say), None
     if source is not None and file is not None:
         name, verified = "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
         _leave_script(run.verify, verified, source, file, settings, say)
-    elif source is not None and (golden or updating):
-        model = _subject_of(source)
-        name, verified = "held-model.json", verify_alone(model, golden or _golden_of(model, settings), settings)
-    elif file is not None and golden:
-        name, verified = "held-file.json", verify_alone(file, golden, settings)
+    elif source is not None:
+        held = model_subject(
+            source.model(), weights_sha256=source.sha256 or None, architecture=source.architecture.name
+        )
+        golden = golden or make_golden(held, seed=settings.seed)
+        name, verified = "held-model.json", verify_alone(held, golden, settings)
     else:
-        alone = file or (source and source.path)
-        raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
+        assert file is not None  # else refused above
+        assert golden is not None
+        name, verified = "held-file.json", verify_alone(file, golden, settings)
+    show(verified)
     report = {
-        "model": source.path if source else None,
+        "model": model,
         "onnx": str(file) if file else None,
         "reference": str(reference.folder) if reference else None,
         **verified.report,
     }
-    if reference is not None and updating and source is not None and verified.verdict != "fail":
-        held = onnx_subject(file, provider=report["provider"]["used"]) if file else _subject_of(source)
-        report["reference_update"] = update_golden(reference.folder, _golden_of(held, settings), held)
+    if reference is not None and updating and verified.verdict != "fail":
+        if golden is None or held is None:
+            assert file is not None  # a model alone was held against its own
+            held = onnx_subject(file, provider=report["provider"]["used"])
+            golden = make_golden(held, seed=settings.seed)
+        report["reference_update"] = update_golden(reference.folder, golden, held)
     write_json(run.verify / name, report)
     if junit is not None:
         text = junit_xml(verified.checks, suite="growkit verify", started=started, seconds=time.monotonic() - clock)
         with whole_file(junit) as partial:
             partial.write_text(text, encoding="utf-8")
+    _record(run, verified, report, settings, evidence, source)
+    return Verified(verified, report)
+
+
+def _record(
+    run: RunFolder,
+    verified: Verification,
+    report: Mapping[str, Any],
+    settings: VerifySettings,
+    evidence: Evidence,
+    source: Source | None,
+) -> None:
     hashes = {"weights": source.sha256 if source else None, "model.onnx": report["onnx_sha256"]}
     run.add(
         "verify",
@@ -292,15 +332,6 @@ def verify_run(
         },
         hashes={name: sha256 for name, sha256 in hashes.items() if sha256},
     )
-    return Verified(verified, report)
-
-
-def _subject_of(source: Source) -> Subject:
-    return model_subject(source.model(), weights_sha256=source.sha256 or None, architecture=source.architecture.name)
-
-
-def _golden_of(subject: Subject, settings: VerifySettings) -> Golden:
-    return make_golden(subject, seed=settings.seed)
 
 
 def _with_file(

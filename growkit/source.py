@@ -32,6 +32,9 @@ class Loading:
     ema: bool = True
 
 
+AS_IT_IS = Loading()
+
+
 @dataclass(frozen=True)
 class Source:
     """A model as it lies on disk: what it is, its weights, and what to tell the user about it."""
@@ -45,7 +48,7 @@ class Source:
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
     notes: tuple[str, ...]
     adapted: tuple[str, ...] = ()  # what was changed so that it fits (see adapt.py), a line each
-    loading: Loading = Loading()  # how it was loaded
+    loading: Loading = AS_IT_IS  # how it was loaded
 
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""

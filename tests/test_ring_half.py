@@ -14,6 +14,7 @@ from growkit.core.half import halved, may_halve, scales_of
 from growkit.core.ring import RingOperator
 from growkit.core.ring_plan import contraction_plan
 from growkit.float32 import multiplying
+from growkit.train.memory import Alive
 
 ROUNDING = 2.0**-11  # of a float16 factor, relative
 
@@ -60,6 +61,25 @@ def test_float16_factors_give_what_float64_gives_but_for_their_rounding(case, in
     assert all(tensor.dtype == torch.float32 for tensor in found)
     assert max(map(gap, found, truth, size)) < 8 * ROUNDING  # of five factors and three intermediates
     assert gap(found[0], truth[0]) > 1e-6  # it is float16 that was measured
+
+
+def test_room_holds_twice_as_many_intermediates_of_half_the_size(monkeypatch):
+    monkeypatch.setattr(ring_plan, "FEWEST_ELEMENTS", 8)
+    contraction_plan.cache_clear()
+    exact, x = random_ring(*EXAMPLE)
+    ring, x = exact.float(), x.detach().float()
+    cores = [ring.cores[axis] for axis in ring.order]
+    plan = ring._plan(x, cores, halves=True)
+    held = []
+    for slices in (0, 1):
+        ring.room = 2 * plan.elements * slices
+        with Alive() as alive:
+            grown = ring(x)
+        held.append(alive.now)
+        del grown
+    contraction_plan.cache_clear()
+    assert plan.slices > 1
+    assert held[1] - held[0] == 2 * plan.elements
 
 
 @pytest.mark.parametrize("sign", [1, -1])

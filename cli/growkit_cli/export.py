@@ -9,7 +9,6 @@ from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, NoEma, Run, with_settings
 from growkit_cli.typed import command_line
 
@@ -49,6 +48,7 @@ def export(
     """
     from growkit.record import RunFolder
     from growkit.serving import Repository, export_model
+    from growkit.source import Loading
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
@@ -59,15 +59,16 @@ def export(
     with console.working("exporting"):
         exported = export_model(
             folder,
-            load(console, str(chosen), from_, from_sets, ema=not no_ema),
+            str(chosen),
             settings,
+            loading=Loading(from_, tuple(from_sets or ()), ema=not no_ema),
             out=out,
             triton=Repository(folder=triton, settings=serving) if triton else None,
             data=data,
             reading=reading,
             force=force,
             say=console.say,
+            show=lambda made: console.result(made.content),
         )
-    console.result(exported.content)
     if not exported.parity.passed:
         raise typer.Exit(1)

@@ -9,7 +9,6 @@ from growkit.deploy.settings import VerifySettings
 from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import AsJson, Data, From, FromSets, Model, NoEma, Run, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
@@ -69,8 +68,11 @@ def verify(
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """
+    from functools import partial
+
     from growkit.record import RunFolder
     from growkit.serving import Evidence, Reference, verify_run
+    from growkit.source import Loading
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
@@ -85,15 +87,16 @@ def verify(
         verified = verify_run(
             folder,
             settings,
-            None if alone else load(console, str(chosen), from_, from_sets, ema=not no_ema),
+            None if alone else str(chosen),
             file,
+            loading=Loading(from_, tuple(from_sets or ()), ema=not no_ema),
             reference=Reference(folder=reference, update=update_reference) if reference else None,
             evidence=Evidence(data=data, reading=reading, pictures=images),
             junit=junit,
             say=console.say,
             progress=tell("latency"),
+            show=partial(show, console),
         )
-    show(console, verified.verification)
     if update_reference:
         told = verified.report.get("reference_update")
         console.say(

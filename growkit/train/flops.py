@@ -58,6 +58,7 @@ def count_making(model: nn.Module) -> int:
     if not isinstance(model, MakesWeights):
         return 0
     maker: Any = without_storage(model)
+    maker.keep_intermediates(0)
     with FlopCounterMode(display=False) as counter:
         made = [tensor for tensor in maker.weights().values() if tensor.requires_grad]
         torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])

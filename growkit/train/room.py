@@ -49,8 +49,8 @@ def largest_batch(
     """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not one, or pair, does.
 
     On several processes, how many fit this one's part. Two small batches, whose peaks are counted without computing
-    anything, tell what an image takes. The size that follows is counted too, on a GPU or under `ulimit -v` `tried`
-    besides, and made smaller until it fits.
+    anything, tell what an image takes, and one of the size that follows tells it anew. What comes of it is counted too,
+    on a GPU or under `ulimit -v` `tried` besides, and made smaller until it fits.
     """
     model.to(device)
     if settings.grad_checkpointing:
@@ -72,9 +72,15 @@ def largest_batch(
     # asked for after counting, which loads parts of torch; the weights are there already
     room = ROOM * free_bytes(device) + own
     each = max(1, (large - small) // 8)
-    fits = max(0, min(int((room - small) / each) + 8, size_of(data.train) // distributed.size()))
-    pairs = _together(settings)
-    fits = fits // STEP * STEP if fits > STEP else fits // pairs * pairs
+    pairs, most = _together(settings), size_of(data.train) // distributed.size()
+
+    def whole(size: float) -> int:
+        size = max(0, min(int(size), most))
+        return size // STEP * STEP if size > STEP else size // pairs * pairs
+
+    fits = whole((room - small) / each + 8)
+    if fits > 16:  # what an operator keeps makes its images take more or less than the first few
+        fits = whole(16 + (room - large) * (fits - 16) / max(1, counted(fits) - large))
 
     def suits(size: int) -> bool:
         if counted(size) > room:

@@ -33,7 +33,7 @@ from growkit.grow import grow
 from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings
-from growkit.source import load_source
+from growkit.source import Loading, load_source
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 from growkit_cli.main import app
@@ -56,9 +56,7 @@ def unwatched(title, finished, total):
     return lambda done, total, note="": None
 
 
-def run_sweep(
-    folder, source, digits, *, from_=None, from_sets=(), ema=True, resume=False, say=print, follow=unwatched, **given
-):
+def run_sweep(folder, source, digits, *, resume=False, say=print, follow=unwatched, **given):
     return sweep_settings(
         RunFolder(folder, command_line="growkit sweep ..."),
         source,
@@ -67,9 +65,6 @@ def run_sweep(
         SweepSettings(**{**QUICK, **given}),
         RECIPE,
         sets=LARGE,
-        from_=from_,
-        from_sets=from_sets,
-        ema=ema,
         device=CPU,
         resume=resume,
         say=say,
@@ -219,9 +214,9 @@ def test_every_setting_of_the_recipe_is_tried_in_a_command():
 def test_recommended_commands_name_source_and_target_as_given(source, digits, tmp_path):
     bare = tmp_path / "bare.pth"
     torch.save(source.state, bare)
-    loaded = load_source(str(bare), "deit_tiny", SMALL)
+    loaded = load_source(str(bare), "deit_tiny", SMALL, ema=False)
     choices = {"operator_steps": "3", "rank_choices": "2"}
-    found = run_sweep(tmp_path, loaded, digits, from_="deit_tiny", from_sets=SMALL, ema=False, **choices)
+    found = run_sweep(tmp_path, loaded, digits, **choices)
     grow, _ = (parsed(command) for command in found.commands)
     assert (grow[3]["from_"], grow[3]["no_ema"]) == ("deit_tiny", True)
     assert (tuple(grow[3]["from_sets"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
@@ -231,11 +226,11 @@ def test_recommended_commands_name_source_and_target_as_given(source, digits, tm
 def test_command_line_tells_the_sweep_how_the_source_was_loaded(source, tmp_path, monkeypatch):
     bare = tmp_path / "bare.pth"
     torch.save(source.state, bare)
-    asked = {}
-    monkeypatch.setattr(sweep_module, "sweep_settings", lambda *a, **given: asked.update(given) or sys.exit(0))
+    asked = []
+    monkeypatch.setattr(sweep_module, "sweep_settings", lambda *given, **_: asked.append(given[1]) or sys.exit(0))
     loading = ["--no-ema", "--from", "deit_tiny", *(word for item in SMALL for word in ("--from-set", item))]
     CliRunner().invoke(app, ["sweep", str(bare), "--to", "deit_tiny", "--data", "images", *loading])
-    assert (asked["from_"], tuple(asked["from_sets"]), asked["ema"]) == ("deit_tiny", SMALL, False)
+    assert [source.loading for source in asked] == [Loading("deit_tiny", SMALL, ema=False)]
 
 
 def test_weights_of_trials_are_let_go(swept):

@@ -22,6 +22,7 @@ from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.loop import fit
 from growkit.train.making import made_once, shared
+from growkit.train.memory import keep_what_fits
 from growkit.train.settings import FitSettings
 from growkit.train.training import Training
 
@@ -108,6 +109,10 @@ def test_accumulated_update_makes_the_weights_once(monkeypatch: pytest.MonkeyPat
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def rooms_of(model: nn.Module) -> list[int]:
+    return [part.room for part in model.modules() if isinstance(part, RingOperator)]
+
+
 @pytest.mark.parametrize("name", ["mango", "mango in two stages"])
 def test_training_keeps_intermediates_and_learns_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("growkit.core.ring_plan.FEWEST_ELEMENTS", 64)  # slices, small as these networks are
@@ -118,12 +123,15 @@ def test_training_keeps_intermediates_and_learns_the_same(name: str, monkeypatch
         monkeypatch.setattr("growkit.train.memory.KEPT_SHARE", share)
         model = grown(METHODS[name], torch.float32)
         fitted.append(fit(model, data, PLAIN))
-        rooms.append([part.room for part in model.modules() if isinstance(part, RingOperator)])
-        states.append(model.method.state_dict())
+        rooms.append(rooms_of(model))
+        states.append({key: value.clone() for key, value in model.method.state_dict().items()})
+    assert fit(model, data, PLAIN).flops_per_step == fitted[1].flops_per_step  # of a model that keeps from before
     contraction_plan.cache_clear()
+    alone = grown(METHODS["mango"], torch.float32)
+    keep_what_fits(alone, (PLAIN.batch_size, 3, 16, 16), "fp32")
     assert all(room == 0 for room in rooms[0])
-    assert all(room > 0 for room in rooms[1])
     assert len(rooms[1]) == (2 if "two" in name else 1)
+    assert rooms[1] == [rooms_of(alone)[0] // len(rooms[1])] * len(rooms[1])
     assert fitted[0].losses == fitted[1].losses
     assert fitted[0].flops_per_step == fitted[1].flops_per_step
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -11,7 +11,7 @@ from growkit.core.ring_plan import contraction_plan, fewest_elements
 from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train.making import made_once
-from growkit.train.memory import KEPT_SHARE, Alive, keep_what_fits, step_peak
+from growkit.train.memory import Alive, keep_what_fits, step_peak
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8, "num_classes": 10}
 BIG = ["embed_dim=128", "depth=4", "num_heads=4"]
@@ -47,7 +47,7 @@ def test_counted_peak_is_the_peak_of_real_allocations(rank, batches):
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    assert step_peak(model, BATCH, "fp32", batches) == pytest.approx(peak, rel=0.03)
+    assert step_peak(network(rank).train(), BATCH, "fp32", batches) == pytest.approx(peak, rel=0.03)
 
 
 def test_storage_counts_until_its_last_view_is_gone():
@@ -74,7 +74,9 @@ def test_intermediates_may_take_a_quarter_of_what_a_network_holds_for_its_gradie
         outputs = real(images)
     held = sum(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     assert outputs.requires_grad
-    assert model.method.ring.room == pytest.approx(KEPT_SHARE * (held - images.nbytes), rel=0.03)
+    assert model.method.ring.room == pytest.approx((held - images.nbytes) / 4, rel=0.03)
+    keep_what_fits(model, BATCH, "bf16")
+    assert model.method.ring.room < (0.99 if recomputed else 0.8) * (held - images.nbytes) / 4
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from growkit.arch import build, find
+from growkit.core.ring import RingOperator
+from growkit.core.ring_plan import contraction_plan
 from growkit.errors import GrowkitError
-from growkit.grow import grow
+from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
 from growkit.train import room
 from growkit.train.data import Data
 from growkit.train.loop import fit
-from growkit.train.memory import step_peak
+from growkit.train.memory import keep_what_fits, step_peak
 from growkit.train.room import largest_batch, with_batch_size
 from growkit.train.settings import AUTO, FitSettings
 
@@ -108,6 +110,37 @@ def test_grown_models_are_counted_with_their_operator(monkeypatch: pytest.Monkey
     monkeypatch.setattr(room, "free_bytes", lambda device: 6 * 2**20)
     assert 8 <= largest_batch(grown, images(512), SETTINGS, CPU) < 512
     assert all(p.device == CPU for p in grown.parameters())
+
+
+def ring_pair(depth: int = 2) -> GrownModel:
+    source = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": depth, "num_heads": 3})
+    target = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": depth, "num_heads": 6})
+    return grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=4))
+
+
+def test_operators_fill_the_room_though_images_take_less_once_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("growkit.core.ring_plan.FEWEST_ELEMENTS", 64)
+    contraction_plan.cache_clear()
+    model = ring_pair()
+    own = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    free = step_peak(ring_pair().train(), (400, 3, 8, 8), "fp32") - own
+    monkeypatch.setattr(room, "free_bytes", lambda device: (free + 0.5) / room.ROOM)
+    found = largest_batch(model, images(512), SETTINGS, CPU)
+    contraction_plan.cache_clear()
+    assert 0.95 * 400 <= found <= 400
+
+
+def test_trial_of_a_size_keeps_what_training_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "limited", lambda: True)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 20 * 2**20)
+    seen, forward = [], RingOperator.forward
+    monkeypatch.setattr(RingOperator, "forward", lambda ring, x: seen.append((x.device, ring.room)) or forward(ring, x))
+    model = ring_pair()
+    found = largest_batch(model, images(512), SETTINGS, CPU)
+    tried = model.method.ring.room
+    keep_what_fits(model, (found, 3, 8, 8), "fp32")
+    assert tried == model.method.ring.room > 0
+    assert seen[-1] == (CPU, tried)
 
 
 def test_size_is_found_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
