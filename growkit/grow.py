@@ -146,11 +146,20 @@ class GrownModel(nn.Module):
 
 
 def grow(source: Architecture, target: Architecture, state: StateDict, settings: GrowSettings) -> GrownModel:
-    """Grow a checkpoint: its weights through a fresh method, ready to train or to materialize.
+    """Grow a checkpoint: its weights through a fresh method, ready to train or to `materialize`.
+
+        small = load_source("deit_small.pth")
+        target, notes = find_target(small.architecture, "deit_base")
+        big = grow(small.architecture, target, small.state, GrowSettings(rank=4)).materialize()  # timm's network
+
+    `load_source` is of growkit.source, `find_target` of growkit.arch, `GrowSettings` of growkit.settings; `state` has
+    the names of timm's state dict.
 
     Raises:
-        GrowkitError: unknown method, or sizes that it cannot grow; the message says what would work.
+        GrowkitError: weights that do not fit `source`, unknown method, or sizes that it cannot grow; the message says
+            what would work.
     """
+    source.check(state)
     weights = source.split(state)
     if not whole(source, target, "embed"):
         weights = even_scales(weights)

@@ -12,6 +12,8 @@ from growkit.train import distributed
 from growkit.train.loop import FitResult
 from growkit.train.settings import FitSettings
 
+CURVES = ("losses", "history", "training")
+
 
 def origin_of(source: Source) -> dict[str, Any]:
     """Where weights come from: names, hashes and versions; nothing that tells of this machine, for it is served."""
@@ -79,3 +81,11 @@ def in_short(fit: dict[str, Any] | None) -> dict[str, Any] | None:
     curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1) if step % every == 0]
     rest = {name: value for name, value in fit.items() if name not in ("losses", "settings")}
     return {**rest, "training": curve}
+
+
+def without_curves(history: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A model's history without what training measured on its way: whoever is served the model needs none of it."""
+    if history is None:
+        return None
+    kept = {key: value for key, value in history.items() if key not in CURVES or not isinstance(value, list)}
+    return {key: without_curves(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -144,9 +144,9 @@ def grow_model(
     for note in (*source.adapted, *notes):
         say(note)
     for option in ignored(settings):
-        say(f"{option} means nothing to {settings.method}")
+        say(f"warning: {option} means nothing to {settings.method}")
     if data is None and operator not in (None, FitSettings(**OPERATOR_DEFAULTS)):
-        say("options of operator training mean nothing without --data")
+        say("warning: options of operator training mean nothing without --data")
     if opened is not None:  # only the same operator goes on
         growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
         opened = replace(opened, identity={**opened.identity, **growth})
@@ -206,6 +206,7 @@ def grow_model(
                 # of an operator that is to be trained on nothing is said: what was scored is not what was written
                 "scores": {name: asdict(found) for name, found in scores.items()} if scores and complete else None,
                 "adapted": list(source.adapted),
+                "unreadable": list(opened.unreadable) if opened is not None else [],
             },
             hashes={"source": source.sha256, "grown": sha256_of(run.grown / WEIGHTS)},
         )
@@ -382,6 +383,7 @@ def _fit_into(
                 "start": asdict(start) if start else None,
                 **(in_short(final["fit"]) or {}),
                 "adapted": list(source.adapted),
+                "unreadable": list(opened.unreadable),
             },
             hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
         )

@@ -27,8 +27,10 @@ from growkit.deploy.verify import Verification, timing_steps, verify_alone, veri
 from growkit.errors import GrowkitError
 from growkit.evaluation import labelled, prepared_for, refuse_unjudgeable
 from growkit.files import refuse_existing, refuse_unwritable, whole_file, whole_folder, without_folders, write_json
+from growkit.history import without_curves
 from growkit.record import RunFolder
 from growkit.source import AS_IT_IS, Loading, Source, load_source
+from growkit.text import counted
 from growkit.train.batches import unaugmented, val_batches
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, unheard
@@ -84,7 +86,7 @@ def export_model(
         "weights_sha256": source.sha256 or None,
         "architecture": source.architecture.name,
         "arguments": source.architecture.arguments,
-        "history": without_folders(source.history),
+        "history": without_folders(without_curves(source.history)),
     }
     try:
         with whole_folder(target) as partial:
@@ -199,8 +201,11 @@ def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -
         model = write_model_repository(target, triton.folder, triton.settings, force=force)
     except (GrowkitError, OSError) as error:
         raise GrowkitError(f"{target} was written, the model repository was not: {error}") from error
-    kept = "" if model.configured else "; config.pbtxt was kept as it is"
-    say(f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe{kept}")
+    config = "written anew" if model.configured else "kept as it is"
+    say(
+        f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe; "
+        f"config.pbtxt was {config}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +269,10 @@ def verify_run(
     if (model is None or file is None) and (reference is None or (model is None and updating)):
         alone = file or model
         raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
+    if model is None or file is None:
+        if settings.max_latency_ratio is not None or settings.compiled:
+            raise GrowkitError("--max-latency-ratio and --compiled time a file beside its model: name both")
+        settings = replace(settings, latency=False)
     golden = None
     if reference is not None and updating:
         refuse_unreplaceable(reference.folder)
@@ -346,7 +355,10 @@ def _with_file(
     """The ONNX file against its model: answers, a reference, accuracy on data, times."""
     network, form = source.model(), form_in(file)
     prepared = preprocessing(at_image_size(network, form.image_size))
-    pictures = read_pictures(evidence.pictures, prepared) if evidence.pictures is not None else None
+    pictures = None
+    if evidence.pictures is not None:
+        pictures = read_pictures(evidence.pictures, prepared)
+        say(f"compared on {counted(len(pictures), 'picture')} of {evidence.pictures}, too")
     batches = None
     if evidence.data is not None:
         judged = labelled(evidence.data, source, evidence.reading, image_size=form.image_size)

@@ -58,7 +58,7 @@ class Source:
         return model.requires_grad_(True).eval()
 
 
-def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
+def load_source(path: str | Path, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
     """Load a .pth/.pt, a .safetensors, a model folder, `timm:NAME` or `hf-hub:OWNER/NAME[@REVISION]`.
 
     `from_` (--from) and `sets` (--from-set) say what the shapes of a bare checkpoint cannot.
@@ -66,7 +66,7 @@ def load_source(path: str, from_: str | None = None, sets: Sequence[str] = (), *
     Raises:
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
     """
-    return replace(_load(path, from_, sets, ema=ema), loading=Loading(from_, tuple(sets), ema))
+    return replace(_load(str(path), from_, sets, ema=ema), loading=Loading(from_, tuple(sets), ema))
 
 
 def _load(path: str, from_: str | None, sets: Sequence[str], *, ema: bool) -> Source:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 import typer
 
 from growkit.compare.figures import figures_of
 from growkit.compare.page import cost_table, main_table
+from growkit.demo import write_digits
 from growkit.report.serving import GROUPS
 from growkit_cli.main import app
 
@@ -48,6 +51,30 @@ def complaint(line: str) -> str | None:
     if missing and "--help" not in words:
         return f"missing {missing}"
     return f"too many arguments {extra}" if extra else None
+
+
+@pytest.mark.slow
+def test_python_of_the_docs_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (block for block in FENCE.findall((ROOT / "docs" / "python.md").read_text(encoding="utf-8")))
+    monkeypatch.chdir(tmp_path)
+    write_digits(Path("images"))
+    small = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 1,
+    }
+    torch.save({"model": timm.create_model("deit_tiny_patch16_224", **small).state_dict()}, "small.pth")
+    shorter = code.replace('"steps": 20', '"steps": 2').replace("epochs=1,", "epochs=0.1,")
+    assert shorter.count("0.1,") == shorter.count('"steps": 2}') == 1
+    monkeypatch.setattr("sys.argv", ["growkit"])
+    exec(compile(shorter, "python.md", "exec"), {})
+    assert json.loads(Path("run/verify/report.json").read_text(encoding="utf-8"))["verdict"] == "pass"
+    steps = json.loads(Path("run/record.json").read_text(encoding="utf-8"))["steps"]
+    assert [step["command"] for step in steps] == ["grow", "finetune", "export", "verify"]
 
 
 def slugs(text: str) -> set[str]:

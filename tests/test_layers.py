@@ -43,7 +43,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "compare.settings": "errors ranges settings",
     "compare": f"{ALL} plan compare",
     "evaluation": "errors record checkpoint source train deploy",
-    "serving": "errors files record source train deploy evaluation",
+    "serving": "errors text files record source train deploy evaluation history",
     "history": "record arch source lineage train",
     "pipeline": f"{ALL} history",
     "demo": f"{ALL} pipeline",

@@ -64,6 +64,7 @@ def grow(
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
     from growkit.train.distributed import leads
+    from growkit.train.score import worse
 
     console = Console(as_json, quiet=not leads())
     loaded = load(console, source, from_, from_sets, ema=not no_ema)
@@ -85,11 +86,15 @@ def grow(
     if grown.operator and grown.scores:
         before, after = grown.scores["step0"], grown.scores.get("operator")
         console.say(
-            f"operator trained for {counted(grown.operator.steps, 'update')}: loss {grown.operator.losses[0]:.4f} -> "
-            f"{grown.operator.losses[-1]:.4f}"
-            + ("" if after is None else f", validation top-1 {before.top1:.2%} -> {after.top1:.2%}")
+            f"operator trained for {counted(grown.operator.steps, 'update')}"
+            + (
+                f": loss of batches {grown.operator.losses[0]:.4f} -> {grown.operator.losses[-1]:.4f}"
+                if after is None
+                else f": on the validation images top-1 {before.top1:.2%} -> {after.top1:.2%}, "
+                f"loss {before.loss:.4f} -> {after.loss:.4f}"
+            )
         )
-        if after is not None and after.top1 < before.top1:
+        if after is not None and worse(before, after):
             console.say("warning: training the operator did harm: try a lower --lr, or grow with --force and no --data")
     console.say(
         f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters"

@@ -15,6 +15,9 @@ def report(
         Path | None,
         typer.Option("--out", "-o", help="Page to write; RUN/report.html when left out.", show_default=False),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 unless the answer to 'may it ship?' is yes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the whole way of a run as one page: may it ship, and what every step did.
@@ -42,3 +45,5 @@ def report(
     assert made.verdict is not None
     console.say(f"wrote {page}: may it ship? {made.verdict.mark}. {made.verdict.line}")
     console.result({"report": page, "verdict": asdict(made.verdict), "gates": [asdict(gate) for gate in made.gates]})
+    if strict and made.verdict.mark != "yes":
+        raise typer.Exit(1)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from growkit.text import clipped, counted
 from growkit_cli.console import Console
 
+LINES = 5  # findings of a group
+
 if TYPE_CHECKING:
     from growkit.deploy.verify import Verification
 
@@ -70,10 +72,21 @@ def show(console: Console, verified: "Verification") -> None:
     if verified.assignment and verified.assignment.fallen_back:
         console.say(f"warning: {verified.assignment.line}")
     failed = verified.verdict == "fail"
-    for c in verified.checks:
-        if c.verdict != "pass":
-            word = "FAILED" if c.verdict == "fail" else "warning:"
-            console.say(f"{word} {c.group}: {c.line}")
+    accuracy = (verified.report["numerics"] or {}).get("accuracy")
+    if accuracy:
+        console.say(
+            f"top-1 {accuracy['top1']:.2%}, PyTorch's {accuracy['torch_top1']:.2%}, on {accuracy['samples']:,} images"
+        )
+    diagnosis = (verified.report["numerics"] or {}).get("diagnosis")
+    for group in dict.fromkeys(c.group for c in verified.checks):
+        # what is wrong where comes before all that is wrong because of it
+        noes = sorted(
+            (c for c in verified.checks if c.group == group and c.verdict != "pass"), key=lambda c: c.line != diagnosis
+        )
+        for c in noes[:LINES]:
+            console.say(f"{'FAILED' if c.verdict == 'fail' else 'warning:'} {c.group}: {c.line}")
+        if noes[LINES:]:
+            console.say(f"{group}: {len(noes) - LINES} more like these are in the report")
     if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")

@@ -91,7 +91,13 @@ class Classifier:
 
 
 if __name__ == "__main__":
-    model, *photos = sys.argv[1:]
-    classifier = Classifier(Path(model))
-    for photo in photos:
-        print(json.dumps({"image": photo, "best": classifier.best(Image.open(photo))}))
+    if len(sys.argv) < 3:
+        sys.exit("usage: classify.py MODEL.onnx PHOTO...")
+    classifier = Classifier(Path(sys.argv[1]))
+    for photo in sys.argv[2:]:
+        try:
+            image = Image.open(photo)
+            image.load()
+        except OSError as error:
+            sys.exit(f"{photo}: no readable picture ({error})")
+        print(json.dumps({"image": photo, "best": classifier.best(image)}))

@@ -35,8 +35,12 @@ def check(group: str, name: str, passed: bool, measured: float | str, limit: flo
 
 
 def shown(value: float | str) -> str:
-    """A number with three significant digits; words as they are."""
-    return value if isinstance(value, str) else f"{value:.3g}"
+    """A number with three significant digits, one next to 1 by how far it is off; words as they are."""
+    if isinstance(value, str):
+        return value
+    if value != 1 and f"{value:.3g}" == "1":
+        return f"1 {'-' if value < 1 else '+'} {abs(1 - value):.2g}"
+    return f"{value:.3g}"
 
 
 def plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def made_pictures(prepared: Preprocessing, seed: int) -> dict[str, Image.Image]:
 
 
 def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict[str, Image.Image]:
-    """The first `most` pictures below `folder` in order of name, in the model's colour mode.
+    """The pictures below `folder`, `most` at most, spread evenly in order of name, in the model's colour mode.
 
     Raises:
         GrowkitError: there are none, one cannot be read, or the model takes no pictures; the message names it.
@@ -52,7 +52,9 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
         raise GrowkitError(f"--images {folder}: no such folder")
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
     within = sorted((path.relative_to(folder), path) for path in paths)
-    shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)][:most]
+    shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)]
+    if len(shown) > most:
+        shown = [shown[place * len(shown) // most] for place in range(most)]
     if not shown:
         raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
     return {visible(name): open_picture(str(path), MODES[channels]) for name, path in shown}

@@ -210,6 +210,9 @@ def verify_alone(
     else:
         opened = subject
     if opened is not None:
+        if settings.precision is not None:
+            wanted, found = settings.precision.partition("-")[0], opened.identity.precision
+            checks.append(check("structure", "precision", found == wanted, found, wanted))
         checks += check_golden(golden, opened, tolerance=tolerance)
     report = {
         "onnx_sha256": _sha256(subject, opened) if isinstance(subject, Path) else None,

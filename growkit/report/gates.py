@@ -7,7 +7,7 @@ from growkit.report.facts import Facts, Step, mapping, number, percent
 from growkit.report.growth import EXACT, gap_of, scores_of, start_line
 from growkit.report.page import Gate, Mark, cell
 from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
-from growkit.text import short
+from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of answers is no chance
 LINES = 3  # checks of a group that are quoted
@@ -27,7 +27,13 @@ def verdict_of(gates: Sequence[Gate]) -> Gate:
 def gates_of(facts: Facts) -> list[Gate]:
     """Start, accuracy against the source, every group of checks, and whether the files belong together."""
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
-    return [*_start(facts), *([_accuracy(facts)] if has_source else []), *_checks(facts), *_together(facts)]
+    return [
+        *_start(facts),
+        *_ended(facts),
+        *([_accuracy(facts)] if has_source else []),
+        *_checks(facts),
+        *_together(facts),
+    ]
 
 
 def _start(facts: Facts) -> Iterator[Gate]:
@@ -36,6 +42,18 @@ def _start(facts: Facts) -> Iterator[Gate]:
         line = start_line(facts)
         yield Gate(
             "It starts where the source stands", Mark("pass" if gap <= EXACT else "note"), line[0].upper() + line[1:]
+        )
+
+
+def _ended(facts: Facts) -> Iterator[Gate]:
+    """Whether training of the model that ships came to its end."""
+    history = facts.tuned or facts.grown or facts.trained
+    fit = mapping(history.get("fit") or history.get("operator"))
+    if fit.get("interrupted"):
+        done = number(fit.get("steps"))
+        after = "" if done is None else f" after {counted(done, 'update')}"
+        yield Gate(
+            "It was trained to its end", Mark("inconclusive"), f"It was stopped{after}: the same command with --resume."
         )
 
 

@@ -58,8 +58,10 @@ class Data:
         if not self.unreadable:
             return []
         count, first = len(self.unreadable), next(iter(self.unreadable))
+        more = "; all are in record.json" if count > 1 else ""
         return [
-            f"warning: training images that could not be read: {count}, the next took their place; the first: {first}"
+            f"warning: training images that could not be read: {count}, the next took their place; "
+            f"the first: {first}{more}"
         ]
 
 

@@ -1,5 +1,6 @@
 """How well a predictor does on labelled images: top-1, top-5, loss and calibration error."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ class Scores:
     loss: float
     ece: float
     count: int
+
+
+def worse(before: Scores, after: Scores) -> bool:
+    """Whether top-1 fell by more than chance: by two standard errors of the difference of two such shares."""
+    share = (before.top1 + after.top1) / 2
+    return before.top1 - after.top1 > 2 * math.sqrt(2 * share * (1 - share) / after.count)
 
 
 class Tally:
