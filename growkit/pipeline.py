@@ -257,7 +257,7 @@ def _train_operator(
         resume=goes_on,
         progress=asked.tell("training the operator"),
     )
-    for line in opened.remarks:
+    for line in opened.remarks(asked.run.record):
         asked.say(line)
     if not fitted.interrupted:
         scores["operator"] = score(grown.materialize(), "grown model")
@@ -363,7 +363,7 @@ def _fit_into(
         on_best=keep,
         progress=tell("fine-tuning" if command == "finetune" else training),
     )
-    for line in opened.remarks:
+    for line in opened.remarks(asked.run.record):
         say(line)
     final = {**history, "fit": fit_figures(fitted, settings)}
 

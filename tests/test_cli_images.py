@@ -145,6 +145,20 @@ def test_unreadable_training_image_is_told_after_training(place: Path, growkit: 
     assert "images/train/dog/2.png: not a readable picture (" in err
 
 
+def test_all_unreadable_training_images_are_on_record(place: Path, growkit: Run) -> None:
+    for name in ("dog/2.png", "cat/1.png"):
+        damage(place / "images" / "train" / name)
+    status, out, err = growkit(*REFUSING["finetune"])
+    assert status == 0, err
+    assert "could not be read: 2, the next took their place; the first: images/train/" in out
+    assert out.count("; all are named in run/record.json") == 1
+    (step,) = json.loads((place / "run" / "record.json").read_text())["steps"]
+    assert sorted(line.partition(": not a readable")[0] for line in step["figures"]["unreadable"]) == [
+        "images/train/cat/1.png",
+        "images/train/dog/2.png",
+    ]
+
+
 def test_comparison_tells_of_unreadable_training_images(place: Path, growkit: Run) -> None:
     damage(place / "images" / "train" / "dog" / "2.png")
     status, out, err = growkit(*REFUSING["compare"])

@@ -14,7 +14,7 @@ from test_cli import growkit
 from test_report import EVIL, Page
 
 from growkit.errors import GrowkitError
-from growkit.files import write_json
+from growkit.files import read_json, write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
 from growkit.report.facts import read_facts
@@ -176,6 +176,11 @@ def in_turn(*changes: Change) -> Change:
     return change
 
 
+def stopped(run: RunFolder) -> dict[str, Any]:
+    content = read_json(run.finetuned / "growkit.json")
+    return content | {"fit": content["fit"] | {"interrupted": True}}
+
+
 GOLDEN = "It answers as when it was accepted"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
     "a number is off": (one_check("numbers", "fail"), NUMBERS, "fail", "no"),
@@ -216,6 +221,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "no times": (only("structure", "accuracy"), FAST, "not done", "not yet"),
     "not verified": (removed("verify"), VERIFIED, "not done", "not yet"),
     "not exported": (removed("verify", "onnx"), VERIFIED, "not done", "not yet"),
+    "fine-tuning was stopped": (
+        lambda run: write_json(run.finetuned / "growkit.json", stopped(run)),
+        "It was trained to its end",
+        "inconclusive",
+        "not yet",
+    ),
     "more answers turned wrong": (evaluated(60, 10, 1e-9), ACCURATE, "fail", "no"),
     "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
@@ -497,6 +508,14 @@ def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.Captur
     assert content["verdict"]["mark"] == "yes"
     assert {gate["name"]: gate["mark"] for gate in content["gates"]} == gates(RunFolder(moved))
     assert Path(content["report"]).read_bytes() == before
+
+
+def test_strict_report_says_no_by_its_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    assert growkit(capsys, "report", "--run", run.path, "--strict")[0] == 0
+    removed("verify")(run)
+    assert growkit(capsys, "report", "--run", run.path)[0] == 0
+    assert growkit(capsys, "report", "--run", run.path, "--strict")[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def compare_methods(
     comparison = Comparison(bench, settings, say=say, follow=follow)
     comparison.prepare(resume=resume)
     runs = comparison.run()
-    for line in bench.data.remarks:
+    for line in bench.data.remarks(run.compare / "results.json"):
         say(line)
     for left in comparison.left_out():
         say(f"not in these figures, though run here: {left}; name it again to have it in")

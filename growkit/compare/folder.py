@@ -51,6 +51,7 @@ def described(bench: Bench, settings: CompareSettings | SweepSettings, command: 
     return {
         **identity_of(bench),
         "adapted": bench.source.adapted,
+        "unreadable": list(bench.data.unreadable),
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),

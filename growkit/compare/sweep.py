@@ -82,7 +82,7 @@ def sweep_settings(
     pilot.prepare(resume=resume)
     nothing = pilot.from_nothing()
     tried = [tried_of(trial) for trial in pilot.run(nothing)]
-    for line in bench.data.remarks:
+    for line in bench.data.remarks(run.sweep / "results.json"):
         say(line)
     loading = source.loading
     what = [source.path, "--to", to]

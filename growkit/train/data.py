@@ -52,13 +52,12 @@ class Data:
     unreadable: dict[str, None] = field(default_factory=dict)
     normalised: Callable[[Tensor], Tensor] = _as_they_are
 
-    @property
-    def remarks(self) -> list[str]:
-        """What is to be said after training: at most one line, about unreadable images."""
+    def remarks(self, record: Path) -> list[str]:
+        """What is to be said after training: at most one line, about unreadable images; all are named in `record`."""
         if not self.unreadable:
             return []
         count, first = len(self.unreadable), next(iter(self.unreadable))
-        more = "; all are in record.json" if count > 1 else ""
+        more = f"; all are named in {record}" if count > 1 else ""
         return [
             f"warning: training images that could not be read: {count}, the next took their place; "
             f"the first: {first}{more}"

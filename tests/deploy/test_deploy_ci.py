@@ -106,6 +106,35 @@ def test_model_alone_and_file_alone_pass_their_references(accepted: Path, capsys
     assert out.rstrip().endswith("verdict: pass")
 
 
+@pytest.mark.parametrize("alone", [(*FILE, "reference/onnx"), MODEL])
+def test_what_one_alone_cannot_be_held_to_is_refused(
+    alone: tuple[str, ...], accepted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (("--max-latency-ratio", "0.1"), ("--compiled",)):
+        assert growkit(accepted, *alone, *option) == 2
+        assert "name both" in capsys.readouterr().err
+    assert growkit(accepted, *alone, "--precision", "fp32") == 0
+    assert growkit(accepted, *alone, "--precision", "int8") == 1
+    assert "FAILED structure: precision: fp32, allowed int8" in capsys.readouterr().out
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    accepted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("growkit.serving.load_source", lambda *_, **__: pytest.fail("loaded"))
+    for words, says in {
+        ("verify", "model", "--model-only"): "nothing to hold model against",
+        ("verify", "model", "--model-only", "--reference", "nowhere"): "nowhere",
+        ("verify", "model", "--onnx-file", "nowhere.onnx"): "nowhere.onnx: no such file",
+        ("verify", "nowhere.onnx"): "nothing to hold nowhere.onnx against",
+        ("verify", "model", "--onnx-file", "onnx/model.onnx", "--max-accuracy-drop", "1"): "give --data",
+        ("export", "model", "--out", "onnx"): "already exists",
+        ("export", "model", "--out", "other", "--max-accuracy-drop", "1"): "give --data",
+    }.items():
+        assert growkit(accepted, *words) == 2, words
+        assert says in capsys.readouterr().err
+
+
 def test_both_are_held_where_both_are_named(accepted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency", "--json", "--reference")
     for reference, words in (("reference/model", {"model", "file"}), ("reference/onnx", {"file"})):
@@ -235,6 +264,13 @@ def test_file_that_fails_against_its_model_becomes_no_reference(
     assert growkit(place, "verify", "model", "--onnx-file", "onnx/model.onnx", *update) == 1
     assert "reference/onnx was not written: only what passes becomes a reference" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in (place / "reference").rglob("*") if p.is_file()} == before
+
+
+def test_reference_holds_no_times(place: Path) -> None:
+    both = ("verify", "model", "--onnx-file", "onnx/model.onnx")
+    assert growkit(place, *both, "--update-reference", "--reference", "reference/new") == 0
+    report = json.loads((place / "run" / "verify" / "report.json").read_text())
+    assert (report["latency"], report["settings"]["latency"]) == (None, False)
 
 
 def test_reference_of_a_file_is_what_the_file_says(accepted: Path) -> None:

@@ -4,7 +4,9 @@ import functools
 import xml.etree.ElementTree as ET
 from datetime import UTC, datetime
 
-from growkit.deploy.checks import Check, check, plain
+import pytest
+
+from growkit.deploy.checks import Check, check, plain, shown
 from growkit.deploy.junit import junit_xml as xml_of
 
 junit_xml = functools.partial(xml_of, started=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), seconds=1.25)
@@ -56,3 +58,11 @@ def test_plain_spells_out_what_json_has_no_word_for() -> None:
         "a": ["nan", 1.5],
         "b": ["-inf"],
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.0, "1"), (0.999999, "1 - 1e-06"), (1.0000003, "1 + 3e-07"), (0.99, "0.99"), (0.9996, "1 - 0.0004"), ("a", "a")],
+)
+def test_number_next_to_one_shows_how_far_it_is_off(value: float | str, text: str) -> None:
+    assert shown(value) == text

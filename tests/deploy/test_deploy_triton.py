@@ -465,7 +465,8 @@ def test_failed_repository_leaves_the_export_and_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("growkit.deploy.triton.check_model_repository", lambda folder, name: ["no good"])
-    result = call("--run", tmp_path / "run", source, "--triton", tmp_path / "models")
+    result = call("--run", tmp_path / "run", source, "--triton", tmp_path / "models", "--json")
+    assert json.loads(result.stdout)["sha256"]
     assert isinstance(result.exception, GrowkitError)
     assert f"{tmp_path / 'run' / 'onnx'} was written, the model repository was not: " in str(result.exception)
     assert (tmp_path / "run" / "onnx" / "export.json").is_file()

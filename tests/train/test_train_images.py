@@ -1,5 +1,6 @@
 """Images and image folders as they are found: every kind is read as timm reads it, or named in a line."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from growkit.train.loop import fit
 from growkit.train.score import read_through
 from growkit.train.settings import FitSettings
 
+RECORD = Path("record.json")
 PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0, scale_min=1.0, hflip=0.0)
 KINDS = pytest.mark.parametrize(
     "settings",
@@ -103,7 +105,7 @@ def test_every_kind_of_picture_gives_the_tensor_that_timm_gives(folder: Path, na
     images = torch.cat([images for images, _ in val_batches(data, PLAIN)])
     assert torch.equal(images[place], by_timm(folder / "val" / "cat" / name, mode))
     assert sum(len(labels) for _, labels in train_batches(data, PLAIN, 0, 2)) == 8
-    assert data.remarks == []
+    assert data.remarks(RECORD) == []
 
 
 def cut(path: Path, left: float) -> None:
@@ -176,13 +178,13 @@ def test_next_image_stands_in_for_an_unreadable_one_in_training_and_it_is_told(
     shutil.copy(first_dog, last_cat)
     copied = open_data(str(folder), CONFIG, settings)
     expected = trained(copied, settings, 0, 6)
-    assert copied.remarks == []
+    assert copied.remarks(RECORD) == []
     cut(last_cat, 0.8)
     data = open_data(str(folder), CONFIG, settings)
     found = trained(data, settings, 0, 6)
     assert [pixels for pixels, _ in found] == [pixels for pixels, _ in expected]
     assert sorted(label for _, labels in found for label in labels) == [0] * 4 + [1] * 8
-    (remark,) = data.remarks
+    (remark,) = data.remarks(RECORD)
     told = "warning: training images that could not be read: 1, the next took their place; the first: "
     assert remark.startswith(f"{told}{last_cat}: not a readable picture (")
 
@@ -195,7 +197,7 @@ def test_stand_ins_do_not_depend_on_workers_batches_or_where_a_run_begins(folder
     for settings in (hard, replace(hard, workers=2)):
         data = open_data(str(folder), CONFIG, settings)
         runs.append(trained(data, settings, 0, 6))
-        remarks.append(data.remarks)
+        remarks.append(data.remarks(RECORD))
     assert runs[0] == runs[1]
     assert remarks[0] == remarks[1]
     assert "read: 2," in remarks[0][0]
@@ -212,7 +214,7 @@ def test_parts_of_held_out_data_share_what_could_not_be_read(folder: Path) -> No
     data = open_data(str(folder), CONFIG, PLAIN)
     chosen, tested = hold_out(data, share=0.5, seed=0)
     trained(chosen, replace(PLAIN, batch_size=2), 0, 3)
-    assert len(tested.remarks) == 1
+    assert len(tested.remarks(RECORD)) == 1
 
 
 @KINDS
@@ -245,7 +247,7 @@ def test_two_of_many_unreadable_images_end_no_run(tmp_path: Path) -> None:
     data = open_data(str(tmp_path), CONFIG, PLAIN)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     assert fit(model, data, replace(PLAIN, epochs=2)).steps == 12
-    assert "read: 2," in data.remarks[0]
+    assert "read: 2," in data.remarks(RECORD)[0]
 
 
 def test_images_removed_while_training_are_named(folder: Path) -> None:
@@ -272,7 +274,7 @@ def test_images_of_a_timm_dataset_are_not_silently_replaced_either(
     assert refusal("hfds/any", settings).startswith("image 1: not a readable picture (")
     data = open_data("hfds/any", CONFIG, settings)
     next(train_batches(data, settings, 0, 1))
-    assert "read: 1," in data.remarks[0]
+    assert "read: 1," in data.remarks(RECORD)[0]
 
 
 def test_folder_lists_what_timm_lists_with_the_same_labels(tmp_path: Path) -> None:
@@ -434,6 +436,14 @@ def test_pictures_to_verify_with_are_read_likewise(tmp_path: Path) -> None:
     for name in SAVED:
         with Image.open(tmp_path / name) as picture:
             assert np.array_equal(np.asarray(found[visible(name)]), np.asarray(picture.convert("RGB")))
+
+
+def test_of_many_pictures_to_verify_with_some_of_everywhere_are_taken(tmp_path: Path) -> None:
+    for number in range(100):
+        RGB.save(tmp_path / f"{number:02d}.png")
+    taken = [int(name.removesuffix(".png")) for name in read_pictures(tmp_path, PREPARED)]
+    assert len(set(taken)) == 64
+    assert max(later - earlier for earlier, later in itertools.pairwise([-1, *taken, 100])) <= 2
 
 
 @pytest.mark.parametrize("what", BROKEN)
