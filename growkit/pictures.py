@@ -11,6 +11,7 @@ from growkit.text import visible
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL knows more, and starts Ghostscript for one of them
+NOT_READABLE = ": not a readable picture "  # between a file's name and the reason
 LONGEST = 1000  # times the short side: resizing that to 224 pixels makes 150 MB of the long one
 
 
@@ -20,7 +21,7 @@ class UnreadablePictureError(GrowkitError):
 
 def unreadable(name: str, reason: str) -> str:
     """What is said of it."""
-    return f"{visible(name)}: not a readable picture ({visible(reason)}); replace it or take it away"
+    return f"{visible(name)}{NOT_READABLE}({visible(reason)}); replace it or take it away"
 
 
 def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:

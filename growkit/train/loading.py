@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -22,7 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from growkit.errors import GrowkitError, first_line
-from growkit.pictures import UnreadablePictureError, unreadable
+from growkit.pictures import NOT_READABLE, UnreadablePictureError, unreadable
+from growkit.text import some
 from growkit.train.erasing import Erased, together
 from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
@@ -32,6 +35,7 @@ SHARED_MEMORY_IS_FULL = ("unable to resize file", "unable to write to file", "un
 MEMORY_ERRORS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)  # where a process is begun
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 DYING = 1.0  # seconds in which a process whose pipes closed has ended
+READING_ON = 20  # seconds after an image for evaluation that cannot be read, to name others with it
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
 _readers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()  # with the process that began each
@@ -134,10 +138,24 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
                 count = _fewer(count, why)
                 break
             if batch is None:
-                more = f"; nor can the {dataset.stand_ins} images after it be read" if dataset.stand_ins else ""
-                raise UnreadablePictureError(told[0] + more)
+                if dataset.stand_ins:
+                    raise UnreadablePictureError(f"{told[0]}; nor can the {dataset.stand_ins} images after it be read")
+                raise UnreadablePictureError(_with_others(told, batches))
             due += 1
             yield batch, told
+
+
+def _with_others(told: list[str], batches: Iterator[Any]) -> str:
+    """What the first unreadable image is refused with, and the names of those that reading on for a while finds."""
+    end, others = time.monotonic() + READING_ON, told[1:]
+    with suppress(Exception):  # a process that dies now changes nothing
+        while time.monotonic() < end:
+            batch, more = next(batches)
+            others += more if batch is None else []
+    if not others:
+        return told[0]
+    names = [line.partition(NOT_READABLE)[0] for line in others]
+    return f"{told[0]}; so it is with {some(names, most=20)}"
 
 
 def _fewer(count: int, why: str) -> int:

@@ -155,6 +155,16 @@ def test_unreadable_image_is_named_alike_by_workers_by_a_cache_and_for_calibrati
         unaugmented(open_data(str(folder), CONFIG, PLAIN), 6, seed=0)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_unreadable_images_for_evaluation_are_named_at_once(folder: Path, workers: int) -> None:
+    settings = replace(PLAIN, workers=workers, batch_size=1)
+    for name in ("cat/0.png", "cat/1.png", "dog/1.png"):
+        cut(folder / "val" / name, 0.8)
+    said = refusal(folder, settings)
+    assert said.startswith(f"{folder}/val/cat/0.png: not a readable picture (")
+    assert said.endswith(f"; so it is with {folder}/val/cat/1.png, {folder}/val/dog/1.png")
+
+
 def test_name_with_control_characters_cannot_steer_the_terminal(folder: Path) -> None:
     (folder / "val" / "cat" / "\x1b[31m\nred\udcff.png").write_text("x")
     assert "/val/cat/\\x1b[31m\\nred\\udcff.png: not a readable" in refusal(folder)
