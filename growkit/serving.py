@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from growkit.deploy.folder import Exported, write_export
+from growkit.deploy.folder import MODEL, Exported, write_export
 from growkit.deploy.golden import Golden, make_golden, read_golden, refuse_unreplaceable
 from growkit.deploy.held import update_golden
 from growkit.deploy.inputs import read_pictures
@@ -179,7 +179,7 @@ def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
     for choice in exported.choices:
         say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
     say(
-        f"wrote {target / 'model.onnx'}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
+        f"wrote {target / MODEL}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
         f"IR {made.ir}, {made.nodes} nodes" + (f", weights in {made.files[1]}" if made.files[1:] else "")
     )
     worst = max(batch["relative_rms"] for batch in figures["batches"].values())
@@ -310,6 +310,9 @@ def verify_run(
             golden = make_golden(held, seed=settings.seed)
         report["reference_update"] = update_golden(reference.folder, golden, held)
     write_json(run.verify / name, report)
+    own = run.onnx / MODEL
+    if name == "report.json" and file is not None and own.exists() and not own.samefile(file):
+        say(f"{run.verify / name} is of {file} now, no longer of {own}: verify that again before `growkit report`")
     if junit is not None:
         text = junit_xml(verified.checks, suite="growkit verify", started=started, seconds=time.monotonic() - clock)
         with whole_file(junit) as partial:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -158,6 +159,17 @@ def test_verify_of_another_models_file_says_so_and_exits_1(run: Path, tmp_path: 
     assert "FAILED numbers" in result.output
     assert "latency was not measured" in result.output
     assert result.output.rstrip().endswith("verdict: fail")
+
+
+def test_verification_of_a_file_from_elsewhere_says_whose_report_that_is(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(run / "onnx" / "model.onnx", tmp_path / "copy.onnx")
+    both = ("verify", "--no-latency", "--run", tmp_path / "run")
+    own = tmp_path / "run" / "onnx" / "model.onnx"
+    assert "no longer of" not in call(*both).output
+    assert f"is of {tmp_path / 'copy.onnx'} now, no longer of {own}" in call(
+        *both, "--onnx-file", tmp_path / "copy.onnx"
+    ).output.replace("\n", "")
 
 
 def test_strict_turns_inconclusive_into_exit_1(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
