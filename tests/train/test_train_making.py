@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from growkit.arch import build
+from growkit.core import ring_slices
 from growkit.core.ring import RingOperator
 from growkit.core.ring_plan import contraction_plan
 from growkit.grow import GrownModel, grow
@@ -119,7 +120,12 @@ def test_training_keeps_intermediates_and_learns_the_same(name: str, monkeypatch
     contraction_plan.cache_clear()
     pairs = TensorDataset(*map(torch.cat, zip(*batches(2, torch.float32), strict=True)))
     data, rooms, fitted, states = Data(train=pairs, val=pairs, classes=list("abcdefg")), [], [], []
-    for share in (0, 0.25):
+    keeping, contract = [], ring_slices.contract
+    monkeypatch.setattr(
+        ring_slices, "contract", lambda *given: keeping.append(given[-1] is not None) or contract(*given)
+    )
+    for share in (0, 50):  # of next to nothing
+        assert not any(keeping)
         monkeypatch.setattr("growkit.train.memory.KEPT_SHARE", share)
         model = grown(METHODS[name], torch.float32)
         fitted.append(fit(model, data, PLAIN))
@@ -127,6 +133,7 @@ def test_training_keeps_intermediates_and_learns_the_same(name: str, monkeypatch
         states.append({key: value.clone() for key, value in model.method.state_dict().items()})
     assert fit(model, data, PLAIN).flops_per_step == fitted[1].flops_per_step  # of a model that keeps from before
     contraction_plan.cache_clear()
+    assert any(keeping)
     alone = grown(METHODS["mango"], torch.float32)
     keep_what_fits(alone, (PLAIN.batch_size, 3, 16, 16), "fp32")
     assert all(room == 0 for room in rooms[0])
