@@ -15,6 +15,7 @@ from test_cli import growkit, write_images
 from test_report import Page
 
 from growkit.checkpoint import HISTORY
+from growkit.history import without_curves
 from growkit.lineage import KEYS, MOST, ancestors, flops_of
 from growkit.source import Source, load_source
 
@@ -188,6 +189,14 @@ def test_history_of_other_weights_is_left_out_with_a_line(small: Path) -> None:
     other = read_with(small, json.dumps({"stage": "grown", "weights_sha256": "ab" * 32}))
     assert other.history is None
     assert "tells of other weights and was left out" in other.notes[0]
+
+
+def test_who_is_served_a_model_gets_no_curves_of_its_training() -> None:
+    fit = {"steps": 3, "losses": [2.0, 1.0], "history": [{"step": 1}], "settings": {"lr": 1e-3}}
+    told = {"stage": "finetuned", "source": {"history": {"fit": {**fit, "training": [{"loss": 1.0}]}}}, "fit": fit}
+    kept = {"steps": 3, "settings": {"lr": 1e-3}}
+    assert without_curves(told) == {"stage": "finetuned", "source": {"history": {"fit": kept}}, "fit": kept}
+    assert without_curves(None) is None
 
 
 @pytest.mark.parametrize("kind", ["entries that are none", "parts of another kind"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
 from growkit.compare.bench import Bench
-from growkit.compare.compare import compare_methods
+from growkit.compare.compare import Comparison, compare_methods
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.train import loop
@@ -142,8 +142,11 @@ def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, sourc
 
     monkeypatch.setattr(Bench, "train", noting)
     settings = options(**{**compared.content["settings"], "methods": "mango,lemon,bert2bert"})
+    counts, run = [], Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self: (run(self), counts.append((self.finished, self.total)))[0])
     more = run_compare(folder, source, digits, settings, resume=True)
     assert set(trained) == {"bert2bert"}
+    assert counts == [(48, 48)]  # what is there already counts, too
     assert [arm.name for arm in more.arms[:4]] == ["from nothing", "mango", "lemon", "bert2bert"]
     assert more.arms[1] == compared.arms[1]
 

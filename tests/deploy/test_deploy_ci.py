@@ -262,7 +262,11 @@ def test_file_that_fails_against_its_model_becomes_no_reference(
     before = {p: p.read_bytes() for p in (place / "reference").rglob("*") if p.is_file()}
     update = ("--update-reference", "--reference", "reference/onnx")
     assert growkit(place, "verify", "model", "--onnx-file", "onnx/model.onnx", *update) == 1
-    assert "reference/onnx was not written: only what passes becomes a reference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "reference/onnx was not written: only what passes becomes a reference" in out
+    told = [line.removeprefix("FAILED numbers: ") for line in out.splitlines() if line.startswith("FAILED numbers: ")]
+    report = json.loads((place / "run" / "verify" / "report.json").read_text())
+    assert told[0] == report["numerics"]["diagnosis"]  # where it comes from before what follows
     assert {p: p.read_bytes() for p in (place / "reference").rglob("*") if p.is_file()} == before
 
 

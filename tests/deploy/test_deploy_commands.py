@@ -156,7 +156,10 @@ def test_verify_of_another_models_file_says_so_and_exits_1(run: Path, tmp_path: 
     assert result.exit_code == 1
     assert "FAILED structure: exported from weights" in result.output
     assert "export it again" in result.output
-    assert "FAILED numbers" in result.output
+    assert len(re.findall("^FAILED numbers: ", result.output, re.MULTILINE)) == 5
+    report = json.loads((run / "verify" / "report.json").read_text())
+    noes = sum(one["group"] == "numbers" and one["verdict"] != "pass" for one in report["checks"])
+    assert f"numbers: {noes - 5} more like these are in the report" in result.output
     assert "latency was not measured" in result.output
     assert result.output.rstrip().endswith("verdict: fail")
 
