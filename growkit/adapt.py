@@ -174,7 +174,7 @@ def _with_new_head(source: Source, count: int, names: Sequence[str] | None, seed
     line = f"the source has {has}, {asked}: a new head starts from nothing"
     if not count:
         line = f"the source has {has}, {asked}: its head is left out, and the model gives features"
-    return _other_head(source, dict(model.state_dict()), names, count, line)
+    return replace(_other_head(source, dict(model.state_dict()), names, count, line), own_head=False)
 
 
 def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] | None, count: int, line: str) -> Source:

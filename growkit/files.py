@@ -165,13 +165,14 @@ def whole_files(folder: Path, *names: str) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; swap it in when the block ends without error.
 
-    A process killed between the two renames of a swap leaves the old folder beside `path`, under a hidden name that
-    ends in .old; `clear_left` gives it back its own.
+    Where `path` is a link it stays one. A process killed between the two renames of a swap leaves the old folder beside
+    `path`, under a hidden name that ends in .old; `clear_left` gives it back its own.
 
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
     """
     with writing(path):
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_left(path.parent, path.name)
         partial, old = _beside(path), _beside(path, "old")

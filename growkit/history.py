@@ -10,6 +10,7 @@ from growkit.record import versions
 from growkit.source import Source
 from growkit.train import distributed
 from growkit.train.loop import FitResult
+from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
 CURVES = ("losses", "history", "training")
@@ -25,6 +26,7 @@ def origin_of(source: Source) -> dict[str, Any]:
             "architecture": source.architecture.name,
             "arguments": dict(source.architecture.arguments),
             "adapted": list(source.adapted),
+            "own_head": source.own_head,
             "history": _training(source),
         },
         "ancestors": ancestors(source),
@@ -50,11 +52,19 @@ def sizes(architecture: Architecture) -> dict[str, int]:
     }
 
 
-def fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[str, Any] | None:
-    """What a fit did, as JSON; None where there was none."""
+def told(settings: FitSettings) -> dict[str, Any]:
+    """Settings as growkit.json has them: they are served, and the folder of a data set is of this machine."""
+    return {name: value for name, value in asdict(settings).items() if name != "data_dir"}
+
+
+def fit_figures(
+    fitted: FitResult | None, settings: FitSettings | None, start: Scores | None = None
+) -> dict[str, Any] | None:
+    """What a fit did, as JSON, with the scores it started from; None where there was none."""
     if fitted is None or settings is None:
         return None
     return {
+        "start": asdict(start) if start else None,
         "steps": fitted.steps,
         "images": fitted.images_per_step * fitted.steps,
         "interrupted": fitted.interrupted,
@@ -68,7 +78,7 @@ def fit_figures(fitted: FitResult | None, settings: FitSettings | None) -> dict[
         "flops": fitted.flops_per_step * fitted.steps,
         "images_per_second": fitted.images_per_second,
         "seconds": fitted.seconds,
-        "settings": asdict(settings),
+        "settings": told(settings),
     }
 
 

@@ -15,12 +15,12 @@ from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
-from growkit.history import fit_figures, in_short, origin_of, sizes
+from growkit.history import fit_figures, in_short, origin_of, sizes, told
 from growkit.methods import ignored
 from growkit.record import RunFolder
-from growkit.report.growth import EXACT
+from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
-from growkit.source import Source, fresh
+from growkit.source import Source, fresh, named
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
@@ -33,6 +33,7 @@ from growkit.train.telling import Say, Tell, silent
 
 OPERATOR_RUN = "operator"  # inside a run: what resuming operator training needs
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
+START = "start.json"  # in there: the scores before fine-tuning
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Asked:
 
 def _only_begun(output: Path) -> bool:
     """Whether a run that was killed before it saved anything left this folder: there is nothing to lose in it."""
-    return output.is_dir() and {path.name for path in output.rglob("*")} <= {LAST, METRICS}
+    return output.is_dir() and {path.name for path in output.rglob("*")} <= {LAST, METRICS, START}
 
 
 def grow_model(
@@ -137,7 +138,7 @@ def grow_model(
     chosen = pick_device(device)
     source, opened = with_input(source, sets), None
     if data is not None:
-        operator = replace(operator or FitSettings(), seed=settings.seed)
+        operator = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator, tell=tell)
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
@@ -154,7 +155,7 @@ def grow_model(
     grown = grow(source.architecture, target, source.state, settings)
     model = grown.materialize()
     gap = lossless_gap(small, model, seed=settings.seed)
-    say(step0_line(gap, lossless=grown.method.lossless))
+    say(start_in_words(gap, grown.method.lossless, f"{gap:.1e}"))
 
     fitted = scores = None
     if opened is not None and operator is not None:
@@ -170,6 +171,7 @@ def grow_model(
         "sizes": {"source": sizes(source.architecture), "target": sizes(target)},
         "settings": asdict(settings),
         "step0_gap": gap,
+        "lossless": grown.method.lossless,
         "operator": fit_figures(fitted, operator),
     }
     operator_parameters = sum(p.numel() for p in grown.method.parameters())
@@ -264,15 +266,6 @@ def _train_operator(
     return fitted, operator, scores
 
 
-def step0_line(gap: float, *, lossless: bool = True) -> str:
-    """How far the grown model starts from the source, in words; `lossless` is what its method claims."""
-    if not lossless:
-        return f"does not start where the source stands, nor claims to: logits differ by up to {gap:.1e}"
-    if gap <= EXACT:
-        return f"starts where the source stands: logits differ by at most {gap:.1e}"
-    return f"starts near the source: logits differ by at most {gap:.1e} (LayerNorm's eps and float32 rounding)"
-
-
 def train_model(
     run: RunFolder,
     name: str,
@@ -287,9 +280,9 @@ def train_model(
     tell: Tell = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
-    draft = fresh(name, sets, ["?"], seed=settings.seed)
-    opened = open_data(data, draft.preprocessing, settings, tell=tell)
-    labels = opened.classes or [str(index) for index in range(draft.architecture.classes)]
+    drafted, preprocessing = named(name, sets)  # what it takes, before the data says how many classes there are
+    opened = open_data(data, preprocessing, settings, tell=tell)
+    labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
     asked = _Asked(run, device, force, resume, say, tell)
     return _fit_into(asked, run.trained, source, data, opened, settings, command="train")
@@ -328,13 +321,17 @@ def _fit_into(
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
     refuse_unusable(opened, settings, folder / LAST if goes_on else None)
-    start = None
-    if command == "finetune" and not goes_on:
+    start, scored = None, folder / LAST / START
+    if goes_on:
+        start = Scores(**read_json(scored)) if scored.exists() else None
+    elif command == "finetune":
         start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
-    elif not goes_on:
+        figures = asdict(start)
+        by_leader(lambda: write_json(scored, figures))
+    else:
         read_through(opened, settings, chosen, progress=tell("reading the validation images"))
-    history = {"stage": folder.name, **origin_of(source), "settings": asdict(settings)}
+    history = {"stage": folder.name, **origin_of(source), "settings": told(settings)}
     model.train()
 
     def plain(trained: nn.Module) -> nn.Module:
@@ -365,7 +362,7 @@ def _fit_into(
     )
     for line in opened.remarks(asked.run.record):
         say(line)
-    final = {**history, "fit": fit_figures(fitted, settings)}
+    final = {**history, "fit": fit_figures(fitted, settings, start)}
 
     last = plain(model)
 
@@ -374,13 +371,11 @@ def _fit_into(
         if fitted.best_scores is None:
             _replace(folder, last, source, final)
         else:
-            told = {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])}
-            write_json(folder / HISTORY, told)
+            write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])})
         asked.run.add(
             command,
             options={"model": source.path, "data": data, **asdict(settings)},
             figures={
-                "start": asdict(start) if start else None,
                 **(in_short(final["fit"]) or {}),
                 "adapted": list(source.adapted),
                 "unreadable": list(opened.unreadable),

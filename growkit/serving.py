@@ -266,6 +266,10 @@ def verify_run(
     if settings.max_latency_ratio is not None and not settings.latency:
         raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
     updating = reference is not None and reference.update
+    if updating and (settings.max_latency_ratio is not None or settings.compiled):
+        raise GrowkitError(
+            "--max-latency-ratio and --compiled time a file, and a reference holds no times: leave them out"
+        )
     if (model is None or file is None) and (reference is None or (model is None and updating)):
         alone = file or model
         raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")

@@ -49,6 +49,7 @@ class Source:
     notes: tuple[str, ...]
     adapted: tuple[str, ...] = ()  # what was changed so that it fits (see adapt.py), a line each
     loading: Loading = AS_IT_IS  # how it was loaded
+    own_head: bool = True  # else its classifier was made anew, and its answers mean nothing before it is trained
 
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
@@ -115,9 +116,19 @@ def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -
     Raises:
         GrowkitError: unknown name or argument.
     """
-    architecture = find(name, {"num_classes": len(labels), **parse_sets(sets)})
+    architecture, preprocessing = named(name, sets, len(labels))
     state = untrained(architecture, seed=seed)
-    return Source(name, architecture, state, "", _preprocessing(architecture, {}), tuple(labels), None, ())
+    return Source(name, architecture, state, "", preprocessing, tuple(labels), None, ())
+
+
+def named(name: str, sets: Sequence[str], classes: int = 1) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a name and how it takes images; it has so many `classes` unless `sets` says otherwise.
+
+    Raises:
+        GrowkitError: unknown name or argument.
+    """
+    architecture = find(name, {"num_classes": classes, **parse_sets(sets)})
+    return architecture, _preprocessing(architecture, {})
 
 
 def untrained(architecture: Architecture, *, seed: int) -> dict[str, Tensor]:

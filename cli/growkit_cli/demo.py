@@ -29,12 +29,16 @@ def demo(
     from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
-    refuse_existing(out, force, elsewhere="name another folder")
+    refuse_existing(out, force, "digits", LOCK, elsewhere="name another folder")
     refuse_unwritable(out)
     with holding(out):
         if foreign := [path for path in out.iterdir() if path.name not in OWN]:
             raise GrowkitError(f"{foreign[0]} is not the demo's to replace; move it, or name another folder")
-        for old in (out / name for name in OWN if name != LOCK):
+        olds = [out / name for name in OWN if name != LOCK]
+        for run in filter(Path.is_dir, olds):
+            with holding(run):  # nothing goes while a command is at work in one of them
+                pass
+        for old in olds:
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:

@@ -11,7 +11,7 @@ import typer
 
 def speaks() -> bool:
     """Whether this is the one of torchrun's processes that says what all do; alone, it is."""
-    return os.environ.get("RANK", "0") == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
-from growkit.checkpoint import write_tensors
+from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import LONGER, Arm
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError, UnwritableError, first_line
@@ -34,6 +34,7 @@ from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, Tell, silent, unheard
 from growkit.train.watch import StepRecord, interruption
 
+UNREADABLE = "unreadable.json"  # lines about training images that could not be read, for when it is resumed
 Watch = Callable[[StepRecord], None]
 Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
 
@@ -111,8 +112,7 @@ class Bench:
             KeyboardInterrupt: operator training was stopped; it goes on from there the next time.
         """
         if arm.name == LONGER:
-            model = self.source.model()
-            return Start(model, self.score(model), None, 0, 0.0)
+            return Start(self.source.model(), self.source_score(), None, 0, 0.0)
         if arm.grow is None:
             model = build(self.target.name, self.target.arguments)
             model.load_state_dict(untrained(self.target, seed=seed))
@@ -120,7 +120,7 @@ class Bench:
         settings = replace(arm.grow, seed=seed)
         rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
-        kept, figures = folder / "model.safetensors", folder / "start.json"
+        kept, figures = folder / WEIGHTS, folder / "start.json"
         if kept.exists() and figures.exists():  # a kill may have come between them
             model = self.fresh(arm)
             model.load_state_dict(load_file(kept))
@@ -132,7 +132,7 @@ class Bench:
                 found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
                 if operator_lr is not None:
                     recipe = replace(self.operator, steps=self.operator_steps(arm), lr=operator_lr, seed=seed)
-                    fitted = _fit(grown, self.data, recipe, self.device, folder, None, progress)
+                    fitted = self._fit(grown, recipe, folder, None, progress)
                     model = grown.materialize()
                     with whole_file(kept) as partial:
                         write_tensors(partial, model.cpu().state_dict())
@@ -147,9 +147,42 @@ class Bench:
         after = Scores(**found["operator"]) if "operator" in found else None
         return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
 
+    def _fit(
+        self,
+        model: nn.Module,
+        recipe: FitSettings,
+        folder: Path | None,
+        evaluate: Callable[[nn.Module], Scores] | None,
+        progress: Done,
+        watch: Watch | None = None,
+    ) -> FitResult:
+        """fit() that goes on where it was stopped, and clears its state away when it is done."""
+        state, known = None if folder is None else folder / STATE, len(self.data.unreadable)
+        resume = state is not None and state.exists()
+        try:
+            fitted = fit(
+                model,
+                self.data,
+                recipe,
+                device=self.device,
+                evaluate=evaluate,
+                folder=folder,
+                resume=resume,
+                on_step=watch,
+                progress=progress,
+            )
+        finally:
+            if len(self.data.unreadable) > known:
+                write_json(self.folder / UNREADABLE, list(self.data.unreadable))
+        if fitted.interrupted:
+            raise interruption(fitted.stopped_by)
+        if state is not None:
+            state.unlink(missing_ok=True)
+        return fitted
+
     def let_starts_go(self) -> None:
         """Remove the weights of starts, once every run from there is made; another one makes them again."""
-        for weights in (self.folder / "starts").glob("*/model.safetensors"):
+        for weights in (self.folder / "starts").glob(f"*/{WEIGHTS}"):
             weights.unlink()
 
     @property
@@ -180,6 +213,13 @@ class Bench:
         """Scores on the held-out images, or on the test images."""
         progress = self.tell(f"scoring the {'test' if test else 'held-out'} images")
         return score_model(model, self.test if test else self.data, self.recipe, self.device, progress=progress)
+
+    def source_score(self) -> Scores:
+        """Scores of the source on the held-out images, made once for a comparison."""
+        path = self.folder / "source.json"
+        if not path.exists():
+            write_json(path, asdict(self.score(self.source.model())))
+        return Scores(**read_json(path))
 
     def fresh(self, arm: Arm) -> nn.Module:
         """The network that the arm trains, with weights yet to be loaded."""
@@ -271,7 +311,7 @@ class Bench:
         if warmup is not None:  # the same share of every run, however short
             warmup *= steps / full.total
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
-        fitted = _fit(start.model, self.data, recipe, self.device, folder, self.score, progress, watch)
+        fitted = self._fit(start.model, recipe, folder, self.score, progress, watch)
         if fitted.judged is not None and fitted.judged is not start.model:
             start.model.load_state_dict(fitted.judged.state_dict())
         first = start.after_operator or start.step0
@@ -320,34 +360,3 @@ def bench_of(
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
-
-
-def _fit(
-    model: nn.Module,
-    data: Data,
-    recipe: FitSettings,
-    device: torch.device,
-    folder: Path | None,
-    evaluate: Callable[[nn.Module], Scores] | None,
-    progress: Done,
-    watch: Watch | None = None,
-) -> FitResult:
-    """fit() that goes on where it was stopped, and clears its state away when it is done."""
-    state = None if folder is None else folder / STATE
-    resume = state is not None and state.exists()
-    fitted = fit(
-        model,
-        data,
-        recipe,
-        device=device,
-        evaluate=evaluate,
-        folder=folder,
-        resume=resume,
-        on_step=watch,
-        progress=progress,
-    )
-    if fitted.interrupted:
-        raise interruption(fitted.stopped_by)
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return fitted

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from growkit import __version__
-from growkit.checkpoint import write_tensors
+from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
@@ -118,7 +118,7 @@ class Comparison:
         if chosen["test"] is None:
             self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
         for lr in self.lrs:  # where a process died before it came to that, too
-            (self.runs / Cell(arm, budget, seed, lr).slug / "model.safetensors").unlink(missing_ok=True)
+            (self.runs / Cell(arm, budget, seed, lr).slug / WEIGHTS).unlink(missing_ok=True)
 
     def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
         """The first seed's run that the test images scored, else the best one so far; None when there is none."""
@@ -184,7 +184,7 @@ class Comparison:
             write_json(folder / "result.json", {**facts, "failed": str(reason)})
             self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
             return
-        with whole_file(folder / "model.safetensors") as partial:
+        with whole_file(folder / WEIGHTS) as partial:
             write_tensors(partial, start.model.cpu().state_dict())
         write_json(folder / "result.json", {**facts, "operator_lr": operator_lr, **trained})
         self.say(
@@ -225,7 +225,7 @@ class Comparison:
         """Score a chosen run on the test images, once."""
         folder = self.runs / cell.slug
         model = self.bench.fresh(cell.arm)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(folder / WEIGHTS))
         result["test"] = asdict(self.bench.score(model, test=True))
         write_json(folder / "result.json", result)
 
@@ -308,7 +308,7 @@ def compare_methods(
         **described(bench, settings, run.command_line),
         "full_flops": comparison.full,
         "source_flops": known,
-        "source_score": asdict(bench.score(bench.source.model())),
+        "source_score": asdict(bench.source_score()),
         "arms": [asdict(arm) for arm in arms],
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,

@@ -11,7 +11,7 @@ import torch
 
 from growkit import __version__
 from growkit.arch.spec import Architecture
-from growkit.compare.bench import Bench
+from growkit.compare.bench import UNREADABLE, Bench
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json, write_json
@@ -82,6 +82,8 @@ def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str
             raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
         say(f"{folder}: nothing was begun there before, it begins now")
     bench.read_through()
+    if goes_on and (folder / UNREADABLE).exists():
+        bench.data.unreadable.update(dict.fromkeys(read_json(folder / UNREADABLE)))
     if folder.exists() and not goes_on:
         shutil.rmtree(folder)
     write_json(path, own)

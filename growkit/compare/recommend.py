@@ -179,7 +179,9 @@ def _commands(
     if recipe.steps is not None:
         length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
     tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
-    tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", "lr", "seed"))
+    if recipe.warmup_epochs is not None:
+        tune["warmup_epochs"] = f"{recipe.warmup_epochs * left:g}"  # the same share of the run, as in every trial
+    tune |= _differing(recipe, FitSettings(**FINETUNE_DEFAULTS), but=("epochs", "steps", *tune))
     words = ["growkit", "grow", *what, *_given(grow), *where], ["growkit", "finetune", *_given(tune), *where]
     return shlex.join(words[0]), shlex.join(words[1])
 

@@ -23,7 +23,7 @@ def accuracy_checks(
     run  the file: images -> logits (B, classes)
 
     Raises:
-        GrowkitError: there is no labelled sample.
+        GrowkitError: there is no labelled sample, or a label that has no logit.
     """
     got_parts, plain_parts, label_parts = [], [], []
     for images, classes in data:
@@ -35,6 +35,11 @@ def accuracy_checks(
         raise GrowkitError("the data set holds no labelled sample; check --data")
     got, plain = np.concatenate(got_parts), np.concatenate(plain_parts)
     truth = np.concatenate(label_parts)
+    if truth.min() < 0 or truth.max() >= plain.shape[1]:  # wrong for both alike, they would hide what was lost
+        raise GrowkitError(
+            f"labels run from {truth.min()} to {truth.max()} but the model has {plain.shape[1]} outputs; "
+            "give data with the model's classes"
+        )
     spread = float(plain.std())
     off = relative(rms(got.astype(np.float64) - plain), spread)
     largest = relative(float(np.abs(got - plain).max()), spread)

@@ -95,7 +95,7 @@ def write_golden(folder: Path, golden: Golden) -> None:
     """
     refuse_unreplaceable(folder)
     entries = []
-    with whole_folder(folder.resolve()) as partial:  # a link to a folder stays one
+    with whole_folder(folder) as partial:
         for data_set in golden.data_sets:
             (partial / data_set.name).mkdir()
             entry = {"name": data_set.name}

@@ -67,7 +67,7 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
         None,
         "",
     }
-    source = mapping(facts.grown.get("source")).get("sha256")
+    source = None if _new_head(facts) else mapping(facts.grown.get("source")).get("sha256")
     own = [step for step in steps if step.hashes.get("model") in known]
     against = [step for step in own if source and step.hashes.get("source") == source]
     if against:
@@ -76,6 +76,11 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
         other = f"It is held against {own[-1].options.get('against')}, which is not what it was grown from."
         return own[-1], other if source else ""
     return steps[-1], f"It is of {steps[-1].options.get('model')}, which is not the model as it stands now."
+
+
+def _new_head(facts: Facts) -> bool:
+    """Whether the classifier was made anew on the way: the source has other classes, and nothing to be held to."""
+    return any(mapping(model.get("source")).get("own_head") is False for model in (facts.grown, facts.tuned))
 
 
 def _accuracy(facts: Facts) -> Gate:
@@ -94,6 +99,12 @@ def _accuracy(facts: Facts) -> Gate:
         if wrong <= right:
             return Gate(name, Mark("pass"), line)
         return Gate(name, Mark("fail" if p < CHANCE else "inconclusive"), line)
+    if _new_head(facts):
+        line = (
+            "Its source has other classes, so there is nothing to hold it against: fine-tune the source, too "
+            "(`growkit finetune SOURCE --data DATA --run OTHER`), then `growkit evaluate --against OTHER/finetuned`."
+        )
+        return Gate(name, Mark("not done"), line)
     scores_by_stage = scores_of(facts)
     source, stage = scores_by_stage.get("source"), "tuned" if facts.tuned or facts.latest("finetune") else "operator"
     model = scores_by_stage.get(stage) or scores_by_stage.get("step0")

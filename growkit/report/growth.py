@@ -134,14 +134,20 @@ def growth_section(facts: Facts) -> Section:
 
 def start_line(facts: Facts) -> str:
     """How far the grown model starts from the source."""
-    gap = gap_of(facts)
+    gap, claimed = gap_of(facts), facts.grown.get("lossless")
     if gap is None:
         return "how far the grown model starts from the source is not on record."
+    return f"it {start_in_words(gap, claimed if isinstance(claimed, bool) else None, scientific(gap, 1))}."
+
+
+def start_in_words(gap: float, claimed: bool | None, shown: str) -> str:
+    """How far a start is from the source; `claimed` is whether its method keeps the function, None where unknown."""
     if gap <= EXACT:
-        return f"it starts where the source stands; logits differ by at most {scientific(gap, 1)}."
-    if gap <= 100 * EXACT:
-        return f"it starts near the source; logits differ by at most {scientific(gap, 1)}."
-    return f"it does not start where the source stands; logits differ by up to {scientific(gap, 1)}."
+        return f"starts where the source stands: logits differ by at most {shown}"
+    if claimed or (claimed is None and gap <= 100 * EXACT):
+        return f"starts near the source: logits differ by at most {shown} (LayerNorm's eps and float32 rounding)"
+    nor = ", nor claims to" if claimed is False else ""
+    return f"does not start where the source stands{nor}: logits differ by up to {shown}"
 
 
 def gap_of(facts: Facts) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from growkit.errors import GrowkitError, first_line
+from growkit.train.distributed import by_leader, size
 from growkit.train.erasing import Erasing
 from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.loading import STAND_INS, in_order
@@ -40,7 +41,8 @@ class Data:
                  training images that may be erased as Erased
     classes      class names in label order; empty where the dataset does not name them
     identity     what a resumed run must find again, besides the sizes and the classes
-    unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order
+    unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order;
+                 whenever a run saves, those that all its processes met, and before it was resumed
     normalised   makes what the network takes of images (N, C, H, W) of the datasets, on the device; resident ones do so
                  themselves
     """
@@ -229,13 +231,32 @@ class _Converted:
 
 
 def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> Any:
+    download = settings.dataset_download
+    if download and size() > 1:  # else one would unpack what another is still fetching
+
+        def fetch() -> None:
+            _named(data, split, settings, download=True)
+
+        by_leader(fetch)
+        download = False
+    dataset = _named(data, split, settings, download=download)
+    if isinstance(dataset, IterableDataset):
+        raise GrowkitError(
+            f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
+            " random access (an image folder, torch/..., hfds/...)"
+        )
+    return Pictures(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
+
+
+def _named(data: str, split: str, settings: FitSettings, *, download: bool) -> Any:
+    """What timm opens under a name.
+
+    Raises:
+        GrowkitError: there is no such data set or split, or its files are not there.
+    """
     try:
-        dataset = create_dataset(
-            data,
-            root=settings.data_dir,
-            split=split,
-            is_training=split == "train",
-            download=settings.dataset_download,
+        return create_dataset(
+            data, root=settings.data_dir, split=split, is_training=split == "train", download=download
         )
     except Exception as error:  # every dataset library has its own kinds
         reason = first_line(error)
@@ -244,12 +265,6 @@ def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> An
             + ("" if data.startswith("hf") else "--dataset-download fetches them, ")
             + "--val-split names the split)"
         ) from error
-    if isinstance(dataset, IterableDataset):
-        raise GrowkitError(
-            f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
-            " random access (an image folder, torch/..., hfds/...)"
-        )
-    return Pictures(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _class_names(dataset: Any) -> list[str]:

@@ -7,7 +7,7 @@ several, every process calls the functions below in the same order.
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -174,6 +174,14 @@ def least(count: int) -> int:
 def largest(count: int) -> int:
     """The largest `count` of any process."""
     return -least(-count)
+
+
+def gathered(lines: Iterable[str]) -> list[str]:
+    """The `lines` of all processes, in order of these, each once."""
+    told: list[Any] = [list(lines)] * size()
+    if size() > 1:
+        dist.all_gather_object(told, list(lines))
+    return list(dict.fromkeys(line for own in told for line in own))
 
 
 def summed(values: Tensor) -> Tensor:

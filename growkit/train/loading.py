@@ -11,9 +11,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
-from multiprocessing import active_children
-from multiprocessing.connection import wait
+from multiprocessing import Pipe, active_children, get_start_method
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ SHARED_MEMORY_IS_FULL = ("unable to resize file", "unable to write to file", "un
 MEMORY_ERRORS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)  # where a process is begun
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 DYING = 1.0  # seconds in which a process whose pipes closed has ended
+BORN = 60.0  # seconds after which a forked process that did not begin never will
 READING_ON = 20  # seconds after an image for evaluation that cannot be read, to name others with it
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
@@ -105,21 +107,29 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
     """Batches, with the reasons of those images in them that another one stands in for.
 
     Where a process that reads is killed, as for want of memory, or finds shared memory full, half as many read on from
-    the batch that was due.
+    the batch that was due. Where one does not begin, all are begun once more.
 
     Raises:
         UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
         GrowkitError: a process that reads crashed, as it would again.
     """
-    count, due = min(settings.workers, len(sampler), _most[0]), 0
+    count, due, again = min(settings.workers, len(sampler), _most[0]), 0, True
     while due < len(sampler):
         try:
-            batches, readers = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
+            batches, readers, born = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
         except OSError as error:
             if error.errno not in MEMORY_ERRORS or not count:
                 raise
             _kept.append(error)
             count = _fewer(count, f"a process that reads images cannot begin ({error.strerror})")
+            continue
+        if not born:
+            _end(readers)
+            _kept.append(batches)
+            why = f"a process that reads images did not begin in {BORN:g} s"
+            if again:
+                log.warning(f"{why}; all are begun once more")
+            count, again = count if again else _fewer(count, why), False
             continue
         for _ in range(due, len(sampler)):
             try:
@@ -168,12 +178,13 @@ def _fewer(count: int, why: str) -> int:
 
 def _begun(
     dataset: Read, places: Iterable[Any], count: int, *, pin_memory: bool
-) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """What `count` processes read at `places`, and these processes.
+) -> tuple[Iterator[Any], list[BaseProcess], bool]:
+    """What `count` processes read at `places`, these processes, and whether all came to life.
 
     That one of them died shows when its batch is due: torch would raise it wherever the main thread is just then.
     """
     before, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+    heard, cry = Pipe(duplex=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
         loader = DataLoader(
@@ -182,7 +193,7 @@ def _begun(
             collate_fn=_collated,
             num_workers=count,
             pin_memory=pin_memory,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=partial(_quiet_worker, cry),
             generator=torch.Generator(),  # else a loader draws from the global one
         )
         try:
@@ -195,7 +206,21 @@ def _begun(
     # multiprocessing.active_children() leaves out those that have ended already
     readers: list[BaseProcess] = getattr(batches, "_workers", [])
     _readers.update(dict.fromkeys(readers, os.getpid()))
-    return batches, readers
+    with heard, cry:
+        return batches, readers, get_start_method() != "fork" or _all_born(readers, heard)
+
+
+def _all_born(readers: list[BaseProcess], heard: Connection) -> bool:
+    """Whether all came to life: on Python 3.11 a fork hangs for ever where another thread, as one of torch's, happens
+    to hold the interpreter's list of threads (mended in 3.13)."""
+    end, born = time.monotonic() + BORN, 0
+    while born < len(readers):
+        ready = wait([heard, *(reader.sentinel for reader in readers)], timeout=max(0.0, end - time.monotonic()))
+        if heard not in ready:
+            return bool(ready)  # one died, which shows when its batch is due
+        heard.recv_bytes()
+        born += 1
+    return True
 
 
 @atexit.register
@@ -234,13 +259,14 @@ def in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[An
     return loaded(Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
 
 
-def _quiet_worker(_: int) -> None:
-    """Leave signals to the main process, which ends its workers when it is done with them; say nothing of its death.
+def _quiet_worker(cry: Connection, _: int) -> None:
+    """Say that this process lives, leave signals to the main one, and say nothing of its death.
 
-    torchrun, `timeout` and schedulers send SIGTERM to all processes of a job, and training needs its images until it
-    has saved. Python hands images on in a thread of the worker; where the main process is killed meanwhile, that thread
-    fails.
+    The main process ends its workers when it is done with them. torchrun, `timeout` and schedulers send SIGTERM to all
+    processes of a job, and training needs its images until it has saved. Python hands images on in a thread of the
+    worker; where the main process is killed meanwhile, that thread fails.
     """
+    cry.send_bytes(b"born")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
     shown = sys.excepthook

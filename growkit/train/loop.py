@@ -153,6 +153,7 @@ class _Run:
             self.training.load(state["training"])
             self.start, self.seconds_before, self.losses = state["step"], state["seconds"], state["losses"].tolist()
             self.history = [(step, Scores(**scores)) for step, scores in state["history"]]
+            self.data.unreadable.update(dict.fromkeys(state["unreadable"]))
             distributed.by_leader(lambda: resuming.cut_metrics(folder, self.start - self._owed(self.start)))
         elif folder is not None:
             distributed.by_leader(lambda: resuming.clear(folder))
@@ -327,7 +328,8 @@ class _Run:
                 self.stop.asked = True
 
     def _save(self) -> None:
-        folder = self.folder
+        folder, unreadable = self.folder, distributed.gathered(self.data.unreadable)
+        self.data.unreadable.update(dict.fromkeys(unreadable))  # each process met its own
         if folder is not None:
             state = {
                 "identity": self.identity,
@@ -336,6 +338,7 @@ class _Run:
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
                 "history": [(step, asdict(scores)) for step, scores in self.history],
                 "seconds": self._seconds,
+                "unreadable": unreadable,
             }
             distributed.by_leader(lambda: resuming.save_state(folder, state))
         self.saved, self.saved_at = self._learned, time.perf_counter()

@@ -69,13 +69,25 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     state = _read_state(folder / STATE)
     before = state["identity"]
     differing = [
-        f"{name} {before.get(name)}, not {identity.get(name)}"
+        _difference(name, before.get(name), identity.get(name))
         for name in sorted(before.keys() | identity.keys())
         if before.get(name) != identity.get(name)
     ]
     if differing:
         raise GrowkitError(f"{folder}: the run was started with {'; '.join(differing)}: give the same, or {ANEW}")
     return state
+
+
+def _difference(name: str, was: object, now: object) -> str:
+    """How an entry of an identity differs, in words: hashes tell nobody anything, and class lists may be long."""
+    if name == "files":
+        return "other training images (some were added, removed or renamed)"
+    if isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return f"{len(was)} {name}, not {len(now)}"
+        at = next(place for place, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
+        return f"{name} whose number {at} is {was[at]}, not {now[at]}"
+    return f"{name} {was}, not {now}"
 
 
 def batch_size_of(folder: Path) -> int:

@@ -481,7 +481,8 @@ def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
 def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Exception, told: bool) -> None:
     """As Python's thread tells it that hands images on, in a process whose signals are its own."""
     code = (
-        "import sys; from growkit.train.loading import _quiet_worker; _quiet_worker(0);"
+        "import sys; from multiprocessing import Pipe; from growkit.train.loading import _quiet_worker;"
+        " ends = Pipe(); _quiet_worker(ends[1], 0);"
         f" error = {error!r}; sys.excepthook(type(error), error, None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -586,6 +587,35 @@ def test_images_are_read_on_where_a_process_that_reads_is_killed(
         readers = set(multiprocessing.active_children())
         next(batches(Data(train=calm, val=calm, classes=[]), settings))  # which asks for five again
         assert len(set(multiprocessing.active_children()) - readers) <= 2
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("times", "told"), [(1, ["all are begun once more"]), (3, ["all are begun once more", "1 read on"]), (0, [])]
+)
+def test_images_are_read_where_a_process_that_reads_never_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, times: int, told: list[str]
+) -> None:
+    """As a fork of Python 3.11 may hang, for ever, before any line of Python."""
+    begin, before = loading._quiet_worker, set(multiprocessing.active_children())
+
+    def hang(cry: Any, number: int) -> None:
+        hung = len(list(tmp_path.iterdir()))
+        if hung < times and number == 1:
+            (tmp_path / str(hung)).touch()
+            signal.pause()
+        begin(cry, number)
+
+    monkeypatch.setattr(loading, "_quiet_worker", hang)
+    monkeypatch.setattr(loading, "BORN", 2.0)
+    calm = Deadly(tmp_path, 0, -1, 0)
+    found = list(val_batches(Data(train=calm, val=calm, classes=[]), FitSettings(batch_size=4, workers=2)))
+    assert torch.cat([labels for _, labels in found]).tolist() == list(range(24))
+    assert len(caplog.messages) == len(told)
+    assert all(words in line for words, line in zip(told, caplog.messages, strict=True))
+    for left in set(multiprocessing.active_children()) - before:
+        left.join(5)
+        assert not left.is_alive()
 
 
 FULL = "unable to write to file </torch_1>: No space left on device (28)"
