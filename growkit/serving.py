@@ -268,7 +268,7 @@ def verify_run(
     updating = reference is not None and reference.update
     if updating and (settings.max_latency_ratio is not None or settings.compiled):
         raise GrowkitError(
-            "--max-latency-ratio and --compiled time a file, and a reference holds no times: leave them out"
+            "--max-latency-ratio and --compiled time a file, which --update-reference does not: leave them out"
         )
     if (model is None or file is None) and (reference is None or (model is None and updating)):
         alone = file or model

@@ -21,7 +21,7 @@ from program import growkit
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from growkit import __version__
+from growkit import __version__, source
 from growkit.errors import GrowkitError
 from growkit.train.score import Scores
 from growkit_cli.console import Console
@@ -464,6 +464,33 @@ def test_stopped_run_is_never_begun_anew_without_a_word(
     assert growkit(capsys, *words, "--resume")[0] == 0
 
 
+def test_resumed_fine_tuning_still_tells_where_it_started_and_no_folder_of_the_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    words = stopped("finetune", "small", "--data-dir", "clients/acme")
+    kept = json.loads((tmp_path / "finetuned" / "last" / "start.json").read_text())
+    assert growkit(capsys, *words, "--resume")[0] == 0
+    for told in (tmp_path / "finetuned", tmp_path / "finetuned" / "last"):
+        history = (told / "growkit.json").read_text()
+        assert json.loads(history)["fit"]["start"] == kept
+        assert "acme" not in history
+    *_, step = json.loads((tmp_path / "record.json").read_text())["steps"]
+    assert (step["figures"]["start"], step["options"]["data_dir"]) == (kept, "clients/acme")
+
+
+def test_random_weights_are_made_once_to_train_from_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second network, for what it takes of images, would lie in memory until training ends."""
+    monkeypatch.chdir(place)
+    made: list[object] = []
+    untrained = source.untrained
+    monkeypatch.setattr(source, "untrained", lambda *given, **more: made.append(given) or untrained(*given, **more))
+    small = ("--set", "embed_dim=32", "--set", "depth=1", "--set", "num_heads=2", "--set", "img_size=32")
+    status, _, err = growkit(capsys, "train", "vit_tiny", *small, *DATA, *QUICK, "--steps", "1", "--run", tmp_path)
+    assert (status, len(made)) == (0, 1), err
+
+
 def test_operator_whose_training_was_killed_is_never_begun_anew_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:
@@ -725,7 +752,7 @@ def test_process_of_its_own_ends_with_the_same_status_and_line(place: Path) -> N
 def test_demo_removes_nothing_that_is_not_its_own(
     force: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "photos" / "run").mkdir(parents=True)
+    (tmp_path / "photos" / "digits").mkdir(parents=True)
     (tmp_path / "photos" / "a.jpg").write_text("seaside")
     before = listing(tmp_path)
     status, _, err = growkit(capsys, "demo", tmp_path / "photos", *force)
@@ -733,6 +760,15 @@ def test_demo_removes_nothing_that_is_not_its_own(
     assert ("is not the demo's to replace" if force else "already exists") in err
     assert "name another folder" in err
     assert listing(tmp_path) == before
+
+
+def test_demo_never_replaces_a_run_that_it_did_not_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "grown").mkdir(parents=True)
+    (tmp_path / "run" / "grown" / "model.safetensors").write_text("weeks")
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, "demo", tmp_path, "--force")
+    assert (status, listing(tmp_path)) == (2, before)
+    assert "it holds no digits; name another folder" in err
 
 
 def test_demo_says_nothing_on_stdout_but_its_json(

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import clear_left, refuse_existing, whole_file, whole_folder
 from growkit.lock import held
+from growkit_cli.demo import demo as growkit_demo
 from growkit_cli.guard import left, written
 
 ROOT = Path(__file__).parents[1]
@@ -337,10 +338,22 @@ def test_only_the_first_process_of_torchrun_holds_the_run(
 ) -> None:
     folder, _ = holder
     given = {"run": folder / "run"}
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # of somebody else's processes, as mpirun's
+    assert written("train", given) == folder / "run"
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert written("train", given) is None
     monkeypatch.setenv("RANK", "0")
     assert written("train", given) == folder / "run"
+
+
+def test_demo_replaces_no_run_that_is_in_use(holder: tuple[Path, subprocess.Popen[str]]) -> None:
+    folder, _ = holder
+    demo = folder.resolve() / "demo"
+    (demo / "digits").mkdir(parents=True)
+    (demo / "run").symlink_to(folder.resolve() / "run")
+    with pytest.raises(GrowkitError, match="is in use by `growkit train much`"):
+        growkit_demo(demo, force=True)
+    assert (demo / "digits").is_dir()
 
 
 def test_file_system_without_locks_is_told_of_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,11 +608,13 @@ except KeyboardInterrupt:
 
 def test_no_state_is_promised_where_none_was_saved(tmp_path: Path) -> None:
     for command, place in (("train", "trained/last"), ("finetune", "finetuned/last"), ("grow", "operator")):
-        assert left(command, {"run": tmp_path}) == "what was complete before is as it was; give the same command again"
+        given = {"run": tmp_path, "data": "images"}
+        assert left(command, given) == "what was complete before is as it was; give the same command again"
         (tmp_path / place).mkdir(parents=True)
-        assert left(command, {"run": tmp_path}) == "nothing that it learned was saved yet, --resume begins it anew"
+        assert left(command, given) == "nothing that it learned was saved yet, --resume begins it anew"
         (tmp_path / place / "state.pt").touch()
-        assert left(command, {"run": tmp_path}).endswith("--resume goes on")
+        assert left(command, {"run": tmp_path, "data": "images"}).endswith("--resume goes on")
+    assert left("grow", {"run": tmp_path, "data": None}).endswith("give the same command again")  # of an older operator
 
 
 def test_signal_while_a_library_is_imported_waits_for_that(tmp_path: Path) -> None:

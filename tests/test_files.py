@@ -61,6 +61,20 @@ def test_folder_is_swapped_as_a_whole(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["model"]
 
 
+def test_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    """As where a stage of a run lies on a larger disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "model"
+    path.symlink_to(tmp_path / "large" / "model")
+    for name in ("old", "new"):
+        with whole_folder(path) as partial:
+            (partial / name).write_text(name)
+    assert path.is_symlink()
+    assert names_in(tmp_path / "large" / "model") == ["new"]
+    assert names_in(tmp_path / "large") == names_in(tmp_path / "run") == ["model"]
+
+
 @pytest.mark.parametrize("existed", [True, False])
 def test_folder_stays_as_it_was_on_error(tmp_path: Path, existed: bool) -> None:
     path = tmp_path / "model"

@@ -266,6 +266,44 @@ def test_start_that_is_not_the_sources_is_noted_and_decides_nothing(tmp_path: Pa
     assert "does not start where the source stands" in text(run)
 
 
+def test_a_source_of_other_classes_is_no_measure_but_one_tuned_to_them_is(tmp_path: Path) -> None:
+    """A head that was made anew guesses, and anything is as accurate as that."""
+    for folder in ("grown", "finetuned"):
+        run = write_run(tmp_path / folder)
+        path = run.path / folder / "growkit.json"
+        content = json.loads(path.read_text())
+        content["source"]["own_head"] = False
+        write_json(path, content)
+        evaluate = next(step for step in record(run)["steps"] if step["command"] == "evaluate")
+        without("evaluate")(run)
+        assert gates(run)[ACCURATE] == "not done"
+        assert "fine-tune the source, too" in text(run)
+        tuned = record(run)
+        evaluate["options"]["against"] = "small/finetuned"
+        evaluate["hashes"]["source"] = "ee" * 32
+        tuned["steps"].append(evaluate)
+        write_json(run.record, tuned)
+        assert gates(run)[ACCURATE] == "pass"
+        assert verdict(run).mark == "yes"
+
+
+@pytest.mark.parametrize(
+    ("gap", "claimed", "words"),
+    [
+        (9e-6, True, "it starts where the source stands: logits differ by at most 9.0×10⁻⁶"),
+        (2e-3, True, "it starts near the source: logits differ by at most 2.0×10⁻³ (LayerNorm's eps"),
+        (2e-4, None, "it starts near the source"),
+        (2e-4, False, "it does not start where the source stands, nor claims to: logits differ by up to"),
+        (2e-3, None, "it does not start where the source stands: logits differ by up to"),
+    ],
+)
+def test_start_is_told_by_what_the_method_claims(gap: float, claimed: bool | None, words: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run.grown / "growkit.json"
+    write_json(path, json.loads(path.read_text()) | {"step0_gap": gap, "lossless": claimed})
+    assert words in text(run)
+
+
 def test_scores_of_a_grown_model_whose_operator_was_not_trained_do_not_say_that_it_was(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert "operator trained" in text(run)

@@ -81,7 +81,7 @@ def test_terminal_and_pipe_get_a_line_before_anything_heavy_is_loaded(terminal: 
 def test_one_of_several_processes_says_the_first_line(rank: str, lines: int) -> None:
     program = RUN.replace("import sys", "import sys; sys.modules['torch'] = None")
     command = [sys.executable, "-c", program, "evaluate", "none.pth", "--data", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RANK": rank})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank})
     assert done.stderr.splitlines().count(f"growkit {__version__}: evaluate") == lines
 
 

@@ -75,7 +75,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 def left(command: str, given: Mapping[str, Any]) -> str:
     """What an interrupted command leaves, and how to go on."""
-    learning = command in STATES and not (command == "grow" and given.get("data") is None)
+    learning = command in STATES and not (command == "grow" and given["data"] is None)
     state = given["run"] / STATES[command] if learning else None
     if state is not None and state.exists():
         return "what is finished and the state saved last are kept, --resume goes on"

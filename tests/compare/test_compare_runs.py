@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from compare_samples import CPU, LARGE, RECIPE, options
 from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
+from growkit.compare.arms import LONGER
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.errors import GrowkitError
@@ -166,6 +168,39 @@ def test_test_images_are_scored_once_for_each_chosen_run_alone(source, digits, t
     assert {arm.budgets[-1].lr for arm in compared.arms} == {4e-3}
     page = (tmp_path / "compare" / "report.html").read_text()
     assert "Best at the edge of the grid of rates, so that a wider one may serve better: from nothing, lemon." in page
+
+
+def test_source_is_scored_once_whoever_asks(source, digits, tmp_path, monkeypatch):
+    sizes = []
+    score = Bench.score
+
+    def counting(self, model, *, test=False):
+        sizes.append((model.embed_dim, test))
+        return score(self, model, test=test)
+
+    monkeypatch.setattr(Bench, "score", counting)
+    settings = options(methods="lemon", controls="source-longer", lrs="1e-3,2e-3", seeds=2)
+    recipe = replace(RECIPE, eval_every=0.0)
+    compared = run_compare(tmp_path, source, digits, settings, recipe)
+    own = source.model().embed_dim
+    longer = [run for run in compared.content["runs"] if run["arm"] == LONGER]
+    assert len(longer) == 3
+    assert all(run["step0"] == compared.content["source_score"] for run in longer)
+    trained = sum(len(run["curve"]) - 1 for run in longer)
+    assert sizes.count((own, False)) == 1 + trained
+
+
+def test_unreadable_images_are_named_though_nothing_is_left_to_run(source, digits, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(digits, images)
+    broken = sorted((images / "train").rglob("*.png"))[3]
+    broken.write_bytes(b"no picture")
+    settings = options(methods="lemon", lrs="1e-3")
+    first = run_compare(tmp_path, source, str(images), settings)
+    again = run_compare(tmp_path, source, str(images), settings, resume=True)
+    assert first.content["unreadable"] == again.content["unreadable"]
+    (line,) = again.content["unreadable"]
+    assert line.startswith(f"{broken}: not a readable picture")
 
 
 def test_stopped_comparison_ends_bit_for_bit_where_an_unbroken_one_does(source, digits, tmp_path, monkeypatch):

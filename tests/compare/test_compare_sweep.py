@@ -190,7 +190,7 @@ def test_commands_do_what_was_measured(source, digits, tmp_path):
     # `growkit grow` has no epochs, and takes the seed of its draws for the data too
     assert grow[1] == replace(bench.operator, steps=7, lr=3e-4, epochs=10.0, model_ema_decay=0.9998, seed=grow[2].seed)
     # On all images the budget is 250, of which the operator takes 25.
-    assert tune[1] == replace(recipe, epochs=3.6, lr=2.5e-3)
+    assert tune[1] == replace(recipe, epochs=3.6, lr=2.5e-3, warmup_epochs=0.225)
 
 
 def test_commands_keep_a_recipe_in_steps_and_train_no_operator_that_was_not(source, digits, tmp_path):

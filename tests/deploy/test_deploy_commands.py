@@ -285,6 +285,11 @@ def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path)
         (("verify", "--max-accuracy-drop", "-3"), "--max-accuracy-drop -3: expected 0 or more, and at most 100"),
         (("verify", "--max-accuracy-drop", "nan"), "--max-accuracy-drop nan: expected 0 or more, and at most 100"),
         (("verify", "--max-accuracy-drop", "1"), "give --data"),
+        (
+            ("verify", "--update-reference", "--max-latency-ratio", "1"),
+            "time a file, which --update-reference does not",
+        ),
+        (("verify", "--update-reference", "--compiled"), "time a file, which --update-reference does not"),
     ],
 )
 def test_nonsense_is_refused_before_the_work(given: tuple[str, ...], said: str, run: Path, tmp_path: Path) -> None:

@@ -183,6 +183,15 @@ def test_accuracy_of_a_clean_export_equals_the_models(model: nn.Module, exported
     assert accuracy["mcnemar_p"] == 1.0
 
 
+@pytest.mark.parametrize("label", [-1, 7])
+def test_labels_that_the_model_has_no_answer_for_are_refused(label: int, model: nn.Module, exported: Path) -> None:
+    """Wrong for file and model alike, they would make any loss look small."""
+    batches = labelled(model)
+    batches[1][1][3] = label
+    with pytest.raises(GrowkitError, match=r"labels run from .* but the model has 7 outputs; give data with the model"):
+        check_parity(model, exported, data=batches)
+
+
 def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, edit: Edit) -> None:
     def negated(proto: onnx.ModelProto) -> None:
         replace(proto, "head.weight", -tensors(proto)["head.weight"])

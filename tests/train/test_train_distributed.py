@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from growkit.settings import GrowSettings
 from growkit.train import batches as reading
 from growkit.train import distributed
 from growkit.train.batches import val_batches
-from growkit.train.data import open_data
+from growkit.train.data import _timm_dataset, open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import joined
 from growkit.train.loop import FitResult, fit
@@ -191,6 +192,7 @@ def work(rank: str, port: str, *places: str) -> None:
             found["raised"] = str(error)
         found["said"] = distributed.first_to_say("the same line")
         found["least"] = distributed.least(3 + int(rank))
+        found["gathered"] = distributed.gathered(["of both", f"of {rank}"])
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -389,6 +391,28 @@ def test_of_one_error_one_process_tells(both: list[dict[str, Any]]) -> None:
 
 def test_the_least_of_all_is_found(both: list[dict[str, Any]]) -> None:
     assert [found["least"] for found in both] == [3, 3]
+
+
+def test_lines_of_all_are_gathered_once_each(both: list[dict[str, Any]]) -> None:
+    assert [found["gathered"] for found in both] == [["of both", "of 0", "of 1"]] * 2
+
+
+def test_one_process_fetches_a_dataset_and_the_others_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would unpack what the other is still fetching."""
+    asked: list[bool] = []
+
+    def create(*_: Any, download: bool, **__: Any) -> Any:
+        asked.append(download)
+        return SimpleNamespace()
+
+    monkeypatch.setattr("growkit.train.data.create_dataset", create)
+    settings = FitSettings(dataset_download=True)
+    _timm_dataset("torch/cifar10", "train", settings, "RGB")
+    monkeypatch.setattr("growkit.train.data.size", lambda: 2)
+    for leads in (True, False):
+        monkeypatch.setattr("growkit.train.data.by_leader", lambda act, leads=leads: act() if leads else None)
+        _timm_dataset("torch/cifar10", "train", settings, "RGB")
+    assert asked == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

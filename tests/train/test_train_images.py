@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from torch import Tensor, nn
-from train_samples import CONFIG, write_images
+from train_samples import CONFIG, Net, write_images
 
 from growkit.deploy.inputs import read_pictures
 from growkit.deploy.truth import Preprocessing
@@ -29,6 +29,7 @@ from growkit.train.data import Data, hold_out, labels_of, open_data, size_of
 from growkit.train.loop import fit
 from growkit.train.score import read_through
 from growkit.train.settings import FitSettings
+from growkit.train.watch import StepRecord
 
 RECORD = Path("record.json")
 PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0, scale_min=1.0, hflip=0.0)
@@ -217,6 +218,25 @@ def test_stand_ins_do_not_depend_on_workers_batches_or_where_a_run_begins(folder
         b"".join(pixels for pixels, _ in trained(data, replace(hard, batch_size=size), 0, 6 // size)) for size in (2, 6)
     ]
     assert whole[0] == whole[1]
+
+
+def test_unreadable_images_that_were_met_before_a_run_was_stopped_are_told_too(folder: Path, tmp_path: Path) -> None:
+    cut(folder / "train" / "cat" / "1.png", 0.5)
+    settings = replace(PLAIN, batch_size=2, steps=6, save_seconds=0.0)
+    met = []
+    for steps in (3, 6):
+
+        def stop(record: StepRecord, at: int = steps) -> None:
+            if record.step == at < settings.steps:
+                raise KeyboardInterrupt
+
+        data = open_data(str(folder), CONFIG, settings)
+        fit(Net(), data, replace(settings, log_every=1), folder=tmp_path / "run", resume=steps == 6, on_step=stop)
+        met.append(list(data.unreadable))
+        with Image.open(folder / "train" / "dog" / "1.png") as mended:  # so the second part meets none
+            mended.save(folder / "train" / "cat" / "1.png")
+    assert met[0] == met[1]
+    assert len(met[0]) == 1
 
 
 def test_parts_of_held_out_data_share_what_could_not_be_read(folder: Path) -> None:

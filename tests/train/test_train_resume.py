@@ -272,8 +272,18 @@ def test_resuming_with_other_data_names_the_difference(unbroken: tuple[Run, FitR
     write_images(tmp_path / "other", "train", ["cat", "dog"], 14)
     write_images(tmp_path / "other", "val", ["cat", "dog"], 6)
     run.data = open_data(str(tmp_path / "other"), CONFIG, ALL_ON)
-    with pytest.raises(GrowkitError, match=r"started with files [0-9a-f]{16}, not [0-9a-f]{16};"):
+    with pytest.raises(GrowkitError, match=r"started with other training images \(some were added, .*\)[;:]"):
         run.fit(ALL_ON, resume=True)
+
+
+def test_other_classes_are_told_in_few_words(unbroken: tuple[Run, FitResult]) -> None:
+    """A message may have a thousand classes to tell of."""
+    run = Run(unbroken[0].folder, unbroken[0].data)
+    data = run.data
+    for classes, says in ((["cat", "cow"], "classes whose number 1 is dog, not cow"), (["cat"], "2 classes, not 1")):
+        run.data = replace(data, classes=classes)
+        with pytest.raises(GrowkitError, match=f"the run was started with {says}: give the same"):
+            run.fit(ALL_ON, resume=True)
 
 
 def test_resuming_without_a_state_is_refused(tmp_path: Path, opened: Open) -> None:
