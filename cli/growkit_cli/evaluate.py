@@ -9,7 +9,7 @@ from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Device, From, FromSets, Model, NeededData, NoEma, Run, with_settings
+from growkit_cli.options import AsJson, Device, From, FromSets, ModelOrFile, NeededData, NoEma, Run, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 
@@ -18,7 +18,7 @@ from growkit_cli.typed import command_line
 def evaluate(
     data: NeededData,
     settings: FitSettings,
-    model: Model = None,
+    model: ModelOrFile = None,
     against: Annotated[
         str | None,
         typer.Option(

@@ -33,6 +33,10 @@ from growkit_cli.typed import command_line
     name="operator",
     panel="Operator training, with --data",
     skip=("seed", "epochs", "model_ema", "model_ema_decay"),
+    docs={
+        "steps": "Updates of operator training.",
+        "shard": "Refused: every process holds the whole target to run it, and the operator is small.",
+    },
     auto={"batch_size": AUTO},
     **OPERATOR_DEFAULTS,
 )
@@ -55,7 +59,8 @@ def grow(
 ) -> None:
     """Grow a small trained transformer into a bigger one.
 
-    Without --data the target starts where the source stands; with it, the operator is trained first.
+    The weights are made of the source's alone; with --data, what the method has to train (mango, ligo) is trained then.
+    Whether they answer as the source does depends on --method; `growkit plan` says so.
 
     Example: growkit grow deit_small.pth --to deit_base --rank 4
     """

@@ -26,7 +26,7 @@ Run = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -45,6 +45,13 @@ Model = Annotated[
     Path | None,
     typer.Argument(
         help="Model folder or checkpoint; the run's furthest stage when left out.",
+        show_default=False,
+    ),
+]
+ModelOrFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Model folder, checkpoint or .onnx file; the model of the run's furthest stage when left out.",
         show_default=False,
     ),
 ]
@@ -101,17 +108,19 @@ def with_settings(
     skip: tuple[str, ...] = (),
     only: tuple[str, ...] | None = None,
     auto: dict[str, int] | None = None,
+    docs: dict[str, str] | None = None,
     **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of `settings`, collected into its argument `name`.
 
     The help of an option is the string under its field, its default the field's own unless `defaults` says otherwise;
     fields in `skip`, or not in `only` where that is given, get no option. `prefix` goes before each option's name,
-    `panel` is the heading in --help. Options named in `auto` also take that word, for the number given there.
+    `panel` is the heading in --help, `docs` the help of fields that mean something else to this command. Options named
+    in `auto` also take that word, for the number given there.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        docs = field_docs(settings)
+        helps = {**field_docs(settings), **(docs or {})}
         fields = [f for f in dataclasses.fields(settings) if f.name not in skip and (only is None or f.name in only)]
         shown = {f.name for f in fields}
         hidden = {key: value for key, value in defaults.items() if key not in shown}
@@ -128,7 +137,7 @@ def with_settings(
                 default=defaults.get(f.name, f.default),
                 annotation=Annotated[
                     f.type,
-                    typer.Option(*_flag(prefix + f.name), rich_help_panel=panel, **_told(f.name, docs, auto)),
+                    typer.Option(*_flag(prefix + f.name), rich_help_panel=panel, **_told(f.name, helps, auto)),
                 ],
             )
             for f in fields

@@ -9,7 +9,7 @@ from growkit.deploy.settings import VerifySettings
 from growkit.errors import GrowkitError
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, From, FromSets, Model, NoEma, Run, with_settings
+from growkit_cli.options import AsJson, Data, From, FromSets, ModelOrFile, NoEma, Run, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 from growkit_cli.verified import show
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def verify(
     settings: VerifySettings,
     reading: FitSettings,
-    model: Model = None,
+    model: ModelOrFile = None,
     onnx_file: Annotated[
         Path | None,
         typer.Option(help="ONNX file; RUN/onnx/model.onnx when left out.", show_default=False),

@@ -30,7 +30,7 @@ class ExportSettings:
     for_: str | None = None
     """cpu, cuda or tensorrt: try other graphs there, keep one that is measurably faster; portable when left out."""
     latency_seconds: float = 12.0
-    """Longest time of one comparison of --for."""
+    """Longest time of one comparison of --for, in seconds."""
     max_accuracy_drop: float | None = None
     """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     max_batch: int = 8
@@ -76,9 +76,9 @@ class VerifySettings:
     latency: bool = True
     """Time the file against PyTorch and against a stock export of the same architecture."""
     latency_seconds: float = 12.0
-    """Longest time one latency comparison may take; there are six, eight with --compiled."""
+    """Longest time of one latency comparison, in seconds; there are six, eight with --compiled."""
     latency_margin: float = 0.10
-    """How much slower than the stock export still counts as equal."""
+    """Share of its time by which a file may be slower than the stock export and count as equal."""
     max_latency_ratio: float | None = None
     """Fail when the file takes over this many times PyTorch's time; only reported when left out."""
     compiled: bool = False
@@ -105,7 +105,7 @@ class TritonSettings:
     name: str | None = None
     """Name of the model in the repository; the architecture's when left out."""
     version: int = 1
-    """Version to write; a model that is there with the same inputs, outputs and labels gets one more."""
+    """Version to write: a number that is not there yet, beside others of the same inputs, outputs and labels."""
     max_batch: int = 32
     """Largest batch the server may form; a file with a fixed batch size is served as it is."""
     queue_delay: int = 0

@@ -69,7 +69,7 @@ class FitSettings:
     """Probability of a horizontal flip."""
 
     scale_min: float = 0.08
-    """Smallest share of the image's area that a random crop keeps; 1 cuts only the ends of one longer than 4:3."""
+    """Smallest share of the image's area that a random crop keeps; 1 keeps all but the ends of one longer than 4:3."""
 
     color_jitter: float = 0.4
     """Strength of colour jitter; 0 is off."""
