@@ -22,7 +22,7 @@ from growkit.source import Source
 from growkit.text import some
 
 INPUT = ("img_size", "patch_size", "in_chans")
-STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+KERNELS, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 HEADS = ("head.", "head_dist.")
 
 
@@ -49,8 +49,8 @@ def with_input(source: Source, sets: Sequence[str]) -> Source:
     architecture = find(source.architecture.name, {**source.architecture.arguments, **asked})
     new = build(architecture.name, architecture.arguments, device="meta")
     state = dict(source.state)
-    kernels = resample_patch_embed(state[STEM], list(new.patch_embed.patch_size))
-    state[STEM] = adapt_input_conv(channels, kernels, base_chans=own["in_chans"])
+    kernels = resample_patch_embed(state[KERNELS], list(new.patch_embed.patch_size))
+    state[KERNELS] = adapt_input_conv(channels, kernels, base_chans=own["in_chans"])
     grids = old.patch_embed.grid_size, new.patch_embed.grid_size
     if POSITIONS in state:
         prefix = state[POSITIONS].shape[1] - old.patch_embed.num_patches

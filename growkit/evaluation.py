@@ -111,8 +111,6 @@ def _answering_onnx(path: Path, device: str) -> Answering:
     providers = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "cuda:0": "cuda"}
     if device not in providers:
         raise GrowkitError(f"--device {device}: an ONNX file runs on auto, cpu or cuda; CUDA_VISIBLE_DEVICES picks one")
-    if not path.is_file():
-        raise GrowkitError(f"{path}: no such file; `growkit export --onnx` writes one")
     try:
         subject = onnx_subject(path, provider=providers[device])
         prepared = subject.identity.preprocessing

@@ -21,12 +21,12 @@ from growkit.record import RunFolder
 from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh, named
+from growkit.train.batch_size import STEP, with_batch_size
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import METRICS, STATE, batch_size_of
-from growkit.train.room import STEP, with_batch_size
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Say, Tell, silent
@@ -405,8 +405,8 @@ def _sized(
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"
-        whole = sized.batch_size > images - STEP * size()  # it is rounded down
-        found = f"takes as good as all {images:,} training images" if whole else f"is the largest that fits {where}"
+        takes_all = sized.batch_size > images - STEP * size()  # it is rounded down
+        found = f"takes as good as all {images:,} training images" if takes_all else f"is the largest that fits {where}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from growkit.deploy.folder import MODEL, Exported, write_export
 from growkit.deploy.golden import Golden, make_golden, read_golden, refuse_unreplaceable
-from growkit.deploy.held import update_golden
+from growkit.deploy.golden_checks import update_golden
 from growkit.deploy.inputs import read_pictures
 from growkit.deploy.junit import junit_xml
 from growkit.deploy.limits import LIMITS
 from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.reproduce import reproduction
 from growkit.deploy.settings import ExportSettings, TritonSettings, VerifySettings
-from growkit.deploy.store import form_in
+from growkit.deploy.store import form_in, refuse_missing
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.triton import refuse_taken, write_model_repository
 from growkit.deploy.truth import at_image_size, preprocessing
@@ -261,30 +261,18 @@ def verify_run(
     run.refuse_unusable()
     if junit is not None:
         refuse_unwritable(junit, suffix=".xml")
-    if settings.max_accuracy_drop is not None and evidence.data is None:
-        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
-    if settings.max_latency_ratio is not None and not settings.latency:
-        raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
     updating = reference is not None and reference.update
-    if updating and (settings.max_latency_ratio is not None or settings.compiled):
-        raise GrowkitError(
-            "--max-latency-ratio and --compiled time a file, which --update-reference does not: leave them out"
-        )
     if (model is None or file is None) and (reference is None or (model is None and updating)):
         alone = file or model
         raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
-    if model is None or file is None:
-        if settings.max_latency_ratio is not None or settings.compiled:
-            raise GrowkitError("--max-latency-ratio and --compiled time a file beside its model: name both")
-        settings = replace(settings, latency=False)
+    settings = _settled(settings, evidence, alone=model is None or file is None, updating=updating)
     golden = None
     if reference is not None and updating:
         refuse_unreplaceable(reference.folder)
-        settings = replace(settings, latency=False)  # a reference holds no times
     elif reference is not None:
         golden = read_golden(reference.folder)
-    if file is not None and not file.is_file():
-        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+    if file is not None:
+        refuse_missing(file)
 
     source, held = None if model is None else _loaded(model, loading, say), None
     if source is not None and file is not None:
@@ -323,6 +311,26 @@ def verify_run(
             partial.write_text(text, encoding="utf-8")
     _record(run, verified, report, settings, evidence, source)
     return Verified(verified, report)
+
+
+def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updating: bool) -> VerifySettings:
+    """The settings as far as they mean something: nothing is timed `alone`, nor where a reference is written.
+
+    Raises:
+        GrowkitError: they ask for what is then not done.
+    """
+    timed = settings.max_latency_ratio is not None or settings.compiled
+    if settings.max_accuracy_drop is not None and evidence.data is None:
+        raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    if settings.max_latency_ratio is not None and not settings.latency:
+        raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
+    if timed and updating:
+        raise GrowkitError(
+            "--max-latency-ratio and --compiled time a file, which --update-reference does not: leave them out"
+        )
+    if timed and alone:
+        raise GrowkitError("--max-latency-ratio and --compiled time a file beside its model: name both")
+    return replace(settings, latency=False) if alone or updating else settings
 
 
 def _record(

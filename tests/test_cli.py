@@ -441,10 +441,10 @@ def test_batch_size_is_found_once_for_a_run(
     monkeypatch: pytest.MonkeyPatch,
     stopped: Callable[..., tuple[str, ...]],
 ) -> None:
-    from growkit.train import room
+    from growkit.train import batch_size
 
     words = stopped(*command, "--batch-size", "auto")
-    monkeypatch.setattr(room, "free_bytes", lambda device: pytest.fail("looked for another"))
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: pytest.fail("looked for another"))
     status, out, err = growkit(capsys, *words, "--resume")
     assert status == 0, err
     assert "--batch-size 8 is what the run was started with" in out

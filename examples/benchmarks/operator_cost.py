@@ -43,7 +43,7 @@ from growkit.methods.mango import Mango, mlp_blocks, pack
 from growkit.record import hardware, versions
 from growkit.settings import GrowSettings
 from growkit.train.device import pick_device
-from growkit.train.making import made_once
+from growkit.train.made_weights import made_once
 from growkit.train.memory import Alive, keep_what_fits, step_peak
 from growkit.train.score import autocast
 

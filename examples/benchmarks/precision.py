@@ -30,7 +30,7 @@ from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import Call, compare
 from growkit.deploy.limits import LIMITS, accuracy_drop_interval
 from growkit.deploy.runtime import environment, open_session
-from growkit.deploy.stored import explain, stored_in
+from growkit.deploy.stored_weights import explain, stored_in
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
 from growkit.source import load_source

@@ -26,7 +26,7 @@ from torch import nn
 from growkit.arch import build
 from growkit.arch.spec import Architecture
 from growkit.record import hardware, versions
-from growkit.train import distributed, making
+from growkit.train import distributed, made_weights
 from growkit.train.flops import count_making
 
 
@@ -76,7 +76,7 @@ def compare(
     sharing = {"plain": 1, "every process all": 1, "shared": distributed.size()}
     flops = {"plain": 0}
     for way in ("every process all", "shared"):
-        with making.shared(operator, sharing[way]):
+        with made_weights.shared(operator, sharing[way]):
             flops[way] = count_making(operator)
     seconds: dict[str, list[float]] = {way: [] for way in updates}
     order = random.Random(options.seed)
@@ -84,7 +84,7 @@ def compare(
     for _ in range(warm_up + options.rounds):
         for way in order.sample(list(updates), len(updates)):
             dist.barrier()
-            with making.shared(operator, sharing[way]):
+            with made_weights.shared(operator, sharing[way]):
                 taken = torch.tensor(seconds_of(updates[way], device, options.updates))
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             seconds[way].append(float(taken))

@@ -23,12 +23,12 @@ from growkit.pictures import UnreadablePictureError
 from growkit.plan import step_flops
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, untrained
+from growkit.train.batch_size import recompute_blocks
 from growkit.train.batches import images_per_batch
 from growkit.train.data import Data, hold_out, open_data
 from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
-from growkit.train.room import recompute_blocks
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, Tell, silent, unheard

@@ -6,6 +6,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
+from growkit.arch.spec import LAYERS
 from growkit.compare.arms import Arm, parse_arm
 from growkit.compare.bench import Bench
 from growkit.compare.settings import SweepSettings
@@ -22,7 +23,7 @@ class Space:
     def __init__(self, bench: Bench, settings: SweepSettings):
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
-        self.staged = "blocks" in grown and len(grown) > 1
+        self.staged = LAYERS in grown and len(grown) > 1
         self.learned: dict[str, bool] = {}
         # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
         self.combinations = {self.key(one): one for one in self._all({})}

@@ -231,7 +231,7 @@ def percentiles(seconds: list[float]) -> Percentiles:
     return Percentiles(float(p50), float(p90), float(p99))
 
 
-def verdict_of(comparison: Comparison, noise: float, limit: float) -> Verdict:
+def equivalence(comparison: Comparison, noise: float, limit: float) -> Verdict:
     """By equivalence: pass when the whole interval is within `limit`, fail when all is above.
 
     noise  of the same machine in the A/A run; above NOISY nothing is concluded
@@ -360,7 +360,7 @@ def _same(call: Call) -> Call:
 
 def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
     """The check of one comparison, told with its interval and, where it matters, the noise."""
-    verdict = verdict_of(comparison, noise, limit)
+    verdict = equivalence(comparison, noise, limit)
     line = (
         f"batch {comparison.batch}: {comparison.ratio:.3f} x the time of {comparison.baseline} "
         f"[{comparison.low:.3f}, {comparison.high:.3f}], allowed {limit:.2f}"

@@ -26,7 +26,7 @@ from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
 from growkit.deploy.parts import core_session, front_session, whole_session
 from growkit.deploy.pixels import CHANNELS
 from growkit.deploy.runtime import Session
-from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph
+from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph, refuse_missing
 from growkit.deploy.structure import OWN_MODEL, sizes_claimed, structure_checks
 from growkit.deploy.truth import (
     Preprocessing,
@@ -95,49 +95,34 @@ def check_parity(
         GrowkitError: the file is missing or its weights lie elsewhere, the provider does not run, the data
             sets cannot be read.
     """
-    if not file.is_file():
-        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+    refuse_missing(file)
     if max_batch < 1:
         raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
-    try:
-        files = files_of(file)
-        proto, unread = read_graph(file), bytes_unread(file)
-        onnx.checker.check_model(str(file), full_check=True)
-        form = form_of(props_of(proto))
-        with memory_bounded(bound_of(files), provider=provider):  # for no images yet: what they claim is not checked
-            session = whole_session(file, form, provider=provider)
-    except GrowkitError:
-        raise
-    except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
-        line = f"{file.name} is no whole ONNX file, or none that opens here: {first_line(error)}"
-        broken = check("structure", "valid ONNX", False, "refused", "accepted", line)
-        return Parity((broken,), {}, "none", Form())
-
+    valid, opened, proto = _opened(file, provider)
+    if opened is None:
+        return Parity((valid,), {}, "none", Form())
+    form, session = opened.form, opened.session
     sizes = sizes_claimed(proto, form)
     if sizes.verdict == "fail":  # images of a size that is only claimed may fill the memory
-        return Parity((sizes,), {}, session.provider, form, files)
+        return opened.parity([sizes])
     limits = LIMITS[form.precision]
     if max_accuracy_drop is not None:
         limits = replace(limits, accuracy_drop=max_accuracy_drop)
     plain = copy.deepcopy(at_image_size(model, form.image_size)).cpu().eval()
     prepared, truth = preprocessing(plain), truth_of(plain)
-    _, height, width = prepared.input_size
-    count = min(8 * IMAGES, max(IMAGES, IMAGES * 224 * 224 // (height * width)))
-    images = noise_images(prepared, max(count, max_batch, form.batch or 1), seed)
-    batches = (form.batch,) if form.batch else tuple(sorted({1, 2, 3, 5, max_batch}))
-    known = Truth(
-        images,
-        logits_of(truth, images),
-        _yardstick(plain, form, images, batches),
-        {name: (image, logits_of(truth, image)) for name, image in extremes(prepared, seed).items()},
-        batches,
-    )
+    known = _known(plain, truth, form, max_batch, seed)
     classes = known.expected.shape[1]
     wanted = precision or form.precision
     checks = [
-        check("structure", "valid ONNX", True, "accepted", "accepted"),
-        check("structure", "files", len(files) <= 2, ", ".join(f.name for f in files), "one, or two with weights"),
-        check("structure", "bytes beside it that are no weights", unread == 0, unread, 0),
+        valid,
+        check(
+            "structure",
+            "files",
+            len(opened.files) <= 2,
+            ", ".join(f.name for f in opened.files),
+            "one, or two with weights",
+        ),
+        check("structure", "bytes beside it that are no weights", opened.unread == 0, opened.unread, 0),
         check("structure", "precision", form.precision == wanted, form.precision, wanted),
         *structure_checks(proto, form, prepared, classes, weights_sha256=weights_sha256, labels=labels),
         *weight_checks(proto, plain, form),
@@ -152,7 +137,7 @@ def check_parity(
     except Exception as error:
         line = f"the network inside is not to be found: {first_line(error)}"
         checks.append(check("structure", "the network inside", False, "missing", "input -> logits", line))
-        return Parity(tuple(checks), {}, session.provider, form, files)
+        return opened.parity(checks)
 
     numbers, figures = number_checks(core, known, limits)
     failing = failing_run(numbers, known)
@@ -161,12 +146,12 @@ def check_parity(
         found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=session.provider)
         figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
         numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
+    checks += numbers
     if form.precision == "fp16" and session.provider == "cpu":
         # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
         rounded = core_session(file, form, prepared, classes, rounded=True)
-        got = in_batches(rounded, known.images, batches[0])
-        numbers += compared("every node rounded", got, known.expected, known.spread, limits)[0]
-    checks += numbers
+        got = in_batches(rounded, known.images, known.batches[0])
+        checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
     if front is not None and prepared.input_size[0] not in CHANNELS:
         checks.append(check("pixels", "channels", False, prepared.input_size[0], "1 or 3"))
     elif front is not None:
@@ -188,7 +173,55 @@ def check_parity(
 
         made, figures["accuracy"] = accuracy_checks(run, plain, data, limits)
         checks += made
-    return Parity(tuple(checks), figures, session.provider, form, files)
+    return opened.parity(checks, figures)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file that ONNX and ONNX Runtime accept: the form it claims, and what lies beside it that nobody reads."""
+
+    files: tuple[Path, ...]
+    form: Form
+    session: Session
+    unread: int  # bytes
+
+    def parity(self, checks: list[Check], figures: dict[str, Any] | None = None) -> Parity:
+        """What was found of it."""
+        return Parity(tuple(checks), figures or {}, self.session.provider, self.form, self.files)
+
+
+def _opened(file: Path, provider: str) -> tuple[Check, _Opened | None, onnx.ModelProto]:
+    """Whether `file` is valid, what it is where it is, and its graph with the weights."""
+    try:
+        files = files_of(file)
+        proto, unread = read_graph(file), bytes_unread(file)
+        onnx.checker.check_model(str(file), full_check=True)
+        form = form_of(props_of(proto))
+        with memory_bounded(bound_of(files), provider=provider):  # for no images yet: what they claim is not checked
+            session = whole_session(file, form, provider=provider)
+    except GrowkitError:
+        raise
+    except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
+        line = f"{file.name} is no whole ONNX file, or none that opens here: {first_line(error)}"
+        return check("structure", "valid ONNX", False, "refused", "accepted", line), None, onnx.ModelProto()
+    valid = check("structure", "valid ONNX", True, "accepted", "accepted")
+    return valid, _Opened(files, form, session, unread), proto
+
+
+def _known(plain: nn.Module, truth: nn.Module, form: Form, max_batch: int, seed: int) -> Truth:
+    """The images that a file of this form is held on, and what the model says to them."""
+    prepared = preprocessing(plain)
+    _, height, width = prepared.input_size
+    count = min(8 * IMAGES, max(IMAGES, IMAGES * 224 * 224 // (height * width)))
+    images = noise_images(prepared, max(count, max_batch, form.batch or 1), seed)
+    batches = (form.batch,) if form.batch else tuple(sorted({1, 2, 3, 5, max_batch}))
+    return Truth(
+        images,
+        logits_of(truth, images),
+        _yardstick(plain, form, images, batches),
+        {name: (image, logits_of(truth, image)) for name, image in extremes(prepared, seed).items()},
+        batches,
+    )
 
 
 def _yardstick(model: nn.Module, form: Form, images: np.ndarray, batches: tuple[int, ...]) -> dict[int, np.ndarray]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx
 
-from growkit.deploy.store import read_graph
+from growkit.deploy.store import read_graph, refuse_missing
 from growkit.errors import GrowkitError
 
 
@@ -37,12 +37,11 @@ def load_graph(file: Path) -> onnx.ModelProto:
     Raises:
         GrowkitError: the file is missing or unreadable.
     """
+    refuse_missing(file)
     try:
         return read_graph(file, weights=False)
     except GrowkitError:
         raise
-    except FileNotFoundError:
-        raise GrowkitError(f"{file}: no such file; `growkit export` writes it") from None
     except Exception as error:  # protobuf's own kinds
         raise GrowkitError(f"{file}: not a readable ONNX file ({error})") from None
 

@@ -40,6 +40,12 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
     return path, data
 
 
+def refuse_missing(file: Path) -> None:
+    """Raise GrowkitError where there is no ONNX file."""
+    if not file.is_file():
+        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+
+
 def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     """Read a graph, with its weights in it wherever they lie.
 

@@ -19,7 +19,7 @@ from growkit.deploy.form import form_of
 from growkit.deploy.numbers import in_batches
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import open_session
-from growkit.deploy.store import files_of, json_in, props_of, read_graph, sha256_of_files
+from growkit.deploy.store import files_of, json_in, props_of, read_graph, refuse_missing, sha256_of_files
 from growkit.deploy.structure import QUANTISERS
 from growkit.deploy.truth import Preprocessing, logits_of, preprocessing, truth_of
 from growkit.errors import GrowkitError
@@ -116,8 +116,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
     Raises whatever ONNX and ONNX Runtime raise when they refuse the file, and
         GrowkitError: no such file, weights that lie elsewhere, or a provider that does not run here.
     """
-    if not file.is_file():
-        raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
+    refuse_missing(file)
     proto = read_graph(file, weights=False)
     props = props_of(proto)
     provenance, prepared, form = (

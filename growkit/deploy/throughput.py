@@ -66,12 +66,17 @@ class Throughput:
     foreign: float | None = None
 
     @property
+    def contended(self) -> bool:
+        """Whether other programs took so much of the processors that the rates are not to be trusted."""
+        return self.foreign is not None and self.foreign > CONTENDED
+
+    @property
     def line(self) -> str:
         """The peak, and a warning where other programs took much of the processors."""
         line = (
             f"peak: {self.peak_gflops:.3g} GFLOP/s in a float32 product of {self.peak_size} x {self.peak_size} matrices"
         )
-        if self.foreign is not None and self.foreign > CONTENDED:
+        if self.contended:
             line += f"; other programs took {self.foreign:.0%} of the processors meanwhile"
         return line
 

@@ -16,7 +16,7 @@ from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
 from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden
-from growkit.deploy.held import check_golden
+from growkit.deploy.golden_checks import check_golden
 from growkit.deploy.latency import Latency, measure_latency
 from growkit.deploy.parity import Parity, check_parity
 from growkit.deploy.parts import whole_session
@@ -105,36 +105,7 @@ def verify_onnx(
     latency = throughput = None
     emulated = parity.form.precision == "bf16" and parity.provider == "cpu"  # its times would say nothing
     if settings.latency and not emulated and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
-        name, arguments = stock
-        if parity.form.image_size:
-            model = at_image_size(model, parity.form.image_size)
-            stock = (name, {**arguments, "img_size": parity.form.image_size})
-        before, batches = comparisons_made(settings, parity.form), throughput_batches(settings, parity.form)
-        latency = measure_latency(
-            model,
-            file,
-            stock=stock,
-            form=parity.form,
-            provider=parity.provider,
-            batches=batches_timed(settings, parity.form),
-            seconds=settings.latency_seconds,
-            margin=settings.latency_margin,
-            max_ratio=settings.max_latency_ratio,
-            compiled=settings.compiled,
-            seed=settings.seed,
-            progress=lambda done, note: progress(done, note or ("images per second" if batches else "")),
-        )
-        if batches:
-            throughput = measure_throughput(
-                model,
-                file,
-                form=parity.form,
-                provider=parity.provider,
-                batches=batches,
-                seconds=settings.throughput_seconds,
-                seed=settings.seed,
-                progress=lambda done, note: progress(before + done, note),
-            )
+        latency, throughput = _timed(model, file, settings, stock, parity, progress)
     checks = (
         *([provider_check(placed)] if placed else []),
         *parity.checks,
@@ -150,6 +121,49 @@ def verify_onnx(
     return _verified(checks, settings, report, parity, placed, latency, throughput)
 
 
+def _timed(
+    model: nn.Module,
+    file: Path,
+    settings: VerifySettings,
+    stock: tuple[str, Mapping[str, Any]],
+    parity: Parity,
+    progress: Callable[[int, str], None],
+) -> tuple[Latency, Throughput | None]:
+    """How fast the file is against the model and the stock export, and in images per second where that is asked for."""
+    form = parity.form
+    if form.image_size:
+        name, arguments = stock
+        model, stock = at_image_size(model, form.image_size), (name, {**arguments, "img_size": form.image_size})
+    before, batches = comparisons_made(settings, form), throughput_batches(settings, form)
+    latency = measure_latency(
+        model,
+        file,
+        stock=stock,
+        form=form,
+        provider=parity.provider,
+        batches=batches_timed(settings, form),
+        seconds=settings.latency_seconds,
+        margin=settings.latency_margin,
+        max_ratio=settings.max_latency_ratio,
+        compiled=settings.compiled,
+        seed=settings.seed,
+        progress=lambda done, note: progress(done, note or ("images per second" if batches else "")),
+    )
+    if not batches:
+        return latency, None
+    throughput = measure_throughput(
+        model,
+        file,
+        form=form,
+        provider=parity.provider,
+        batches=batches,
+        seconds=settings.throughput_seconds,
+        seed=settings.seed,
+        progress=lambda done, note: progress(before + done, note),
+    )
+    return latency, throughput
+
+
 def _verified(
     checks: Sequence[Check],
     settings: VerifySettings,
@@ -160,7 +174,7 @@ def _verified(
     throughput: Throughput | None = None,
 ) -> Verification:
     """What was found; `subject` is the part of report.json that says of what, and where."""
-    verdict = verdict_of(checks)
+    verdict = overall(checks)
     report = {
         "schema": 1,
         "verdict": verdict,
@@ -169,7 +183,7 @@ def _verified(
         "checks": [asdict(c) for c in checks],
         "numerics": parity.figures if parity else None,
         "latency": asdict(latency) if latency else None,
-        "throughput": asdict(throughput) if throughput else None,
+        "throughput": {**asdict(throughput), "contended": throughput.contended} if throughput else None,
     }
     return Verification(tuple(checks), parity, latency, throughput, placed, verdict, plain(report))
 
@@ -241,7 +255,7 @@ def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
     return subject, check("structure", "valid ONNX", True, "accepted", "accepted")
 
 
-def verdict_of(checks: Iterable[Check]) -> Verdict:
+def overall(checks: Iterable[Check]) -> Verdict:
     """One no fails all; one that could not tell leaves the rest inconclusive."""
     verdicts = {c.verdict for c in checks}
     return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 from torch import nn
 
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import Form
 from growkit.deploy.pixels import CUBIC
-from growkit.deploy.stored import explain, stored_in
+from growkit.deploy.stored_weights import explain, stored_in, tensors_in
 from growkit.deploy.truth import preprocessing
 from growkit.text import some
 
@@ -38,18 +37,11 @@ def _whole(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
         if array.ndim == 2:  # the exporter folds the transpose in front of a MatMul
             by_bits.setdefault(_bits(array.T), name)
 
-    stored = [(t.name, numpy_helper.to_array(t)) for t in proto.graph.initializer]
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                stored.append((node.output[0], numpy_helper.to_array(attribute.t)))
-    stored = [(name, a) for name, a in stored if a.dtype.kind not in "iub"]
+    for name, array in _of_pixels(model, form).items():
+        by_bits.setdefault(_bits(array), name)
 
+    stored = [(name, array) for name, array in tensors_in(proto) if array.dtype.kind not in "iub"]
     known = _known_constants(model, form)
-    if form.pixels:
-        prepared = preprocessing(model)
-        for name, values in (("mean", prepared.mean), ("std", prepared.std)):
-            by_bits.setdefault(_bits(np.asarray(values, dtype=np.float32)), f"preprocessing {name}")
     found: set[str] = set()
     unexplained, constants = [], []
     for name, array in stored:
@@ -81,10 +73,7 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
     tensors = dict(model.state_dict()) | dict(model.named_buffers())
     state = {name: t.numpy() for name, t in tensors.items() if t.is_floating_point()}
     wanted = {name for name in model.state_dict() if name in state}
-    if form.pixels:
-        prepared = preprocessing(model)
-        for name, values in (("mean", prepared.mean), ("std", prepared.std)):
-            state[f"preprocessing {name}"] = np.asarray(values, dtype=np.float32)
+    state |= _of_pixels(model, form)
     known = _known_constants(model, form)
     found: set[str] = set()
     unexplained, constants = [], []
@@ -105,6 +94,14 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
     missing = [n for n in missing if not any(explain(one, {n: state[n]}) for one in stored)]
     missing = sorted(n for n in missing if state[n].ndim != 1 or state[n].any())
     return _told(missing, unexplained, [*constants, *_odd_attributes(proto, model, known)], len(wanted), len(stored))
+
+
+def _of_pixels(model: nn.Module, form: Form) -> dict[str, np.ndarray]:
+    """What a file that takes pixels holds besides: mean and deviation, by names of their own."""
+    if not form.pixels:
+        return {}
+    prepared = preprocessing(model)
+    return {f"preprocessing {n}": np.asarray(getattr(prepared, n), dtype=np.float32) for n in ("mean", "std")}
 
 
 def _once(array: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from growkit.arch.spec import Architecture, Weights
 from growkit.core import maps
 
 NORM = "norm_pre"
-STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+EMBEDDING = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 DISTURBANCE = 1e-6  # by which share the variance that the norm sees may grow, where x is independent of g
 
 
@@ -40,7 +40,7 @@ def carry_mean(source: Architecture, target: Architecture, weights: Weights, gro
     carried = dict(grown)
     for row in source.tensors:
         (slot, *_) = row.slots
-        if slot in STEM:
+        if slot in EMBEDDING:
             axis = row.dims.index("embed")
             pushed = torch.tensordot(push, weights[slot], dims=([1], [axis])).movedim(0, axis)
             carried[slot] = grown[slot] + pushed

@@ -13,7 +13,7 @@ CHANCE = 0.05  # p below which a change of answers is no chance
 LINES = 3  # checks of a group that are quoted
 
 
-def verdict_of(gates: Sequence[Gate]) -> Gate:
+def shipping(gates: Sequence[Gate]) -> Gate:
     """May it ship: no where a gate says no, not yet where one is open."""
     failed = [gate.name for gate in gates if gate.mark == "fail"]
     unsure = [gate.name for gate in gates if gate.mark in ("inconclusive", "not done")]

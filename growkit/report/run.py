@@ -8,7 +8,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import ONCE, command_line, in_lines
 from growkit.report.facts import Facts, mapping, percent, read_facts
-from growkit.report.gates import behaviour_step, gates_of, verdict_of
+from growkit.report.gates import behaviour_step, gates_of, shipping
 from growkit.report.growth import (
     earlier_line,
     grown_sizes,
@@ -55,7 +55,7 @@ def run_report(run: RunFolder) -> Report:
             Gate("The record is whole", Mark("fail"), f"It is damaged ({type(error).__name__}): run the steps again.")
         ]
     title, summary = _head(facts)
-    return Report(title, [*summary, *facts.damaged], sections, verdict_of(gates), gates)
+    return Report(title, [*summary, *facts.damaged], sections, shipping(gates), gates)
 
 
 def _guarded(title: str, make: Callable[[Facts], Section], facts: Facts) -> Section:

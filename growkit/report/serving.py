@@ -196,7 +196,7 @@ def _throughput(facts: Facts) -> list[Section]:
     size, foreign = cell(measured.get("peak_size")), number(measured.get("foreign"))
     peak = _digits(measured.get("peak_gflops"))
     text = f"The peak is {peak} GFLOP/s, of one float32 product of {size} x {size} matrices."
-    if foreign is not None and foreign > 0.15:
+    if foreign is not None and measured.get("contended") is True:
         text += f" Other programs took {foreign:.0%} of the processors meanwhile."
     columns = ("batch", "images/s", "GFLOP/s", "of the peak", "p50 ms", "p90", "p99")
     return [Section("Throughput, as a server runs it", text, Table(columns, body))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from growkit.train.making import MakesWeights, made_once
+from growkit.train.made_weights import MakesWeights, made_once
 from growkit.train.memory import without_storage
 
 aten = torch.ops.aten

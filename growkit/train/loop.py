@@ -15,10 +15,10 @@ from growkit.errors import GrowkitError
 from growkit.float32 import multiplying
 from growkit.train import distributed
 from growkit.train import resume as resuming
+from growkit.train.batch_size import telling_what_fits
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.length import Length, length_of
-from growkit.train.room import telling_what_fits
 from growkit.train.score import Scores, refuse_tf32
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, rate, unheard

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from growkit.train.making import MakesWeights, made_once
+from growkit.train.made_weights import MakesWeights, made_once
 from growkit.train.score import autocast
 
 # Of what a network holds for its backward pass: what the making of its weights may hold besides. Where that is all of a

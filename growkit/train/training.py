@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from growkit.errors import GrowkitError, first_line
-from growkit.train import distributed, making
+from growkit.train import distributed, made_weights
 from growkit.train import resume as resuming
+from growkit.train.batch_size import recompute_blocks
 from growkit.train.batches import train_batches
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.memory import keep_what_fits, without_storage
 from growkit.train.normalise import sent
-from growkit.train.room import recompute_blocks
 from growkit.train.score import amp_dtype, autocast, precision_on, predictor, require_labels
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
@@ -81,7 +81,7 @@ class Training:
         cost = count_step(bare, batch, self.loss_of)
         flops = cost.of_update(settings.grad_accum_steps)
         if processes > 1:
-            with making.shared(bare, processes):
+            with made_weights.shared(bare, processes):
                 flops += count_making(bare) - cost.flops_of_making
         self.flops_per_step = flops * processes
         keep_what_fits(model, batch[0].shape, precision_on(device, settings.precision))
@@ -89,7 +89,7 @@ class Training:
         # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
         if settings.compile is not None:
-            making.leave_uncompiled(model)
+            made_weights.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
     def _try_one_batch(self, data: Data) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,10 @@ class Training:
         accumulate = self.settings.grad_accum_steps
         loss = torch.zeros((), device=self.device)
         with seeded(self.settings.seed, "update", step, *distributed.own_draws(), device=self.device):
-            with making.shared(self.model, distributed.size()), making.made_once(self.model, accumulate) as leaves:
+            with (
+                made_weights.shared(self.model, distributed.size()),
+                made_weights.made_once(self.model, accumulate) as leaves,
+            ):
                 for left in reversed(range(accumulate)):
                     loss += self._add_gradients(*next(batches), last=not left)
                     if left and left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:

@@ -22,7 +22,7 @@ from growkit.deploy.checks import Check
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form
 from growkit.deploy.golden import TOLERANCE, Golden, make_golden, read_golden, reference_images, write_golden
-from growkit.deploy.held import change_since, check_golden
+from growkit.deploy.golden_checks import change_since, check_golden
 from growkit.deploy.subject import model_subject, onnx_subject, precision_of, tensors_sha256
 from growkit.deploy.truth import Preprocessing
 from growkit.errors import GrowkitError

@@ -14,9 +14,9 @@ from growkit.deploy.latency import (
     Comparison,
     Percentiles,
     compare,
+    equivalence,
     latency_check,
     measure_latency,
-    verdict_of,
 )
 
 
@@ -68,7 +68,7 @@ def test_ratio_gives_its_verdict_even_while_the_machine_drifts(ratio: float, ver
     measured = Machine(2, noise=0.02, drift=drift).compare(ratio)
     assert measured.low < ratio * 1.02
     assert measured.high > ratio * 0.98
-    assert verdict_of(measured, alone.noise, 1.10) == verdict
+    assert equivalence(measured, alone.noise, 1.10) == verdict
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5])
@@ -100,7 +100,7 @@ def test_false_regressions_are_rare_over_many_runs() -> None:
     for seed in range(20):
         machine = Machine(100 + seed, noise=0.03, drift=0.3, session_noise=0.01)
         alone = machine.compare(1.0)
-        verdicts.append(verdict_of(machine.compare(1.0), alone.noise, 1.10))
+        verdicts.append(equivalence(machine.compare(1.0), alone.noise, 1.10))
     assert verdicts.count("fail") == 0
     assert verdicts.count("pass") >= 18
 

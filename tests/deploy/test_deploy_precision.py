@@ -28,7 +28,7 @@ from growkit.deploy.sixteen_bits import (
     lowered,
     rounded_to,
 )
-from growkit.deploy.stored import explain, stored_in
+from growkit.deploy.stored_weights import explain, stored_in
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
 from growkit.errors import GrowkitError

@@ -394,7 +394,7 @@ def test_setting_out_of_range_is_refused_in_its_options_words(
     [
         (lambda e: (e / "test_data_set_0" / "input_0.pb").unlink(), "input_0.pb: not a readable ONNX tensor"),
         (lambda e: (e / "test_data_set_0").rename(e / "elsewhere"), "no test_data_set_* fits"),
-        (lambda e: (e / "model.onnx").unlink(), "no such file; `growkit export` writes it"),
+        (lambda e: (e / "model.onnx").unlink(), "no such file; `growkit export --onnx` writes it"),
         (lambda e: (e / "model.onnx.data").unlink(), "weights beside it are unreadable (model.onnx.data is missing)"),
     ],
 )

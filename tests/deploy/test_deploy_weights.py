@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form, form_of
 from growkit.deploy.parity import _yardstick
-from growkit.deploy.stored import stored_in
+from growkit.deploy.stored_weights import stored_in
 from growkit.deploy.truth import logits_of, noise_images, preprocessing
 from growkit.deploy.weights import weight_checks
 from growkit.deploy.yardstick import in_precision

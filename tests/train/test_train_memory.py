@@ -10,7 +10,7 @@ from growkit.core import ring
 from growkit.core.ring_plan import contraction_plan, fewest_elements
 from growkit.grow import grow
 from growkit.settings import GrowSettings
-from growkit.train.making import made_once
+from growkit.train.made_weights import made_once
 from growkit.train.memory import Alive, keep_what_fits, step_peak
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "patch_size": 8, "num_classes": 10}

@@ -22,7 +22,7 @@ from growkit.settings import GrowSettings
 from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.loop import fit
-from growkit.train.making import made_once, shared
+from growkit.train.made_weights import made_once, shared
 from growkit.train.memory import keep_what_fits
 from growkit.train.settings import FitSettings
 from growkit.train.training import Training

@@ -26,17 +26,23 @@ class Stored:
     scale: np.ndarray | None = None
 
 
+def tensors_in(proto: onnx.ModelProto) -> list[tuple[str, np.ndarray]]:
+    """Every tensor that the graph holds, by its name, or by that of the output whose node holds it."""
+    found = [(tensor.name, numpy_helper.to_array(tensor)) for tensor in proto.graph.initializer]
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                found.append((node.output[0], numpy_helper.to_array(attribute.t)))
+    return found
+
+
 def stored_in(proto: onnx.ModelProto) -> tuple[Stored, ...]:
     """Every tensor with weights in it, int8 ones with the scales that the graph multiplies them by.
 
     Left out are integers, such as shapes, and the scale and zero of an activation that is quantised and at once
     dequantised by the same two.
     """
-    weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                weights[node.output[0]] = numpy_helper.to_array(attribute.t)
+    weights = dict(tensors_in(proto))
     graph = _Graph(proto, weights)
     scales: dict[str, np.ndarray | None] = {}
     for name, scale in graph.scales():

@@ -16,11 +16,11 @@ from growkit.core.ring_plan import contraction_plan
 from growkit.errors import GrowkitError
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
-from growkit.train import room
+from growkit.train import batch_size
+from growkit.train.batch_size import largest_batch, with_batch_size
 from growkit.train.data import Data
 from growkit.train.loop import fit
 from growkit.train.memory import keep_what_fits, step_peak
-from growkit.train.room import largest_batch, with_batch_size
 from growkit.train.settings import AUTO, FitSettings
 
 CPU = torch.device("cpu")
@@ -60,9 +60,9 @@ def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest
     model, data = vit(), images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for free, found in ((peak(model, 40), 40), (peak(model, 47), 40), (peak(model, 1) - 1, 0)):
-        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: (free + 0.5) / room.ROOM)
+        monkeypatch.setattr(batch_size, "free_bytes", lambda device, free=free: (free + 0.5) / batch_size.ROOM)
         assert largest_batch(model, data, SETTINGS, CPU) == found
-    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(model, 3) + 0.5) / room.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(model, 3) + 0.5) / batch_size.ROOM)
     assert 1 <= largest_batch(model, data, SETTINGS, CPU) <= 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -71,8 +71,10 @@ def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest
 def test_precision_that_is_chosen_by_the_device_is_counted_as_there(
     native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "precision_on", lambda device, precision: native if precision == "auto" else precision)
-    monkeypatch.setattr(room, "free_bytes", lambda device: 3 * 2**20)
+    monkeypatch.setattr(
+        batch_size, "precision_on", lambda device, precision: native if precision == "auto" else precision
+    )
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 3 * 2**20)
     sizes = [largest_batch(vit(), images(512), replace(SETTINGS, precision=name), CPU) for name in ("auto", native)]
     assert sizes[0] == sizes[1]
     other = "fp32" if native == "bf16" else "bf16"
@@ -83,8 +85,8 @@ def test_precision_that_is_chosen_by_the_device_is_counted_as_there(
 def test_images_that_are_mixed_are_counted_in_pairs(mixing: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SETTINGS, batch_size=6, **mixing)
     with monkeypatch.context() as patch:  # six are thought to fit, and do not
-        patch.setattr(room, "_runs", lambda model, batch, count, *_: count < 6)
-        patch.setattr(room, "limited", lambda: True)
+        patch.setattr(batch_size, "_runs", lambda model, batch, count, *_: count < 6)
+        patch.setattr(batch_size, "limited", lambda: True)
         assert largest_batch(vit(), images(7), settings, CPU) == 2
     assert [largest_batch(vit(), images(count), settings, CPU) for count in (1, 3, 7, 9)] == [0, 2, 6, 8]
     for size, says in (
@@ -92,12 +94,12 @@ def test_images_that_are_mixed_are_counted_in_pairs(mixing: dict[str, float], mo
         (2, "of cpu holds not even the two images that are mixed"),
     ):
         mixed = replace(settings, batch_size=size)
-        with pytest.raises(GrowkitError, match=says), room.telling_what_fits(vit(), images(), mixed, CPU):
+        with pytest.raises(GrowkitError, match=says), batch_size.telling_what_fits(vit(), images(), mixed, CPU):
             raise torch.OutOfMemoryError("full")
 
 
 def test_blocks_computed_again_leave_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: peak(vit(), 24) / room.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: peak(vit(), 24) / batch_size.ROOM)
     again = replace(SETTINGS, grad_checkpointing=True)
     assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
     assert largest_batch(vit(), images(512), again, CPU) > 40
@@ -107,7 +109,7 @@ def test_grown_models_are_counted_with_their_operator(monkeypatch: pytest.Monkey
     source = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3})
     target = find("vit_tiny", {"img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 6})
     grown = grow(source, target, build(source.name, source.arguments).state_dict(), GrowSettings(rank=2))
-    monkeypatch.setattr(room, "free_bytes", lambda device: 6 * 2**20)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 6 * 2**20)
     assert 8 <= largest_batch(grown, images(512), SETTINGS, CPU) < 512
     assert all(p.device == CPU for p in grown.parameters())
 
@@ -124,15 +126,15 @@ def test_operators_fill_the_room_though_images_take_less_once_all_is_kept(monkey
     model = ring_pair()
     own = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     free = step_peak(ring_pair().train(), (400, 3, 8, 8), "fp32") - own
-    monkeypatch.setattr(room, "free_bytes", lambda device: (free + 0.5) / room.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (free + 0.5) / batch_size.ROOM)
     found = largest_batch(model, images(512), SETTINGS, CPU)
     contraction_plan.cache_clear()
     assert 0.95 * 400 <= found <= 400
 
 
 def test_trial_of_a_size_keeps_what_training_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "limited", lambda: True)
-    monkeypatch.setattr(room, "free_bytes", lambda device: 20 * 2**20)
+    monkeypatch.setattr(batch_size, "limited", lambda: True)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 20 * 2**20)
     seen, forward = [], RingOperator.forward
     monkeypatch.setattr(RingOperator, "forward", lambda ring, x: seen.append((x.device, ring.room)) or forward(ring, x))
     model = ring_pair()
@@ -147,7 +149,7 @@ def test_size_is_found_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     data = images()
     assert with_batch_size(vit(), data, SETTINGS, CPU) is SETTINGS
     assert with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU).batch_size == 64
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 1)
     with pytest.raises(GrowkitError, match="holds not even one image"):
         with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU)
 
@@ -170,8 +172,8 @@ def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = Full(20, error), images()
-    free = (peak(model.net, 20) + 0.5) / room.ROOM
-    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    free = (peak(model.net, 20) + 0.5) / batch_size.ROOM
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
     says = "out of memory on cpu with 32 images a batch; --batch-size 16 --grad-accum-steps 2 fits and makes the same"
     with pytest.raises(GrowkitError, match=says):
         fit(model, data, SETTINGS)
@@ -182,21 +184,21 @@ def test_running_out_of_memory_where_nothing_is_free_any_more_does_not_say_that_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is free then leaves out what the failed step will give back."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 1)
     for size, says in (
         (4, "with 4 images a batch, and what is free now holds not even one"),
         (1, "not even one image"),
     ):
         settings = replace(SETTINGS, batch_size=size)
-        with pytest.raises(GrowkitError, match=says), room.telling_what_fits(vit(), images(), settings, CPU):
+        with pytest.raises(GrowkitError, match=says), batch_size.telling_what_fits(vit(), images(), settings, CPU):
             raise torch.OutOfMemoryError("full")
 
 
 def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where batches add up, asked for or as the remedy, each but the first finds gradients there already."""
     counted: list[int] = []
-    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
-    monkeypatch.setattr(room, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
     assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
     assert largest_batch(vit(), images(512), SETTINGS, CPU, 2) < 24
     assert set(counted) == {1, 2}
@@ -205,7 +207,7 @@ def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) 
         settings = replace(SETTINGS, grad_accum_steps=asked)
         with (
             pytest.raises(GrowkitError, match="fits and makes the same"),
-            room.telling_what_fits(vit(), images(), settings, CPU),
+            batch_size.telling_what_fits(vit(), images(), settings, CPU),
         ):
             raise torch.OutOfMemoryError("full")
         assert set(counted) == {2}
@@ -229,10 +231,10 @@ def test_what_did_not_fit_is_gone_before_something_smaller_is_tried(monkeypatch:
         assert [there() for there in computed] == [None]
         return 8
 
-    monkeypatch.setattr(room, "largest_batch", tries)
+    monkeypatch.setattr(batch_size, "largest_batch", tries)
     with (
         pytest.raises(GrowkitError, match="--batch-size 8"),
-        room.telling_what_fits(vit(), images(), SETTINGS, CPU),
+        batch_size.telling_what_fits(vit(), images(), SETTINGS, CPU),
     ):
         Runs()(torch.zeros(1))
 
@@ -245,9 +247,9 @@ def test_other_errors_of_torch_are_left_alone() -> None:
 def test_an_odd_number_of_processes_finds_a_size_and_too_few_images_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
     alone = largest_batch(vit(), images(512), SETTINGS, CPU)
-    monkeypatch.setattr(room.distributed, "size", lambda: 3)
+    monkeypatch.setattr(batch_size.distributed, "size", lambda: 3)
     assert largest_batch(vit(), images(512), SETTINGS, CPU) == alone == 24
     with pytest.raises(GrowkitError, match="1 images do not divide among 3 processes"):
         largest_batch(vit(), images(1), SETTINGS, CPU)
@@ -257,17 +259,17 @@ def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: p
     """DDP keeps gradients from update to update, so they are there from the first batch on."""
     counted: list[int] = []
     auto = replace(SETTINGS, batch_size=AUTO)
-    monkeypatch.setattr(room, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / room.ROOM)
-    monkeypatch.setattr(room, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
     alone = largest_batch(vit(), images(512), SETTINGS, CPU, 2)
     counted.clear()
-    monkeypatch.setattr(room.distributed, "size", lambda: 2)
+    monkeypatch.setattr(batch_size.distributed, "size", lambda: 2)
     for theirs in (alone, 8):
-        monkeypatch.setattr(room.distributed, "least", lambda own, theirs=theirs: min(own, theirs))
+        monkeypatch.setattr(batch_size.distributed, "least", lambda own, theirs=theirs: min(own, theirs))
         assert with_batch_size(vit(), images(512), auto, CPU).batch_size == 2 * theirs
     assert set(counted) == {2}
     assert with_batch_size(vit(), images(8), auto, CPU).batch_size == 8  # there are no more
-    monkeypatch.setattr(room.distributed, "least", lambda own: 0)
+    monkeypatch.setattr(batch_size.distributed, "least", lambda own: 0)
     with pytest.raises(GrowkitError, match="holds not even one image"):
         with_batch_size(vit(), images(), auto, CPU)
 
@@ -275,24 +277,24 @@ def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: p
 def test_one_of_several_processes_says_what_should_fit_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP listens to every backward pass of the model: it would send what a trial made."""
     asked: list[bool] = []
-    monkeypatch.setattr(room, "largest_batch", lambda *_, tried: asked.append(tried) or 20)
-    monkeypatch.setattr(room.distributed, "size", lambda: 2)
+    monkeypatch.setattr(batch_size, "largest_batch", lambda *_, tried: asked.append(tried) or 20)
+    monkeypatch.setattr(batch_size.distributed, "size", lambda: 2)
     says = "out of memory on cpu with 48 images of each batch; --batch-size 32 --grad-accum-steps 6 should fit and"
     with (
         pytest.raises(GrowkitError, match=says),
-        room.telling_what_fits(vit(), images(512), replace(SETTINGS, batch_size=96, grad_accum_steps=2), CPU),
+        batch_size.telling_what_fits(vit(), images(512), replace(SETTINGS, batch_size=96, grad_accum_steps=2), CPU),
     ):
         raise torch.OutOfMemoryError("full")
     assert asked == [False]
 
 
 def test_what_fits_beside_a_sharded_model_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.distributed, "size", lambda: 2)
-    monkeypatch.setattr(room, "largest_batch", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(batch_size.distributed, "size", lambda: 2)
+    monkeypatch.setattr(batch_size, "largest_batch", lambda *_: pytest.fail("counted"))
     with pytest.raises(GrowkitError, match="with --shard give the number"):
         with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO, shard=True), CPU)
     with (
         pytest.raises(GrowkitError, match="out of memory on cpu with 16 images of each batch; give a smaller"),
-        room.telling_what_fits(vit(), images(), replace(SETTINGS, shard=True), CPU),
+        batch_size.telling_what_fits(vit(), images(), replace(SETTINGS, shard=True), CPU),
     ):
         raise torch.OutOfMemoryError("full")

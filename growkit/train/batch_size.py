@@ -14,7 +14,7 @@ from growkit.train import distributed
 from growkit.train.batches import BATCHES_AHEAD, images_per_batch, train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.free_memory import free_bytes, limited
-from growkit.train.making import made_once
+from growkit.train.made_weights import made_once
 from growkit.train.memory import keep_what_fits, step_peak, without_storage
 from growkit.train.score import autocast, mode_kept, precision_on
 from growkit.train.settings import AUTO, FitSettings
