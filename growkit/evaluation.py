@@ -16,7 +16,8 @@ from growkit.checkpoint import PREPROCESSING
 from growkit.deploy.subject import onnx_subject
 from growkit.errors import GrowkitError, first_line
 from growkit.record import RunFolder
-from growkit.source import FETCHED, Source, load_source
+from growkit.settings import Loading
+from growkit.source import AS_IT_IS, FETCHED, Source, load_source
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
@@ -157,9 +158,7 @@ def evaluate_against(
     data: str,
     settings: FitSettings,
     *,
-    from_: str | None = None,
-    from_sets: Sequence[str] = (),
-    ema: bool = True,
+    loading: Loading = AS_IT_IS,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
     progress: Done = unheard,
@@ -167,7 +166,7 @@ def evaluate_against(
     """How a model's answers on the validation images of `data` differ from those of the source it came from.
 
     `model` and `against` are each a model folder, a checkpoint, timm:NAME or an .onnx file; each gets the images
-    prepared its own way. `from_` and `from_sets` are for the one that is a bare checkpoint, `ema` is for both.
+    prepared its own way. Of `loading`, --no-ema is for both, the rest for the one that is a bare checkpoint.
 
     A model that lies in the run folder is the run's own, and the run's record gets a step "evaluate"; of another
     nothing is written. The second value tells which.
@@ -179,7 +178,7 @@ def evaluate_against(
     if recorded:
         run.refuse_unusable()
     bare = [path for path in (model, against) if _is_bare(path)]
-    if (from_ or from_sets) and len(bare) == 2:
+    if (loading.from_ or loading.from_set) and len(bare) == 2:
         raise GrowkitError(
             f"--from: {model} and {against} are both bare checkpoints, and it cannot tell which is meant; "
             "give one as a model folder, as `growkit finetune` writes it"
@@ -189,9 +188,7 @@ def evaluate_against(
         if Path(path).suffix == ".onnx":
             return _answering_onnx(Path(path), device)
         meant = path in bare or not bare
-        loaded = load_source(path, from_ if meant else None, from_sets if meant else (), ema=ema)
-        for note in loaded.notes:
-            say(note)
+        loaded = load_source(path, loading if meant else Loading(ema=loading.ema), say=say)
         _refuse_headless(path, loaded.architecture.classes)
         chosen = pick_device(device)
         return Answering(

@@ -29,7 +29,8 @@ from growkit.evaluation import labelled, prepared_for, refuse_unjudgeable
 from growkit.files import refuse_existing, refuse_unwritable, whole_file, whole_folder, without_folders, write_json
 from growkit.history import without_curves
 from growkit.record import RunFolder
-from growkit.source import AS_IT_IS, Loading, Source, load_source
+from growkit.settings import Loading
+from growkit.source import AS_IT_IS, Source, load_source
 from growkit.text import counted
 from growkit.train.batches import unaugmented, val_batches
 from growkit.train.settings import FitSettings
@@ -75,7 +76,7 @@ def export_model(
     _refuse_folders(target, triton, force)
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
-    source = _loaded(model, loading, say)
+    source = load_source(model, loading, say=say)
     refuse_answers(settings.form(), source.architecture.classes)
     if triton is not None:
         name = triton.settings.name or source.architecture.name
@@ -126,13 +127,6 @@ def export_model(
     if triton is not None:
         _write_repository(target, triton, force, say)
     return exported
-
-
-def _loaded(model: str, loading: Loading, say: Say) -> Source:
-    source = load_source(model, loading.from_, loading.sets, ema=loading.ema)
-    for note in source.notes:
-        say(note)
-    return source
 
 
 class _UnfaithfulError(Exception):
@@ -274,7 +268,7 @@ def verify_run(
     if file is not None:
         refuse_missing(file)
 
-    source, held = None if model is None else _loaded(model, loading, say), None
+    source, held = None if model is None else load_source(model, loading, say=say), None
     if source is not None and file is not None:
         name, verified = "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
         _leave_script(run.verify, verified, source, file, settings, say)
@@ -409,7 +403,6 @@ def _leave_script(
     script.unlink(missing_ok=True)
     if verified.parity is None or verified.parity.passed:
         return
-    loading = source.loading
     text = reproduction(
         verified.parity,
         folder,
@@ -417,9 +410,7 @@ def _leave_script(
         file=file,
         settings=settings,
         data_sets=_data_sets_beside(file),
-        from_=loading.from_,
-        sets=loading.sets,
-        ema=loading.ema,
+        loading=repr(source.loading),
     )
     with whole_file(script) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings of growing, and of training around it, free of torch so that --help stays fast."""
+"""Settings of reading a source, of growing it, and of training around it, free of torch so that --help stays fast."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,18 @@ from typing import Any
 from growkit.ranges import SEEDS, refuse_outside
 
 STAGES = ("both", "width-first", "depth-first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a checkpoint is read; of a model folder its config.json says the most."""
+
+    from_: str | None = None
+    """Architecture of the source where its shapes cannot tell (head count)."""
+    from_set: list[str] | None = None
+    """Override an argument of the source's architecture, as --from-set num_heads=3; repeatable."""
+    ema: bool = True
+    """Of a checkpoint that holds averaged weights beside the plain ones, take those."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """SOURCE and MODEL arguments: a file, a model folder, timm:NAME or hf-hub:OWNER/NAME as architecture with weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,12 @@ from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
+from growkit.settings import Loading
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 TIMM, HUB = "timm:", "hf-hub:"
 FETCHED = (TIMM, HUB)  # what these begin is fetched from the network, and nothing else is
-
-
-@dataclass(frozen=True)
-class Loading:
-    """What a command says of a checkpoint beside its path: --from, --from-set and, where `ema` is not set, --no-ema."""
-
-    from_: str | None = None
-    sets: tuple[str, ...] = ()
-    ema: bool = True
 
 
 AS_IT_IS = Loading()
@@ -59,25 +51,31 @@ class Source:
         return model.requires_grad_(True).eval()
 
 
-def load_source(path: str | Path, from_: str | None = None, sets: Sequence[str] = (), *, ema: bool = True) -> Source:
+def load_source(
+    path: str | Path, loading: Loading = AS_IT_IS, *, say: Callable[[str], None] = lambda line: None
+) -> Source:
     """Load a .pth/.pt, a .safetensors, a model folder, `timm:NAME` or `hf-hub:OWNER/NAME[@REVISION]`.
 
-    `from_` (--from) and `sets` (--from-set) say what the shapes of a bare checkpoint cannot.
+    `say` gets the source's notes: how its architecture was told, which of several weights were taken.
 
     Raises:
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
     """
-    return replace(_load(str(path), from_, sets, ema=ema), loading=Loading(from_, tuple(sets), ema))
+    source = replace(_load(str(path), loading), loading=loading)
+    for note in source.notes:
+        say(note)
+    return source
 
 
-def _load(path: str, from_: str | None, sets: Sequence[str], *, ema: bool) -> Source:
+def _load(path: str, loading: Loading) -> Source:
+    told = loading.from_ or loading.from_set
     if path.startswith(TIMM):
-        if from_ or sets:
+        if told:
             raise GrowkitError(f"{path}: its name is its architecture; --from and --from-set are for bare checkpoints")
         return _load_timm(path)
     if path.startswith(HUB):
-        return replace(_load(str(_from_hub(path)), from_, sets, ema=True), path=path)
-    checkpoint = read_checkpoint(Path(path), ema=ema)
+        return replace(_load(str(_from_hub(path)), replace(loading, ema=True)), path=path)
+    checkpoint = read_checkpoint(Path(path), ema=loading.ema)
     if checkpoint.config is not None:
         config = checkpoint.config
         name, arguments = config["architecture"], config.get("model_args") or {}
@@ -86,7 +84,7 @@ def _load(path: str, from_: str | None, sets: Sequence[str], *, ema: bool) -> So
         arguments = dict(arguments)
         if isinstance(size := arguments.get("img_size"), list) and len(set(size)) == 1:
             arguments["img_size"] = size[0]
-        if from_ or sets:
+        if told:
             raise GrowkitError(
                 f"{path}: its config.json names the architecture; --from and --from-set are for bare checkpoints"
             )
@@ -95,7 +93,9 @@ def _load(path: str, from_: str | None, sets: Sequence[str], *, ema: bool) -> So
         given = _prepared_as(path, config.get("pretrained_cfg") or {})
         notes = checkpoint.notes
     else:
-        architecture, how = detect(checkpoint.state, hint=Path(path).stem, name=from_, sets=sets)
+        architecture, how = detect(
+            checkpoint.state, hint=Path(path).stem, name=loading.from_, sets=loading.from_set or ()
+        )
         given, notes = {}, (*checkpoint.notes, f"source is {how}")
     labels = (checkpoint.config or {}).get("label_names")
     return Source(

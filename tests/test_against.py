@@ -19,6 +19,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.page import render
 from growkit.report.run import run_report
+from growkit.settings import Loading
 from growkit.source import Source, load_source
 from growkit_cli.main import app
 
@@ -179,9 +180,9 @@ def test_both_are_read_without_averaged_weights_where_that_is_asked(
 ) -> None:
     asked: list[bool] = []
 
-    def loaded(*given: Any, ema: bool) -> Source:
-        asked.append(ema)
-        return load_source(*given, ema=ema)
+    def loaded(path: str, loading: Loading, **more: Any) -> Source:
+        asked.append(loading.ema)
+        return load_source(path, loading, **more)
 
     monkeypatch.setattr("growkit.evaluation.load_source", loaded)
     for words, ema in (((), True), (("--no-ema",), False)):

@@ -22,7 +22,7 @@ from growkit.errors import GrowkitError
 from growkit.files import read_json, sha256_of
 from growkit.pipeline import grow_model
 from growkit.record import RunFolder
-from growkit.settings import GrowSettings
+from growkit.settings import GrowSettings, Loading
 from growkit.source import load_source
 
 SMALL = tiny(32, 2, 2)
@@ -164,7 +164,7 @@ def test_folder_that_timm_wrote_is_read_with_its_labels_and_preprocessing(tmp_pa
     assert json.dumps({name: source.preprocessing[name] for name in PREPROCESSING}) == json.dumps(PREPROCESSING)
     assert source.history is None
     with pytest.raises(GrowkitError, match=r"--from and --from-set are for bare checkpoints"):
-        load_source(str(tmp_path), "deit_tiny")
+        load_source(str(tmp_path), Loading(from_="deit_tiny"))
 
 
 def test_written_folder_loads_by_timm_bit_for_bit_with_its_preprocessing_and_labels(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def load_source_of(model: nn.Module, folder: Path) -> Any:
     """A source read back from a bare checkpoint of `model`."""
     path = folder / "bare.pth"
     torch.save(model.state_dict(), path)
-    return load_source(str(path), None, ("num_heads=2",))
+    return load_source(str(path), Loading(from_set=["num_heads=2"]))
 
 
 def test_grown_folder_loads_by_timm_bit_for_bit_and_is_a_source_again(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from growkit.report.commands import command_line, in_lines
 from growkit.report.page import Gate, Mark, Report, Section, Table, render
 from growkit.report.plot import Bar, Bars, Dots, Plot, Series, draw, save
 from growkit.report.run import run_report
+from growkit.settings import Loading
 from growkit.text import clipped, visible
 from growkit_cli import main as program
 from growkit_cli.console import Console
@@ -248,7 +249,13 @@ def script(text: str, folder: Path) -> str:
     parity = Parity((check("numbers", text, False, text, text, text),) * 2, {"failing": failing}, text, Form())
     path = folder / as_name(text)
     return reproduction(
-        parity, folder, model=str(path), file=path, settings=VerifySettings(), data_sets=path, from_=text, sets=[text]
+        parity,
+        folder,
+        model=str(path),
+        file=path,
+        settings=VerifySettings(),
+        data_sets=path,
+        loading=repr(Loading(from_=text, from_set=[text])),
     )
 
 

@@ -5,17 +5,14 @@ from pathlib import Path
 import typer
 
 from growkit.compare.settings import CompareSettings
+from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Device,
     Force,
-    From,
-    FromSets,
     NeededData,
-    NoEma,
     Resume,
     Run,
     Sets,
@@ -27,6 +24,7 @@ from growkit_cli.progress import following, telling
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(CompareSettings)
 @with_settings(
     FitSettings,
@@ -40,10 +38,8 @@ def compare(
     data: NeededData,
     settings: CompareSettings,
     recipe: FitSettings,
+    loading: Loading,
     sets: Sets = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -60,10 +56,11 @@ def compare(
     from growkit.compare.compare import compare_methods
     from growkit.compare.page import cost_table, main_table
     from growkit.record import RunFolder
+    from growkit.source import load_source
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load(console, source, from_, from_sets, ema=not no_ema)
+    loaded = load_source(source, loading, say=console.say)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         compared = compare_methods(
             RunFolder(run, command_line=command_line()),

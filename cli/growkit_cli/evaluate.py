@@ -6,18 +6,20 @@ from typing import Annotated
 import typer
 
 from growkit.errors import GrowkitError
+from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
-from growkit_cli.options import AsJson, Device, From, FromSets, ModelOrFile, NeededData, NoEma, Run, with_settings
+from growkit_cli.options import AsJson, Device, ModelOrFile, NeededData, Run, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(FitSettings, only=("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split"))
 def evaluate(
     data: NeededData,
     settings: FitSettings,
+    loading: Loading,
     model: ModelOrFile = None,
     against: Annotated[
         str | None,
@@ -28,9 +30,6 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     as_json: AsJson = False,
@@ -49,12 +48,13 @@ def evaluate(
     from growkit.report.behaviour import agreement_sections
     from growkit.report.page import write_report
     from growkit.report.run import run_report
+    from growkit.source import load_source
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
     path = model or folder.furthest()
     files = all(Path(name).suffix == ".onnx" for name in (path, against or path))
-    if files and (from_ or from_sets or no_ema or settings.precision != FitSettings.precision):
+    if files and (loading != Loading() or settings.precision != FitSettings.precision):
         raise GrowkitError(f"{path} is what it is: leave out --from, --from-set, --no-ema and --precision")
     if against is not None:
         console.say(f"evaluating {path} against {against}")
@@ -65,9 +65,7 @@ def evaluate(
                 against,
                 data,
                 settings,
-                from_=from_,
-                from_sets=from_sets or (),
-                ema=not no_ema,
+                loading=loading,
                 device=device,
                 say=console.say,
                 progress=tell("evaluating"),
@@ -89,7 +87,7 @@ def evaluate(
         if path.suffix == ".onnx":
             scores = evaluate_onnx(path, data, settings, device=device, progress=progress)
         else:
-            loaded = load(console, str(path), from_, from_sets, ema=not no_ema)
+            loaded = load_source(str(path), loading, say=console.say)
             scores = evaluate_model(loaded, data, settings, device=device, progress=progress)
     console.table(
         f"{scores.count} validation images",

@@ -7,12 +7,14 @@ import typer
 
 from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.errors import GrowkitError
+from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, Force, From, FromSets, Model, NoEma, Run, with_settings
+from growkit_cli.options import AsJson, Data, Force, Model, Run, with_settings
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(ExportSettings)
 @with_settings(TritonSettings, name="serving", prefix="triton_", panel="Model repository, with --triton")
 @with_settings(FitSettings, name="reading", only=("data_dir", "val_split"))
@@ -20,6 +22,7 @@ def export(
     settings: ExportSettings,
     serving: TritonSettings,
     reading: FitSettings,
+    loading: Loading,
     model: Model = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the one format so far.")] = True,
     out: Annotated[
@@ -30,9 +33,6 @@ def export(
         Path | None, typer.Option("--triton", help="Triton model repository to write the file into, too.")
     ] = None,
     data: Data = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     run: Run = Path("run"),
     force: Force = False,
     as_json: AsJson = False,
@@ -48,7 +48,6 @@ def export(
     """
     from growkit.record import RunFolder
     from growkit.serving import Repository, export_model
-    from growkit.source import Loading
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
@@ -61,7 +60,7 @@ def export(
             folder,
             str(chosen),
             settings,
-            loading=Loading(from_, tuple(from_sets or ()), ema=not no_ema),
+            loading=loading,
             out=out,
             triton=Repository(folder=triton, settings=serving) if triton else None,
             data=data,

@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-from growkit.settings import FINETUNE_DEFAULTS
+from growkit.settings import FINETUNE_DEFAULTS, Loading
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Device,
     Force,
-    From,
-    FromSets,
     Model,
     NeededData,
-    NoEma,
     Resume,
     Run,
     with_settings,
@@ -24,15 +20,14 @@ from growkit_cli.progress import ended, tell_trained, telling
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
 @on_processes
 def finetune(
     data: NeededData,
     settings: FitSettings,
+    loading: Loading,
     model: Model = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -45,13 +40,14 @@ def finetune(
     """
     from growkit.pipeline import finetune_model
     from growkit.record import RunFolder
+    from growkit.source import load_source
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
     folder = RunFolder(run, command_line=command_line())
     path = str(model or folder.startable())
     console.say(f"fine-tuning {path}")
-    loaded = load(console, path, from_, from_sets, ema=not no_ema)
+    loaded = load_source(path, loading, say=console.say)
     with telling(console) as tell:
         trained = finetune_model(
             folder,

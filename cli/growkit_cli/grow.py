@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings, Loading
 from growkit.text import counted
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Data,
     Device,
     Force,
-    From,
-    FromSets,
-    NoEma,
     Resume,
     Run,
     Sets,
@@ -27,6 +23,7 @@ from growkit_cli.progress import ended, telling
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(GrowSettings)
 @with_settings(
     FitSettings,
@@ -46,11 +43,9 @@ def grow(
     to: To,
     settings: GrowSettings,
     operator: FitSettings,
+    loading: Loading,
     sets: Sets = None,
-    from_: From = None,
-    from_sets: FromSets = None,
     data: Data = None,
-    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -68,11 +63,12 @@ def grow(
 
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
+    from growkit.source import load_source
     from growkit.train.distributed import leads
     from growkit.train.score import worse
 
     console = Console(as_json, quiet=not leads())
-    loaded = load(console, source, from_, from_sets, ema=not no_ema)
+    loaded = load_source(source, loading, say=console.say)
     with console.working("growing"), telling(console) as tell:
         grown = grow_model(
             RunFolder(run, command_line=command_line()),

@@ -66,21 +66,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override an argument of the architecture, as --set depth=8; repeatable."),
 ]
-FromSets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--from-set", help="Override an argument of the source's architecture, as --from-set num_heads=3; repeatable."
-    ),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped or killed.")]
-NoEma = Annotated[
-    bool,
-    typer.Option("--no-ema", help="Take the plain weights of a checkpoint that also holds averaged ones."),
-]
-From = Annotated[
-    str | None,
-    typer.Option("--from", help="Architecture of the source where its shapes cannot tell (head count)."),
-]
 
 
 def field_docs(settings: type) -> dict[str, str]:

@@ -4,21 +4,20 @@ from typing import Annotated
 
 import typer
 
+from growkit.settings import Loading
 from growkit.text import counted
 from growkit_cli.console import Console
-from growkit_cli.loading import load
-from growkit_cli.options import AsJson, From, FromSets, NoEma, Sets, SourceArgument, To
+from growkit_cli.options import AsJson, Sets, SourceArgument, To, with_settings
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 def plan(
     source: SourceArgument,
     to: To,
+    loading: Loading,
     sets: Sets = None,
-    from_: From = None,
-    from_sets: FromSets = None,
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 64,
     steps: Annotated[int, typer.Option(help="Updates of operator training.")] = 100,
-    no_ema: NoEma = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what growing would give and cost: sizes, exactness of the start, FLOPs and memory of each rank.
@@ -30,10 +29,11 @@ def plan(
     from growkit.plan import plan_growth
     from growkit.ranges import refuse_number
     from growkit.report.page import cell
+    from growkit.source import load_source
 
     refuse_number("--steps", steps, least=1)
     console = Console(as_json)
-    loaded = load(console, source, from_, from_sets, ema=not no_ema)
+    loaded = load_source(source, loading, say=console.say)
     planned = plan_growth(loaded, to, sets or (), batch_size=batch_size)
     for note in planned.notes:
         console.say(note)

@@ -3,17 +3,14 @@
 from pathlib import Path
 
 from growkit.compare.settings import SweepSettings
+from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.loading import load
 from growkit_cli.options import (
     AsJson,
     Device,
     Force,
-    From,
-    FromSets,
     NeededData,
-    NoEma,
     Resume,
     Run,
     Sets,
@@ -25,6 +22,7 @@ from growkit_cli.progress import following, telling
 from growkit_cli.typed import command_line
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(SweepSettings)
 @with_settings(
     FitSettings,
@@ -38,10 +36,8 @@ def sweep(
     data: NeededData,
     settings: SweepSettings,
     recipe: FitSettings,
+    loading: Loading,
     sets: Sets = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     device: Device = "auto",
     run: Run = Path("run"),
     force: Force = False,
@@ -57,10 +53,11 @@ def sweep(
     from growkit.compare.page import trials_table
     from growkit.compare.sweep import sweep_settings
     from growkit.record import RunFolder
+    from growkit.source import load_source
     from growkit.train.device import pick_device
 
     console = Console(as_json)
-    loaded = load(console, source, from_, from_sets, ema=not no_ema)
+    loaded = load_source(source, loading, say=console.say)
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         swept = sweep_settings(
             RunFolder(run, command_line=command_line()),

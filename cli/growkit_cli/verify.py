@@ -7,9 +7,10 @@ import typer
 
 from growkit.deploy.settings import VerifySettings
 from growkit.errors import GrowkitError
+from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, From, FromSets, ModelOrFile, NoEma, Run, with_settings
+from growkit_cli.options import AsJson, Data, ModelOrFile, Run, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 from growkit_cli.verified import show
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from growkit.record import RunFolder
 
 
+@with_settings(Loading, name="loading", panel="How a checkpoint is read")
 @with_settings(VerifySettings)
 @with_settings(FitSettings, name="reading", only=("batch_size", "workers", "data_dir", "val_split"))
 def verify(
     settings: VerifySettings,
     reading: FitSettings,
+    loading: Loading,
     model: ModelOrFile = None,
     onnx_file: Annotated[
         Path | None,
@@ -52,9 +55,6 @@ def verify(
     data: Data = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail too what noise or lack of data leaves open.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
-    from_: From = None,
-    from_sets: FromSets = None,
-    no_ema: NoEma = False,
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +72,6 @@ def verify(
 
     from growkit.record import RunFolder
     from growkit.serving import Evidence, Reference, verify_run
-    from growkit.source import Loading
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
@@ -89,7 +88,7 @@ def verify(
             settings,
             None if alone else str(chosen),
             file,
-            loading=Loading(from_, tuple(from_sets or ()), ema=not no_ema),
+            loading=loading,
             reference=Reference(folder=reference, update=update_reference) if reference else None,
             evidence=Evidence(data=data, reading=reading, pictures=images),
             junit=junit,

@@ -88,7 +88,7 @@ def sweep_settings(
     what = [source.path, "--to", to]
     what += ["--from", loading.from_] if loading.from_ else []
     what += [] if loading.ema else ["--no-ema"]
-    for option, items in (("--from-set", loading.sets), ("--set", sets)):
+    for option, items in (("--from-set", loading.from_set or ()), ("--set", sets)):
         for item in items:
             what += [option, item]
     return conclude(

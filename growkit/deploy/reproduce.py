@@ -1,7 +1,6 @@
 """A script that shows again what a failed verification found: it loads model and file and runs the failing input."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -32,6 +31,7 @@ from growkit.deploy.parity import check_parity
 from growkit.deploy.parts import core_session
 from growkit.deploy.truth import at_image_size, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.store import form_in
+from growkit.settings import Loading
 from growkit.source import load_source
 
 HERE = Path(__file__).resolve().parent
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--onnx", type=Path, default=HERE / FILE, help="the ONNX file")
     given = parser.parse_args()
     model = given.model if given.model != MODEL or not (HERE / MODEL).exists() else str(HERE / MODEL)
-    source = load_source(model, $from_, $sets, ema=$ema)
+    source = load_source(model, $loading)
     network = source.model()
     if FAILING is not None and failing_input_is_wrong(network, given.onnx):
         return 1
@@ -110,13 +110,12 @@ def reproduction(
     file: Path,
     settings: VerifySettings,
     data_sets: Path | None = None,
-    from_: str | None = None,
-    sets: Sequence[str] = (),
-    ema: bool = True,
+    loading: str = "Loading()",
 ) -> str:
     """The text of a script in `folder` that shows what failed in `parity`; it takes other paths as arguments.
 
-    model, from_, sets, ema  as source.load_source takes them
+    model    as source.load_source takes it
+    loading  Python that gives what it takes besides: the repr of a settings.Loading
     """
     findings = "\n".join(f"    {clipped(visible(f'{c.group}: {c.line}'), LINE)}" for c in parity.failed[:12])
     if len(parity.failed) > 12:
@@ -129,9 +128,7 @@ def reproduction(
         data_sets=repr(_seen_from(folder, data_sets) if data_sets is not None else None),
         failing=repr(parity.figures.get("failing")),
         provider=repr(parity.provider if parity.provider != "none" else settings.provider),
-        from_=repr(from_),
-        sets=repr(tuple(sets)),
-        ema=ema,
+        loading=loading,
         precision=repr(settings.precision),
         max_batch=settings.max_batch,
         seed=settings.seed,

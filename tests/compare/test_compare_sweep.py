@@ -32,8 +32,8 @@ from growkit.errors import GrowkitError
 from growkit.grow import grow
 from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
-from growkit.settings import GrowSettings
-from growkit.source import Loading, load_source
+from growkit.settings import GrowSettings, Loading
+from growkit.source import load_source
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 from growkit_cli.main import app
@@ -214,12 +214,12 @@ def test_every_setting_of_the_recipe_is_tried_in_a_command():
 def test_recommended_commands_name_source_and_target_as_given(source, digits, tmp_path):
     bare = tmp_path / "bare.pth"
     torch.save(source.state, bare)
-    loaded = load_source(str(bare), "deit_tiny", SMALL, ema=False)
+    loaded = load_source(str(bare), Loading(from_="deit_tiny", from_set=list(SMALL), ema=False))
     choices = {"operator_steps": "3", "rank_choices": "2"}
     found = run_sweep(tmp_path, loaded, digits, **choices)
     grow, _ = (parsed(command) for command in found.commands)
-    assert (grow[3]["from_"], grow[3]["no_ema"]) == ("deit_tiny", True)
-    assert (tuple(grow[3]["from_sets"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
+    assert (grow[3]["from_"], grow[3]["ema"]) == ("deit_tiny", False)
+    assert (tuple(grow[3]["from_set"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
     assert (grow[3]["source"], grow[3]["to"], grow[2].rank, grow[1].steps) == (str(bare), "deit_tiny", 2, 3)
 
 
@@ -230,7 +230,7 @@ def test_command_line_tells_the_sweep_how_the_source_was_loaded(source, tmp_path
     monkeypatch.setattr(sweep_module, "sweep_settings", lambda *given, **_: asked.append(given[1]) or sys.exit(0))
     loading = ["--no-ema", "--from", "deit_tiny", *(word for item in SMALL for word in ("--from-set", item))]
     CliRunner().invoke(app, ["sweep", str(bare), "--to", "deit_tiny", "--data", "images", *loading])
-    assert [source.loading for source in asked] == [Loading("deit_tiny", SMALL, ema=False)]
+    assert [source.loading for source in asked] == [Loading(from_="deit_tiny", from_set=list(SMALL), ema=False)]
 
 
 def test_weights_of_trials_are_let_go(swept):

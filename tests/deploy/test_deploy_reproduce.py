@@ -143,7 +143,10 @@ def test_script_asks_what_was_asked(
 ) -> None:
     run = exported(tmp_path / "run")
     assert verified(run, "--precision", "int8", "--no-ema")[0] == 1
-    assert "load_source(model, None, (), ema=False)" in (run / "verify" / "reproduce.py").read_text()
+    assert (
+        "load_source(model, Loading(from_=None, from_set=None, ema=False))"
+        in (run / "verify" / "reproduce.py").read_text()
+    )
     status, output = run_here(run, monkeypatch, capsys)
     assert status == 1
     assert "FAILED structure: precision: fp32, allowed int8" in output
