@@ -83,32 +83,9 @@ def _demo(console: Console, out: Path) -> None:
 
     here = ("--run", str(run.path))
     data = ("--data", digits)
-    growkit(
-        "train",
-        "deit_tiny",
-        *INPUT,
-        *SMALL,
-        *data,
-        "--epochs",
-        "30",
-        "--lr",
-        "2e-3",
-        *AUGMENTATION,
-        *here,
-    )
+    growkit("train", "deit_tiny", *INPUT, *SMALL, *data, "--epochs", "30", "--lr", "2e-3", *AUGMENTATION, *here)
     growkit("plan", str(run.trained), "--to", "deit_tiny", *LARGE)
-    growkit(
-        "grow",
-        str(run.trained),
-        "--to",
-        "deit_tiny",
-        *LARGE,
-        "--rank",
-        "2",
-        *data,
-        *AUGMENTATION,
-        *here,
-    )
+    growkit("grow", str(run.trained), "--to", "deit_tiny", *LARGE, "--rank", "2", *data, *AUGMENTATION, *here)
     growkit("finetune", *data, "--epochs", "12", *AUGMENTATION, *here)
     growkit("export", "--onnx", *here)
     growkit("evaluate", *data, "--against", str(run.trained), "--workers", "0", *here)
@@ -117,19 +94,7 @@ def _demo(console: Console, out: Path) -> None:
     console.say("The same bigger model from nothing, for the same compute:")
     steps = str(equal_compute(run))
     beside = ("--run", str(baseline.path))
-    growkit(
-        "train",
-        "deit_tiny",
-        *INPUT,
-        *LARGE,
-        *data,
-        "--steps",
-        steps,
-        "--lr",
-        "2e-3",
-        *AUGMENTATION,
-        *beside,
-    )
+    growkit("train", "deit_tiny", *INPUT, *LARGE, *data, "--steps", steps, "--lr", "2e-3", *AUGMENTATION, *beside)
 
     rows, _ = comparison(run, baseline)
     told = [(name, f"{top1:.1%}", f"{loss:.4f}", f"{tflop:.3f}") for name, top1, loss, tflop in rows]
