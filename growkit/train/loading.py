@@ -266,7 +266,8 @@ def _quiet_worker(cry: Connection, _: int) -> None:
     processes of a job, and training needs its images until it has saved. Python hands images on in a thread of the
     worker; where the main process is killed meanwhile, that thread fails.
     """
-    cry.send_bytes(b"born")
+    with suppress(OSError):  # where processes are not forked nobody listens
+        cry.send_bytes(b"born")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
     shown = sys.excepthook

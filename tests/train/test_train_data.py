@@ -706,6 +706,35 @@ def test_a_reader_killed_while_it_hands_images_over_ends_nothing(tmp_path: Path)
         assert list((tmp_path / str(number)).iterdir())
 
 
+@pytest.mark.slow  # each process imports torch anew
+@pytest.mark.parametrize("method", sorted(set(multiprocessing.get_all_start_methods()) - {"fork"}))
+def test_images_are_read_by_processes_that_are_not_forked(method: str, tmp_path: Path) -> None:
+    """As on macOS, and on Linux from Python 3.14 on."""
+    write_images(tmp_path / "images", "train", ["cat", "dog"], 8)
+    write_images(tmp_path / "images", "val", ["cat", "dog"], 2)
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import multiprocessing
+import torch
+from growkit.train.batches import train_batches
+from growkit.train.data import open_data
+from growkit.train.settings import FitSettings
+
+def read(workers):
+    settings = FitSettings(batch_size=8, workers=workers, aa="rand-m9-mstd0.5", reprob=0.5)
+    return list(train_batches(open_data({str(tmp_path / "images")!r}, {CONFIG!r}, settings), settings, 0, 3))
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    for (one, _), (other, _) in zip(read(0), read(2), strict=True):
+        assert torch.equal(one, other)
+""")
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    own = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=own, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_readers_end_with_a_program_that_still_holds_them(tmp_path: Path) -> None:
     """As where an error ends it; Python sends them SIGTERM then, and waits."""
     program = """
