@@ -171,8 +171,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
     """
-    with writing(path):
+    if path.is_symlink():
         path = path.resolve()
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_left(path.parent, path.name)
         partial, old = _beside(path), _beside(path, "old")

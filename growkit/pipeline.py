@@ -323,7 +323,7 @@ def _fit_into(
     refuse_unusable(opened, settings, folder / LAST if goes_on else None)
     start, scored = None, folder / LAST / START
     if goes_on:
-        start = Scores(**read_json(scored)) if scored.exists() else None
+        start = _kept_scores(scored)
     elif command == "finetune":
         start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
@@ -385,6 +385,14 @@ def _fit_into(
 
     by_leader(write)
     return Trained(folder, fitted, start)
+
+
+def _kept_scores(path: Path) -> Scores | None:
+    """Scores that a run kept for when it is resumed; None where they are lost, for they only tell."""
+    try:
+        return Scores(**read_json(path))
+    except (GrowkitError, TypeError):
+        return None
 
 
 def _sized(

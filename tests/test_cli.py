@@ -23,7 +23,11 @@ from typer.main import get_command
 
 from growkit import __version__, source
 from growkit.errors import GrowkitError
+from growkit.pipeline import grow_model
+from growkit.record import RunFolder
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.train.score import Scores
+from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.main import app
 
@@ -468,7 +472,8 @@ def test_resumed_fine_tuning_still_tells_where_it_started_and_no_folder_of_the_m
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:
     words = stopped("finetune", "small", "--data-dir", "clients/acme")
-    kept = json.loads((tmp_path / "finetuned" / "last" / "start.json").read_text())
+    scored = tmp_path / "finetuned" / "last" / "start.json"
+    kept = json.loads(scored.read_text())
     assert growkit(capsys, *words, "--resume")[0] == 0
     for told in (tmp_path / "finetuned", tmp_path / "finetuned" / "last"):
         history = (told / "growkit.json").read_text()
@@ -476,6 +481,24 @@ def test_resumed_fine_tuning_still_tells_where_it_started_and_no_folder_of_the_m
         assert "acme" not in history
     *_, step = json.loads((tmp_path / "record.json").read_text())["steps"]
     assert (step["figures"]["start"], step["options"]["data_dir"]) == (kept, "clients/acme")
+    scored.write_text("[]")  # what only tells is in nobody's way
+    assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_operators_that_python_trains_have_the_commands_defaults(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[FitSettings] = []
+
+    def opened(data: str, prepared: object, settings: FitSettings, **_: object) -> None:
+        asked.append(settings)
+        raise GrowkitError("enough")
+
+    monkeypatch.setattr("growkit.pipeline.open_data", opened)
+    run, small = RunFolder(tmp_path / "run"), source.load_source(place / "small")
+    with pytest.raises(GrowkitError, match="enough"):
+        grow_model(run, small, "vit_tiny", GrowSettings(seed=3), sets=TO[3::2], data=str(place / "images"))
+    assert asked == [FitSettings(**OPERATOR_DEFAULTS, seed=3)]
 
 
 def test_random_weights_are_made_once_to_train_from_nothing(
@@ -516,16 +539,20 @@ def test_stages_that_do_not_follow_from_each_other_are_told(
     assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("left", [(), ("metrics.jsonl",), ("start.json",)])
 def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobodys_way(
-    recorded: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    left: tuple[str, ...],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(place)
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     last = tmp_path / "finetuned" / "last"
     last.mkdir(parents=True)
-    if recorded:
-        (last / "metrics.jsonl").write_text("{}\n")
+    for name in left:
+        (last / name).write_text("{}\n")
     (last.parent / "notes.txt").write_text("mine")
     status, _, err = growkit(capsys, *words)
     assert (status, (last.parent / "notes.txt").read_text()) == (2, "mine")
@@ -555,7 +582,9 @@ def test_training_that_does_harm_is_said(
 def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for name in ("plan", "grow", "finetune", "evaluate", "compare", "sweep", "export", "verify"):
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        known = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert {"--from", "--from-set", "--no-ema"} <= known, name
 
 
@@ -707,6 +736,8 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     assert "the source has 7 classes, the data 3: a new head starts from nothing" in out
     config = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "elk"])
+    history = json.loads((tmp_path / "grown" / "growkit.json").read_text())
+    assert (history["source"]["own_head"], history["lossless"]) == (False, True)
     write_images(tmp_path / "others", ("cat", "dog"), 2)
     status, _, err = growkit(capsys, "export", "--run", tmp_path)
     assert status == 0, err

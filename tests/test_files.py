@@ -70,6 +70,8 @@ def test_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with whole_folder(path) as partial:
             (partial / name).write_text(name)
+    with pytest.raises(UnwritableError, match=r"cannot be written \(the disk is full\)"), whole_folder(path) as partial:
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial / "new"))
     assert path.is_symlink()
     assert names_in(tmp_path / "large" / "model") == ["new"]
     assert names_in(tmp_path / "large") == names_in(tmp_path / "run") == ["model"]

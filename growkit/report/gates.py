@@ -67,8 +67,13 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
         None,
         "",
     }
-    source = None if _new_head(facts) else mapping(facts.grown.get("source")).get("sha256")
+    source = mapping(facts.grown.get("source")).get("sha256")
     own = [step for step in steps if step.hashes.get("model") in known]
+    if _new_head(facts):  # held against a model of its classes, but not a stage of this run, whose head guesses
+        made = (*facts.all("grow"), *facts.all("finetune"))
+        stages = {str(sha256) for step in made for sha256 in step.hashes.values()}
+        others = [step for step in own if str(step.hashes.get("source")) not in stages]
+        return (others[-1], "") if others else (steps[-1], "It is of no model that learned these classes elsewhere.")
     against = [step for step in own if source and step.hashes.get("source") == source]
     if against:
         return against[-1], ""
@@ -92,16 +97,17 @@ def _accuracy(facts: Facts) -> Gate:
     p = number(figures.get("mcnemar_p"))
     if wrong is not None and right is not None and p is not None:
         scores = (mapping(figures.get(key)).get("top1") for key in ("source_scores", "model_scores"))
+        beside = f", against {step.options.get('against')}" if step and _new_head(facts) else ""
         line = (
-            f"Top-1 {' → '.join(map(percent, scores))}; {wrong:,.0f} answers turned wrong, {right:,.0f} turned right "
-            f"(p = {p:.2g})."
+            f"Top-1 {' → '.join(map(percent, scores))}{beside}; {wrong:,.0f} answers turned wrong, "
+            f"{right:,.0f} turned right (p = {p:.2g})."
         )
         if wrong <= right:
             return Gate(name, Mark("pass"), line)
         return Gate(name, Mark("fail" if p < CHANCE else "inconclusive"), line)
     if _new_head(facts):
         line = (
-            "Its source has other classes, so there is nothing to hold it against: fine-tune the source, too "
+            "Its source has other classes, or none, so there is nothing to hold it against: fine-tune the source, too "
             "(`growkit finetune SOURCE --data DATA --run OTHER`), then `growkit evaluate --against OTHER/finetuned`."
         )
         return Gate(name, Mark("not done"), line)

@@ -11,6 +11,7 @@ from growkit.text import counted, short
 
 SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # what grows, first
 SMOOTH = 50  # points of a curve of training losses
+NEAR = 1e-2  # up to which it may be off by the eps of norms and by rounding, where a method keeps the function
 EXACT = 1e-5  # step-0 difference of logits up to which the start is the source's own, in float32
 
 
@@ -144,9 +145,11 @@ def start_in_words(gap: float, claimed: bool | None, shown: str) -> str:
     """How far a start is from the source; `claimed` is whether its method keeps the function, None where unknown."""
     if gap <= EXACT:
         return f"starts where the source stands: logits differ by at most {shown}"
-    if claimed or (claimed is None and gap <= 100 * EXACT):
+    if gap <= (NEAR if claimed else 100 * EXACT) and claimed is not False:
         return f"starts near the source: logits differ by at most {shown} (LayerNorm's eps and float32 rounding)"
-    nor = ", nor claims to" if claimed is False else ""
+    if claimed:
+        return f"should start where the source stands, but logits differ by up to {shown}"
+    nor = "" if claimed is None else ", nor claims to"
     return f"does not start where the source stands{nor}: logits differ by up to {shown}"
 
 

@@ -143,11 +143,13 @@ def _read_to_train(
     data: Data, settings: FitSettings, sampler: _Places, device: torch.device
 ) -> Iterator[tuple[Tensor | ErasedBatch, Tensor]]:
     read = failed = 0
+    met: dict[str, None] = {}  # by this process since it began: data.unreadable may hold others' too
     images_of = Augmented(data.train, settings.seed)
     for batch, told in loaded(images_of, sampler, settings, pin_memory=device.type == "cuda"):
         read, failed = read + len(batch[-1]), failed + len(told)
-        data.unreadable.update(dict.fromkeys(told))
-        _refuse_many(failed, read, data.unreadable)
+        met.update(dict.fromkeys(told))
+        data.unreadable.update(met)
+        _refuse_many(failed, read, met)
         yield batch
 
 

@@ -153,7 +153,7 @@ class _Run:
             self.training.load(state["training"])
             self.start, self.seconds_before, self.losses = state["step"], state["seconds"], state["losses"].tolist()
             self.history = [(step, Scores(**scores)) for step, scores in state["history"]]
-            self.data.unreadable.update(dict.fromkeys(state["unreadable"]))
+            self.data.unreadable.update(dict.fromkeys(state.get("unreadable", ())))
             distributed.by_leader(lambda: resuming.cut_metrics(folder, self.start - self._owed(self.start)))
         elif folder is not None:
             distributed.by_leader(lambda: resuming.clear(folder))

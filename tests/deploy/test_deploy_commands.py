@@ -226,6 +226,7 @@ def test_throughput_and_compiled_are_shown(run: Path, monkeypatch: pytest.Monkey
     result = call("verify", "--run", run, "--compiled")
     assert result.exit_code == 0, result.output
     assert told["compiled"] is True
+    assert json.loads((run / "verify" / "report.json").read_text())["throughput"]["contended"] is True
     assert "compiling PyTorch at batch 1 took 12.3 s" in result.output
     assert "\nwarning: PyTorch compiled was not timed at batch 8" in result.output
     (row,) = (line for line in result.output.splitlines() if "250" in line)

@@ -193,6 +193,10 @@ def work(rank: str, port: str, *places: str) -> None:
         found["said"] = distributed.first_to_say("the same line")
         found["least"] = distributed.least(3 + int(rank))
         found["gathered"] = distributed.gathered(["of both", f"of {rank}"])
+        data, model = open_data(str(images), CONFIG, PLAIN), model_of(None)
+        data.unreadable[f"met by {rank}"] = None
+        fit(model, data, PLAIN, folder=folder / "unreadable")
+        found["unreadable"] = list(data.unreadable)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -395,6 +399,15 @@ def test_the_least_of_all_is_found(both: list[dict[str, Any]]) -> None:
 
 def test_lines_of_all_are_gathered_once_each(both: list[dict[str, Any]]) -> None:
     assert [found["gathered"] for found in both] == [["of both", "of 0", "of 1"]] * 2
+
+
+def test_images_that_any_process_could_not_read_are_known_to_all_and_kept(
+    both: list[dict[str, Any]], folder: Path
+) -> None:
+    state = torch.load(folder / "unreadable" / "state.pt", weights_only=True)
+    met = ["met by 0", "met by 1"]
+    assert [sorted(found["unreadable"]) for found in both] == [met, met]
+    assert state["unreadable"] == met
 
 
 def test_one_process_fetches_a_dataset_and_the_others_find_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,19 @@ def test_two_of_many_unreadable_images_end_no_run(tmp_path: Path) -> None:
     assert "read: 2," in data.remarks(RECORD)[0]
 
 
+def test_few_unreadable_images_end_no_run_that_knew_of_others(tmp_path: Path) -> None:
+    """How many there may be is of what is read from here on, not of what a run met before it was stopped."""
+    write_images(tmp_path, "train", ["cat", "dog"], 12)
+    write_images(tmp_path, "val", ["cat", "dog"], 1)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
+    data = open_data(str(tmp_path), CONFIG, PLAIN)
+    data.unreadable.update(dict.fromkeys("abc"))
+    settings = replace(PLAIN, batch_size=2)
+    for number in range(12):  # one of them begins with the image
+        list(train_batches(data, settings, number, number + 1))
+    assert len(data.unreadable) == 4
+
+
 def test_images_removed_while_training_are_named(folder: Path) -> None:
     data = open_data(str(folder), CONFIG, PLAIN)
     batches = train_batches(data, PLAIN, 0, 9)
