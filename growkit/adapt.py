@@ -4,6 +4,7 @@ timm.models.vision_transformer.checkpoint_filter_fn and timm.models._builder.loa
 no way to keep part of a head; the rows of the classes that are still wanted are kept here by their labels.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -184,6 +185,15 @@ def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] |
         state=state,
         labels=tuple(names) if names else None,
         adapted=(*source.adapted, line),
+    )
+
+
+def head_is_new(source: Source, data: str) -> str:
+    """What is said before a source is grown on data whose classes it never learned."""
+    own, images = shlex.quote(source.path), shlex.quote(data)
+    return (
+        "warning: the new head guesses, so scores say nothing of the source and nothing can be held against it; let it "
+        f"learn these classes first: growkit finetune {own} --data {images} --run OTHER, and take OTHER/finetuned"
     )
 
 

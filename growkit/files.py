@@ -55,6 +55,12 @@ def refuse_existing(
         raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known[0]}; name another folder")
 
 
+def refuse_both(force: bool, resume: bool) -> None:
+    """Raise GrowkitError where a run is to go on and to begin anew at once."""
+    if force and resume:
+        raise GrowkitError("--resume goes on with a run and --force begins it anew: give one of them")
+
+
 def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
     """Raise UnwritableError where `path` could not be written; leaves nothing behind.
 

@@ -8,26 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkit.adapt import with_classes, with_input
+from growkit.adapt import head_is_new, with_classes, with_input
 from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.errors import GrowkitError
-from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
+from growkit.files import read_json, refuse_both, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.history import fit_figures, in_short, origin_of, sizes, told
-from growkit.methods import ignored
+from growkit.methods import check, ignored
 from growkit.record import RunFolder
 from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh, named
+from growkit.text import counted
 from growkit.train.batch_size import STEP, with_batch_size
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import METRICS, STATE, batch_size_of
-from growkit.train.score import Scores, read_through, refuse_tf32, score_model
+from growkit.train.score import Scores, read_through, refuse_tf32, score_model, worse
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Say, Tell, silent
 
@@ -79,6 +80,7 @@ class _Asked:
                 given.
         """
         anew = restarted()
+        refuse_both(self.force, self.resume)
 
         def look() -> bool:
             self.run.refuse_unusable()
@@ -133,6 +135,8 @@ def grow_model(
             "--shard: every process holds the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
+    adapted = with_classes(with_input(source, sets), None, sets, seed=settings.seed)
+    check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)  # mistyped words come first
     asked = _Asked(run, device, force, resume, say, tell)
     goes_on = asked.goes_on(run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
     chosen = pick_device(device)
@@ -144,6 +148,8 @@ def grow_model(
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
         say(note)
+    if data is not None and not source.own_head:
+        say(head_is_new(source, data))
     for option in ignored(settings):
         say(f"warning: {option} means nothing to {settings.method}")
     if data is None and operator not in (None, FitSettings(**OPERATOR_DEFAULTS)):
@@ -261,9 +267,27 @@ def _train_operator(
     )
     for line in opened.remarks(asked.run.record):
         asked.say(line)
-    if not fitted.interrupted:
-        scores["operator"] = score(grown.materialize(), "grown model")
+    told = f"operator trained for {counted(fitted.steps, 'update')}"
+    if fitted.interrupted:
+        asked.say(f"{told}: loss of batches {fitted.losses[0]:.4f} -> {fitted.losses[-1]:.4f}")
+        return fitted, operator, scores
+    before, after = scores["step0"], score(grown.materialize(), "grown model")
+    scores["operator"] = after
+    asked.say(
+        f"{told}: on the validation images top-1 {before.top1:.2%} -> {after.top1:.2%}, "
+        f"loss {before.loss:.4f} -> {after.loss:.4f}"
+    )
+    if after.top1 < before.top1:
+        remedy = "try a lower --lr, or grow with --force and no --data"
+        asked.say(_below("training the operator did harm", before, after, remedy))
     return fitted, operator, scores
+
+
+def _below(harm: str, before: Scores, after: Scores, remedy: str) -> str:
+    """What is said of a top-1 that fell: `harm` and the remedy where chance does not explain it."""
+    if worse(before, after):
+        return f"warning: {harm}: {remedy}"
+    return f"note: top-1 fell from {before.top1:.2%} to {after.top1:.2%}, which chance explains on so few images"
 
 
 def train_model(
@@ -362,6 +386,12 @@ def _fit_into(
     )
     for line in opened.remarks(asked.run.record):
         say(line)
+    best = fitted.best_scores
+    if best is not None:
+        say(f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}")
+        if start is not None and best.top1 < start.top1 and not fitted.interrupted:
+            remedy = "try a lower --lr or more --epochs, or go on with the model it started from"
+            say(_below(f"that is below the start, {start.top1:.2%}", start, best, remedy))
     final = {**history, "fit": fit_figures(fitted, settings, start)}
 
     last = plain(model)
@@ -384,6 +414,8 @@ def _fit_into(
         )
 
     by_leader(write)
+    if command == "finetune" and asked.run.onnx_file.exists():
+        say(f"warning: {asked.run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
     return Trained(folder, fitted, start)
 
 

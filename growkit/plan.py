@@ -5,8 +5,10 @@ Nothing is trained or written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cross_entropy
 
 from growkit.adapt import with_classes, with_input
@@ -22,6 +24,7 @@ from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 from growkit.source import Source
 from growkit.train.flops import count_step
+from growkit.train.telling import Done, each, unheard
 
 RANKS = (1, 2, 4, 8)
 
@@ -71,8 +74,10 @@ class Plan:
     methods: tuple[MethodCost, ...]
 
 
-def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int) -> Plan:
+def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int, progress: Done = unheard) -> Plan:
     """Sizes, parameters, exactness of the start and cost of growing `source` into `to` at several ranks.
+
+    `progress` is told how many methods and ranks are done.
 
     Raises:
         GrowkitError: the target is unknown or cannot be grown from this source.
@@ -81,28 +86,13 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     source = with_classes(with_input(source, sets), None, sets, seed=0)
     target, notes = find_target(source.architecture, to, sets)
     refuse_shrinking(source.architecture, target)
-    methods = tuple(_method_cost(name, source, target, batch_size) for name in METHODS)
-    small = source.model()
-    ranks: list[RankCost] = []
-    for rank in RANKS if "mango" in able(source.architecture, target) else ():
-        grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
-        assert isinstance(grown.method, Mango)
-        # The start is the same whatever the rank, but for one path at rank 1 and two above.
-        gap = lossless_gap(small, grown.materialize(), seed=0) if rank <= 2 else ranks[-1].gap
-        shape, cores = _ring_shapes(grown.method)
-        ring = grown.method.ring
-        contraction = contraction_plan(ring.equation, shape, cores, ring.order)
-        flops = step_flops(grown.to("meta"), target, batch_size)
-        ranks.append(
-            RankCost(
-                rank=rank,
-                operator_parameters=sum(p.numel() for p in grown.method.parameters()),
-                gap=gap,
-                flops_per_step=flops,
-                macs_per_step=flops // 2,
-                slice_bytes=4 * contraction.largest_elements,
-            )
-        )
+    tried = RANKS if "mango" in able(source.architecture, target) else ()
+    counted = each((*METHODS, *tried), progress)
+    methods = tuple(_method_cost(str(name), source, target, batch_size) for name in islice(counted, len(METHODS)))
+    small, ranks = source.model(), list[RankCost]()
+    for rank in counted:
+        # the start is the same whatever the rank, but for one path at rank 1 and two above
+        ranks.append(_rank_cost(int(rank), source, target, batch_size, ranks[-1].gap if int(rank) > 2 else small))
     both = (source.architecture, target)
     return Plan(
         target=target.name,
@@ -116,6 +106,27 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
         ),
         ranks=tuple(ranks),
         methods=methods,
+    )
+
+
+def _rank_cost(
+    rank: int, source: Source, target: Architecture, batch_size: int, start: VisionTransformer | float
+) -> RankCost:
+    """What Mango costs at a rank, and how far it starts from the network `start`, or that distance where known."""
+    grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
+    assert isinstance(grown.method, Mango)
+    gap = start if isinstance(start, float) else lossless_gap(start, grown.materialize(), seed=0)
+    shape, cores = _ring_shapes(grown.method)
+    ring = grown.method.ring
+    contraction = contraction_plan(ring.equation, shape, cores, ring.order)
+    flops = step_flops(grown.to("meta"), target, batch_size)
+    return RankCost(
+        rank=rank,
+        operator_parameters=sum(p.numel() for p in grown.method.parameters()),
+        gap=gap,
+        flops_per_step=flops,
+        macs_per_step=flops // 2,
+        slice_bytes=4 * contraction.largest_elements,
     )
 
 

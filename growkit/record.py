@@ -41,6 +41,7 @@ class RunFolder:
         self.grown = path / "grown"
         self.finetuned = path / "finetuned"
         self.onnx = path / "onnx"
+        self.onnx_file = self.onnx / "model.onnx"
         self.verify = path / "verify"
         self.compare = path / "compare"
         self.sweep = path / "sweep"

@@ -200,6 +200,8 @@ def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -
         f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe; "
         f"config.pbtxt was {config}"
     )
+    for remark in model.remarks:
+        say(f"warning: {remark}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,10 @@ def verify_run(
     updating = reference is not None and reference.update
     if (model is None or file is None) and (reference is None or (model is None and updating)):
         alone = file or model
-        raise GrowkitError(f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes")
+        beside = f", or the model it was made of: growkit verify MODEL --onnx-file {file}" if file else ""
+        raise GrowkitError(
+            f"nothing to hold {alone} against; name --reference DIR, which --update-reference writes{beside}"
+        )
     settings = _settled(settings, evidence, alone=model is None or file is None, updating=updating)
     golden = None
     if reference is not None and updating:
@@ -296,7 +301,7 @@ def verify_run(
             golden = make_golden(held, seed=settings.seed)
         report["reference_update"] = update_golden(reference.folder, golden, held)
     write_json(run.verify / name, report)
-    own = run.onnx / MODEL
+    own = run.onnx_file
     if name == "report.json" and file is not None and own.exists() and not own.samefile(file):
         say(f"{run.verify / name} is of {file} now, no longer of {own}: verify that again before `growkit report`")
     if junit is not None:

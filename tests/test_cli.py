@@ -485,6 +485,64 @@ def test_resumed_fine_tuning_still_tells_where_it_started_and_no_folder_of_the_m
     assert growkit(capsys, *words, "--resume")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--method", "mangoo"), "unknown method 'mangoo'"),
+        (("--variant", "foo"), "--variant foo: not a variant"),
+        (("--set", "dept=3"), "dept"),
+        (("--rank", "4"), "already exists"),
+    ],
+)
+def test_mistyped_word_is_told_before_what_lies_there(
+    words: tuple[str, ...],
+    says: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    assert growkit(capsys, *GROW, "--run", tmp_path)[0] == 0
+    status, _, err = growkit(capsys, *GROW, *words, "--run", tmp_path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+@pytest.mark.parametrize("command", [("finetune", "small", *DATA), (*GROW, *DATA), ("train", "vit_tiny", *DATA)])
+def test_going_on_and_beginning_anew_are_not_asked_for_at_once(
+    command: tuple[str, ...],
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    status, _, err = growkit(capsys, *command, "--run", tmp_path, "--resume", "--force")
+    assert (status, "--resume goes on with a run and --force begins it anew: give one of them" in err) == (2, True)
+
+
+def test_onnx_file_where_a_model_is_wanted_is_told_what_it_is(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    for command in (("grow", "text.onnx", *TO), ("finetune", "text.onnx", *DATA), ("export", "text.onnx")):
+        status, _, err = growkit(capsys, *command, "--run", tmp_path)
+        assert (status, "text.onnx: an ONNX file, which is not trained on; give the model folder" in err) == (2, True)
+
+
+def test_fine_tuning_anew_says_that_the_export_is_of_an_earlier_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    out = growkit(capsys, *words)[1]
+    assert "was made of an earlier model" not in out
+    assert growkit(capsys, "export", "--run", tmp_path)[0] == 0
+    out = growkit(capsys, *words, "--force")[1]
+    assert f"warning: {tmp_path / 'onnx'} was made of an earlier model; `growkit export --force` makes it anew" in out
+
+
 def test_operators_that_python_trains_have_the_commands_defaults(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -734,6 +792,7 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "1", *QUICK, "--run", tmp_path)
     assert status == 0, err
     assert "the source has 7 classes, the data 3: a new head starts from nothing" in out
+    assert "learn these classes first: growkit finetune small --data images --run OTHER" in out
     config = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "elk"])
     history = json.loads((tmp_path / "grown" / "growkit.json").read_text())

@@ -224,6 +224,18 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "no times": (only("structure", "accuracy"), FAST, "not done", "not yet"),
     "not verified": (removed("verify"), VERIFIED, "not done", "not yet"),
     "not exported": (removed("verify", "onnx"), VERIFIED, "not done", "not yet"),
+    "another run's file verified": (
+        in_turn(removed("onnx"), without("export"), spoiled(weights_sha256="ee" * 32)),
+        TOGETHER,
+        "fail",
+        "no",
+    ),
+    "a file of this model verified, and none in the run": (
+        in_turn(removed("onnx"), without("export"), spoiled(weights_sha256=TUNED)),
+        VERIFIED,
+        "not done",
+        "not yet",
+    ),
     "fine-tuning was stopped": (
         lambda run: write_json(run.finetuned / "growkit.json", stopped(run)),
         "It was trained to its end",
@@ -290,6 +302,13 @@ def test_a_source_of_other_classes_is_no_measure_but_one_tuned_to_them_is(tmp_pa
             assert gates(run)[ACCURATE] == mark
         assert "against small/finetuned" in text(run)
         assert verdict(run).mark == "yes"
+
+
+def test_run_that_only_compared_has_nothing_to_ship(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    write_json(run.compare / "results.json", comparison())
+    assert gates(run) == {}
+    assert (verdict(run).mark, "Nothing was grown or trained in this run yet" in verdict(run).line) == ("not yet", True)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings, Loading
-from growkit.text import counted
 from growkit.train.settings import AUTO, FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import (
@@ -65,7 +64,6 @@ def grow(
     from growkit.record import RunFolder
     from growkit.source import load_source
     from growkit.train.distributed import leads
-    from growkit.train.score import worse
 
     console = Console(as_json, quiet=not leads())
     loaded = load_source(source, loading, say=console.say)
@@ -84,19 +82,6 @@ def grow(
             say=console.say,
             tell=tell,
         )
-    if grown.operator and grown.scores:
-        before, after = grown.scores["step0"], grown.scores.get("operator")
-        console.say(
-            f"operator trained for {counted(grown.operator.steps, 'update')}"
-            + (
-                f": loss of batches {grown.operator.losses[0]:.4f} -> {grown.operator.losses[-1]:.4f}"
-                if after is None
-                else f": on the validation images top-1 {before.top1:.2%} -> {after.top1:.2%}, "
-                f"loss {before.loss:.4f} -> {after.loss:.4f}"
-            )
-        )
-        if after is not None and worse(before, after):
-            console.say("warning: training the operator did harm: try a lower --lr, or grow with --force and no --data")
     console.say(
         f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters"
         + (f" from an operator of {grown.operator_parameters / 1e6:.2f} M" if grown.operator_parameters else "")

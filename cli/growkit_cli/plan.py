@@ -8,6 +8,7 @@ from growkit.settings import Loading
 from growkit.text import counted
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Sets, SourceArgument, To, with_settings
+from growkit_cli.progress import telling
 
 
 @with_settings(Loading, name="loading", panel="How a checkpoint is read")
@@ -20,7 +21,9 @@ def plan(
     steps: Annotated[int, typer.Option(help="Updates of operator training.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Say what growing would give and cost: sizes, exactness of the start, FLOPs and memory of each rank.
+    """Say what growing would give and cost: sizes, exactness of the start, FLOPs and largest intermediate by rank.
+
+    Mango is shown at ranks 1, 2, 4 and 8.
 
     Example: growkit plan deit_small.pth --to deit_base
     """
@@ -34,11 +37,12 @@ def plan(
     refuse_number("--steps", steps, least=1)
     console = Console(as_json)
     loaded = load_source(source, loading, say=console.say)
-    planned = plan_growth(loaded, to, sets or (), batch_size=batch_size)
+    with telling(console) as tell:
+        planned = plan_growth(loaded, to, sets or (), batch_size=batch_size, progress=tell("planning"))
     for note in planned.notes:
         console.say(note)
     console.table(
-        f"{loaded.architecture.name} -> {planned.target}",
+        " ".join([f"{source} -> {to}", *(sets or ())]),
         ("size", "source", "target"),
         [
             *((size.name, size.source, size.target) for size in planned.sizes),

@@ -70,20 +70,8 @@ def tell_trained(console: Console, trained: "Trained") -> None:
     """Print what a training run ended with, and its JSON."""
     from dataclasses import asdict
 
-    from growkit.train.score import worse
-
     fitted = trained.fitted
     best = fitted.best_scores
-    if best is not None:
-        console.say(
-            f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}"
-        )
-    start = trained.scores_at_start
-    if best is not None and start is not None and worse(start, best) and not fitted.interrupted:
-        console.say(
-            f"warning: that is below the start, {start.top1:.2%}: try a lower --lr or more --epochs, or go on with the"
-            " model it started from"
-        )
     if not fitted.images_per_second and not fitted.interrupted:
         console.say("all of its updates were made before; nothing was left to train")
     rate = f"{fitted.images_per_second:.0f} images/s, " if fitted.images_per_second else ""

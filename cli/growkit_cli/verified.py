@@ -1,33 +1,31 @@
 """What a verification found, as a terminal shows it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from growkit.text import clipped, counted
+from growkit.text import counted
 from growkit_cli.console import Console
 
 LINES = 5  # findings of a group
 
 if TYPE_CHECKING:
+    from growkit.deploy.checks import Check
     from growkit.deploy.verify import Verification
 
 
 def show(console: Console, verified: "Verification") -> None:
-    """The checks and the times as tables, what went wrong as lines, and the verdict last."""
-    from growkit.deploy.checks import shown
-
+    """The checks in short and the times as tables, what went wrong as lines, and the verdict last."""
     if verified.report["provider"]["note"]:
         console.say(verified.report["provider"]["note"])
-    for group in dict.fromkeys(c.group for c in verified.checks):
-        console.table(
-            group,
-            ("check", "measured", "allowed", "verdict"),
-            [
-                # long values are in report.json, and the line of a failed check quotes them
-                (c.name, clipped(shown(c.measured), 14), clipped(shown(c.limit), 14), c.verdict)
-                for c in verified.checks
-                if c.group == group
-            ],
-        )
+    by_group = {group: [c for c in verified.checks if c.group == group] for group in (c.group for c in verified.checks)}
+    console.table(
+        f"{counted(len(verified.checks), 'check')}; each is in report.json",
+        ("of", "passed", "nearest to what is allowed"),
+        [
+            (group, f"{sum(c.verdict == 'pass' for c in checks)} of {len(checks)}", _nearest(checks))
+            for group, checks in by_group.items()
+        ],
+    )
     if verified.latency:
         console.table(
             f"times in ms on {verified.latency.provider}, {counted(verified.latency.threads, 'thread')}",
@@ -78,11 +76,9 @@ def show(console: Console, verified: "Verification") -> None:
             f"top-1 {accuracy['top1']:.2%}, PyTorch's {accuracy['torch_top1']:.2%}, on {accuracy['samples']:,} images"
         )
     diagnosis = (verified.report["numerics"] or {}).get("diagnosis")
-    for group in dict.fromkeys(c.group for c in verified.checks):
+    for group, checks in by_group.items():
         # what is wrong where comes before all that is wrong because of it
-        noes = sorted(
-            (c for c in verified.checks if c.group == group and c.verdict != "pass"), key=lambda c: c.line != diagnosis
-        )
+        noes = sorted((c for c in checks if c.verdict != "pass"), key=lambda c: c.line != diagnosis)
         for c in noes[:LINES]:
             console.say(f"{'FAILED' if c.verdict == 'fail' else 'warning:'} {c.group}: {c.line}")
         if noes[LINES:]:
@@ -90,3 +86,18 @@ def show(console: Console, verified: "Verification") -> None:
     if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")
+
+
+def _nearest(checks: "Sequence[Check]") -> str:
+    """Of the checks that passed, the one that came nearest to what is allowed, where they are of numbers."""
+    from growkit.deploy.checks import shown
+
+    shares = [
+        (c.measured / c.limit, c)
+        for c in checks
+        if c.verdict == "pass" and not isinstance(c.measured, str) and not isinstance(c.limit, str) and c.limit > 0
+    ]
+    if not shares:
+        return ""
+    _, nearest = max(shares, key=lambda one: one[0])
+    return f"{nearest.name}: {shown(nearest.measured)} of {shown(nearest.limit)}"

@@ -125,7 +125,7 @@ def file_of(
             )
         return chosen
     if not model_only:
-        return onnx_file or run.onnx / "model.onnx"
+        return onnx_file or run.onnx_file
     if onnx_file or more:
         raise GrowkitError("--model-only leaves the ONNX file, --data and --images out; drop one of them")
     return None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from growkit.adapt import with_classes, with_input
+from growkit.adapt import head_is_new, with_classes, with_input
 from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import WEIGHTS, write_tensors
@@ -25,7 +25,7 @@ from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.batch_size import recompute_blocks
 from growkit.train.batches import images_per_batch
-from growkit.train.data import Data, hold_out, open_data
+from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
@@ -357,6 +357,10 @@ def bench_of(
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.adapted, *notes):
         say(note)
+    if not adapted.own_head:
+        say(head_is_new(source, data))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
+    if split.share < 1:
+        say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)

@@ -13,12 +13,12 @@ from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
-from growkit.compare.folder import BEGUN, SCHEMA, begin, described, identity_of, read_own
+from growkit.compare.folder import SCHEMA, begin, described, identity_of, read_own, refuse_begun
 from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, numbers
 from growkit.errors import GrowkitError
-from growkit.files import refuse_existing, whole_file, write_json
+from growkit.files import whole_file, write_json
 from growkit.lineage import flops_of
 from growkit.record import RunFolder
 from growkit.source import Source
@@ -270,9 +270,7 @@ def compare_methods(
             comparison that is there already (without `resume` or `force`) or is another one.
         KeyboardInterrupt: stopped; `resume` goes on.
     """
-    run.refuse_unusable()
-    if not resume:
-        refuse_existing(run.compare, force, BEGUN, resumable=(run.compare / BEGUN).exists())
+    refuse_begun(run, run.compare, force=force, resume=resume)
     bench = bench_of(
         source,
         to,

@@ -14,8 +14,8 @@ from growkit.arch.spec import Architecture
 from growkit.compare.bench import UNREADABLE, Bench
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
-from growkit.files import read_json, write_json
-from growkit.record import hardware, versions
+from growkit.files import read_json, refuse_both, refuse_existing, write_json
+from growkit.record import RunFolder, hardware, versions
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype
 from growkit.train.telling import Say
@@ -58,6 +58,14 @@ def described(bench: Bench, settings: CompareSettings | SweepSettings, command: 
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def refuse_begun(run: RunFolder, folder: Path, *, force: bool, resume: bool) -> None:
+    """Raise GrowkitError where the run cannot be written, or `folder` in it is taken and neither option was given."""
+    run.refuse_unusable()
+    refuse_both(force, resume)
+    if not resume:
+        refuse_existing(folder, force, BEGUN, resumable=(folder / BEGUN).exists())
 
 
 def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str], say: Say) -> None:

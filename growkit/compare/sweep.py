@@ -16,14 +16,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, in_words
 from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
-from growkit.compare.folder import BEGUN, SCHEMA, begin, identity_of, read_own
+from growkit.compare.folder import SCHEMA, begin, identity_of, read_own, refuse_begun
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
 from growkit.compare.settings import SweepSettings, numbers
 from growkit.compare.space import Space
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError
-from growkit.files import refuse_existing, write_json
+from growkit.files import write_json
 from growkit.record import RunFolder
 from growkit.source import Source
 from growkit.text import some
@@ -63,9 +63,7 @@ def sweep_settings(
             data, every trial failed, or a sweep that is there already (without `resume` or `force`) or is another one.
         KeyboardInterrupt: stopped; `resume` goes on.
     """
-    run.refuse_unusable()
-    if not resume:
-        refuse_existing(run.sweep, force, BEGUN, resumable=(run.sweep / BEGUN).exists())
+    refuse_begun(run, run.sweep, force=force, resume=resume)
     bench = bench_of(
         source,
         to,

@@ -104,8 +104,9 @@ class TritonSettings:
 
     name: str | None = None
     """Name of the model in the repository; the architecture's when left out."""
-    version: int = 1
-    """Version to write: a number that is not there yet, beside others of the same inputs, outputs and labels."""
+    version: int | None = None
+    """Version to write, 1 of a new model when left out: a number that is not there yet, beside others of the same
+    inputs, outputs, preprocessing and labels; one that is there is replaced with --force."""
     max_batch: int = 32
     """Largest batch the server may form; a file with a fixed batch size is served as it is."""
     queue_delay: int = 0

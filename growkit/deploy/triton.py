@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from growkit.deploy.form import form_of
 from growkit.deploy.settings import TritonSettings
 from growkit.deploy.signature import Signature, Tensor, load_graph, signature_of
 from growkit.deploy.store import files_of, json_in, props_of
@@ -33,7 +34,7 @@ from growkit.deploy.triton_check import (
 )
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, refuse_unwritable, whole_folder, write_json
-from growkit.text import visible
+from growkit.text import some, visible
 
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -42,11 +43,15 @@ LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and a p
 
 @dataclass(frozen=True)
 class ModelRepository:
-    """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept."""
+    """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept.
+
+    remarks  what a server will say of this version that is not as in its file, a line each
+    """
 
     folder: Path
     version: int
     configured: bool
+    remarks: tuple[str, ...] = ()
 
 
 def write_model_repository(
@@ -55,23 +60,25 @@ def write_model_repository(
     """Write the model of `exported`, a folder of `growkit export`, into a Triton model repository.
 
     Weights are copied: a repository often lies on another file system, and a hard link would let an edit of one file
-    change the other. A model that is already there gets another version; its config.pbtxt is then kept as it is.
+    change the other. A model that is already there gets another version; its config.pbtxt is then kept as it is. With
+    `force` a version that `settings` names is replaced.
 
     Raises:
         GrowkitError: tritonclient is missing; a setting out of range; the version is there and `force` was not given;
-            the other versions take other tensors or labels; the file or its data sets do not fit Triton.
+            the other versions take other tensors, labels or preprocessing; the file or its data sets do not fit Triton.
     """
     proto = load_graph(exported / MODEL)
     name = settings.name or default_name(proto)
     refuse_taken(repository, name, settings, force)
-    target, version = repository / name, settings.version
+    target, version = repository / name, settings.version or 1
     signature, labels = signature_of(proto), _labels(proto)
-    if set(versions_in(target)) - {version}:
+    if others := [number for number in versions_in(target) if number != version]:
         _refuse_another(target, signature, labels)
+        _refuse_prepared_otherwise(target, others[-1], proto)
         with whole_folder(target / str(version)) as partial:
             _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(read_config(target), versions_in(target)))
-        return ModelRepository(target, version, configured=False)
+        return ModelRepository(target, version, configured=False, remarks=_remarks(target, labels))
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target) as partial:
@@ -100,11 +107,19 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
     target = repository / name
     refuse_unwritable(target)
     there = versions_in(target)
+    if there and settings.version is None:  # --force is for the exported folder, too, and a version may be the way back
+        held = some([str(number) for number in there])
+        raise GrowkitError(
+            f"{target} holds version {held} already; --triton-version {max(there) + 1} adds one, "
+            "--triton-name another model, --triton-version N with --force replaces one"
+        )
     if settings.version in there and not force:
         raise GrowkitError(
             f"{target / str(settings.version)} already exists; --triton-version {max(there) + 1} adds a version, "
             "--triton-name another model, --force replaces it"
         )
+    if set(there) - {settings.version}:
+        read_config(target)  # it is kept as it is
     if target.exists() and not there:
         refuse_existing(target, force, "config.pbtxt", elsewhere="--triton-name another model")
 
@@ -210,3 +225,31 @@ def _refuse_another(target: Path, signature: Signature, labels: list[str] | None
         problems.append("the class names differ")
     if problems:
         raise GrowkitError(f"{target} serves another kind of model: {problems[0]}; choose another --triton-name")
+
+
+def _refuse_prepared_otherwise(target: Path, version: int, proto: onnx.ModelProto) -> None:
+    """Raise GrowkitError where clients that prepare images for `version` would prepare them wrongly for this file.
+
+    A file that takes pixels prepares them itself.
+    """
+    file = target / str(version) / MODEL
+    before = load_graph(file / MODEL if file.is_dir() else file)
+    was, now = (json_in(props_of(graph), "preprocessing") for graph in (before, proto))
+    if form_of(props_of(proto)).pixels or not isinstance(was, dict) or not isinstance(now, dict):
+        return
+    if differing := [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]:
+        key = min(differing)
+        raise GrowkitError(
+            f"{target / str(version)} wants images prepared otherwise: {key} {was.get(key)}, not {now.get(key)}; "
+            "choose another --triton-name, or export both with --pixels"
+        )
+
+
+def _remarks(target: Path, labels: list[str] | None) -> tuple[str, ...]:
+    """Where the labels that the versions in `target` share are not the file's own."""
+    shared = (target / LABELS).is_file()
+    if shared and labels is None:
+        return (f"the file names no classes; its answers go by the names in {target / LABELS}",)
+    if labels is not None and not shared:
+        return ("its class names are not served, for the versions before have none; another --triton-name has them",)
+    return ()

@@ -99,7 +99,7 @@ def read_config(folder: Path) -> Any:
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), model_config.ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise GrowkitError(f"{file}: not a model configuration ({error}); write the model again with --force") from None
+        raise GrowkitError(f"{file}: not a model configuration ({error}); mend it, or move {folder} away") from None
 
 
 def versions_in(folder: Path) -> list[int]:

@@ -17,6 +17,8 @@ def shipping(gates: Sequence[Gate]) -> Gate:
     """May it ship: no where a gate says no, not yet where one is open."""
     failed = [gate.name for gate in gates if gate.mark == "fail"]
     unsure = [gate.name for gate in gates if gate.mark in ("inconclusive", "not done")]
+    if not gates:
+        return Gate("May it ship?", Mark("not yet"), "Nothing was grown or trained in this run yet: `growkit grow`.")
     if failed:
         return Gate("May it ship?", Mark("no"), f"Failed: {'; '.join(failed)}.")
     if unsure:
@@ -26,6 +28,9 @@ def shipping(gates: Sequence[Gate]) -> Gate:
 
 def gates_of(facts: Facts) -> list[Gate]:
     """Start, accuracy against the source, every group of checks, and whether the files belong together."""
+    models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify, *facts.held)
+    if not any(models) and not any(files) and not facts.all("evaluate"):
+        return []
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
     return [
         *_start(facts),
@@ -139,6 +144,9 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if content is not facts.verify:
         yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
         return
+    if not facts.export:
+        remedy = "What was verified is no ONNX file of this run: `growkit export --onnx`, then `growkit verify`."
+        yield Gate("The ONNX file was verified", Mark("not done"), remedy)
     for group, remedy in (("accuracy", "`growkit verify --data DATA`."), ("latency", "`growkit verify`, with times.")):
         if group not in groups:
             yield Gate(GROUPS[group], Mark("not done"), remedy)
@@ -184,6 +192,8 @@ def _together(facts: Facts) -> Iterator[Gate]:
         line = (
             f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: run `growkit verify` again."
         )
+    elif shipped and _differ(facts.verify.get("weights_sha256"), shipped[1]):
+        line = f"verify held a file against other weights than run/{shipped[0]}: run `growkit verify` again."
     elif shipped and weights and weights != shipped[1]:
         line = (
             f"The ONNX file was made of other weights than run/{shipped[0]}: run `growkit export` and `verify` again."

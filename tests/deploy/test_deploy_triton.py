@@ -25,7 +25,7 @@ pytest.importorskip("tritonclient.grpc", reason="needs the triton extra: pip ins
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from growkit.deploy.triton import check_model_repository, kserve_metadata, write_model_repository
+from growkit.deploy.triton import check_model_repository, kserve_metadata, refuse_taken, write_model_repository
 
 CLASSES = 5
 PLAIN = TritonSettings(name="m")
@@ -41,6 +41,7 @@ def write_exported(
     external: bool = False,
     labels: list[str] | None = ["a", "b", "c", "d", "e"],  # noqa: B006  (never changed)
     architecture: str = "vit",
+    mean: float = 0.5,
 ) -> Path:
     """What `growkit export` leaves: a linear classifier over pooled pixels, with reference data from NumPy."""
     generator = np.random.default_rng(0)
@@ -73,7 +74,10 @@ def write_exported(
         ],
     )
     proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)])
-    props = {"growkit.provenance": json.dumps({"architecture": architecture})}
+    props = {
+        "growkit.provenance": json.dumps({"architecture": architecture}),
+        "preprocessing": json.dumps({"input_size": [3, 4, 4], "mean": [mean] * 3, "std": [0.5] * 3}),
+    }
     helper.set_model_props(proto, props | ({"labels": json.dumps(labels)} if labels is not None else {}))
     (folder / "test_data_set_0").mkdir(parents=True)
     beside = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 70} if external else {}
@@ -342,15 +346,47 @@ def test_version_of_another_kind_is_refused(
 
 def test_existing_version_is_replaced_only_with_force(written: Path, tmp_path: Path) -> None:
     other = write_exported(tmp_path / "new", dtype=TensorProto.UINT8)
+    for force in (False, True):  # --force is given for the exported folder, too
+        with pytest.raises(GrowkitError, match=r"holds version 1 already; --triton-version 2 adds .* with --force"):
+            write_model_repository(other, written.parent, PLAIN, force=force)
+    first = TritonSettings(name="m", version=1)
     with pytest.raises(GrowkitError, match=r"already exists; --triton-version 2 adds .* --force"):
-        write_model_repository(other, written.parent, PLAIN)
-    write_model_repository(other, written.parent, PLAIN, force=True)
+        write_model_repository(other, written.parent, first)
+    write_model_repository(other, written.parent, first, force=True)
     assert config_of(written).input[0].data_type == model_config_pb2.TYPE_UINT8
     write_model_repository(other, written.parent, TritonSettings(name="m", version=2))
     write_model_repository(other, written.parent, TritonSettings(name="m", version=1, max_batch=4), force=True)
     assert (written / "2" / "model.onnx").is_file()  # of several versions force replaces one
     assert config_of(written).max_batch_size == 32
     assert check_model_repository(written) == []
+
+
+def test_version_whose_images_are_prepared_otherwise_is_refused(written: Path, tmp_path: Path) -> None:
+    """Clients would go on preparing them as before, and nothing would tell them."""
+    other = write_exported(tmp_path / "new", mean=0.1)
+    with pytest.raises(GrowkitError, match=r"m/1 wants images prepared otherwise: mean \[0\.5.*not \[0\.1.*-name"):
+        write_model_repository(other, written.parent, TritonSettings(name="m", version=2))
+    assert not (written / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [(None, list("abcde"), "its class names are not served"), (list("abcde"), None, "its answers go by the names in")],
+)
+def test_class_names_that_are_not_the_versions_own_are_told(
+    before: list[str] | None, after: list[str] | None, told: str, tmp_path: Path
+) -> None:
+    first, second = (write_exported(tmp_path / str(n), labels=labels) for n, labels in enumerate((before, after)))
+    assert write_model_repository(first, tmp_path / "models", PLAIN).remarks == ()
+    model = write_model_repository(second, tmp_path / "models", TritonSettings(name="m", version=2))
+    assert [told in remark for remark in model.remarks] == [True]
+
+
+def test_config_that_cannot_be_read_is_refused_before_the_work(written: Path) -> None:
+    text = (written / "config.pbtxt").read_text()
+    (written / "config.pbtxt").write_text(text.replace("version_policy {", "version_policy: { }"))
+    with pytest.raises(GrowkitError, match=r"config\.pbtxt: not a model configuration .*; mend it, or move"):
+        refuse_taken(written.parent, "m", TritonSettings(name="m", version=2), force=True)
 
 
 def test_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
