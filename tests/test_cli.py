@@ -635,6 +635,7 @@ def test_training_that_does_harm_is_said(
         assert status == 0
         assert f"on the validation images top-1 90.00% -> {after:.2%}, loss 1.0000 -> 1.0000" in out
         assert ("warning: training the operator did harm: try a lower --lr" in out) == (after == 0.5)
+        assert ("note: top-1 fell from 90.00% to 85.00%, which chance explains" in out) == (after == 0.85)
 
 
 def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> None:
