@@ -95,7 +95,8 @@ def _nearest(checks: "Sequence[Check]") -> str:
     shares = [
         (c.measured / c.limit, c)
         for c in checks
-        if c.verdict == "pass" and not isinstance(c.measured, str) and not isinstance(c.limit, str) and c.limit > 0
+        if c.verdict == "pass" and not isinstance(c.measured, str) and not isinstance(c.limit, str)
+        if 0 <= c.measured <= c.limit and c.limit > 0  # of a cosine the limit is the least
     ]
     if not shares:
         return ""
