@@ -190,10 +190,10 @@ def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] |
 
 def head_is_new(source: Source, data: str) -> str:
     """What is said before a source is grown on data whose classes it never learned."""
-    own, images = shlex.quote(source.path), shlex.quote(data)
+    tune = shlex.join(["growkit", "finetune", source.path, *source.loading.words, "--data", data, "--run", "OTHER"])
     return (
-        "warning: the new head guesses, so scores say nothing of the source and nothing can be held against it; let it "
-        f"learn these classes first: growkit finetune {own} --data {images} --run OTHER, and take OTHER/finetuned"
+        "warning: the new head guesses, so scores say nothing of the source; let it learn these classes first: "
+        f"{tune}, and take OTHER/finetuned"
     )
 
 

@@ -59,10 +59,8 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     """
     if not path.exists():
         raise GrowkitError(f"{path}: no such file or folder")
-    if path.suffix == ".onnx":
-        raise GrowkitError(f"{path}: an ONNX file, which is not trained on; give the model folder it was exported from")
-    if path.suffix == ".onnx":
-        raise GrowkitError(f"{path}: an ONNX file, which is not trained on; give the model folder it was exported from")
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        raise GrowkitError(f"{path}: an ONNX file is not read back into a model; give the folder it was exported from")
     config, folder = None, path
     if path.is_dir():
         weights = next((path / name for name in (WEIGHTS, PICKLED) if (path / name).exists()), None)

@@ -177,8 +177,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
     """
-    if path.is_symlink():
-        path = path.resolve()
+    with writing(path):
+        path = path.resolve() if path.is_symlink() else path
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_left(path.parent, path.name)

@@ -70,6 +70,17 @@ class _Asked:
     say: Say
     tell: Tell
 
+    def tell_stale_export(self, folder: Path) -> None:
+        """Say that the run's ONNX file is of other weights, where `folder` is the model that would be exported now."""
+        if not leads() or not self.run.onnx_file.exists() or self.run.furthest() != folder:
+            return
+        try:
+            made_of = read_json(self.run.onnx / "export.json")["provenance"]["weights_sha256"]
+        except (GrowkitError, KeyError, TypeError):
+            made_of = None
+        if made_of != sha256_of(folder / WEIGHTS):
+            self.say(f"warning: {self.run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
+
     def goes_on(self, output: Path, state: Path | None) -> bool:
         """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
 
@@ -80,7 +91,6 @@ class _Asked:
                 given.
         """
         anew = restarted()
-        refuse_both(self.force, self.resume)
 
         def look() -> bool:
             self.run.refuse_unusable()
@@ -135,8 +145,8 @@ def grow_model(
             "--shard: every process holds the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
-    adapted = with_classes(with_input(source, sets), None, sets, seed=settings.seed)
-    check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)  # mistyped words come first
+    refuse_both(force, resume)
+    _refuse_mistyped(source, to, sets, settings)
     asked = _Asked(run, device, force, resume, say, tell)
     goes_on = asked.goes_on(run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
     chosen = pick_device(device)
@@ -222,7 +232,14 @@ def grow_model(
     by_leader(write)
     if (run.finetuned / WEIGHTS).exists():
         say(f"warning: {run.finetuned} was made of an earlier grown model; `growkit finetune --force` makes it anew")
+    asked.tell_stale_export(run.grown)
     return result
+
+
+def _refuse_mistyped(source: Source, to: str, sets: Sequence[str], settings: GrowSettings) -> None:
+    """Raise GrowkitError for words that no growing takes, before anything is said of what lies in the run."""
+    adapted = with_classes(with_input(source, sets), None, sets, seed=settings.seed)
+    check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)
 
 
 def _train_operator(
@@ -287,7 +304,8 @@ def _below(harm: str, before: Scores, after: Scores, remedy: str) -> str:
     """What is said of a top-1 that fell: `harm` and the remedy where chance does not explain it."""
     if worse(before, after):
         return f"warning: {harm}: {remedy}"
-    return f"note: top-1 fell from {before.top1:.2%} to {after.top1:.2%}, which chance explains on so few images"
+    fell = f"top-1 fell from {before.top1:.2%} to {after.top1:.2%} on {counted(after.count, 'image')}"
+    return f"note: {fell}, which may be chance; `growkit evaluate --against` tells image by image"
 
 
 def train_model(
@@ -304,6 +322,7 @@ def train_model(
     tell: Tell = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
+    refuse_both(force, resume)
     drafted, preprocessing = named(name, sets)  # what it takes, before the data says how many classes there are
     opened = open_data(data, preprocessing, settings, tell=tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
@@ -325,6 +344,7 @@ def finetune_model(
     tell: Tell = silent,
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
+    refuse_both(force, resume)
     opened = open_data(data, source.preprocessing, settings, tell=tell)
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
@@ -414,17 +434,17 @@ def _fit_into(
         )
 
     by_leader(write)
-    if command == "finetune" and asked.run.onnx_file.exists():
-        say(f"warning: {asked.run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
+    asked.tell_stale_export(folder)
     return Trained(folder, fitted, start)
 
 
 def _kept_scores(path: Path) -> Scores | None:
     """Scores that a run kept for when it is resumed; None where they are lost, for they only tell."""
     try:
-        return Scores(**read_json(path))
+        kept = Scores(**read_json(path))
     except (GrowkitError, TypeError):
         return None
+    return kept if all(isinstance(value, int | float) for value in asdict(kept).values()) else None
 
 
 def _sized(

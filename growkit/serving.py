@@ -81,7 +81,8 @@ def export_model(
     if triton is not None:
         name = triton.settings.name or source.architecture.name
         triton = replace(triton, settings=replace(triton.settings, name=name))
-        refuse_taken(triton.folder, name, triton.settings, force)
+        prepared = None if settings.form().pixels else source.preprocessing
+        refuse_taken(triton.folder, name, triton.settings, force, prepared)
     calibration, batches = _calibrating(source, settings, data, reading or FitSettings(), say)
     provenance = {
         "weights_sha256": source.sha256 or None,
@@ -119,7 +120,7 @@ def export_model(
             "out": str(target),
             "data": data,
             **asdict(settings),
-            "triton": {"repository": str(triton.folder), **asdict(triton.settings)} if triton else None,
+            "triton": _served(triton) if triton else None,
         },
         figures={"bytes": made.bytes, "nodes": made.nodes, "parity": exported.parity.figures},
         hashes={"weights": source.sha256, "model.onnx": made.sha256},
@@ -187,6 +188,11 @@ def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
         say(f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images")
     elif made.form.precision != "fp32" and data is None:
         say("what that does to accuracy was not looked at: give --data, here or to `growkit verify`")
+
+
+def _served(triton: Repository) -> dict[str, Any]:
+    """Where a file is to be served, as the record has it."""
+    return {"repository": str(triton.folder), **asdict(triton.settings), "version": triton.settings.version or 1}
 
 
 def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -> None:

@@ -19,6 +19,13 @@ class Loading:
     ema: bool = True
     """Of a checkpoint that holds averaged weights beside the plain ones, take those."""
 
+    @property
+    def words(self) -> list[str]:
+        """The options as they are typed."""
+        named = ["--from", self.from_] if self.from_ else []
+        sets = [word for item in self.from_set or () for word in ("--from-set", item)]
+        return [*named, *([] if self.ema else ["--no-ema"]), *sets]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowSettings:

@@ -304,6 +304,21 @@ def test_a_source_of_other_classes_is_no_measure_but_one_tuned_to_them_is(tmp_pa
         assert verdict(run).mark == "yes"
 
 
+def test_file_that_was_exported_elsewhere_and_verified_is_the_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    in_turn(removed("onnx"), spoiled(weights_sha256=TUNED))(run)
+    assert VERIFIED not in gates(run)
+    assert verdict(run).mark == "yes"
+
+
+def test_damaged_run_is_not_told_that_nothing_was_made(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.record.write_text("{broken")
+    assert verdict(run).mark == "not yet"
+    assert "Nothing was grown" not in verdict(run).line
+
+
 def test_run_that_only_compared_has_nothing_to_ship(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     write_json(run.compare / "results.json", comparison())

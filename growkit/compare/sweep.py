@@ -82,13 +82,7 @@ def sweep_settings(
     tried = [tried_of(trial) for trial in pilot.run(nothing)]
     for line in bench.data.remarks(run.sweep / "results.json"):
         say(line)
-    loading = source.loading
-    what = [source.path, "--to", to]
-    what += ["--from", loading.from_] if loading.from_ else []
-    what += [] if loading.ema else ["--no-ema"]
-    for option, items in (("--from-set", loading.from_set or ()), ("--set", sets)):
-        for item in items:
-            what += [option, item]
+    what = [source.path, "--to", to, *source.loading.words, *(word for item in sets for word in ("--set", item))]
     return conclude(
         bench,
         settings,

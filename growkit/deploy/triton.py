@@ -5,9 +5,10 @@ NAME/config.pbtxt  NAME/metadata.json  NAME/labels.txt  NAME/warmup/*.bin  NAME/
 The config is made as the published message, not as text, and what was written is checked before it appears.
 """
 
+import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from growkit.deploy.triton_check import (
 )
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, refuse_unwritable, whole_folder, write_json
-from growkit.text import some, visible
+from growkit.text import clipped, some, visible
 
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -74,7 +75,8 @@ def write_model_repository(
     signature, labels = signature_of(proto), _labels(proto)
     if others := [number for number in versions_in(target) if number != version]:
         _refuse_another(target, signature, labels)
-        _refuse_prepared_otherwise(target, others[-1], proto)
+        if not form_of(props_of(proto)).pixels:
+            _refuse_prepared_otherwise(target, others, json_in(props_of(proto), "preprocessing"))
         with whole_folder(target / str(version)) as partial:
             _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(read_config(target), versions_in(target)))
@@ -97,8 +99,13 @@ def write_model_repository(
     return ModelRepository(target, version, configured=True)
 
 
-def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: bool) -> None:
-    """Raise GrowkitError for what would stop a later write; called before the work starts."""
+def refuse_taken(
+    repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Mapping[str, Any] | None = None
+) -> None:
+    """Raise GrowkitError for what would stop a later write; called before the work starts.
+
+    `prepared` says how clients are to prepare images; None of a file that does so itself.
+    """
     schema()
     if not LEGAL_NAME.fullmatch(name):
         raise GrowkitError(f"{name!r} is no Triton model name: --triton-name takes letters, digits, '.', '_' and '-'")
@@ -118,8 +125,9 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
             f"{target / str(settings.version)} already exists; --triton-version {max(there) + 1} adds a version, "
             "--triton-name another model, --force replaces it"
         )
-    if set(there) - {settings.version}:
+    if others := [number for number in there if number != settings.version]:
         read_config(target)  # it is kept as it is
+        _refuse_prepared_otherwise(target, others, prepared)
     if target.exists() and not there:
         refuse_existing(target, force, "config.pbtxt", elsewhere="--triton-name another model")
 
@@ -227,29 +235,32 @@ def _refuse_another(target: Path, signature: Signature, labels: list[str] | None
         raise GrowkitError(f"{target} serves another kind of model: {problems[0]}; choose another --triton-name")
 
 
-def _refuse_prepared_otherwise(target: Path, version: int, proto: onnx.ModelProto) -> None:
-    """Raise GrowkitError where clients that prepare images for `version` would prepare them wrongly for this file.
-
-    A file that takes pixels prepares them itself.
-    """
-    file = target / str(version) / MODEL
-    before = load_graph(file / MODEL if file.is_dir() else file)
-    was, now = (json_in(props_of(graph), "preprocessing") for graph in (before, proto))
-    if form_of(props_of(proto)).pixels or not isinstance(was, dict) or not isinstance(now, dict):
+def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: Any) -> None:
+    """Raise GrowkitError where clients that prepare images for the newest of `versions` would do so wrongly."""
+    files = [file for file in (target / str(version) / MODEL for version in reversed(versions)) if file.exists()]
+    if not files or not isinstance(prepared, Mapping):
         return
-    if differing := [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]:
-        key = min(differing)
-        raise GrowkitError(
-            f"{target / str(version)} wants images prepared otherwise: {key} {was.get(key)}, not {now.get(key)}; "
-            "choose another --triton-name, or export both with --pixels"
-        )
+    before = load_graph(files[0] / MODEL if files[0].is_dir() else files[0])
+    was, now = json_in(props_of(before), "preprocessing"), json.loads(json.dumps(dict(prepared)))
+    if not isinstance(was, dict):
+        return
+    # the size of images is the signature's to say
+    for key in sorted((was.keys() & now.keys()) - {"input_size"}):
+        if was[key] != now[key]:
+            told = [clipped(visible(str(value)), 60) for value in (was[key], now[key])]
+            raise GrowkitError(
+                f"{files[0].parent} wants images prepared otherwise: {key} {told[0]}, not {told[1]}; "
+                "choose another --triton-name, or export both with --pixels"
+            )
 
 
 def _remarks(target: Path, labels: list[str] | None) -> tuple[str, ...]:
-    """Where the labels that the versions in `target` share are not the file's own."""
-    shared = (target / LABELS).is_file()
+    """Where the class names that the versions in `target` share are not the file's own."""
+    config = read_config(target)
+    shared = next((output.label_filename for output in config.output if output.label_filename), None)
     if shared and labels is None:
-        return (f"the file names no classes; its answers go by the names in {target / LABELS}",)
-    if labels is not None and not shared:
+        return (f"the file names no classes; its answers go by the names in {target / shared}",)
+    batched = bool(config.max_batch_size)
+    if labels is not None and not shared and any(takes_labels(o, len(labels), batched) for o in config.output):
         return ("its class names are not served, for the versions before have none; another --triton-name has them",)
     return ()

@@ -29,7 +29,7 @@ def shipping(gates: Sequence[Gate]) -> Gate:
 def gates_of(facts: Facts) -> list[Gate]:
     """Start, accuracy against the source, every group of checks, and whether the files belong together."""
     models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify, *facts.held)
-    if not any(models) and not any(files) and not facts.all("evaluate"):
+    if not any(models) and not any(files) and not facts.all("evaluate") and not facts.damaged:
         return []
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
     return [
@@ -144,7 +144,8 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if content is not facts.verify:
         yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
         return
-    if not facts.export:
+    exported = {step.hashes.get("model.onnx") for step in facts.all("export")}
+    if not facts.export and facts.verify.get("onnx_sha256") not in exported:
         remedy = "What was verified is no ONNX file of this run: `growkit export --onnx`, then `growkit verify`."
         yield Gate("The ONNX file was verified", Mark("not done"), remedy)
     for group, remedy in (("accuracy", "`growkit verify --data DATA`."), ("latency", "`growkit verify`, with times.")):

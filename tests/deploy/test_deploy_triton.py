@@ -367,6 +367,22 @@ def test_version_whose_images_are_prepared_otherwise_is_refused(written: Path, t
     with pytest.raises(GrowkitError, match=r"m/1 wants images prepared otherwise: mean \[0\.5.*not \[0\.1.*-name"):
         write_model_repository(other, written.parent, TritonSettings(name="m", version=2))
     assert not (written / "2").exists()
+    settings, same = TritonSettings(name="m", version=2), {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.9}
+    refuse_taken(written.parent, "m", settings, force=False, prepared=same)  # what one does not say is no difference
+    with pytest.raises(GrowkitError, match="wants images prepared otherwise: mean"):
+        refuse_taken(written.parent, "m", settings, force=False, prepared={"mean": (0.5, 0.5, 0.6)})
+    (written / "3").mkdir()  # somebody's own
+    with pytest.raises(GrowkitError, match="m/1 wants images prepared otherwise: mean"):
+        refuse_taken(written.parent, "m", settings, force=False, prepared={"mean": (0.5, 0.5, 0.6)})
+
+
+def test_file_whose_answers_take_no_class_names_says_nothing_of_them(tmp_path: Path) -> None:
+    shape = {"dims": (4, 3, 4, 4), "data": (4, 3, 4, 4)}  # which Triton ranks as a whole
+    for version in (1, 2):
+        exported = write_exported(tmp_path / str(version), **shape)
+        model = write_model_repository(exported, tmp_path / "models", TritonSettings(name="m", version=version))
+        assert not (model.folder / "labels.txt").exists()
+        assert model.remarks == ()
 
 
 @pytest.mark.parametrize(
