@@ -11,12 +11,13 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 # Threads that wait must not spin: on a shared machine they would take the cores from those that work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test check constraints
+.PHONY: help demo test check exhaustive constraints
 
 help:
 	@echo "make demo    the whole way on scikit-learn's digits, into growkit-demo/"
 	@echo "make test    the tests"
 	@echo "make check   linter, formatter, types, contents of the wheel, benchmarks in small, growth on digits, torchrun and compiler"
+	@echo "make exhaustive    all hostile files, options and deaths, of which make test draws some"
 	@echo "make constraints    the versions in .venv, which the tests have passed with, into constraints.txt"
 
 demo: .venv/demo.stamp
@@ -30,6 +31,9 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -m slow
+
+exhaustive: .venv/dev.stamp
+	$(PYTEST) -m exhaustive
 
 # setuptools included, for torch needs it. Without what lies elsewhere than in pip's index, and without the builds' own labels, as in 2.14.1+cpu.
 constraints: .venv/dev.stamp

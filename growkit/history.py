@@ -52,7 +52,7 @@ def sizes(architecture: Architecture) -> dict[str, int]:
     }
 
 
-def told(settings: FitSettings) -> dict[str, Any]:
+def served_settings(settings: FitSettings) -> dict[str, Any]:
     """Settings as growkit.json has them: they are served, and the folder of a data set is of this machine."""
     return {name: value for name, value in asdict(settings).items() if name != "data_dir"}
 
@@ -78,7 +78,7 @@ def fit_figures(
         "flops": fitted.flops_per_step * fitted.steps,
         "images_per_second": fitted.images_per_second,
         "seconds": fitted.seconds,
-        "settings": told(settings),
+        "settings": served_settings(settings),
     }
 
 

@@ -15,7 +15,7 @@ from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_both, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
-from growkit.history import fit_figures, in_short, origin_of, sizes, told
+from growkit.history import fit_figures, in_short, origin_of, served_settings, sizes
 from growkit.methods import check, ignored
 from growkit.record import RunFolder
 from growkit.report.growth import start_in_words
@@ -375,7 +375,7 @@ def _fit_into(
         by_leader(lambda: write_json(scored, figures))
     else:
         read_through(opened, settings, chosen, progress=tell("reading the validation images"))
-    history = {"stage": folder.name, **origin_of(source), "settings": told(settings)}
+    history = {"stage": folder.name, **origin_of(source), "settings": served_settings(settings)}
     model.train()
 
     def plain(trained: nn.Module) -> nn.Module:

@@ -662,7 +662,7 @@ with stoppable():
 # ---- the long run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("command", "runs"),
     [

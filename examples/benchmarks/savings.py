@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json
+from growkit.history import served_settings
 from growkit.pipeline import LAST, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
@@ -111,6 +111,7 @@ def main() -> int:
     run = RunFolder(root / "source", command_line=typed)
     if not whole(run, recipe):
         print(f"training the source, {given.source}", flush=True)
+        begun = (run.trained / "last" / "state.pt").exists()
         told = deadline.tell()
         trained = train_model(
             run,
@@ -119,8 +120,8 @@ def main() -> int:
             recipe,
             sets=(*(given.set or ("img_size=32", "patch_size=4")), *sizes(given.source)),
             device=given.device,
-            resume=(run.trained / "last" / "state.pt").exists(),
-            force=True,
+            resume=begun,
+            force=not begun,
             tell=lambda what: told,
         )
         if trained.fitted.interrupted:
@@ -208,7 +209,7 @@ def whole(run: RunFolder, recipe: FitSettings) -> bool:
     if not path.exists():
         return False
     fitted = read_json(path)["fit"]
-    if fitted["settings"] != asdict(recipe):
+    if fitted["settings"] != served_settings(recipe):
         sys.exit(f"{run.trained}: trained with other settings; give the same, or another --out")
     return not fitted["interrupted"]
 

@@ -1,7 +1,7 @@
 """Damaged and hostile checkpoints and model folders: no code runs, nothing half-written, no wrong success.
 
 Every mutant goes through `growkit grow` in a process of its own, with 1 GB of memory and 20 s of time beyond what
-growkit takes itself. pytest -m slow tests/hostile/test_hostile_checkpoints.py runs them all.
+growkit takes itself. pytest -m exhaustive tests/hostile/test_hostile_checkpoints.py runs them all.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def test_sample_of_mutants(server: Server, mutants: dict[str, Mutate], tmp_path:
     hold(names, lambda name: judged(server, mutants[name], name, tmp_path / "here"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(4))
 def test_every_mutant(part: int, server: Server, mutants: dict[str, Mutate], tmp_path: Path) -> None:
     assert len(mutants) >= 700

@@ -1,6 +1,6 @@
 """Damaged image files by the hundred: each gives the tensor that timm gives, or one line; nothing else happens.
 
-`pytest tests/hostile/test_hostile_images.py` reads a few, `-m slow` all. A mutant is named by its number, and the same
+`pytest tests/hostile/test_hostile_images.py` reads a few, `-m exhaustive` all. A mutant is named by its number, and the same
 number is the same mutant wherever Pillow writes the same files.
 """
 
@@ -161,7 +161,7 @@ def read_all(folder: Path) -> None:
         print(json.dumps([Path(path).name, given, error, expected, seconds]), flush=True)
 
 
-LONG = [pytest.param(range(at, at + TOGETHER), marks=pytest.mark.slow) for at in range(0, ALL, TOGETHER)]
+LONG = [pytest.param(range(at, at + TOGETHER), marks=pytest.mark.exhaustive) for at in range(0, ALL, TOGETHER)]
 
 
 @pytest.mark.parametrize("numbers", [range(FEW), *LONG], ids=lambda numbers: f"{numbers[0]} to {numbers[-1]}")

@@ -1,7 +1,7 @@
 """Damaged and hostile ONNX files and reference data: no wrong yes, no traceback, no crash, bounded memory and time.
 
 Every mutant goes through `growkit evaluate` and `growkit verify` in processes of their own, which may take 20 s and
-6 GB. pytest -m slow tests/hostile/test_hostile_onnx.py runs them all.
+6 GB. pytest -m exhaustive tests/hostile/test_hostile_onnx.py runs them all.
 """
 
 import json
@@ -156,7 +156,7 @@ def test_sample_of_mutants(server: Server, runs: dict[bool, Path], tmp_path: Pat
     hold(names, lambda name: judged(server, runs, name, tmp_path / "here"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(4))
 def test_every_mutant(part: int, server: Server, runs: dict[bool, Path], tmp_path: Path) -> None:
     assert len(MUTANTS) >= 350

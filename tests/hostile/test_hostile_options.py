@@ -1,6 +1,6 @@
 """Every option of every command with values that nobody means: done, or refused in a line that names what is wrong.
 
-pytest -m slow tests/hostile/test_hostile_options.py tries them all.
+pytest -m exhaustive tests/hostile/test_hostile_options.py tries them all.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def test_sample_of_values(server: Server, place: Path, tmp_path: Path) -> None:
     hold(drawn, lambda case: judged(server, place, tmp_path / "here", case))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_value(command: str, server: Server, place: Path, tmp_path: Path) -> None:
     assert len(CASES) > 1500

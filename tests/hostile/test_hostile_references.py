@@ -1,6 +1,6 @@
 """Damaged golden references: held or refused in a line, never a traceback, a hang or a yes to other answers.
 
-pytest -m slow tests/hostile/test_hostile_references.py tries them all.
+pytest -m exhaustive tests/hostile/test_hostile_references.py tries them all.
 """
 
 import json
@@ -156,7 +156,7 @@ def test_sample_of_references(server: Server, sound: Path, mutants: dict[str, Mu
     hold(names, lambda name: judged(server, sound, mutants[name], name, tmp_path / "here"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(2))
 def test_every_reference(part: int, server: Server, sound: Path, mutants: dict[str, Mutate], tmp_path: Path) -> None:
     assert len(mutants) > 250
