@@ -1,7 +1,7 @@
 """Damaged image files by the hundred: each gives the tensor that timm gives, or one line; nothing else happens.
 
-`pytest tests/hostile/test_hostile_images.py` reads a few, `-m exhaustive` all. A mutant is named by its number, and the same
-number is the same mutant wherever Pillow writes the same files.
+`pytest tests/hostile/test_hostile_images.py` reads a few, `-m exhaustive` all. A mutant is named by its number, and the
+same number is the same mutant wherever Pillow writes the same files.
 """
 
 import hashlib
