@@ -227,7 +227,11 @@ def two_of(work: str, images: Path, folder: Path) -> list[int]:
         )
         for rank in (0, 1)
     ]
-    return [process.wait(timeout=300) for process in started]
+    try:
+        return [process.wait(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()  # one that hangs outlives no test
 
 
 ROOT = Path(__file__).parents[2]
