@@ -146,11 +146,11 @@ def grow_model(
             " saves nothing here; leave it out"
         )
     refuse_both(force, resume)
+    source, opened = with_input(source, sets), None
     _refuse_mistyped(source, to, sets, settings)
     asked = _Asked(run, device, force, resume, say, tell)
     goes_on = asked.goes_on(run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
     chosen = pick_device(device)
-    source, opened = with_input(source, sets), None
     if data is not None:
         operator = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
         opened = open_data(data, source.preprocessing, operator, tell=tell)
@@ -238,7 +238,7 @@ def grow_model(
 
 def _refuse_mistyped(source: Source, to: str, sets: Sequence[str], settings: GrowSettings) -> None:
     """Raise GrowkitError for words that no growing takes, before anything is said of what lies in the run."""
-    adapted = with_classes(with_input(source, sets), None, sets, seed=settings.seed)
+    adapted = with_classes(source, None, sets, seed=settings.seed)
     check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)
 
 

@@ -1,4 +1,4 @@
-"""The numbers that settings may hold; one outside its range is refused by the option's name."""
+"""The numbers that settings and labels may hold; one outside its range is refused by its name."""
 
 from typing import Any
 
@@ -57,3 +57,16 @@ def refuse_number(
         words.append(f"at most {most}")
     told = value if isinstance(value, int) else f"{value:g}"
     raise GrowkitError(f"{option} {told}: expected {', and '.join(words)}")
+
+
+def refuse_labels(lowest: int, highest: int, outputs: int) -> None:
+    """Hold labels to the classes that a model answers with: 0 up to `outputs`.
+
+    Raises:
+        GrowkitError: one has no logit.
+    """
+    if lowest < 0 or highest >= outputs:
+        raise GrowkitError(
+            f"labels run from {lowest} to {highest} but the model has {outputs} outputs; "
+            "give the model as many classes as the data"
+        )

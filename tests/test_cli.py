@@ -95,6 +95,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place, stood in."""
+    monkeypatch.chdir(place)
+    return place
+
+
 DATA = ("--data", "images")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "checkpoint cut short": (("grow", "half.pth", *TO), "so the file was cut short; fetch it again"),
@@ -248,30 +255,28 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_one_line_and_exit_2_and_nothing_is_written(
-    mistake: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mistake: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
     arguments, said = MISTAKES[mistake]
-    before = listing(place)
+    before = listing(here)
     status, _, err = growkit(capsys, *arguments)
     assert status == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert err == line + "\n"
     assert said in line
-    assert listing(place) == before
+    assert listing(here) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that must be missing here")
 @pytest.mark.parametrize("arguments", [GROW, ("finetune", "small", *DATA), ("evaluate", "small", *DATA)])
 def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
-    arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
-    before = listing(place)
+    before = listing(here)
     status, _, err = growkit(capsys, *arguments, "--device", "cuda")
     assert status == 2
     assert err == "error: --device cuda: torch sees 0 CUDA devices here; --device cpu works\n"
-    assert listing(place) == before
+    assert listing(here) == before
 
 
 @pytest.mark.parametrize(
@@ -289,15 +294,14 @@ def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
     ],
 )
 def test_bad_usage_exits_2_and_writes_nothing(
-    arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
-    before = listing(place)
+    before = listing(here)
     status, out, err = growkit(capsys, *arguments)
     assert status == 2
     assert "Usage" in out + err
     assert "Traceback" not in err
-    assert listing(place) == before
+    assert listing(here) == before
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--version", "grow"), ("--debug", "--version")])
@@ -364,10 +368,8 @@ def test_json_of_a_mistake_leaves_stdout_empty(command: tuple[str, ...], capsys:
     assert err.startswith("error: nowhere.pth")
 
 
-def test_grow_says_which_options_mean_nothing(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
+@pytest.mark.usefixtures("here")
+def test_grow_says_which_options_mean_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = (*GROW, "--method", "lemon", "--run", tmp_path, "--force")
     told = {"": (), "--rank means nothing to lemon\n": ("--rank", "4"), "mean nothing without --data": ("--steps", "5")}
     for line, given in told.items():
@@ -379,17 +381,14 @@ def test_grow_says_which_options_mean_nothing(
     assert (status, "nothing" in out) == (0, False)
 
 
-def test_grow_records_what_made_the_model(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
+def test_grow_records_what_made_the_model(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, _ = growkit(
         capsys, "grow", "bare.pth", "--from-set", "num_heads=2", *TO, "--rank", "3", "--seed", "7", "--run", tmp_path
     )
     assert status == 0
     history = json.loads((tmp_path / "grown" / "growkit.json").read_text())
     assert history["source"]["name"] == "bare.pth"
-    assert history["source"]["sha256"] == sha256(place / "bare.pth")
+    assert history["source"]["sha256"] == sha256(here / "bare.pth")
     assert history["source"]["arguments"]["num_heads"] == 2
     assert (history["settings"]["method"], history["settings"]["rank"], history["settings"]["seed"]) == ("mango", 3, 7)
     assert {"torch", "timm", "python"} <= set(history["versions"])
@@ -411,16 +410,14 @@ def test_grow_records_what_made_the_model(
 def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
     asked: str,
     told: str,
-    place: Path,
+    here: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
     options = ("--batch-size", asked, "--steps", "1", "--workers", "0", "--run", tmp_path)
     status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
     assert status == 0
-    images = len(list((place / DATA[1] / "train").rglob("*.png")))
+    images = len(list((here / DATA[1] / "train").rglob("*.png")))
     eights = images // 8 * 8
     assert told.format(images=images, eights=eights) in out
     (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
@@ -495,15 +492,13 @@ def test_resumed_fine_tuning_still_tells_where_it_started_and_no_folder_of_the_m
         (("--rank", "4"), "already exists"),
     ],
 )
+@pytest.mark.usefixtures("here")
 def test_mistyped_word_is_told_before_what_lies_there(
     words: tuple[str, ...],
     says: str,
-    place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
     assert growkit(capsys, *GROW, "--run", tmp_path)[0] == 0
     status, _, err = growkit(capsys, *GROW, *words, "--run", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
@@ -511,31 +506,29 @@ def test_mistyped_word_is_told_before_what_lies_there(
 
 
 @pytest.mark.parametrize("command", [("finetune", "small", *DATA), (*GROW, *DATA), ("train", "vit_tiny", *DATA)])
+@pytest.mark.usefixtures("here")
 def test_going_on_and_beginning_anew_are_not_asked_for_at_once(
     command: tuple[str, ...],
-    place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
     status, _, err = growkit(capsys, *command, "--run", tmp_path, "--resume", "--force")
     assert (status, "--resume goes on with a run and --force begins it anew: give one of them" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("here")
 def test_onnx_file_where_a_model_is_wanted_is_told_what_it_is(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
     for command in (("grow", "text.onnx", *TO), ("finetune", "text.onnx", *DATA), ("export", "text.onnx")):
         status, _, err = growkit(capsys, *command, "--run", tmp_path)
         assert (status, "text.onnx: an ONNX file is not read back into a model; give the folder" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("here")
 def test_fine_tuning_anew_says_that_the_export_is_of_an_earlier_model(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     out = growkit(capsys, *words)[1]
     assert "was made of an earlier model" not in out
@@ -600,14 +593,12 @@ def test_stages_that_do_not_follow_from_each_other_are_told(
 
 
 @pytest.mark.parametrize("left", [(), ("metrics.jsonl",), ("start.json",)])
+@pytest.mark.usefixtures("here")
 def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobodys_way(
     left: tuple[str, ...],
-    place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     last = tmp_path / "finetuned" / "last"
     last.mkdir(parents=True)
@@ -650,10 +641,8 @@ def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> No
 
 
 @pytest.mark.parametrize(("width", "told"), [("64", "yes"), ("48", "nearly")])
-def test_plan_says_how_exactly_a_start_is_the_source(
-    width: str, told: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
+@pytest.mark.usefixtures("here")
+def test_plan_says_how_exactly_a_start_is_the_source(width: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     heads = str(int(width) // 16)
     sizes = ("--set", f"embed_dim={width}", "--set", "depth=3", "--set", f"num_heads={heads}")
     status, out, _ = growkit(capsys, "plan", "small", "--to", "vit_tiny", *sizes)
@@ -788,10 +777,10 @@ def test_interrupted_operator_training_writes_the_grown_model_unscored_and_exits
     assert json.loads(out)["scores"].keys() == {"source", "step0", "operator"}
 
 
+@pytest.mark.usefixtures("here")
 def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_export_keep(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
     status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "1", *QUICK, "--run", tmp_path)
     assert status == 0, err
     assert "the source has 7 classes, the data 3: a new head starts from nothing" in out
@@ -810,10 +799,10 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     assert listing(tmp_path) == before
 
 
+@pytest.mark.usefixtures("here")
 def test_verify_of_a_file_that_is_no_onnx_is_a_check_that_says_no(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
     junit = tmp_path / "junit.xml"
     status, out, err = growkit(
         capsys, "verify", "small", "--onnx-file", "text.onnx", "--run", tmp_path / "run", "--junit", junit

@@ -13,6 +13,7 @@ from growkit.deploy.numbers import predictions, relative, rms
 from growkit.deploy.truth import logits_of
 from growkit.errors import GrowkitError
 from growkit.mcnemar import mcnemar
+from growkit.ranges import refuse_labels
 
 
 def accuracy_checks(
@@ -35,11 +36,7 @@ def accuracy_checks(
         raise GrowkitError("the data set holds no labelled sample; check --data")
     got, plain = np.concatenate(got_parts), np.concatenate(plain_parts)
     truth = np.concatenate(label_parts)
-    if truth.min() < 0 or truth.max() >= plain.shape[1]:  # wrong for both alike, they would hide what was lost
-        raise GrowkitError(
-            f"labels run from {truth.min()} to {truth.max()} but the model has {plain.shape[1]} outputs; "
-            "give data with the model's classes"
-        )
+    refuse_labels(int(truth.min()), int(truth.max()), plain.shape[1])  # wrong for both alike, they would hide a loss
     spread = float(plain.std())
     off = relative(rms(got.astype(np.float64) - plain), spread)
     largest = relative(float(np.abs(got - plain).max()), spread)

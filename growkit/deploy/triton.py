@@ -70,17 +70,17 @@ def write_model_repository(
     """
     proto = load_graph(exported / MODEL)
     name = settings.name or default_name(proto)
-    refuse_taken(repository, name, settings, force)
+    prepared = None if form_of(props_of(proto)).pixels else json_in(props_of(proto), "preprocessing")
+    refuse_taken(repository, name, settings, force, prepared)
     target, version = repository / name, settings.version or 1
     signature, labels = signature_of(proto), _labels(proto)
-    if others := [number for number in versions_in(target) if number != version]:
-        _refuse_another(target, signature, labels)
-        if not form_of(props_of(proto)).pixels:
-            _refuse_prepared_otherwise(target, others, json_in(props_of(proto), "preprocessing"))
+    if set(versions_in(target)) - {version}:
+        config = read_config(target)
+        _refuse_another(target, config, signature, labels)
         with whole_folder(target / str(version)) as partial:
             _copy_model(exported, partial)
-        write_json(target / "metadata.json", kserve_metadata(read_config(target), versions_in(target)))
-        return ModelRepository(target, version, configured=False, remarks=_remarks(target, labels))
+        write_json(target / "metadata.json", kserve_metadata(config, versions_in(target)))
+        return ModelRepository(target, version, configured=False, remarks=_remarks(target, config, labels))
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target) as partial:
@@ -99,12 +99,10 @@ def write_model_repository(
     return ModelRepository(target, version, configured=True)
 
 
-def refuse_taken(
-    repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Mapping[str, Any] | None = None
-) -> None:
+def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Any = None) -> None:
     """Raise GrowkitError for what would stop a later write; called before the work starts.
 
-    `prepared` says how clients are to prepare images; None of a file that does so itself.
+    `prepared` says how clients are to prepare images, as Source.preprocessing does; None of a file that does so itself.
     """
     schema()
     if not LEGAL_NAME.fullmatch(name):
@@ -226,9 +224,9 @@ def _copy_model(exported: Path, version: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _refuse_another(target: Path, signature: Signature, labels: list[str] | None) -> None:
+def _refuse_another(target: Path, config: Any, signature: Signature, labels: list[str] | None) -> None:
     """Raise GrowkitError unless a file fits the config and labels that the versions in `target` share."""
-    problems = signature_problems(read_config(target), signature)
+    problems = signature_problems(config, signature)
     if labels is not None and (target / LABELS).is_file() and lines_of(target / LABELS) != labels:
         problems.append("the class names differ")
     if problems:
@@ -254,9 +252,8 @@ def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: 
             )
 
 
-def _remarks(target: Path, labels: list[str] | None) -> tuple[str, ...]:
+def _remarks(target: Path, config: Any, labels: list[str] | None) -> tuple[str, ...]:
     """Where the class names that the versions in `target` share are not the file's own."""
-    config = read_config(target)
     shared = next((output.label_filename for output in config.output if output.label_filename), None)
     if shared and labels is None:
         return (f"the file names no classes; its answers go by the names in {target / shared}",)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.float32 import multiplying
+from growkit.ranges import refuse_labels
 from growkit.train.batches import read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
@@ -143,11 +144,7 @@ def read_through(data: Data, settings: FitSettings, device: torch.device, *, pro
 
 def require_labels(labels: Tensor, outputs: int) -> None:
     """Raise GrowkitError when a label has no logit among `outputs`."""
-    if int(labels.min()) < 0 or int(labels.max()) >= outputs:
-        raise GrowkitError(
-            f"labels run from {int(labels.min())} to {int(labels.max())} but the model has "
-            f"{outputs} outputs; give the model as many classes as the data"
-        )
+    refuse_labels(int(labels.min()), int(labels.max()), outputs)
 
 
 def predictor(model: nn.Module, device: torch.device | str, precision: str = "auto") -> Callable[[Tensor], Tensor]:

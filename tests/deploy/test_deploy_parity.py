@@ -188,7 +188,7 @@ def test_labels_that_the_model_has_no_answer_for_are_refused(label: int, model: 
     """Wrong for file and model alike, they would make any loss look small."""
     batches = labelled(model)
     batches[1][1][3] = label
-    with pytest.raises(GrowkitError, match=r"labels run from .* but the model has 7 outputs; give data with the model"):
+    with pytest.raises(GrowkitError, match=r"labels run from .* but the model has 7 outputs; give the model as"):
         check_parity(model, exported, data=batches)
 
 
