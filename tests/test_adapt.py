@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import growkit, listing, write_images
 from torch import Tensor
 
-from growkit.adapt import with_classes, with_input
+from growkit.adapt import head_is_new, with_classes, with_input
 from growkit.arch import find, find_target
 from growkit.arch.spec import Architecture
 from growkit.compare.bench import bench_of
@@ -24,7 +24,7 @@ from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
 from growkit.plan import plan_growth
-from growkit.settings import GrowSettings
+from growkit.settings import GrowSettings, Loading
 from growkit.source import Source
 from growkit.train.settings import FitSettings
 
@@ -323,6 +323,13 @@ def test_number_of_classes_that_is_not_the_datas_is_refused(item: str) -> None:
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
 QUICK = ("--workers", "0", "--batch-size", "8", "--scale-min", "0.8")
 NAMES = ("ant", "elk", "bee", "cat", "yak", "dog", "fox")
+
+
+def test_source_of_other_classes_is_told_to_learn_them_with_the_options_it_was_read_by() -> None:
+    loading = Loading(from_="vit_tiny", from_set=["num_heads=2"], ema=False)
+    line = head_is_new(replace(source_of(tiny(32, 2, 2)), path="a b.pth", loading=loading), "my images")
+    options = "--from vit_tiny --no-ema --from-set num_heads=2 --data 'my images' --run OTHER"
+    assert f"growkit finetune 'a b.pth' {options}, and take OTHER/finetuned" in line
 
 
 @pytest.fixture(scope="module")

@@ -321,6 +321,20 @@ def test_force_replaces_only_what_growkit_wrote(run: Path, tmp_path: Path, monke
     assert "the folder you stand in" in str(result.exception)
 
 
+def test_version_served_is_recorded_and_one_prepared_otherwise_is_refused_before_the_work(
+    run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tritonclient")
+    served = ("--triton", tmp_path / "models", "--triton-name", "m")
+    assert call("export", run / "grown", *served, "--run", tmp_path / "one").exit_code == 0
+    *_, step = json.loads((tmp_path / "one" / "record.json").read_text())["steps"]
+    assert step["options"]["triton"]["version"] == 1
+    write_source(tmp_path / "other", 0, label_names=list("abcdefg"), pretrained_cfg={"mean": [0.1, 0.2, 0.3]})
+    result = call("export", tmp_path / "other", *served, "--triton-version", "2", "--run", tmp_path / "two")
+    assert "m/1 wants images prepared otherwise: mean" in str(result.exception)
+    assert not (tmp_path / "two" / "onnx").exists()
+
+
 def test_place_with_no_other_graph_is_said(run: Path, tmp_path: Path) -> None:
     result = call("export", run / "grown", "--for", "tensorrt", "--run", tmp_path)
     assert result.exit_code == 0, result.output

@@ -367,7 +367,10 @@ def test_version_whose_images_are_prepared_otherwise_is_refused(written: Path, t
     with pytest.raises(GrowkitError, match=r"m/1 wants images prepared otherwise: mean \[0\.5.*not \[0\.1.*-name"):
         write_model_repository(other, written.parent, TritonSettings(name="m", version=2))
     assert not (written / "2").exists()
-    settings, same = TritonSettings(name="m", version=2), {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.9}
+    settings, same = (
+        TritonSettings(name="m", version=2),
+        {"mean": (0.5, 0.5, 0.5), "crop_pct": 0.9, "input_size": (3, 9, 9)},
+    )
     refuse_taken(written.parent, "m", settings, force=False, prepared=same)  # what one does not say is no difference
     with pytest.raises(GrowkitError, match="wants images prepared otherwise: mean"):
         refuse_taken(written.parent, "m", settings, force=False, prepared={"mean": (0.5, 0.5, 0.6)})
