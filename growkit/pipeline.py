@@ -13,11 +13,11 @@ from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.errors import GrowkitError
-from growkit.files import read_json, refuse_both, refuse_existing, sha256_of, whole_folder, without_folders, write_json
+from growkit.files import read_json, refuse_existing, sha256_of, whole_folder, without_folders, write_json
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.history import fit_figures, in_short, origin_of, served_settings, sizes
+from growkit.job import Job
 from growkit.methods import check, ignored
-from growkit.record import RunFolder
 from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh, named
@@ -30,7 +30,7 @@ from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import METRICS, STATE, batch_size_of
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model, worse
 from growkit.train.settings import AUTO, FitSettings
-from growkit.train.telling import Say, Tell, silent
+from growkit.train.telling import Say
 
 OPERATOR_RUN = "operator"  # inside a run: what resuming operator training needs
 LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
@@ -59,56 +59,46 @@ class Trained:
     scores_at_start: Scores | None
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """How a command was asked to run: `say` gets lines for the user, `tell` how far long work is."""
+def _tell_stale_export(job: Job, folder: Path) -> None:
+    """Say that the run's ONNX file is of other weights, where `folder` is the model that would be exported now."""
+    run = job.run
+    if not leads() or not run.onnx_file.exists() or run.furthest() != folder:
+        return
+    try:
+        made_of = read_json(run.onnx / "export.json")["provenance"]["weights_sha256"]
+    except (GrowkitError, KeyError, TypeError):
+        made_of = None
+    if made_of != sha256_of(folder / WEIGHTS):
+        job.say(f"warning: {run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
 
-    run: RunFolder
-    device: str
-    force: bool
-    resume: bool
-    say: Say
-    tell: Tell
 
-    def tell_stale_export(self, folder: Path) -> None:
-        """Say that the run's ONNX file is of other weights, where `folder` is the model that would be exported now."""
-        if not leads() or not self.run.onnx_file.exists() or self.run.furthest() != folder:
-            return
-        try:
-            made_of = read_json(self.run.onnx / "export.json")["provenance"]["weights_sha256"]
-        except (GrowkitError, KeyError, TypeError):
-            made_of = None
-        if made_of != sha256_of(folder / WEIGHTS):
-            self.say(f"warning: {self.run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
+def _goes_on(job: Job, output: Path, state: Path | None) -> bool:
+    """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
 
-    def goes_on(self, output: Path, state: Path | None) -> bool:
-        """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+    A run that ended before it saved anything is begun anew.
 
-        A run that ended before it saved anything is begun anew.
+    Raises:
+        GrowkitError: the run cannot be written, or `output` or `state` exists and is neither replaced nor resumed.
+    """
+    anew = restarted()
 
-        Raises:
-            GrowkitError: the run cannot be written, or `output` or `state` exists and neither `force` nor `resume` was
-                given.
-        """
-        anew = restarted()
+    def look() -> bool:
+        job.run.refuse_unusable()
+        if not (job.resume or anew):
+            resumable = state is not None and state.exists()
+            if not _only_begun(output):
+                refuse_existing(output, job.force, WEIGHTS, LAST, resumable=resumable)
+            if state is not None and resumable:
+                refuse_existing(state.parent, job.force, STATE, resumable=True)
+        if state is None:
+            return False
+        begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
+        if job.resume and begun and not state.exists():
+            job.say("nothing was saved before it ended: it begins anew")
+            return False
+        return job.resume or (anew and state.exists())
 
-        def look() -> bool:
-            self.run.refuse_unusable()
-            if not (self.resume or anew):
-                resumable = state is not None and state.exists()
-                if not _only_begun(output):
-                    refuse_existing(output, self.force, WEIGHTS, LAST, resumable=resumable)
-                if state is not None and resumable:
-                    refuse_existing(state.parent, self.force, STATE, resumable=True)
-            if state is None:
-                return False
-            begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
-            if self.resume and begun and not state.exists():
-                self.say("nothing was saved before it ended: it begins anew")
-                return False
-            return self.resume or (anew and state.exists())
-
-        return by_leader(look)
+    return by_leader(look)
 
 
 def _only_begun(output: Path) -> bool:
@@ -117,7 +107,7 @@ def _only_begun(output: Path) -> bool:
 
 
 def grow_model(
-    run: RunFolder,
+    job: Job,
     source: Source,
     to: str,
     settings: GrowSettings,
@@ -125,35 +115,27 @@ def grow_model(
     sets: Sequence[str] = (),
     data: str | None = None,
     operator: FitSettings | None = None,
-    device: str = "auto",
-    force: bool = False,
-    resume: bool = False,
-    say: Say = lambda line: None,
-    tell: Tell = silent,
 ) -> Grown:
     """Grow `source` into `to`, train the operator where there is data, and write run/grown.
 
-    `say` gets lines for the user, `tell` how far operator training, reading and scoring images are.
-
     Raises:
-        GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and `force` is not set.
+        GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and is not to be replaced.
     """
-    if resume and data is None:
+    run, say = job.run, job.say
+    if job.resume and data is None:
         raise GrowkitError("--resume goes on with operator training; give the --data it was trained on")
     if data is not None and operator is not None and operator.shard:
         raise GrowkitError(
             "--shard: every process holds the whole target to run it, and the operator itself is small, so sharding"
             " saves nothing here; leave it out"
         )
-    refuse_both(force, resume)
     source, opened = with_input(source, sets), None
     _refuse_mistyped(source, to, sets, settings)
-    asked = _Asked(run, device, force, resume, say, tell)
-    goes_on = asked.goes_on(run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
-    chosen = pick_device(device)
+    goes_on = _goes_on(job, run.grown, None if data is None else run.path / OPERATOR_RUN / STATE)
+    chosen = pick_device(job.device)
     if data is not None:
         operator = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
-        opened = open_data(data, source.preprocessing, operator, tell=tell)
+        opened = open_data(data, source.preprocessing, operator, tell=job.tell)
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes):
@@ -177,7 +159,7 @@ def grow_model(
     if opened is not None and operator is not None:
         models = {"source": small, "step0": model}
         del small, model
-        fitted, operator, scores = _train_operator(asked, goes_on, grown, models, opened, operator, chosen)
+        fitted, operator, scores = _train_operator(job, goes_on, grown, models, opened, operator, chosen)
         model = grown.materialize()
     complete = fitted is None or not fitted.interrupted
     history = {
@@ -232,7 +214,7 @@ def grow_model(
     by_leader(write)
     if (run.finetuned / WEIGHTS).exists():
         say(f"warning: {run.finetuned} was made of an earlier grown model; `growkit finetune --force` makes it anew")
-    asked.tell_stale_export(run.grown)
+    _tell_stale_export(job, run.grown)
     return result
 
 
@@ -243,7 +225,7 @@ def _refuse_mistyped(source: Source, to: str, sets: Sequence[str], settings: Gro
 
 
 def _train_operator(
-    asked: _Asked,
+    job: Job,
     goes_on: bool,
     grown: GrownModel,
     models: dict[str, nn.Module],
@@ -256,22 +238,22 @@ def _train_operator(
     Scores are of `models`, the source and the grown model, which are let go, and of what training gave where it was
     not stopped.
     """
-    folder, learns = asked.run.path / OPERATOR_RUN, any(p.requires_grad for p in grown.parameters())
+    folder, learns = job.run.path / OPERATOR_RUN, any(p.requires_grad for p in grown.parameters())
     if learns:
-        operator = _sized(grown, opened, operator, device, asked.say, folder if goes_on else None)
+        operator = _sized(grown, opened, operator, device, job.say, folder if goes_on else None)
     elif operator.batch_size == AUTO:  # which only training can look for
         operator = replace(operator, batch_size=FitSettings.batch_size)
     refuse_unusable(opened, operator, folder if learns and goes_on else None)
 
     def score(model: nn.Module, what: str) -> Scores:
-        return score_model(model, opened, operator, device, progress=asked.tell(f"scoring the {what}"))
+        return score_model(model, opened, operator, device, progress=job.tell(f"scoring the {what}"))
 
     scores = {name: score(models.pop(name), what) for name, what in (("source", "source"), ("step0", "grown model"))}
     for name, found in scores.items():
-        asked.say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
+        job.say(f"{name} on the validation images: top-1 {found.top1:.2%}, loss {found.loss:.4f}")
     if not learns:
         rule = grown.method.settings.method
-        asked.say(f"{rule} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
+        job.say(f"{rule} is a fixed rule with nothing to train; `growkit finetune` trains what it gave")
         return None, operator, scores
     fitted = fit(
         grown,
@@ -280,23 +262,23 @@ def _train_operator(
         device=device,
         folder=folder,
         resume=goes_on,
-        progress=asked.tell("training the operator"),
+        progress=job.tell("training the operator"),
     )
-    for line in opened.remarks(asked.run.record):
-        asked.say(line)
+    for line in opened.remarks(job.run.record):
+        job.say(line)
     told = f"operator trained for {counted(fitted.steps, 'update')}"
     if fitted.interrupted:
-        asked.say(f"{told}: loss of batches {fitted.losses[0]:.4f} -> {fitted.losses[-1]:.4f}")
+        job.say(f"{told}: loss of batches {fitted.losses[0]:.4f} -> {fitted.losses[-1]:.4f}")
         return fitted, operator, scores
     before, after = scores["step0"], score(grown.materialize(), "grown model")
     scores["operator"] = after
-    asked.say(
+    job.say(
         f"{told}: on the validation images top-1 {before.top1:.2%} -> {after.top1:.2%}, "
         f"loss {before.loss:.4f} -> {after.loss:.4f}"
     )
     if after.top1 < before.top1:
         remedy = "try a lower --lr, or grow with --force and no --data"
-        asked.say(_below("training the operator did harm", before, after, remedy))
+        job.say(_below("training the operator did harm", before, after, remedy))
     return fitted, operator, scores
 
 
@@ -309,59 +291,44 @@ def _below(harm: str, before: Scores, after: Scores, remedy: str) -> str:
 
 
 def train_model(
-    run: RunFolder,
+    job: Job,
     name: str,
     data: str,
     settings: FitSettings,
     *,
     sets: Sequence[str] = (),
-    device: str = "auto",
-    force: bool = False,
-    resume: bool = False,
-    say: Say = lambda line: None,
-    tell: Tell = silent,
 ) -> Trained:
     """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
-    refuse_both(force, resume)
     drafted, preprocessing = named(name, sets)  # what it takes, before the data says how many classes there are
-    opened = open_data(data, preprocessing, settings, tell=tell)
+    opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
-    asked = _Asked(run, device, force, resume, say, tell)
-    return _fit_into(asked, run.trained, source, data, opened, settings, command="train")
+    return _fit_into(job, job.run.trained, source, data, opened, settings, command="train")
 
 
 def finetune_model(
-    run: RunFolder,
+    job: Job,
     source: Source,
     data: str,
     settings: FitSettings,
-    *,
-    device: str = "auto",
-    force: bool = False,
-    resume: bool = False,
-    say: Say = lambda line: None,
-    tell: Tell = silent,
 ) -> Trained:
     """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
-    refuse_both(force, resume)
-    opened = open_data(data, source.preprocessing, settings, tell=tell)
+    opened = open_data(data, source.preprocessing, settings, tell=job.tell)
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
-        say(note)
+        job.say(note)
     operator = (source.history or {}).get("operator")
     if isinstance(operator, dict) and operator.get("interrupted") is True:
-        say(f"warning: training the operator of {source.path} was stopped; `growkit grow --resume` goes on with it")
-    asked = _Asked(run, device, force, resume, say, tell)
-    return _fit_into(asked, run.finetuned, adapted, data, opened, settings, command="finetune")
+        job.say(f"warning: training the operator of {source.path} was stopped; `growkit grow --resume` goes on with it")
+    return _fit_into(job, job.run.finetuned, adapted, data, opened, settings, command="finetune")
 
 
 def _fit_into(
-    asked: _Asked, folder: Path, source: Source, data: str, opened: Data, settings: FitSettings, *, command: str
+    job: Job, folder: Path, source: Source, data: str, opened: Data, settings: FitSettings, *, command: str
 ) -> Trained:
     """Train `source` on the data into `folder`."""
-    goes_on, say, tell = asked.goes_on(folder, folder / LAST / STATE), asked.say, asked.tell
-    chosen = pick_device(asked.device)
+    goes_on, say, tell = _goes_on(job, folder, folder / LAST / STATE), job.say, job.tell
+    chosen = pick_device(job.device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
     refuse_unusable(opened, settings, folder / LAST if goes_on else None)
@@ -404,7 +371,7 @@ def _fit_into(
         on_best=keep,
         progress=tell("fine-tuning" if command == "finetune" else training),
     )
-    for line in opened.remarks(asked.run.record):
+    for line in opened.remarks(job.run.record):
         say(line)
     best = fitted.best_scores
     if best is not None:
@@ -422,7 +389,7 @@ def _fit_into(
             _replace(folder, last, source, final)
         else:
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])})
-        asked.run.add(
+        job.run.add(
             command,
             options={"model": source.path, "data": data, **asdict(settings)},
             figures={
@@ -434,7 +401,7 @@ def _fit_into(
         )
 
     by_leader(write)
-    asked.tell_stale_export(folder)
+    _tell_stale_export(job, folder)
     return Trained(folder, fitted, start)
 
 

@@ -23,7 +23,9 @@ from growkit.compare.bench import bench_of
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.grow import grow, lossless_gap
+from growkit.job import Job
 from growkit.plan import plan_growth
+from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
 from growkit.source import Source
 from growkit.train.settings import FitSettings
@@ -388,15 +390,14 @@ def test_plan_and_comparison_see_the_adapted_source(place, tmp_path, monkeypatch
     assert planned.flops_per_step[0] > 8 * plan_growth(source, "vit_tiny", asked[:3], batch_size=2).flops_per_step[0]
     lines: list[str] = []
     bench = bench_of(
+        Job(RunFolder(tmp_path), "cpu", say=lines.append),
+        tmp_path,
         replace(source, labels=NAMES),
         "vit_tiny",
         "images",
         FitSettings(workers=0, batch_size=4),
         split=CompareSettings(),
         sets=asked,
-        device=torch.device("cpu"),
-        folder=tmp_path,
-        say=lines.append,
     )
     with torch.no_grad():
         wanted = with_input(source, asked).model()(torch.ones(1, 3, 32, 32))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, read_checkpoint, replace_model, write_model
 from growkit.errors import GrowkitError
 from growkit.files import read_json, sha256_of
+from growkit.job import Job
 from growkit.pipeline import grow_model
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
@@ -199,7 +200,7 @@ def test_grown_folder_loads_by_timm_bit_for_bit_and_is_a_source_again(tmp_path: 
     source = load_source_of(network(), tmp_path)
     run = RunFolder(tmp_path / "run")
     sets = ("embed_dim=64", "depth=3", "num_heads=4")
-    grown = grow_model(run, source, "deit_tiny", GrowSettings(seed=3), sets=sets)
+    grown = grow_model(Job(run), source, "deit_tiny", GrowSettings(seed=3), sets=sets)
     stored = load_file(run.grown / WEIGHTS)
     loaded = timm.create_model(f"local-dir:{run.grown}", pretrained=True)
     assert_same(dict(loaded.state_dict()), stored)

@@ -23,6 +23,7 @@ from typer.main import get_command
 
 from growkit import __version__, source
 from growkit.errors import GrowkitError
+from growkit.job import Job
 from growkit.pipeline import grow_model
 from growkit.record import RunFolder
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
@@ -550,7 +551,7 @@ def test_operators_that_python_trains_have_the_commands_defaults(
     monkeypatch.setattr("growkit.pipeline.open_data", opened)
     run, small = RunFolder(tmp_path / "run"), source.load_source(place / "small")
     with pytest.raises(GrowkitError, match="enough"):
-        grow_model(run, small, "vit_tiny", GrowSettings(seed=3), sets=TO[3::2], data=str(place / "images"))
+        grow_model(Job(run), small, "vit_tiny", GrowSettings(seed=3), sets=TO[3::2], data=str(place / "images"))
     assert asked == [FitSettings(**OPERATOR_DEFAULTS, seed=3)]
 
 

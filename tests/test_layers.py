@@ -41,11 +41,12 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "report": "errors text files record report",
     "plan": ALL,
     "compare.settings": "errors ranges settings",
-    "compare": f"{ALL} plan compare",
+    "compare": f"{ALL} plan job compare",
     "evaluation": "errors settings record checkpoint source train deploy",
     "serving": "errors settings text files record source train deploy evaluation history",
     "history": "record arch source lineage train",
-    "pipeline": f"{ALL} history",
+    "job": "files record train.telling",
+    "pipeline": f"{ALL} history job",
     "demo": f"{ALL} pipeline",
 }
 

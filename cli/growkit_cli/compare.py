@@ -55,28 +55,15 @@ def compare(
     """
     from growkit.compare.compare import compare_methods
     from growkit.compare.page import cost_table, main_table
+    from growkit.job import Job
     from growkit.record import RunFolder
     from growkit.source import load_source
-    from growkit.train.device import pick_device
 
     console = Console(as_json)
     loaded = load_source(source, loading, say=console.say)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
-        compared = compare_methods(
-            RunFolder(run, command_line=command_line()),
-            loaded,
-            to,
-            data,
-            settings,
-            recipe,
-            sets=sets or (),
-            device=pick_device(device),
-            force=force,
-            resume=resume,
-            say=console.say,
-            follow=follow,
-            tell=tell,
-        )
+        job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell, follow)
+        compared = compare_methods(job, loaded, to, data, settings, recipe, sets=sets or ())
     console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
     console.table("cost", *cost_table(compared.arms))
     for arm in compared.arms:

@@ -38,6 +38,7 @@ def finetune(
 
     Example: growkit finetune --data images/ --epochs 20
     """
+    from growkit.job import Job
     from growkit.pipeline import finetune_model
     from growkit.record import RunFolder
     from growkit.source import load_source
@@ -49,16 +50,7 @@ def finetune(
     console.say(f"fine-tuning {path}")
     loaded = load_source(path, loading, say=console.say)
     with telling(console) as tell:
-        trained = finetune_model(
-            folder,
-            loaded,
-            data,
-            settings,
-            device=device,
-            force=force,
-            resume=resume,
-            say=console.say,
-            tell=tell,
-        )
+        job = Job(folder, device, force, resume, console.say, tell)
+        trained = finetune_model(job, loaded, data, settings)
     tell_trained(console, trained)
     ended(console, trained.fitted)

@@ -60,6 +60,7 @@ def grow(
     """
     from dataclasses import asdict
 
+    from growkit.job import Job
     from growkit.pipeline import grow_model
     from growkit.record import RunFolder
     from growkit.source import load_source
@@ -68,20 +69,8 @@ def grow(
     console = Console(as_json, quiet=not leads())
     loaded = load_source(source, loading, say=console.say)
     with console.working("growing"), telling(console) as tell:
-        grown = grow_model(
-            RunFolder(run, command_line=command_line()),
-            loaded,
-            to,
-            settings,
-            sets=sets or (),
-            data=data,
-            operator=operator,
-            device=device,
-            force=force,
-            resume=resume,
-            say=console.say,
-            tell=tell,
-        )
+        job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell)
+        grown = grow_model(job, loaded, to, settings, sets=sets or (), data=data, operator=operator)
     console.say(
         f"wrote {grown.folder}: {grown.target.name}, {grown.parameters / 1e6:.1f} M parameters"
         + (f" from an operator of {grown.operator_parameters / 1e6:.2f} M" if grown.operator_parameters else "")

@@ -52,28 +52,15 @@ def sweep(
     """
     from growkit.compare.page import trials_table
     from growkit.compare.sweep import sweep_settings
+    from growkit.job import Job
     from growkit.record import RunFolder
     from growkit.source import load_source
-    from growkit.train.device import pick_device
 
     console = Console(as_json)
     loaded = load_source(source, loading, say=console.say)
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
-        swept = sweep_settings(
-            RunFolder(run, command_line=command_line()),
-            loaded,
-            to,
-            data,
-            settings,
-            recipe,
-            sets=sets or (),
-            device=pick_device(device),
-            force=force,
-            resume=resume,
-            say=console.say,
-            follow=follow,
-            tell=tell,
-        )
+        job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell, follow)
+        swept = sweep_settings(job, loaded, to, data, settings, recipe, sets=sets or ())
     console.table(f"trials, best first; {settings.metric} on held-out images", *trials_table(swept.tried))
     console.say(f"recommended: trial {swept.best.number}")
     for reason in swept.reasons:

@@ -30,23 +30,14 @@ def train(
 
     Example: growkit train deit_tiny --set img_size=32 --set patch_size=4 --data images/
     """
+    from growkit.job import Job
     from growkit.pipeline import train_model
     from growkit.record import RunFolder
     from growkit.train.distributed import leads
 
     console = Console(as_json, quiet=not leads())
     with telling(console) as tell:
-        trained = train_model(
-            RunFolder(run, command_line=command_line()),
-            architecture,
-            data,
-            settings,
-            sets=sets or (),
-            device=device,
-            force=force,
-            resume=resume,
-            say=console.say,
-            tell=tell,
-        )
+        job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell)
+        trained = train_model(job, architecture, data, settings, sets=sets or ())
     tell_trained(console, trained)
     ended(console, trained.fitted)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,12 +29,12 @@ from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json
 from growkit.history import served_settings
+from growkit.job import Job
 from growkit.pipeline import LAST, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
-from growkit.train.device import pick_device
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done
+from growkit.train.telling import Done, unsaid
 
 PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}
 METHODS = {
@@ -93,7 +94,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of --jobs this process is
     given = parser.parse_args()
     targets = PAIRS | dict(item.split("=", 1) for item in given.target)
-    deadline, device = Deadline(60 * given.minutes), pick_device(given.device)
+    deadline = Deadline(60 * given.minutes)
     recipe = FitSettings(
         epochs=given.epochs or (60 if given.full else 30),
         batch_size=given.batch_size,
@@ -114,15 +115,11 @@ def main() -> int:
         begun = (run.trained / "last" / "state.pt").exists()
         told = deadline.tell()
         trained = train_model(
-            run,
+            Job(run, given.device, force=not begun, resume=begun, tell=lambda what: told),
             "deit_tiny",
             given.data,
             recipe,
             sets=(*(given.set or ("img_size=32", "patch_size=4")), *sizes(given.source)),
-            device=given.device,
-            resume=begun,
-            force=not begun,
-            tell=lambda what: told,
         )
         if trained.fitted.interrupted:
             raise KeyboardInterrupt
@@ -137,30 +134,25 @@ def main() -> int:
             operator_steps=given.operator_steps,
             operator_lrs=given.operator_lrs,
         )
-        where = RunFolder(root / pair, command_line=typed)
+        name = "" if given.part is None else f"({given.part}) "
+        job = Job(
+            RunFolder(root / pair, command_line=typed),
+            given.device,
+            resume=True,
+            say=lambda line, name=name: print(name + line, flush=True),
+            follow=deadline.follow,
+        )
         if given.part is None:
             print(f"{pair}: {given.source} to {targets[pair]}", flush=True)
         if given.jobs > 1:
-            shared = prepared(where, source, sizes(targets[pair]), settings, recipe, deadline, given)
+            shared = prepared(job, source, sizes(targets[pair]), settings, recipe, given.data)
             if given.part is not None:
                 shared.run_some(shared.arms[given.part :: given.jobs])
                 continue
             del shared
             if UNFINISHED in side_by_side(pair, deadline, given.jobs):
                 raise KeyboardInterrupt
-        compared = compare_methods(
-            where,
-            source,
-            "deit_tiny",
-            given.data,
-            settings,
-            recipe,
-            sets=sizes(targets[pair]),
-            device=device,
-            resume=True,
-            say=lambda line: print(line, flush=True),
-            follow=deadline.follow,
-        )
+        compared = compare_methods(job, source, "deit_tiny", given.data, settings, recipe, sets=sizes(targets[pair]))
         print((compared.folder / "results.md").read_text(encoding="utf-8"), flush=True)
         if given.results:
             keep(compared.folder, given.results, pair)
@@ -176,30 +168,20 @@ def side_by_side(pair: str, deadline: Deadline, jobs: int) -> list[int]:
 
 
 def prepared(
-    run: RunFolder,
+    job: Job,
     source: Source,
     sets: tuple[str, ...],
     settings: CompareSettings,
     recipe: FitSettings,
-    deadline: Deadline,
-    given: argparse.Namespace,
+    data: str,
 ) -> Comparison:
     """The comparison, begun in its folder if it was not."""
+    quiet, steps = replace(job, say=unsaid), settings.operator_steps  # the one who began it has said these lines
     bench = bench_of(
-        source,
-        "deit_tiny",
-        given.data,
-        recipe,
-        operator_steps=settings.operator_steps,
-        sets=sets,
-        device=pick_device(given.device),
-        folder=run.compare,
-        split=settings,
-        say=lambda line: None,
+        quiet, job.run.compare, source, "deit_tiny", data, recipe, split=settings, operator_steps=steps, sets=sets
     )
-    name = f"({given.part}) "
-    comparison = Comparison(bench, settings, say=lambda line: print(name + line, flush=True), follow=deadline.follow)
-    comparison.prepare(resume=True)
+    comparison = Comparison(job, bench, settings)
+    comparison.prepare()
     return comparison
 
 

@@ -19,6 +19,7 @@ from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError, UnwritableError, first_line
 from growkit.files import read_json, whole_file, write_json
 from growkit.grow import grow, make_method
+from growkit.job import Job
 from growkit.pictures import UnreadablePictureError
 from growkit.plan import step_flops
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
@@ -26,17 +27,17 @@ from growkit.source import Source, untrained
 from growkit.train.batch_size import recompute_blocks
 from growkit.train.batches import images_per_batch
 from growkit.train.data import Data, hold_out, open_data, size_of
+from growkit.train.device import pick_device
 from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Say, Tell, silent, unheard
+from growkit.train.telling import Done, Tell, silent, unheard
 from growkit.train.watch import StepRecord, interruption
 
 UNREADABLE = "unreadable.json"  # lines about training images that could not be read, for when it is resumed
 Watch = Callable[[StepRecord], None]
-Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
 
 
 class RunFailedError(Exception):
@@ -337,6 +338,8 @@ class Bench:
 
 
 def bench_of(
+    job: Job,
+    folder: Path,
     source: Source,
     to: str,
     data: str,
@@ -344,23 +347,20 @@ def bench_of(
     *,
     split: CompareSettings | SweepSettings,
     operator_steps: int = OPERATOR_DEFAULTS["steps"],
-    sets: Sequence[str],
-    device: torch.device,
-    folder: Path,
-    say: Say,
-    tell: Tell = silent,
+    sets: Sequence[str] = (),
 ) -> Bench:
     """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
     adapted = with_input(source, sets)
-    opened = open_data(data, adapted.preprocessing, recipe, tell=tell)
+    opened = open_data(data, adapted.preprocessing, recipe, tell=job.tell)
     adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
     target, notes = find_target(adapted.architecture, to, sets)
     for note in (*adapted.adapted, *notes):
-        say(note)
+        job.say(note)
     if not adapted.own_head:
-        say(head_is_new(source, data))
+        job.say(head_is_new(source, data))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     if split.share < 1:
-        say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
+        job.say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
-    return Bench(adapted, target, chosen, tested, recipe, replace(recipe, **own), device, folder, tell)
+    operator = replace(recipe, **own)
+    return Bench(adapted, target, chosen, tested, recipe, operator, pick_device(job.device), folder, job.tell)

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from growkit import __version__
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
-from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
+from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
 from growkit.compare.folder import SCHEMA, begin, described, identity_of, read_own, refuse_begun
 from growkit.compare.metric import sign_of
@@ -19,11 +18,11 @@ from growkit.compare.page import write_pages
 from growkit.compare.settings import CompareSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, write_json
+from growkit.job import Job
 from growkit.lineage import flops_of
-from growkit.record import RunFolder
 from growkit.source import Source
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Say, Tell, each, silent, unheard
+from growkit.train.telling import Done, each
 
 EXTENDABLE = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
 
@@ -51,8 +50,8 @@ class Cell:
 class Comparison:
     """A folder of runs. What is there already is not run again."""
 
-    def __init__(self, bench: Bench, settings: CompareSettings, *, say: Say, follow: Follow):
-        self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
+    def __init__(self, job: Job, bench: Bench, settings: CompareSettings):
+        self.job, self.bench, self.settings = job, bench, settings
         self.runs = bench.folder / "runs"
         self.arms = parse_arms(settings, learned=bench.learned)
         self.budgets = numbers("--budgets", settings.budgets)
@@ -64,7 +63,7 @@ class Comparison:
         self.finished = 0
         self._rates: dict[str, float] = {}  # of operator training, by arm
 
-    def prepare(self, *, resume: bool) -> None:
+    def prepare(self) -> None:
         """Refuse what cannot work before anything runs, and note what this comparison is.
 
         Raises:
@@ -76,7 +75,7 @@ class Comparison:
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.bench, own, resume=resume, free=EXTENDABLE, say=self.say)
+        begin(self.job, self.bench, own, free=EXTENDABLE)
 
     def run(self) -> list[dict[str, Any]]:
         """Make every run that is missing, then score the chosen ones on the test images; all results.
@@ -182,18 +181,18 @@ class Comparison:
                 )
         except RunFailedError as reason:
             write_json(folder / "result.json", {**facts, "failed": str(reason)})
-            self.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
+            self.job.say(f"[{self.finished}/{self.total}] {cell.name}: failed, the others go on ({reason})")
             return
         with whole_file(folder / WEIGHTS) as partial:
             write_tensors(partial, start.model.cpu().state_dict())
         write_json(folder / "result.json", {**facts, "operator_lr": operator_lr, **trained})
-        self.say(
+        self.job.say(
             f"[{self.finished}/{self.total}] {cell.name}: held-out top-1 {trained['final']['top1']:.2%}, "
             f"loss {trained['final']['loss']:.4f} in {trained['seconds']:.0f} s"
         )
 
     def _progress(self, title: str) -> Done:
-        return self.follow(title, self.finished - 1, self.total)
+        return self.job.follow(title, self.finished - 1, self.total)
 
     def _operator_lr(self, arm: Arm) -> float | None:
         """The arm's rate of operator training: its own, or the one with the lowest held-out loss on the first seed."""
@@ -212,7 +211,7 @@ class Comparison:
                     progress = self._progress(f"operator of {arm.name}, lr {lr:g}")
                     start = self.bench.start(arm, self.seeds[0], lr, progress)
             except RunFailedError as reason:
-                self.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason})")
+                self.job.say(f"operator of {arm.name}, lr {lr:g}: failed ({reason})")
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
@@ -244,7 +243,7 @@ class Compared:
 
 
 def compare_methods(
-    run: RunFolder,
+    job: Job,
     source: Source,
     to: str,
     data: str,
@@ -252,42 +251,24 @@ def compare_methods(
     recipe: FitSettings,
     *,
     sets: Sequence[str] = (),
-    device: torch.device,
-    force: bool = False,
-    resume: bool = False,
-    say: Say = lambda line: None,
-    follow: Follow = lambda title, finished, total: unheard,
-    tell: Tell = silent,
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.
 
-    `recipe` says what the full budget is: the target trained from nothing for its epochs or steps. `say` gets lines for
-    the user, `follow` makes what watches a run of a given title, `tell` what is told how many images are read or
-    scored.
+    `recipe` says what the full budget is: the target trained from nothing for its epochs or steps.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a
-            comparison that is there already (without `resume` or `force`) or is another one.
-        KeyboardInterrupt: stopped; `resume` goes on.
+            comparison that is there already (and the job neither resumes nor forces) or is another one.
+        KeyboardInterrupt: stopped; a job that resumes goes on.
     """
-    refuse_begun(run, run.compare, force=force, resume=resume)
-    bench = bench_of(
-        source,
-        to,
-        data,
-        recipe,
-        operator_steps=settings.operator_steps,
-        sets=sets,
-        device=device,
-        folder=run.compare,
-        split=settings,
-        say=say,
-        tell=tell,
-    )
-    comparison = Comparison(bench, settings, say=say, follow=follow)
-    comparison.prepare(resume=resume)
+    folder, say = job.run.compare, job.say
+    refuse_begun(job, folder)
+    steps = settings.operator_steps
+    bench = bench_of(job, folder, source, to, data, recipe, split=settings, operator_steps=steps, sets=sets)
+    comparison = Comparison(job, bench, settings)
+    comparison.prepare()
     runs = comparison.run()
-    for line in bench.data.remarks(run.compare / "results.json"):
+    for line in bench.data.remarks(folder / "results.json"):
         say(line)
     for left in comparison.left_out():
         say(f"not in these figures, though run here: {left}; name it again to have it in")
@@ -303,7 +284,7 @@ def compare_methods(
     if worse := [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, settings.metric)]:
         say(f"warning: worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
     content = {
-        **described(bench, settings, run.command_line),
+        **described(bench, settings, job.run.command_line),
         "full_flops": comparison.full,
         "source_flops": known,
         "source_score": asdict(bench.source_score()),
@@ -311,9 +292,9 @@ def compare_methods(
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
     }
-    write_json(run.compare / "results.json", content)
-    write_pages(run.compare, content, arms)
-    return Compared(run.compare, arms, content)
+    write_json(folder / "results.json", content)
+    write_pages(folder, content, arms)
+    return Compared(folder, arms, content)
 
 
 def _ends_below_start(arm: ArmFigures, metric: str) -> bool:

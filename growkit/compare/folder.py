@@ -14,11 +14,11 @@ from growkit.arch.spec import Architecture
 from growkit.compare.bench import UNREADABLE, Bench
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
-from growkit.files import read_json, refuse_both, refuse_existing, write_json
-from growkit.record import RunFolder, hardware, versions
+from growkit.files import read_json, refuse_existing, write_json
+from growkit.job import Job
+from growkit.record import hardware, versions
 from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype
-from growkit.train.telling import Say
 
 BEGUN = "begun.json"
 SCHEMA = 2  # of every file a comparison writes
@@ -60,35 +60,34 @@ def described(bench: Bench, settings: CompareSettings | SweepSettings, command: 
     }
 
 
-def refuse_begun(run: RunFolder, folder: Path, *, force: bool, resume: bool) -> None:
-    """Raise GrowkitError where the run cannot be written, or `folder` in it is taken and neither option was given."""
-    run.refuse_unusable()
-    refuse_both(force, resume)
-    if not resume:
-        refuse_existing(folder, force, BEGUN, resumable=(folder / BEGUN).exists())
+def refuse_begun(job: Job, folder: Path) -> None:
+    """Raise GrowkitError where the run cannot be written, or `folder` is taken and is neither resumed nor replaced."""
+    job.run.refuse_unusable()
+    if not job.resume:
+        refuse_existing(folder, job.force, BEGUN, resumable=(folder / BEGUN).exists())
 
 
-def begin(bench: Bench, own: dict[str, Any], *, resume: bool, free: Sequence[str], say: Say) -> None:
+def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -> None:
     """Note in the folder what is measured there; a folder that is begun anew is emptied first.
 
     All validation images are read before: no run would be scored where one of them cannot be.
 
     Raises:
-        GrowkitError: `resume`, but the folder holds results of another version or of other settings than `own`, those
-            in `free` excepted, or something else; or an image cannot be read.
+        GrowkitError: it is resumed, but the folder holds results of another version or of other settings than `own`,
+            those in `free` excepted, or something else; or an image cannot be read.
     """
     folder = bench.folder
     path = folder / BEGUN
-    goes_on = resume and path.exists()
+    goes_on = job.resume and path.exists()
     if goes_on:
         differing = _first_difference(read_own(path), own, free)
         if differing is not None:
             name, was, now = differing
             raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
-    elif resume:
+    elif job.resume:
         if folder.exists() and any(folder.iterdir()):
             raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
-        say(f"{folder}: nothing was begun there before, it begins now")
+        job.say(f"{folder}: nothing was begun there before, it begins now")
     bench.read_through()
     if goes_on and (folder / UNREADABLE).exists():
         bench.data.unreadable.update(dict.fromkeys(read_json(folder / UNREADABLE)))

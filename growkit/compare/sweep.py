@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import optuna
-import torch
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
@@ -15,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, in_words
-from growkit.compare.bench import Bench, Follow, RunFailedError, bench_of, failing
+from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
 from growkit.compare.folder import SCHEMA, begin, identity_of, read_own, refuse_begun
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
@@ -24,11 +23,11 @@ from growkit.compare.space import Space
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError
 from growkit.files import write_json
-from growkit.record import RunFolder
+from growkit.job import Job
 from growkit.source import Source
 from growkit.text import some
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Say, Tell, each, silent, unheard
+from growkit.train.telling import Done, each
 from growkit.train.watch import StepRecord
 
 NOTHING = "from-nothing"  # a folder for each rate
@@ -38,7 +37,7 @@ REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a
 
 
 def sweep_settings(
-    run: RunFolder,
+    job: Job,
     source: Source,
     to: str,
     data: str,
@@ -46,12 +45,6 @@ def sweep_settings(
     recipe: FitSettings,
     *,
     sets: Sequence[str] = (),
-    device: torch.device,
-    force: bool = False,
-    resume: bool = False,
-    say: Say = lambda line: None,
-    follow: Follow = lambda title, finished, total: unheard,
-    tell: Tell = silent,
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
@@ -60,28 +53,18 @@ def sweep_settings(
 
     Raises:
         GrowkitError: a method that cannot grow this pair, operators that all cost more than a trial may spend, unusable
-            data, every trial failed, or a sweep that is there already (without `resume` or `force`) or is another one.
-        KeyboardInterrupt: stopped; `resume` goes on.
+            data, every trial failed, or a sweep that is there already (and the job neither resumes nor forces) or is
+            another one.
+        KeyboardInterrupt: stopped; a job that resumes goes on.
     """
-    refuse_begun(run, run.sweep, force=force, resume=resume)
-    bench = bench_of(
-        source,
-        to,
-        data,
-        recipe,
-        sets=sets,
-        device=device,
-        folder=run.sweep,
-        split=settings,
-        say=say,
-        tell=tell,
-    )
-    pilot = Pilot(bench, settings, say=say, follow=follow)
-    pilot.prepare(resume=resume)
+    refuse_begun(job, job.run.sweep)
+    bench = bench_of(job, job.run.sweep, source, to, data, recipe, split=settings, sets=sets)
+    pilot = Pilot(job, bench, settings)
+    pilot.prepare()
     nothing = pilot.from_nothing()
     tried = [tried_of(trial) for trial in pilot.run(nothing)]
-    for line in bench.data.remarks(run.sweep / "results.json"):
-        say(line)
+    for line in bench.data.remarks(bench.folder / "results.json"):
+        job.say(line)
     what = [source.path, "--to", to, *source.loading.words, *(word for item in sets for word in ("--set", item))]
     return conclude(
         bench,
@@ -92,15 +75,15 @@ def sweep_settings(
         left_out=pilot.left_out,
         what=what,
         data=data,
-        command=run.command_line,
+        command=job.run.command_line,
     )
 
 
 class Pilot:
     """A folder of trials. What has ended is not run again, and what was broken off begins anew."""
 
-    def __init__(self, bench: Bench, settings: SweepSettings, *, say: Say, follow: Follow):
-        self.bench, self.settings, self.say, self.follow = bench, settings, say, follow
+    def __init__(self, job: Job, bench: Bench, settings: SweepSettings):
+        self.job, self.bench, self.settings = job, bench, settings
         self.space = Space(bench, settings)
         self.sign = sign_of(settings.metric)
         self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full.total
@@ -111,7 +94,7 @@ class Pilot:
         """Trials to make."""
         return min(self.settings.trials, len(self.space.combinations))
 
-    def prepare(self, *, resume: bool) -> None:
+    def prepare(self) -> None:
         """Refuse what cannot work before anything runs, and note what this sweep is.
 
         Raises:
@@ -121,7 +104,7 @@ class Pilot:
         self.bench.refuse_unusable(*rates)
         self._leave_out_what_is_too_dear()
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.bench, own, resume=resume, free=("trials",), say=self.say)
+        begin(self.job, self.bench, own, free=("trials",))
 
     def _leave_out_what_is_too_dear(self) -> None:
         """Raise GrowkitError where nothing else is left."""
@@ -141,7 +124,7 @@ class Pilot:
                 f"{len(dear)} of {len(arms)} combinations are left out, their operators would take all of a trial's "
                 f"{self.budget / 1e12:.3g} TFLOP: {some(names)}, at every rate"
             )
-            self.say(self.left_out[0])
+            self.job.say(self.left_out[0])
 
     def from_nothing(self) -> dict[str, Any]:
         """The target from nothing on the same share, at the best of its rates; what is there is not run again.
@@ -157,7 +140,7 @@ class Pilot:
         if not finished:
             raise GrowkitError(f"from nothing: failed at every rate, the first for this reason: {made[0]['failed']}")
         best = max(finished, key=lambda found: self.sign * self.score(found))
-        self.say(
+        self.job.say(
             f"from nothing: held-out {self.settings.metric} {self.score(best):.4f} after "
             f"{best['flops'] / 1e12:.3g} TFLOP, at lr {best['lr']:g}, the best of {len(made)}"
         )
@@ -180,11 +163,11 @@ class Pilot:
                     lr=lr,
                     evals=self.settings.evals,
                     folder=folder,
-                    progress=self.follow(f"from nothing, lr {lr:g}", 0, self.total),
+                    progress=self.job.follow(f"from nothing, lr {lr:g}", 0, self.total),
                 )
         except RunFailedError as reason:
             found = {"failed": str(reason)}
-            self.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
+            self.job.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
         result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
         write_json(path, result)
         return result
@@ -205,7 +188,7 @@ class Pilot:
             study, trial, answers = self._next(ended)
             arm, options = self.space.combine(answers)
             trial.set_user_attr("options", options)
-            progress = self.follow(f"trial {len(ended) + 1}", len(ended), self.total)
+            progress = self.job.follow(f"trial {len(ended) + 1}", len(ended), self.total)
             try:
                 with failing():
                     score = self._score_of(trial, arm, options["lr"], nothing, progress)
@@ -298,4 +281,4 @@ class Pilot:
         shown = "–" if tried.score is None else f"{tried.score:.4f}"
         why = f" ({tried.reason})" if tried.reason else ""
         ended = f"{tried.state}{why}, {self.settings.metric} {shown}"
-        self.say(f"[{tried.number}/{self.total}] {in_words(tried.options)}: {ended}")
+        self.job.say(f"[{tried.number}/{self.total}] {in_words(tried.options)}: {ended}")

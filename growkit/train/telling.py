@@ -18,14 +18,24 @@ class Done(Protocol):
 
 Say = Callable[[str], None]  # a line for the user
 Tell = Callable[[str], Done]  # what is done, as in "scoring the source" -> what is told of it
+Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
 
 
 def unheard(done: float, total: int, note: str = "") -> None:
     """A Done that nobody listens to."""
 
 
+def unsaid(line: str) -> None:
+    """A Say that nobody reads."""
+
+
 def silent(what: str) -> Done:
     """A Tell that tells nobody."""
+    return unheard
+
+
+def unfollowed(title: str, finished: int, runs: int) -> Done:
+    """A Follow that tells nobody."""
     return unheard
 
 

@@ -6,6 +6,7 @@ import pytest
 from compare_samples import RECIPE, SMALL
 
 from growkit.demo import write_digits
+from growkit.job import Job
 from growkit.pipeline import train_model
 from growkit.record import RunFolder
 from growkit.source import Source, load_source
@@ -20,6 +21,6 @@ def digits(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def source(digits, tmp_path_factory) -> Source:
-    run = RunFolder(tmp_path_factory.mktemp("source"))
-    trained = train_model(run, "deit_tiny", digits, replace(RECIPE, epochs=4, lr=5e-3), sets=SMALL, device="cpu")
+    job = Job(RunFolder(tmp_path_factory.mktemp("source")), "cpu")
+    trained = train_model(job, "deit_tiny", digits, replace(RECIPE, epochs=4, lr=5e-3), sets=SMALL)
     return load_source(str(trained.folder))

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compare_samples import CPU, RECIPE, options
+from compare_samples import RECIPE, options
 
 from growkit.arch import find_target
 from growkit.compare.compare import compare_methods
 from growkit.compare.savings import flops_to
 from growkit.grow import grow
+from growkit.job import Job
 from growkit.pipeline import train_model
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings
@@ -22,11 +23,11 @@ INPUT = ("img_size=8", "patch_size=2", "in_chans=1")
 @pytest.mark.slow  # trains thirty small models
 def test_grown_models_reach_the_target_loss_in_fewer_steps_in_four_of_five_seeds(digits, tmp_path):
     recipe = replace(RECIPE, epochs=8, lr=3e-3)
-    small = (*INPUT, "embed_dim=32", "depth=2", "num_heads=2")
-    trained = train_model(RunFolder(tmp_path), "deit_tiny", digits, recipe, sets=small, device="cpu")
+    job, small = Job(RunFolder(tmp_path), "cpu"), (*INPUT, "embed_dim=32", "depth=2", "num_heads=2")
+    trained = train_model(job, "deit_tiny", digits, recipe, sets=small)
     source = load_source(str(trained.folder))
     compared = compare_methods(
-        RunFolder(tmp_path),
+        job,
         source,
         "deit_tiny",
         digits,
@@ -41,7 +42,6 @@ def test_grown_models_reach_the_target_loss_in_fewer_steps_in_four_of_five_seeds
         ),
         recipe,
         sets=TARGET,
-        device=CPU,
     )
     runs = compared.content["runs"]
     scratch = {run["seed"]: run for run in runs if run["arm"] == "from nothing"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_samples import CPU, LARGE, RECIPE, options
+from compare_samples import LARGE, RECIPE, options
 from typer.testing import CliRunner
 
 from growkit.compare import bench as bench_module
@@ -17,6 +17,7 @@ from growkit.compare.arms import LONGER
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.errors import GrowkitError
+from growkit.job import Job
 from growkit.record import RunFolder
 from growkit.train import loop
 from growkit_cli.main import app
@@ -24,7 +25,7 @@ from growkit_cli.main import app
 
 def run_compare(folder, source, digits, settings, recipe=RECIPE, **more):
     run = RunFolder(folder, command_line="growkit compare ...")
-    return compare_methods(run, source, "deit_tiny", digits, settings, recipe, sets=LARGE, device=CPU, **more)
+    return compare_methods(Job(run, "cpu", **more), source, "deit_tiny", digits, settings, recipe, sets=LARGE)
 
 
 def runs_of(folder: Path) -> dict[str, dict]:

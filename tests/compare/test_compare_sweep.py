@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
-from compare_samples import CPU, LARGE, RECIPE, SMALL
+from compare_samples import LARGE, RECIPE, SMALL
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 from pairs import PAIRS, randomised
@@ -30,12 +30,14 @@ from growkit.compare.sweep import sweep_settings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
 from growkit.grow import grow
+from growkit.job import Job
 from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
 from growkit.source import load_source
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
+from growkit.train.telling import unfollowed
 from growkit_cli.main import app
 
 QUICK = {
@@ -52,24 +54,10 @@ QUICK = {
 }
 
 
-def unwatched(title, finished, total):
-    return lambda done, total, note="": None
-
-
-def run_sweep(folder, source, digits, *, resume=False, say=print, follow=unwatched, **given):
-    return sweep_settings(
-        RunFolder(folder, command_line="growkit sweep ..."),
-        source,
-        "deit_tiny",
-        digits,
-        SweepSettings(**{**QUICK, **given}),
-        RECIPE,
-        sets=LARGE,
-        device=CPU,
-        resume=resume,
-        say=say,
-        follow=follow,
-    )
+def run_sweep(folder, source, digits, *, resume=False, say=print, follow=unfollowed, **given):
+    run, settings = RunFolder(folder, command_line="growkit sweep ..."), SweepSettings(**{**QUICK, **given})
+    job = Job(run, "cpu", resume=resume, say=say, follow=follow)
+    return sweep_settings(job, source, "deit_tiny", digits, settings, RECIPE, sets=LARGE)
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +161,8 @@ BEST = Tried(
 
 def commands_of(best, recipe, source, digits, folder, *, budget, share):
     settings = SweepSettings(**{**QUICK, "share": share})
-    bench = bench_of(
-        source, "deit_tiny", digits, recipe, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
-    )
+    job = Job(RunFolder(folder), "cpu", say=print)
+    bench = bench_of(job, folder, source, "deit_tiny", digits, recipe, split=settings, sets=LARGE)
     what = ["a b.pth", "--to", "deit_tiny"]
     return bench, [parsed(line) for line in _commands(best, bench, settings, budget, what, "my images")]
 
@@ -383,9 +370,8 @@ class Asking:
 
     def __init__(self, source, digits, folder, **given):
         settings = SweepSettings(**{**QUICK, **given})
-        bench = bench_of(
-            source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE, device=CPU, folder=folder, say=print
-        )
+        job = Job(RunFolder(folder), "cpu", say=print)
+        bench = bench_of(job, folder, source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE)
         space = Space(bench, settings)
         self.made = [space.combine(answers) for answers in space.combinations.values()]
         self.options = [options for _, options in self.made]
