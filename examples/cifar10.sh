@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CIFAR-10 on two CPU cores: train a small ViT, grow it twice as wide, fine-tune, export, verify, and train the same
-# bigger model from nothing for the compute that operator training and fine-tuning took. About half an hour.
+# bigger model from scratch for the compute that operator training and fine-tuning took. About half an hour.
 #   examples/cifar10.sh IMAGES OUT      IMAGES holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32
 set -euo pipefail
 images=$(realpath "$1") out=$2
@@ -21,4 +21,4 @@ from pathlib import Path
 from growkit.demo import equal_compute
 from growkit.record import RunFolder
 print(equal_compute(RunFolder(Path("run"))))')
-growkit train deit_tiny "${input[@]}" "${large[@]}" "${recipe[@]}" --steps "$steps" --lr 2e-3 --run from-nothing
+growkit train deit_tiny "${input[@]}" "${large[@]}" "${recipe[@]}" --steps "$steps" --lr 2e-3 --run from-scratch

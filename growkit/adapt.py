@@ -172,7 +172,7 @@ def _with_new_head(source: Source, count: int, names: Sequence[str] | None, seed
         model.reset_classifier(count)
     has = f"{own} classes" if own else "no head"
     asked = f"the data {count}{'' if own else ' classes'}" if names else f"--set num_classes={count}"
-    line = f"the source has {has}, {asked}: a new head starts from nothing"
+    line = f"the source has {has}, {asked}: a new head starts from scratch"
     if not count:
         line = f"the source has {has}, {asked}: its head is left out, and the model gives features"
     return replace(_other_head(source, dict(model.state_dict()), names, count, line), own_head=False)

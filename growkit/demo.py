@@ -63,7 +63,7 @@ def write_digits(folder: Path) -> int:
 
 
 def equal_compute(run: RunFolder) -> int:
-    """Updates of the bigger model from nothing that cost what operator training and fine-tuning cost together.
+    """Updates of the bigger model from scratch that cost what operator training and fine-tuning cost together.
 
     The bigger model's plain update is fine-tuning's own.
     """
@@ -78,12 +78,12 @@ def figures(run: RunFolder, command: str) -> dict[str, Any]:
 
 
 def demo_report(run: RunFolder, baseline: RunFolder) -> Report:
-    """The run's own page, and on it the same model trained from nothing for the same compute."""
+    """The run's own page, and on it the same model trained from scratch for the same compute."""
     rows, plot = comparison(run, baseline)
     story = Section(
         title="What growing gave",
         text=(
-            "Every score is on the same validation images. From nothing means the same bigger model, trained for the "
+            "Every score is on the same validation images. From scratch means the same bigger model, trained for the "
             "compute that operator training and fine-tuning took together; the source's own training is extra, "
             "since it was there.\n"
             "Eight-by-eight digits show that every step works. They do not show what growth saves: this is one "
@@ -116,14 +116,14 @@ def comparison(run: RunFolder, baseline: RunFolder) -> tuple[list[tuple[str, flo
         row("grown, step 0", scores["step0"], 0),
         row("grown, operator trained", scores["operator"], operator),
         row("grown, fine-tuned", tuned["best"], operator + tuned["flops"]),
-        row("from nothing, same compute", scratch["best"], scratch["flops"]),
+        row("from scratch, same compute", scratch["best"], scratch["flops"]),
     ]
     started = [(0.0, scores["step0"]["loss"]), (operator / 1e12, scores["operator"]["loss"])]
     plot = Plot(
         title="Validation loss over training compute",
         series=(
             Series("grown", [*started, *_curve(tuned, operator)]),
-            Series("from nothing", _curve(scratch, 0)),
+            Series("from scratch", _curve(scratch, 0)),
         ),
         x_label="TFLOP of training",
         y_label="validation loss",

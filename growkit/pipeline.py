@@ -298,7 +298,7 @@ def train_model(
     *,
     sets: Sequence[str] = (),
 ) -> Trained:
-    """Train timm's `name` from nothing and write run/trained: a source for experiments, or the baseline."""
+    """Train timm's `name` from scratch and write run/trained: a source for experiments, or the baseline."""
     drafted, preprocessing = named(name, sets)  # what it takes, before the data says how many classes there are
     opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]

@@ -58,7 +58,7 @@ class GrowSettings:
         refuse_outside(self, "seed", least=0, most=SEEDS)
 
 
-# Where training an operator or a grown model differs from training from nothing.
+# Where training an operator or a grown model differs from training from scratch.
 OPERATOR_DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "lr": 1e-4,

@@ -111,7 +111,7 @@ def _load(path: str, loading: Loading) -> Source:
 
 
 def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
-    """A network with timm's random weights, for training from nothing.
+    """A network with timm's random weights, for training from scratch.
 
     Raises:
         GrowkitError: unknown name or argument.

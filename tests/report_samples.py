@@ -123,7 +123,7 @@ def verification(**changes: Any) -> dict[str, Any]:
 
 
 def comparison(name: str = "deit_small_patch16_224") -> dict[str, Any]:
-    """The results.json of a comparison of one method with training from nothing, one seed."""
+    """The results.json of a comparison of one method with training from scratch, one seed."""
     settings = CompareSettings(methods="mango", controls="none", seeds=1, budgets="1", lrs="1e-3")
     arms = parse_arms(settings, learned=lambda grow: True)
 
@@ -148,7 +148,7 @@ def comparison(name: str = "deit_small_patch16_224") -> dict[str, Any]:
 
     described = {"architecture": name, "spaces": {"blocks": 12, "embed": 384}, "name": name, "sha256": SOURCE}
     return {
-        "schema": 2,
+        "schema": 3,
         "source": described,
         "target": described,
         "command": "growkit compare small.pth --to deit_base --data images/ --methods mango --seeds 1",

@@ -237,7 +237,7 @@ def test_other_classes_get_a_new_head_by_the_seed_and_it_is_said() -> None:
     before = torch.random.get_rng_state()
     adapted = with_classes(source, ["cat", "dog"], seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from nothing",)
+    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from scratch",)
     assert adapted.labels == ("cat", "dog")
     assert adapted.architecture.shapes["head.weight"] == (2, 32)
     assert adapted.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
@@ -269,12 +269,12 @@ def test_head_sliced_by_label_gives_the_sources_logits_of_these_classes(kind: st
 @pytest.mark.parametrize("labels", ["abcdefa", "abcdef", None], ids=["twice the same", "too few", "none"])
 def test_labels_that_do_not_name_each_row_slice_nothing(labels: str | None) -> None:
     adapted = with_classes(source_of(KINDS["plain"], labels=labels), ["a", "b"], seed=0)
-    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from nothing",)
+    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from scratch",)
 
 
 def test_one_class_that_the_source_does_not_know_makes_the_head_new() -> None:
     adapted = with_classes(source_of(KINDS["plain"], labels="abcdefg"), ["a", "z"], seed=0)
-    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from nothing",)
+    assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from scratch",)
 
 
 def test_other_names_of_as_many_classes_are_taken_in_order_and_it_is_said() -> None:
@@ -295,7 +295,7 @@ def test_number_of_classes_without_data_makes_the_head_new_or_leaves_it_out() ->
     three = with_classes(source, None, ["num_classes=3"], seed=0)
     assert (three.architecture.classes, three.labels) == (3, None)
     assert three.state["head_dist.weight"].shape == (3, 32)
-    assert three.adapted == ("the source has 7 classes, --set num_classes=3: a new head starts from nothing",)
+    assert three.adapted == ("the source has 7 classes, --set num_classes=3: a new head starts from scratch",)
     none = with_classes(source, None, ["num_classes=0"], seed=0)
     assert [name for name in none.state if "head" in name] == []
     assert none.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
@@ -307,7 +307,7 @@ def test_source_without_a_head_gets_one() -> None:
     assert with_classes(source, None, seed=0) == source
     adapted = with_classes(source, ["cat", "dog"], seed=0)
     assert adapted.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
-    assert adapted.adapted == ("the source has no head, the data 2 classes: a new head starts from nothing",)
+    assert adapted.adapted == ("the source has no head, the data 2 classes: a new head starts from scratch",)
     with pytest.raises(GrowkitError, match="no head and the data names no classes"):
         with_classes(source, [], seed=0)
     assert with_classes(source, [], ["num_classes=4"], seed=0).architecture.classes == 4
@@ -429,7 +429,7 @@ def test_data_of_some_of_the_sources_classes_keeps_what_the_head_knows(place, tm
     _, said = ok(capsys, "finetune", "small", "--data", "images", "--steps", 1, *QUICK, "--run", tmp_path / "tuned")
     assert "of the head's 7 classes the data's 3 are kept" in said
     _, said = ok(capsys, "finetune", "small", "--data", "others", "--steps", 1, *QUICK, "--run", tmp_path / "other")
-    assert "the source has 7 classes, the data 3: a new head starts from nothing" in said
+    assert "the source has 7 classes, the data 3: a new head starts from scratch" in said
 
 
 MISTAKES = {

@@ -296,7 +296,7 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
     assert stopped.returncode == 3, stopped.stderr[-2000:]
     assert not results.exists()
     text = run("savings.py", *words, "--results", results)
-    assert "| from nothing |" in text
+    assert "| from scratch |" in text
     (found,) = results.glob("savings-width_*.json")
     content = json.loads(found.read_text(encoding="utf-8"))
     assert not_finite(content) == []

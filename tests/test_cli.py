@@ -225,7 +225,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "compare of a budget below one update": (
         ("compare", "small", *TO, *DATA, "--epochs", "1", "--batch-size", "8", "--methods", "ligo"),
-        "from nothing: a budget of",
+        "from scratch: a budget of",
     ),
     "compare without a target": (("compare", "small", "--to", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "sweep of no trials": (("sweep", "small", *TO, *DATA, "--trials", "0"), "--trials 0"),
@@ -555,7 +555,7 @@ def test_operators_that_python_trains_have_the_commands_defaults(
     assert asked == [FitSettings(**OPERATOR_DEFAULTS, seed=3)]
 
 
-def test_random_weights_are_made_once_to_train_from_nothing(
+def test_random_weights_are_made_once_to_train_from_scratch(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second network, for what it takes of images, would lie in memory until training ends."""
@@ -784,7 +784,7 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
 ) -> None:
     status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "1", *QUICK, "--run", tmp_path)
     assert status == 0, err
-    assert "the source has 7 classes, the data 3: a new head starts from nothing" in out
+    assert "the source has 7 classes, the data 3: a new head starts from scratch" in out
     assert "learn these classes first: growkit finetune small --data images --run OTHER, and take" in out
     config = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "elk"])

@@ -96,7 +96,7 @@ def test_tiny_to_small_to_base_keeps_every_stage_in_order(images, tmp_path, caps
         ({"stage": "given", "name": "deit_tiny.pth", "sha256": "ab"}, None),
     ],
 )
-def test_cost_of_a_source_is_known_only_where_growkit_trained_it_from_nothing(begins, known):
+def test_cost_of_a_source_is_known_only_where_growkit_trained_it_from_scratch(begins, known):
     grown = {"stage": "grown", "ancestors": [begins], "operator": {"flops": 2.0}, "settings": {"method": "mango"}}
     source = source_of(SMALL)
     assert flops_of(replace(source, history=grown)) == known

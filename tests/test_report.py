@@ -176,7 +176,7 @@ def test_drawing_stays_inside(points: list[Point], log_x: bool) -> None:
 
 
 def test_every_series_and_the_reference_are_named_as_they_are_called() -> None:
-    names = ["_hidden", "$x_1$", "a & <b>", "from nothing", r"back\slash"]
+    names = ["_hidden", "$x_1$", "a & <b>", "from scratch", r"back\slash"]
     drawn = Plot("t", [Series(name, [(0, 0), (1, 1)]) for name in names], "x", "y", reference=("target", 0.5))
     assert {*names, "target"} <= set(texts(draw(drawn)))
 

@@ -183,7 +183,7 @@ def test_comparison_from_the_command_line_prints_json_alone(images, tmp_path, ca
     status, out, err = growkit(capsys, "compare", "small.pth", *TARGET, *words, *chosen, "--json")
     assert status == 0, err
     content = json.loads(out)
-    assert [arm["name"] for arm in content["arms"]] == ["from nothing", "mango", "lemon"]
+    assert [arm["name"] for arm in content["arms"]] == ["from scratch", "mango", "lemon"]
     assert content["command"].startswith("growkit compare small.pth --to vit_tiny")
     assert "[3/3] lemon, budget 100%, seed 0" in err
     text = Path("run/compare/results.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""growkit compare: several methods and training from nothing under one budget."""
+"""growkit compare: several methods and training from scratch under one budget."""
 
 from pathlib import Path
 
@@ -46,9 +46,9 @@ def compare(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare growth methods with training from nothing: same images, same order, same compute, several seeds.
+    """Compare growth methods with training from scratch: same images, same order, same compute, several seeds.
 
-    The full budget is what training the target from nothing costs for --epochs. Results, plots and report.html go
+    The full budget is what training the target from scratch costs for --epochs. Results, plots and report.html go
     into run/compare; a stopped comparison goes on with --resume, which may also ask for more methods or seeds.
 
     Example: growkit compare deit_small.pth --to deit_base --data images/ --methods mango,ligo,bert2bert --seeds 3

@@ -11,7 +11,7 @@ from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
 
 INTERRUPTED = (130, 143)
-OWN = ("digits", "run", "from-nothing", "report.html", LOCK)  # in the folder that it writes
+OWN = ("digits", "run", "from-scratch", "report.html", LOCK)  # in the folder that it writes
 
 
 def demo(
@@ -68,7 +68,7 @@ def _demo(console: Console, out: Path) -> None:
     from growkit_cli.main import app
 
     began = time.perf_counter()
-    run, baseline = RunFolder(out / "run"), RunFolder(out / "from-nothing")
+    run, baseline = RunFolder(out / "run"), RunFolder(out / "from-scratch")
     digits = str(out / "digits")
     console.say(f"{write_digits(out / 'digits')} digits, 8 x 8 pixels, in {digits}")
 
@@ -91,7 +91,7 @@ def _demo(console: Console, out: Path) -> None:
     growkit("evaluate", *data, "--against", str(run.trained), "--workers", "0", *here)
     growkit("verify", *data, "--latency-seconds", "2", "--workers", "0", *here)
     console.say("")
-    console.say("The same bigger model from nothing, for the same compute:")
+    console.say("The same bigger model from scratch, for the same compute:")
     steps = str(equal_compute(run))
     beside = ("--run", str(baseline.path))
     growkit("train", "deit_tiny", *INPUT, *LARGE, *data, "--steps", steps, "--lr", "2e-3", *AUGMENTATION, *beside)

@@ -27,7 +27,7 @@ from growkit_cli.typed import command_line
 @with_settings(
     FitSettings,
     name="recipe",
-    panel="Training: what a trial may spend, from nothing on its share of the data",
+    panel="Training: what a trial may spend, from scratch on its share of the data",
     skip=("lr", "eval_every", "tensorboard", "shard"),
 )
 def sweep(

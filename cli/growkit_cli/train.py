@@ -1,4 +1,4 @@
-"""growkit train: a model from nothing, as a source for experiments or as the baseline."""
+"""growkit train: a model from scratch, as a source for experiments or as the baseline."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ def train(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model from nothing: a source for experiments, or the baseline to compare with.
+    """Train a model from scratch: a source for experiments, or the baseline to compare with.
 
     Example: growkit train deit_tiny --set img_size=32 --set patch_size=4 --data images/
     """

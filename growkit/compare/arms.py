@@ -1,4 +1,4 @@
-"""Arms of a comparison: training from nothing, growth methods with their options, and controls."""
+"""Arms of a comparison: training from scratch, growth methods with their options, and controls."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from growkit.errors import GrowkitError
 from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 
-SCRATCH, LONGER = "from nothing", "source trained longer"
+SCRATCH, LONGER = "from scratch", "source trained longer"
 OPTIONS = {f.name: f.type for f in fields(GrowSettings) if f.name not in ("method", "seed")}
 
 
@@ -19,7 +19,7 @@ class Arm:
     """One way to a trained model.
 
     name             what tables call it
-    grow             how the target is grown; None for training from nothing and for the source trained longer
+    grow             how the target is grown; None for training from scratch and for the source trained longer
     operator_steps   updates of operator training, where the method has something to train; None for the default
     operator_lr      its learning rate; None for the best of the grid
     fresh_source     grow a source with random weights instead
@@ -40,7 +40,7 @@ class Arm:
 
 
 def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], bool]) -> list[Arm]:
-    """Every arm of a comparison, training from nothing first.
+    """Every arm of a comparison, training from scratch first.
 
     `learned` tells whether a method has something to train, for the control without that training.
 

@@ -72,7 +72,7 @@ class Bench:
 
     data       training images, and the held-out ones that are chosen by, as validation images
     test       the images scored once, as validation images
-    recipe     how the full budget is spent from nothing
+    recipe     how the full budget is spent from scratch
     operator   how operators are trained
     tell       what is told how many images are scored
     """
@@ -188,7 +188,7 @@ class Bench:
 
     @property
     def full(self) -> Length:
-        """How long the full budget is, from nothing."""
+        """How long the full budget is, from scratch."""
         return length_of(self.data, self.recipe)
 
     def operator_steps(self, arm: Arm) -> int:

@@ -254,7 +254,7 @@ def compare_methods(
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.
 
-    `recipe` says what the full budget is: the target trained from nothing for its epochs or steps.
+    `recipe` says what the full budget is: the target trained from scratch for its epochs or steps.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from growkit.compare.arms import Arm
+from growkit.compare.arms import SCRATCH, Arm
 from growkit.compare.metric import cost_of, curve_of
 from growkit.compare.savings import Estimate, Saving, estimate, saving
 from growkit.compare.settings import numbers
@@ -22,7 +22,7 @@ class BudgetFigures:
     lr: float | None
     top1: Estimate | None
     loss: Estimate | None
-    ahead: Estimate | None  # top-1 minus that of training from nothing at the same budget and seed
+    ahead: Estimate | None  # top-1 minus that of training from scratch at the same budget and seed
     flops: float | None
 
 
@@ -61,15 +61,15 @@ def arm_figures(
 
     Args:
         runs: every run of the comparison.
-        arms: every arm, the first of which is training from nothing.
+        arms: every arm, training from scratch among them.
         seeds: every seed; one whose run failed counts as never having reached the target.
         budgets: shares of the full budget, the largest of which savings are measured along.
-        metric: top1 or loss, on held-out images, whose final value from nothing is the target.
+        metric: top1 or loss, on held-out images, whose final value from scratch is the target.
         source_flops: what training the source took; None where nobody knows.
     """
     chosen = [run for run in runs if run.get("test") is not None]
-    nothing, full = arms[0].name, max(budgets)
-    targets = {run["seed"]: run for run in chosen if run["arm"] == nothing and run["budget"] == full}
+    full = max(budgets)
+    targets = {run["seed"]: run for run in chosen if run["arm"] == SCRATCH and run["budget"] == full}
 
     def figures(arm: Arm) -> ArmFigures:
         name = arm.name
@@ -91,7 +91,7 @@ def arm_figures(
             after_operator=estimate([r["started_from"]["top1"] for r in whole if r["operator_flops"]]),
             operator_lr=next((run["operator_lr"] for run in whole), None),
             operator_flops=max((run["operator_flops"] for run in whole), default=0),
-            budgets=tuple(_budget(own, chosen, nothing, budget, len(seeds)) for budget in budgets),
+            budgets=tuple(_budget(own, chosen, budget, len(seeds)) for budget in budgets),
             flops_to_target=costs,
             saving=saving(costs, spent, scratch),
             saving_including_source=None if own_source is None else saving(costs, spent, scratch, source=own_source),
@@ -119,9 +119,9 @@ def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
     )
 
 
-def _budget(own: Sequence[Run], chosen: Sequence[Run], nothing: str, budget: float, seeds: int) -> BudgetFigures:
+def _budget(own: Sequence[Run], chosen: Sequence[Run], budget: float, seeds: int) -> BudgetFigures:
     mine = [run for run in own if run["budget"] == budget]
-    base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == nothing and r["budget"] == budget}
+    base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == SCRATCH and r["budget"] == budget}
     ahead = [run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base]
     top1, loss, ahead_by = (
         found if found is None or len(mine) == seeds else replace(found, low=None, high=None)

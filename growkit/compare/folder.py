@@ -21,7 +21,7 @@ from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.score import amp_dtype
 
 BEGUN = "begun.json"
-SCHEMA = 2  # of every file a comparison writes
+SCHEMA = 3  # of every file a comparison writes
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:

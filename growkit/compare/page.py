@@ -142,10 +142,10 @@ def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
             series=curves,
             x_label="TFLOP of training, operator included",
             y_label=unit,
-            reference=("from nothing, at its end", scale * ends[0]) if ends else None,
+            reference=("from scratch, at its end", scale * ends[0]) if ends else None,
         ),
         "final": Bars(title="Test top-1 at the full budget, %", bars=final, label="top-1, %"),
-        "saving": Bars(title="Compute saved to reach what training from nothing ends with, %", bars=saved, label="%"),
+        "saving": Bars(title="Compute saved to reach what training from scratch ends with, %", bars=saved, label="%"),
     }
 
 
@@ -164,7 +164,7 @@ def _censored(found: Saving | None) -> str:
 
 def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> Report:
     """The page of a comparison; `content` is its results.json."""
-    settings, nothing = content["settings"], arms[0]
+    settings, scratch = content["settings"], arms[0]
     metric = settings["metric"]
     drawn = plots(arms, metric)
     seeds = settings["seeds"]
@@ -172,7 +172,7 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
     summary = [
         f"{content['source']['name']} ({_size(content['source'])}) grown into {_size(content['target'])}, "
         f"{counted(seeds, 'paired seed')}.",
-        f"From nothing the target ends at {points(nothing.budgets[-1].top1)} % on the test images, after "
+        f"From scratch the target ends at {points(scratch.budgets[-1].top1)} % on the test images, after "
         f"{cell(content['full_flops'] / 1e12)} TFLOP ({cell(content['full_flops'] / 2e12)} T multiply-adds).",
         "Training the source took "
         + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
@@ -182,13 +182,13 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         "the same FLOPs, operator training included; its learning rate is the best of the same grid on held-out "
         "images, found on the first seed. Held-out and test images are two parts of the validation images, which "
         "neither the source nor any arm was trained on; test images are scored once, by the runs so chosen.\n"
-        "Saving is 1 - C / C(from nothing), with C the FLOPs to reach the held-out score that training from nothing "
+        "Saving is 1 - C / C(from scratch), with C the FLOPs to reach the held-out score that training from scratch "
         "ends with, along the full budget; 'source counted' adds the source's own training to C. ≤ marks an upper "
         "bound: some seed never got there, or failed.\n"
         "± is half a 95 % interval over paired seeds (Student's t)."
         + ("" if seeds > 1 else " One seed has none: a hint, not a result.")
         + (
-            " A source that is as good as the end of training from nothing saves everything by construction: then only "
+            " A source that is as good as the end of training from scratch saves everything by construction: then only "
             "scores at equal budget tell methods apart."
         )
     )

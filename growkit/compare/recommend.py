@@ -21,12 +21,12 @@ from growkit.train.settings import FitSettings
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found: trials best first, what training from nothing gave, and what to do."""
+    """What a sweep found: trials best first, what training from scratch gave, and what to do."""
 
     folder: Path
     tried: tuple[Tried, ...]
     best: Tried
-    saving: float | None  # of the best over training from nothing, on the pilot; None where it never got there
+    saving: float | None  # of the best over training from scratch, on the pilot; None where it never got there
     reasons: tuple[str, ...]
     commands: tuple[str, ...]
     content: dict[str, Any]
@@ -45,7 +45,7 @@ def conclude(
     bench: Bench,
     settings: SweepSettings,
     tried: Sequence[Tried],
-    nothing: Mapping[str, Any],
+    scratch: Mapping[str, Any],
     *,
     budget: float,
     left_out: Sequence[str],
@@ -56,7 +56,7 @@ def conclude(
     """Recommend one of the trials, and write results.json and report.html.
 
     Args:
-        nothing: what training from nothing gave.
+        scratch: what training from scratch gave.
         budget: FLOPs of a trial.
         left_out: lines on what was not tried.
         what: source and target as the recommended commands name them; they read `data`.
@@ -66,19 +66,19 @@ def conclude(
         GrowkitError: no trial finished.
     """
     folder, metric = bench.folder, settings.metric
-    choice = _choose(tried, metric, count=nothing["final"]["count"])
-    target = float(nothing["final"][metric])
-    alone = cost_of(nothing, target, metric)
+    choice = _choose(tried, metric, count=scratch["final"]["count"])
+    target = float(scratch["final"][metric])
+    alone = cost_of(scratch, target, metric)
     assert alone is not None  # its own end is always reached
     best = choice.best
     saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
-    reasons = _reasons(choice, tried, nothing, metric, saving)
+    reasons = _reasons(choice, tried, scratch, metric, saving)
     where = [] if folder.parent == Path("run") else ["--run", str(folder.parent)]
     commands = _commands(best, bench, settings, budget, what, data, where)
     order = tuple(sorted(tried, key=lambda one: (one.state != "finished", -_goodness(one, metric))))
     content = {
         **described(bench, settings, command),
-        "from_nothing": nothing,
+        "from_scratch": scratch,
         "trials": [asdict(one) for one in order],
         "recommended": asdict(best),
         "saving_on_pilot": saving,
@@ -110,12 +110,12 @@ def _choose(tried: Sequence[Tried], metric: str, *, count: int) -> _Choice:
 
 
 def _reasons(
-    choice: _Choice, tried: Sequence[Tried], nothing: Mapping[str, Any], metric: str, saving: float | None
+    choice: _Choice, tried: Sequence[Tried], scratch: Mapping[str, Any], metric: str, saving: float | None
 ) -> list[str]:
     """Why the best is recommended, and how far that can be trusted."""
-    best, count, target = choice.best, nothing["final"]["count"], nothing["final"][metric]
+    best, count, target = choice.best, scratch["final"]["count"], scratch["final"][metric]
     lines = [
-        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from nothing for the same FLOPs",
+        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from scratch for the same FLOPs",
     ]
     if len(tried) > 1:
         lines.append(
@@ -138,10 +138,10 @@ def _reasons(
     if best.step0 is not None and _goodness(best, metric) < sign_of(metric) * best.step0:
         lines.append(f"it ends below its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
     if saving is None:
-        lines.append("on the pilot it never reached what training from nothing ends with: do not expect a saving")
+        lines.append("on the pilot it never reached what training from scratch ends with: do not expect a saving")
     elif saving == 1:
         lines.append(
-            "it starts where training from nothing ends the pilot, so the pilot's saving is total by construction; "
+            "it starts where training from scratch ends the pilot, so the pilot's saving is total by construction; "
             "longer pilots (--epochs, --share) tell more"
         )
     elif saving <= 0:

@@ -1,6 +1,6 @@
 """What growth saved, from curves of score over FLOPs: pure arithmetic on numbers that were measured elsewhere.
 
-saving = 1 - C / C_scratch, where C is the compute to reach the score that training from nothing ends with, operator
+saving = 1 - C / C_scratch, where C is the compute to reach the score that training from scratch ends with, operator
 training included. A run that never gets there is censored: its true cost is more than what it spent, so its saving is
 at most what spending all that gives, and it counts as that.
 """
@@ -24,7 +24,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Saving:
-    """A share of training from nothing's compute; where `reached` < `seeds`, the mean is an upper bound."""
+    """A share of training from scratch's compute; where `reached` < `seeds`, the mean is an upper bound."""
 
     mean: float
     low: float | None
@@ -77,7 +77,7 @@ def saving(
     Args:
         costs: FLOPs to the target of each seed, None where it was never reached.
         spent: FLOPs that each seed's run took in all.
-        scratch: FLOPs that training from nothing took to the same target.
+        scratch: FLOPs that training from scratch took to the same target.
         source: FLOPs of training the source, where they are to count.
     """
     values = [

@@ -15,7 +15,7 @@ CONTROLS = ("random-pad", "untrained-source", "untrained-operator", "source-long
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """How methods are compared. The full budget is what training the target from nothing costs, in FLOPs."""
+    """How methods are compared. The full budget is what training the target from scratch costs, in FLOPs."""
 
     methods: str = "mango,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net"
     """Methods, with options of their own after colons, as in mango,mango:rank=4:steps=200,bert2bert:variant=aki."""
@@ -124,7 +124,7 @@ class SweepSettings:
     """Learning rates of operator training to try."""
 
     lrs: str = "3e-4,1e-3,3e-3"
-    """Learning rates of fine-tuning to try; training from nothing also gets twice the highest."""
+    """Learning rates of fine-tuning to try; training from scratch also gets twice the highest."""
 
     metric: str = "top1"
     """What trials are judged by: top1 or loss on held-out images."""

@@ -30,7 +30,7 @@ from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, each
 from growkit.train.watch import StepRecord
 
-NOTHING = "from-nothing"  # a folder for each rate
+FROM_SCRATCH = "from-scratch"  # a folder for each rate
 STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
 HALVE = 2  # successive halving lets the better one of so many trials go on
 REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
@@ -48,7 +48,7 @@ def sweep_settings(
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
-    Every trial spends what training the target from nothing on that share costs for the recipe's epochs; so an
+    Every trial spends what training the target from scratch on that share costs for the recipe's epochs; so an
     expensive operator pays with fewer updates of fine-tuning.
 
     Raises:
@@ -61,8 +61,8 @@ def sweep_settings(
     bench = bench_of(job, job.run.sweep, source, to, data, recipe, split=settings, sets=sets)
     pilot = Pilot(job, bench, settings)
     pilot.prepare()
-    nothing = pilot.from_nothing()
-    tried = [tried_of(trial) for trial in pilot.run(nothing)]
+    scratch = pilot.from_scratch()
+    tried = [tried_of(trial) for trial in pilot.run(scratch)]
     for line in bench.data.remarks(bench.folder / "results.json"):
         job.say(line)
     what = [source.path, "--to", to, *source.loading.words, *(word for item in sets for word in ("--set", item))]
@@ -70,7 +70,7 @@ def sweep_settings(
         bench,
         settings,
         tried,
-        nothing,
+        scratch,
         budget=pilot.budget,
         left_out=pilot.left_out,
         what=what,
@@ -126,8 +126,8 @@ class Pilot:
             )
             self.job.say(self.left_out[0])
 
-    def from_nothing(self) -> dict[str, Any]:
-        """The target from nothing on the same share, at the best of its rates; what is there is not run again.
+    def from_scratch(self) -> dict[str, Any]:
+        """The target from scratch on the same share, at the best of its rates; what is there is not run again.
 
         Raises:
             GrowkitError: it failed at every rate.
@@ -138,17 +138,17 @@ class Pilot:
         made = [self._at_rate(lr) for lr in (*rates, 2 * rates[-1])]
         finished = [found for found in made if "failed" not in found]
         if not finished:
-            raise GrowkitError(f"from nothing: failed at every rate, the first for this reason: {made[0]['failed']}")
+            raise GrowkitError(f"from scratch: failed at every rate, the first for this reason: {made[0]['failed']}")
         best = max(finished, key=lambda found: self.sign * self.score(found))
         self.job.say(
-            f"from nothing: held-out {self.settings.metric} {self.score(best):.4f} after "
+            f"from scratch: held-out {self.settings.metric} {self.score(best):.4f} after "
             f"{best['flops'] / 1e12:.3g} TFLOP, at lr {best['lr']:g}, the best of {len(made)}"
         )
         return best
 
     def _at_rate(self, lr: float) -> dict[str, Any]:
-        """The result of training from nothing at a rate, or why it failed."""
-        folder = self.bench.folder / NOTHING / f"lr{lr:g}"
+        """The result of training from scratch at a rate, or why it failed."""
+        folder = self.bench.folder / FROM_SCRATCH / f"lr{lr:g}"
         path = folder / "result.json"
         if path.exists() and "failed" not in (kept := read_own(path)):
             return kept
@@ -163,16 +163,16 @@ class Pilot:
                     lr=lr,
                     evals=self.settings.evals,
                     folder=folder,
-                    progress=self.job.follow(f"from nothing, lr {lr:g}", 0, self.total),
+                    progress=self.job.follow(f"from scratch, lr {lr:g}", 0, self.total),
                 )
         except RunFailedError as reason:
             found = {"failed": str(reason)}
-            self.job.say(f"from nothing, lr {lr:g}: failed ({found['failed']})")
+            self.job.say(f"from scratch, lr {lr:g}: failed ({found['failed']})")
         result = {"schema": SCHEMA, "growkit": __version__, "lr": lr, **found}
         write_json(path, result)
         return result
 
-    def run(self, nothing: dict[str, Any]) -> list[FrozenTrial]:
+    def run(self, scratch: dict[str, Any]) -> list[FrozenTrial]:
         """Make every trial that is missing; all of them.
 
         Raises:
@@ -191,7 +191,7 @@ class Pilot:
             progress = self.job.follow(f"trial {len(ended) + 1}", len(ended), self.total)
             try:
                 with failing():
-                    score = self._score_of(trial, arm, options["lr"], nothing, progress)
+                    score = self._score_of(trial, arm, options["lr"], scratch, progress)
             except optuna.TrialPruned:
                 frozen = study.tell(trial, state=TrialState.PRUNED)
             except RunFailedError as reason:
@@ -234,7 +234,7 @@ class Pilot:
         trial = study.ask()
         return study, trial, self.space.draw(trial)
 
-    def _score_of(self, trial: Trial, arm: Arm, lr: float, nothing: dict[str, Any], progress: Done) -> float:
+    def _score_of(self, trial: Trial, arm: Arm, lr: float, scratch: dict[str, Any], progress: Done) -> float:
         """Train a trial; its final score.
 
         Raises:
@@ -255,7 +255,7 @@ class Pilot:
             score = getattr(record.scores, settings.metric)
             trial.report(score, place)
             trial.set_user_attr("score", score)
-            trial.set_user_attr("flops", start.flops + record.step * nothing["flops_per_step"])
+            trial.set_user_attr("flops", start.flops + record.step * scratch["flops_per_step"])
             if record.step < record.total and trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -269,7 +269,7 @@ class Pilot:
             progress=progress,
             watch=judge,
         )
-        trial.set_user_attr("cost", cost_of(result, self.score(nothing), settings.metric))
+        trial.set_user_attr("cost", cost_of(result, self.score(scratch), settings.metric))
         return self.score(result)
 
     def score(self, result: dict[str, Any]) -> float:

@@ -20,7 +20,7 @@ class Tried:
     step0: float | None
     operator_flops: float
     flops: float  # spent in all, up to where it ended or was stopped
-    flops_to_scratch: float | None  # to what training from nothing ends the pilot with; None where never
+    flops_to_scratch: float | None  # to what training from scratch ends the pilot with; None where never
 
 
 def tried_of(trial: FrozenTrial) -> Tried:

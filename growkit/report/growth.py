@@ -53,11 +53,11 @@ def _ancestors(line: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _trained(facts: Facts) -> Section:
-    """A run that trained a model from nothing and grew none."""
+    """A run that trained a model from scratch and grew none."""
     fit = mapping(facts.trained.get("fit"))
     name = mapping(facts.trained.get("source")).get("architecture", "a model")
     return Section(
-        "Source", _spent(f"{name} was trained from nothing in this run", fit), plots=_curves(fit, "Training")
+        "Source", _spent(f"{name} was trained from scratch in this run", fit), plots=_curves(fit, "Training")
     )
 
 

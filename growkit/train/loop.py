@@ -1,4 +1,4 @@
-"""The training loop, for growth operators, grown models and models from nothing alike."""
+"""The training loop, for growth operators, grown models and models from scratch alike."""
 
 import math
 import time
@@ -147,7 +147,7 @@ class _Run:
         self.stop, self.interrupted = Stop(), False
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Start where `state` was taken, or from nothing; the folder is made ready."""
+        """Start where `state` was taken, or from scratch; the folder is made ready."""
         folder = self.folder
         if folder is not None and state is not None:
             self.training.load(state["training"])

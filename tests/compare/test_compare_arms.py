@@ -15,9 +15,9 @@ def names(**given):
     return [arm.name for arm in parse_arms(CompareSettings(**given), learned=learned)]
 
 
-def test_training_from_nothing_comes_first_and_controls_last():
+def test_training_from_scratch_comes_first_and_controls_last():
     assert names(methods="mango,lemon") == [
-        "from nothing",
+        "from scratch",
         "mango",
         "lemon",
         "random-pad",
@@ -25,7 +25,7 @@ def test_training_from_nothing_comes_first_and_controls_last():
         "mango, source untrained",
         "source trained longer",
     ]
-    assert names(methods="lemon", controls="none") == ["from nothing", "lemon"]
+    assert names(methods="lemon", controls="none") == ["from scratch", "lemon"]
 
 
 def test_options_of_an_arm_reach_its_settings():

@@ -44,7 +44,7 @@ def test_grown_models_reach_the_target_loss_in_fewer_steps_in_four_of_five_seeds
         sets=TARGET,
     )
     runs = compared.content["runs"]
-    scratch = {run["seed"]: run for run in runs if run["arm"] == "from nothing"}
+    scratch = {run["seed"]: run for run in runs if run["arm"] == "from scratch"}
     source_top1 = compared.content["source_score"]["top1"]
     target = find_target(source.architecture, "deit_tiny", TARGET)[0]
     for method in ("mango", "ligo"):
@@ -60,7 +60,7 @@ def test_grown_models_reach_the_target_loss_in_fewer_steps_in_four_of_five_seeds
                 who["arm"]: flops_to([(at, loss) for at, _, loss in who["curve"]], target, higher=False)
                 for who in (run, alone)
             }
-            ahead += steps[name] is not None and steps[name] < steps["from nothing"]
+            ahead += steps[name] is not None and steps[name] < steps["from scratch"]
             if name in ("mango", "lemon"):  # which claim to lose nothing
                 assert run["step0"]["top1"] == pytest.approx(source_top1)
         assert ahead >= 4, name

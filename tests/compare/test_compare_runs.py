@@ -53,7 +53,7 @@ def whole(source, digits, tmp_path_factory):
 def test_every_arm_has_figures_for_every_budget_and_seed(whole):
     _, compared = whole
     names = [arm.name for arm in compared.arms]
-    assert names[:3] == ["from nothing", "mango", "lemon"]
+    assert names[:3] == ["from scratch", "mango", "lemon"]
     assert len(names) == 7
     for arm in compared.arms:
         assert [found.budget for found in arm.budgets] == [0.5, 1.0]
@@ -69,7 +69,7 @@ def test_lossless_methods_start_at_the_sources_score(whole):
     assert by_name["mango"].step0.mean == pytest.approx(source_top1)
     assert by_name["lemon"].step0.mean == pytest.approx(source_top1)
     assert by_name["mango, source untrained"].step0.mean < source_top1 - 0.1
-    assert by_name["from nothing"].step0 is None
+    assert by_name["from scratch"].step0 is None
 
 
 def test_every_arm_spends_the_same_budget_operator_included(whole):
@@ -86,7 +86,7 @@ def test_every_arm_spends_the_same_budget_operator_included(whole):
 def test_rates_are_chosen_on_the_first_seed_by_held_out_images(whole):
     _, compared = whole
     runs = compared.content["runs"]
-    for arm in ("from nothing", "mango"):
+    for arm in ("from scratch", "mango"):
         for budget in (0.5, 1.0):
             mine = [run for run in runs if (run["arm"], run["budget"]) == (arm, budget)]
             first = {run["lr"]: run for run in mine if run["seed"] == 0}
@@ -107,7 +107,7 @@ def test_curve_begins_at_step_0_and_ends_at_the_final_score(whole):
 def test_report_has_all_that_makes_the_result(whole):
     folder, _ = whole
     page = (folder / "compare" / "report.html").read_text()
-    for word in ("mango", "from nothing", "growkit compare ...", "smoothing", "torch", "cores", "source untrained"):
+    for word in ("mango", "from scratch", "growkit compare ...", "smoothing", "torch", "cores", "source untrained"):
         assert word in page
     for plot in ("curves", "final", "saving"):
         for kind in ("svg", "png"):
@@ -150,7 +150,7 @@ def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, sourc
     more = run_compare(folder, source, digits, settings, resume=True)
     assert set(trained) == {"bert2bert"}
     assert counts == [(48, 48)]  # what is there already counts, too
-    assert [arm.name for arm in more.arms[:4]] == ["from nothing", "mango", "lemon", "bert2bert"]
+    assert [arm.name for arm in more.arms[:4]] == ["from scratch", "mango", "lemon", "bert2bert"]
     assert more.arms[1] == compared.arms[1]
 
 
@@ -168,7 +168,7 @@ def test_test_images_are_scored_once_for_each_chosen_run_alone(source, digits, t
     assert len(scored) == 2  # of six runs, two are chosen
     assert {arm.budgets[-1].lr for arm in compared.arms} == {4e-3}
     page = (tmp_path / "compare" / "report.html").read_text()
-    assert "Best at the edge of the grid of rates, so that a wider one may serve better: from nothing, lemon." in page
+    assert "Best at the edge of the grid of rates, so that a wider one may serve better: from scratch, lemon." in page
 
 
 def test_source_is_scored_once_whoever_asks(source, digits, tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_seed_that_failed_counts_as_one_that_never_got_there(source, digits, tmp
     assert "(2 of 3)" in next(line for line in text.splitlines() if line.startswith("| lemon"))
 
 
-def test_arms_that_end_below_their_start_are_named_and_training_from_nothing_has_none(
+def test_arms_that_end_below_their_start_are_named_and_training_from_scratch_has_none(
     source, digits, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("growkit.compare.compare._ends_below_start", lambda arm, metric: True)
@@ -349,8 +349,8 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
     monkeypatch.setattr(loop, "train_batches", watching)
     monkeypatch.setattr(Bench, "train", training)
     run_compare(tmp_path, source, digits, options(methods="lemon,bert2bert", seeds=2))
-    assert seen["from nothing", 0] == seen["lemon", 0] == seen["bert2bert", 0]
-    assert seen["from nothing", 1] == seen["lemon", 1] != seen["lemon", 0]
+    assert seen["from scratch", 0] == seen["lemon", 0] == seen["bert2bert", 0]
+    assert seen["from scratch", 1] == seen["lemon", 1] != seen["lemon", 0]
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_what_is_left_out_of_the_figures_is_told(source, digits, tmp_path):
     run_compare(tmp_path, source, digits, options(methods="lemon,net2net", seeds=2, budgets="0.5,1"))
     lines = []
     less = run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
-    assert [arm.name for arm in less.arms] == ["from nothing", "lemon"]
+    assert [arm.name for arm in less.arms] == ["from scratch", "lemon"]
     told = [line for line in lines if line.startswith("not in these figures")]
     assert [line.split(": ")[1].split(";")[0] for line in told] == ["net2net", "budget 0.5", "seed 1"]
 

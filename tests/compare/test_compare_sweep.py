@@ -76,8 +76,8 @@ def test_every_combination_is_tried_where_there_are_few(swept):
 
 def test_trials_cost_the_same_and_the_operator_is_in_it(swept):
     _, found = swept
-    full = found.content["from_nothing"]["flops"]
-    step = found.content["from_nothing"]["flops_per_step"]
+    full = found.content["from_scratch"]["flops"]
+    step = found.content["from_scratch"]["flops_per_step"]
     for one in found.tried:
         if one.state == "finished":
             assert one.flops == pytest.approx(full, abs=step)
@@ -88,7 +88,7 @@ def test_recommended_is_the_cheapest_of_those_as_good_as_the_best(swept):
     _, found = swept
     finished = [one for one in found.tried if one.state == "finished"]
     top = max(one.score for one in finished)
-    count = found.content["from_nothing"]["final"]["count"]
+    count = found.content["from_scratch"]["final"]["count"]
     error = (top * (1 - top) / count) ** 0.5
     equal = [one for one in finished if one.score >= top - error]
     assert found.best in equal
@@ -260,7 +260,7 @@ def test_trials_are_distinct_and_as_many_as_asked_for(drawn):
     assert sorted(one.number for one in drawn.tried) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("stopped_at", [1, 3, 5, 7])  # two of them are from nothing, and some train an operator
+@pytest.mark.parametrize("stopped_at", [1, 3, 5, 7])  # two of them are from scratch, and some train an operator
 def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_path, monkeypatch, stopped_at):
     fit, calls = bench_module.fit, []
 
@@ -279,10 +279,10 @@ def test_stopped_sweep_ends_as_if_it_had_not_been(drawn, source, digits, tmp_pat
     assert len(found.tried) == len(drawn.tried)
 
 
-def test_training_from_nothing_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
+def test_training_from_scratch_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
     def stopping(title, finished, total):
         def progress(done, total, note=""):
-            if title == "from nothing, lr 0.004" and done == 10:
+            if title == "from scratch, lr 0.004" and done == 10:
                 signal.raise_signal(signal.SIGINT)
 
         return progress
@@ -300,10 +300,10 @@ def test_training_from_nothing_goes_on_where_it_was_stopped(swept, source, digit
     assert calls[0] == ("lr0.004", True)
     assert ("lr0.002", False) not in calls
     for name in ("lr", "final", "curve", "training_losses", "flops"):
-        assert found.content["from_nothing"][name] == swept[1].content["from_nothing"][name]
+        assert found.content["from_scratch"][name] == swept[1].content["from_scratch"][name]
 
 
-def test_rate_that_fails_from_nothing_is_left_out(source, digits, tmp_path, monkeypatch):
+def test_rate_that_fails_from_scratch_is_left_out(source, digits, tmp_path, monkeypatch):
     train, failing, lines = Bench.train, [4e-3], []
 
     def training(self, start, arm, *, lr, **given):
@@ -313,10 +313,10 @@ def test_rate_that_fails_from_nothing_is_left_out(source, digits, tmp_path, monk
 
     monkeypatch.setattr(Bench, "train", training)
     found = run_sweep(tmp_path / "one", source, digits, operator_steps="0", say=lines.append)
-    assert found.content["from_nothing"]["lr"] == 2e-3
-    assert "from nothing, lr 0.004: failed (the loss is nan at 0.004)" in lines
+    assert found.content["from_scratch"]["lr"] == 2e-3
+    assert "from scratch, lr 0.004: failed (the loss is nan at 0.004)" in lines
     failing.append(2e-3)
-    with pytest.raises(GrowkitError, match=r"from nothing: failed at every rate.*nan at 0\.002"):
+    with pytest.raises(GrowkitError, match=r"from scratch: failed at every rate.*nan at 0\.002"):
         run_sweep(tmp_path / "all", source, digits)
 
 
@@ -324,12 +324,12 @@ def test_rate_that_fails_from_nothing_is_left_out(source, digits, tmp_path, monk
     ("reached", "saving", "says"),
     [
         (40, 0.2, "with 20% less compute"),
-        (0, 1.0, "starts where training from nothing ends"),
+        (0, 1.0, "starts where training from scratch ends"),
         (60, -0.2, "no sooner: do not expect a saving"),
-        (None, None, "it never reached what training from nothing ends with"),
+        (None, None, "it never reached what training from scratch ends with"),
     ],
 )
-def test_saving_is_over_what_training_from_nothing_took_to_its_own_score(
+def test_saving_is_over_what_training_from_scratch_took_to_its_own_score(
     source, digits, tmp_path, monkeypatch, reached, saving, says
 ):
     alone = [(25, 0.3, 1.0), (50, 0.6, 1.0), (75, 0.5, 1.0), (100, 0.6, 1.0)]  # there halfway, and again at the end
@@ -447,11 +447,11 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
 
     monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
     found = run_sweep(tmp_path, source, digits, operator_steps="3")
-    nothing = found.content["from_nothing"]
+    scratch = found.content["from_scratch"]
     finished, stopped = found.tried
     assert (finished.number, finished.state, stopped.number, stopped.state) == (1, "finished", 2, "stopped early")
-    assert stopped.operator_flops < stopped.flops < 0.8 * nothing["flops"]
-    assert (stopped.flops - stopped.operator_flops) % nothing["flops_per_step"] == 0
+    assert stopped.operator_flops < stopped.flops < 0.8 * scratch["flops"]
+    assert (stopped.flops - stopped.operator_flops) % scratch["flops_per_step"] == 0
     assert stopped.score is not None
     assert trials_table(found.tried)[1][-1][-2:] == ("–", "stopped early")
 
