@@ -227,14 +227,6 @@ class Evidence:
     pictures: Path | None = None  # a folder with some
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What was checked; `report` is what the JSON file in RUN/verify holds."""
-
-    verification: Verification
-    report: dict[str, Any]
-
-
 def verify_run(
     run: RunFolder,
     settings: VerifySettings,
@@ -248,12 +240,12 @@ def verify_run(
     say: Say = lambda line: None,
     progress: Done = unheard,
     show: Callable[[Verification], None] = lambda verification: None,
-) -> Verified:
+) -> Verification:
     """Hold an ONNX `file` against the model it came from, or one of the two alone against a reference.
 
-    Writes report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers differ. What
-    passes becomes the reference, where that is to be updated. `model` and `loading` are what `load_source` takes;
-    `show` is given what was checked before any of it is written.
+    Writes its report as report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers
+    differ. What passes becomes the reference, where that is to be updated. `model` and `loading` are what `load_source`
+    takes; `show` is given what was checked before any of it is written.
 
     Raises:
         GrowkitError: nothing to hold against, a model that cannot be loaded, a missing file, a provider that does not
@@ -315,7 +307,7 @@ def verify_run(
         with whole_file(junit) as partial:
             partial.write_text(text, encoding="utf-8")
     _record(run, verified, report, settings, evidence, source)
-    return Verified(verified, report)
+    return replace(verified, report=report)
 
 
 def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updating: bool) -> VerifySettings:

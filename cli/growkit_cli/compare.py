@@ -18,20 +18,17 @@ from growkit_cli.options import (
     Sets,
     SourceArgument,
     To,
+    with_loading,
+    with_recipe,
     with_settings,
 )
 from growkit_cli.progress import following, telling
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(CompareSettings)
-@with_settings(
-    FitSettings,
-    name="recipe",
-    panel="Training: what the full budget is, and how every arm spends its own",
-    skip=("lr", "eval_every", "tensorboard", "shard"),
-)
+@with_recipe("Training: what the full budget is, and how every arm spends its own")
 def compare(
     source: SourceArgument,
     to: To,

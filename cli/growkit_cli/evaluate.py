@@ -9,12 +9,12 @@ from growkit.errors import GrowkitError
 from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Device, ModelOrFile, NeededData, Run, with_settings
+from growkit_cli.options import AsJson, Device, ModelOrFile, NeededData, Run, with_loading, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(FitSettings, only=("batch_size", "workers", "precision", "data_dir", "dataset_download", "val_split"))
 def evaluate(
     data: NeededData,

@@ -10,11 +10,11 @@ from growkit.errors import GrowkitError
 from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, Force, Model, Run, with_settings
+from growkit_cli.options import AsJson, Data, Force, Model, Run, with_loading, with_settings
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(ExportSettings)
 @with_settings(TritonSettings, name="serving", prefix="triton_", panel="Model repository, with --triton")
 @with_settings(FitSettings, name="reading", only=("data_dir", "val_split"))

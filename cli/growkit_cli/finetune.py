@@ -13,6 +13,7 @@ from growkit_cli.options import (
     NeededData,
     Resume,
     Run,
+    with_loading,
     with_settings,
 )
 from growkit_cli.processes import on_processes
@@ -20,7 +21,7 @@ from growkit_cli.progress import ended, tell_trained, telling
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(FitSettings, auto={"batch_size": AUTO}, **FINETUNE_DEFAULTS)
 @on_processes
 def finetune(

@@ -15,6 +15,7 @@ from growkit_cli.options import (
     Sets,
     SourceArgument,
     To,
+    with_loading,
     with_settings,
 )
 from growkit_cli.processes import on_processes
@@ -22,7 +23,7 @@ from growkit_cli.progress import ended, telling
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(GrowSettings)
 @with_settings(
     FitSettings,

@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from growkit.settings import Loading
+from growkit.train.settings import FitSettings
+
 
 def _run_folder(text: object) -> Path:
     """A shell's variable that was never set would scatter files where the user stands."""
@@ -27,20 +30,11 @@ Run = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.",
-    ),
-]
-NeededData = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10.",
-    ),
-]
+_IMAGES = typer.Option(
+    "--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10."
+)
+Data = Annotated[str | None, _IMAGES]
+NeededData = Annotated[str, _IMAGES]
 Model = Annotated[
     Path | None,
     typer.Argument(
@@ -135,6 +129,16 @@ def with_settings(
         return wrapper
 
     return decorate
+
+
+def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of how a checkpoint is read, collected into its argument `loading`."""
+    return with_settings(Loading, name="loading", panel="How a checkpoint is read")(command)
+
+
+def with_recipe(panel: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command that trains many models the options of how each is trained, collected into its `recipe`."""
+    return with_settings(FitSettings, name="recipe", panel=panel, skip=("lr", "eval_every", "tensorboard", "shard"))
 
 
 def _flag(name: str) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ import typer
 from growkit.settings import Loading
 from growkit.text import counted
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Sets, SourceArgument, To, with_settings
+from growkit_cli.options import AsJson, Sets, SourceArgument, To, with_loading
 from growkit_cli.progress import telling
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 def plan(
     source: SourceArgument,
     to: To,

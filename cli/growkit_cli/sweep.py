@@ -16,20 +16,17 @@ from growkit_cli.options import (
     Sets,
     SourceArgument,
     To,
+    with_loading,
+    with_recipe,
     with_settings,
 )
 from growkit_cli.progress import following, telling
 from growkit_cli.typed import command_line
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(SweepSettings)
-@with_settings(
-    FitSettings,
-    name="recipe",
-    panel="Training: what a trial may spend, from scratch on its share of the data",
-    skip=("lr", "eval_every", "tensorboard", "shard"),
-)
+@with_recipe("Training: what a trial may spend, from scratch on its share of the data")
 def sweep(
     source: SourceArgument,
     to: To,

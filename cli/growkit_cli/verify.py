@@ -10,7 +10,7 @@ from growkit.errors import GrowkitError
 from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
-from growkit_cli.options import AsJson, Data, ModelOrFile, Run, with_settings
+from growkit_cli.options import AsJson, Data, ModelOrFile, Run, with_loading, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 from growkit_cli.verified import show
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from growkit.record import RunFolder
 
 
-@with_settings(Loading, name="loading", panel="How a checkpoint is read")
+@with_loading
 @with_settings(VerifySettings)
 @with_settings(FitSettings, name="reading", only=("batch_size", "workers", "data_dir", "val_split"))
 def verify(
@@ -104,8 +104,7 @@ def verify(
             else f"{reference} was not written: only what passes becomes a reference"
         )
     console.result(verified.report)
-    verdict = verified.verification.verdict
-    if verdict == "fail" or (strict and verdict == "inconclusive"):
+    if verified.verdict == "fail" or (strict and verified.verdict == "inconclusive"):
         raise typer.Exit(1)
 
 

@@ -93,7 +93,6 @@ def diagnose(
     truth   the model in float64
     spread  standard deviation of its logits, the unit of errors
     """
-    classes = failing.wanted.shape[1]
     few, wanted = failing.images[: failing.batch], failing.wanted[: failing.batch]
     if len(few) < failing.batch:  # one image to a file of a fixed batch
         few, wanted = (np.repeat(a[:1], failing.batch, axis=0) for a in (few, wanted))
@@ -104,8 +103,7 @@ def diagnose(
 
     try:
         opened = [
-            core_session(file, form, prepared, classes, provider=provider, optimise=optimise)
-            for optimise in (True, False)
+            core_session(file, form, prepared, provider=provider, optimise=optimise) for optimise in (True, False)
         ]
         with_it, without = (off(in_batches(session, few, failing.batch)) for session in opened)
 
@@ -116,10 +114,10 @@ def diagnose(
         if optimiser:
             origin = "an optimiser bug: with ONNX Runtime's graph optimisation off the numbers are right"
         else:
-            origin = _second_opinion(file, form, prepared, few, lambda got: right(off(got)), classes)
+            origin = _second_opinion(file, form, prepared, few, lambda got: right(off(got)))
         if form.precision == "bf16":  # what is emulated has no values to look at
             return Diagnosis("", f"{origin}; which layer is not looked for in bfloat16")
-        values = _values(file, form, prepared, few, classes, provider=provider, optimise=optimiser)
+        values = _values(file, form, prepared, few, provider=provider, optimise=optimiser)
         trace = traced(truth, few)
         allowed = [limits.relative_rms] * len(trace.values)
         if form.precision == "fp32":  # small errors grow from layer to layer: noise is what tells where they begin
@@ -147,13 +145,12 @@ def _second_opinion(
     prepared: Preprocessing,
     images: np.ndarray,
     right: Callable[[np.ndarray], bool],
-    classes: int,
 ) -> str:
     """What ONNX's own evaluator, which shares nothing with ONNX Runtime, makes of the same file."""
     from onnx.reference import ReferenceEvaluator
 
     export = "an export bug: the errors stay with ONNX Runtime's graph optimisation off"
-    proto = inner_graph(file, form, prepared, classes, weights=True)
+    proto = inner_graph(file, form, prepared, weights=True)
     if weight_bytes(proto) > EVALUATED:
         return f"{export} (too large for ONNX's reference evaluator)"
     try:
@@ -167,10 +164,10 @@ def _second_opinion(
 
 
 def _values(
-    file: Path, form: Form, prepared: Preprocessing, images: np.ndarray, classes: int, *, provider: str, optimise: bool
+    file: Path, form: Form, prepared: Preprocessing, images: np.ndarray, *, provider: str, optimise: bool
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """All values inside the network, a part at a time."""
-    proto = inner_graph(file, form, prepared, classes)
+    proto = inner_graph(file, form, prepared)
     yield {"input": images}
     names = [name for node in proto.graph.node for name in node.output if name and node.op_type != "Constant"]
     for start in range(0, len(names), AT_ONCE):

@@ -294,7 +294,7 @@ def measure_latency(
 
             def opened(path: Path, kind: Form, images: np.ndarray = images) -> Callable[[], Call]:
                 def fresh() -> Call:
-                    session = core_session(path, kind, prepared, "classes", provider=first.provider)
+                    session = core_session(path, kind, prepared, provider=first.provider)
                     return lambda: session.run(images)
 
                 return fresh

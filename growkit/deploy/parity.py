@@ -130,7 +130,7 @@ def check_parity(
     del proto
     try:
         around = form.pixels or form.output != "logits"
-        core = core_session(file, form, prepared, classes, provider=provider) if around else session
+        core = core_session(file, form, prepared, provider=provider) if around else session
         front = front_session(file, form, prepared, provider=provider) if form.pixels else None
     except GrowkitError:
         raise
@@ -149,7 +149,7 @@ def check_parity(
     checks += numbers
     if form.precision == "fp16" and session.provider == "cpu":
         # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
-        rounded = core_session(file, form, prepared, classes, rounded=True)
+        rounded = core_session(file, form, prepared, rounded=True)
         got = in_batches(rounded, known.images, known.batches[0])
         checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
     if front is not None and prepared.input_size[0] not in CHANNELS:

@@ -29,28 +29,23 @@ def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: A
     return open_session(file, provider=provider, **options)
 
 
-def core_session(
-    file: Path, form: Form, prepared: Preprocessing, classes: int | str, *, rounded: bool = False, **options: Any
-) -> Session:
+def core_session(file: Path, form: Form, prepared: Preprocessing, *, rounded: bool = False, **options: Any) -> Session:
     """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
 
-    classes  how many; a word where that is not known
-    rounded  emulate float16 and bfloat16, every node's result rounded, on the CPU
+    `rounded` emulates float16 and bfloat16, every node's result rounded, on the CPU.
 
     Raises:
         ValueError: the graph has no such values in it.
     """
     if not form.pixels and form.output == "logits" and not rounded:
         return whole_session(file, form, **options)
-    graph = inner_graph(file, form, prepared, classes, weights=rounded or form.precision == "bf16")
+    graph = inner_graph(file, form, prepared, weights=rounded or form.precision == "bf16")
     if rounded:
         return open_session(emulated(graph).SerializeToString(), **{**options, "optimise": False})
     return _session(graph, file.parent, form, **options)
 
 
-def inner_graph(
-    file: Path, form: Form, prepared: Preprocessing, classes: int | str, *, weights: bool = False
-) -> onnx.ModelProto:
+def inner_graph(file: Path, form: Form, prepared: Preprocessing, *, weights: bool = False) -> onnx.ModelProto:
     """The graph from normalised images 'input' to 'logits'; weights beside the file only where asked for.
 
     Raises:
@@ -58,7 +53,7 @@ def inner_graph(
     """
     count = form.batch or "batch"
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [count, *prepared.input_size])
-    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, classes])
+    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, "classes"])
     return between(read_graph(file, weights=weights), given, made)
 
 

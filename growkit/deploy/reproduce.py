@@ -51,7 +51,7 @@ def failing_input_is_wrong(network, file: Path) -> bool:
     spread = logits_of(truth, made).std()
     images = extremes(prepared, FAILING["seed"]).get(FAILING["run"], made[: FAILING["used"]])
     wanted = logits_of(truth, images)
-    session = core_session(file, form, prepared, wanted.shape[1], provider=PROVIDER)
+    session = core_session(file, form, prepared, provider=PROVIDER)
     try:
         got = in_batches(session, images, FAILING["batch"])
     except Exception as error:

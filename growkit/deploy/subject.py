@@ -129,7 +129,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
     bound = bound_of(files)
     with memory_bounded(bound, provider=provider):
         if prepared:
-            session = core_session(file, form, Preprocessing(**prepared), "classes", provider=provider)
+            session = core_session(file, form, Preprocessing(**prepared), provider=provider)
         else:
             session = open_session(file, provider=provider)
 

@@ -107,7 +107,7 @@ def measure_throughput(
     macs = count_macs(model, torch.from_numpy(noise_images(prepared, 1, seed)))
 
     def opening(spinning: bool) -> Session:
-        return core_session(file, form or Form(), prepared, "classes", provider=provider, spinning=spinning)
+        return core_session(file, form or Form(), prepared, provider=provider, spinning=spinning)
 
     opened = opening(spinning=False)
     provider, threads = opened.provider, opened.threads

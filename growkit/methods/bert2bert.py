@@ -52,7 +52,7 @@ class Bert2BERT(Expansion):
             space: self.copied(maps.even_duplicate(*self.sizes(space), generator), generator)
             for space in self.source.widths
         }
-        return {**widths, LAYERS: SpaceMap(layers, layers)}
+        return {**widths, LAYERS: SpaceMap.tied(layers)}
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""

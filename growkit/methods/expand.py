@@ -28,6 +28,11 @@ class SpaceMap(NamedTuple):
     write: Tensor
     read: Tensor
 
+    @classmethod
+    def tied(cls, matrix: Tensor) -> "SpaceMap":
+        """The same matrix for those who write and those who read."""
+        return cls(matrix, matrix)
+
 
 Place = str | tuple[str, str]  # a space, or (slot, space) where one slot differs
 Maps = Mapping[Place, SpaceMap]
@@ -113,10 +118,11 @@ def as_in(weights: Weights, maps: Maps) -> Maps:
     return {name: SpaceMap(m.write.to(like), m.read.to(like)) for name, m in maps.items()}
 
 
-def silent(branches: Tensor) -> dict[Place, SpaceMap]:
-    """Depth maps under which a block writes the residual only where its row of `branches` is not zero."""
-    slots = (f"{slot}.{kind}" for slot in BRANCHES for kind in ("weight", "bias"))
-    return {(slot, LAYERS): SpaceMap(branches, branches) for slot in slots}
+def identity_blocks(layers: Tensor) -> dict[Place, SpaceMap]:
+    """Depth maps of a 0/1 matrix (new, old) under which only the first copy of a layer writes the residual."""
+    first = layers * maps.first_copies(layers)[:, None]
+    writing = ((f"{slot}.{kind}", LAYERS) for slot in BRANCHES for kind in ("weight", "bias"))
+    return {LAYERS: SpaceMap.tied(layers), **dict.fromkeys(writing, SpaceMap.tied(first))}
 
 
 def residual_vectors(source: Architecture) -> dict[Place, str]:

@@ -17,7 +17,7 @@ from growkit.arch.spec import LAYERS, Weights
 from growkit.core import maps
 from growkit.methods.base import averages, normed_inside, whole
 from growkit.methods.carried_mean import carry_mean
-from growkit.methods.expand import Expansion, Maps, SpaceMap, read_maps, residual_vectors, silent, vector_maps
+from growkit.methods.expand import Expansion, Maps, SpaceMap, identity_blocks, read_maps, residual_vectors, vector_maps
 
 
 class Lemon(Expansion):
@@ -39,12 +39,10 @@ class Lemon(Expansion):
         vectors = vector_maps(self.source, old, new)
         copies, residual = vectors["shift"], vectors["embed"]
         noise = self.settings.noise * maps.null_noise((new, old), read_maps(self.source, copies, residual), generator)
-        layers = maps.spread_layers(*self.sizes(LAYERS)[:2])
         hidden = [space for space in self.source.widths if space != "embed"]
         return {
             "embed": SpaceMap(residual, (copies + noise) / (new // old)),
-            **{place: SpaceMap(vectors[name], vectors[name]) for place, name in residual_vectors(self.source).items()},
+            **{place: SpaceMap.tied(vectors[name]) for place, name in residual_vectors(self.source).items()},
             **{space: self.copied(maps.duplicate(*self.sizes(space)), generator) for space in hidden},
-            LAYERS: SpaceMap(layers, layers),
-            **silent(layers * maps.first_copies(layers)[:, None]),
+            **identity_blocks(maps.spread_layers(*self.sizes(LAYERS)[:2])),
         }

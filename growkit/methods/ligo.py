@@ -62,17 +62,17 @@ class LiGO(GrowthMethod):
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""
-        embed = SpaceMap(self.embed, self.embed)
+        embed = SpaceMap.tied(self.embed)
         by_slot: dict[str | tuple[str, str], SpaceMap] = {"embed": embed}
         for slot, space in TIES.items():
             for kind in ("weight", "bias"):
-                by_slot[f"{slot}.{kind}", space] = SpaceMap(self.hidden[slot], self.hidden[slot])
+                by_slot[f"{slot}.{kind}", space] = SpaceMap.tied(self.hidden[slot])
         for follower, owner in FOLLOWERS.items():
             for kind in ("weight", "bias"):
-                by_slot[f"{follower}.{kind}", TIES[owner]] = SpaceMap(self.hidden[owner], self.hidden[owner])
+                by_slot[f"{follower}.{kind}", TIES[owner]] = SpaceMap.tied(self.hidden[owner])
         for space, matrix in self.pool.items():
-            by_slot[space] = SpaceMap(matrix, matrix)
+            by_slot[space] = SpaceMap.tied(matrix)
         for module, rows in self.depth.items():
             for kind in ("weight", "bias", "gamma"):
-                by_slot[f"{module}.{kind}", LAYERS] = SpaceMap(rows, rows)
+                by_slot[f"{module}.{kind}", LAYERS] = SpaceMap.tied(rows)
         return expand(self.source.tensors, weights, by_slot)

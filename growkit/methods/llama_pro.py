@@ -14,7 +14,7 @@ import torch
 from growkit.arch.spec import LAYERS, Architecture
 from growkit.core import maps
 from growkit.methods.base import grows_width
-from growkit.methods.expand import Expansion, Maps, SpaceMap, silent
+from growkit.methods.expand import Expansion, Maps, identity_blocks
 from growkit.settings import GrowSettings
 
 
@@ -36,5 +36,4 @@ class LlamaPro(Expansion):
     def make_maps(self, generator: torch.Generator) -> Maps:
         """Layers, and the same with the new blocks' rows zero for what writes the residual."""
         old, new, _ = self.sizes(LAYERS)
-        layers = maps.inserted_layers(old, new)
-        return {LAYERS: SpaceMap(layers, layers), **silent(layers * maps.first_copies(layers)[:, None])}
+        return identity_blocks(maps.inserted_layers(old, new))

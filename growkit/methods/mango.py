@@ -129,7 +129,7 @@ class Mango(GrowthMethod):
 
     def _maps_by_slot(self) -> dict[str | tuple[str, str], SpaceMap]:
         """Which matrix each axis of each vector takes."""
-        write = {name: SpaceMap(matrix, matrix) for name, matrix in self.maps.items()}
+        write = {name: SpaceMap.tied(matrix) for name, matrix in self.maps.items()}
         by_slot: dict[str | tuple[str, str], SpaceMap] = {
             **{name: SpaceMap(matrix, self.maps.get(f"{name}{READ}", matrix)) for name, matrix in self.maps.items()},
             "embed": SpaceMap(self.maps["embed"], self.maps["head" if "head" in self.maps else "embed"]),

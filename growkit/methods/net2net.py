@@ -16,7 +16,7 @@ from torch import Tensor
 from growkit.arch.spec import LAYERS
 from growkit.core import maps
 from growkit.methods.base import growing, normed_inside
-from growkit.methods.expand import Expansion, Maps, SpaceMap, silent
+from growkit.methods.expand import Expansion, Maps, SpaceMap, identity_blocks
 
 IN_LAYERS = ("attn", "mlp")  # the spaces that each layer has for itself
 
@@ -36,12 +36,10 @@ class Net2Net(Expansion):
             return self.copied(maps.random_duplicate(*self.sizes(space), generator), generator)
 
         old, new, _ = self.sizes(LAYERS)
-        layers = maps.spread_layers(old, new)
         return {
             **{space: draw(space) for space in self.source.widths if space not in IN_LAYERS},
             **{space: _stacked([draw(space) for _ in range(old)]) for space in IN_LAYERS},
-            LAYERS: SpaceMap(layers, layers),
-            **silent(layers * maps.first_copies(layers)[:, None]),
+            **identity_blocks(maps.spread_layers(old, new)),
         }
 
 

@@ -48,4 +48,4 @@ class StackBERT(Expansion):
         """One map, of the layers."""
         old, new, _ = self.sizes(LAYERS)
         layers = LAYER_MAPS[str(self.variant)](old, new)
-        return {LAYERS: SpaceMap(layers, layers)}
+        return {LAYERS: SpaceMap.tied(layers)}
