@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import typer
 from PIL import Image
@@ -107,12 +108,35 @@ def test_steps_for_a_gpu_run_one_by_one_and_a_failing_one_is_told(tmp_path: Path
         assert not_finite(json.loads((tmp_path / "out" / "several.json").read_text(encoding="utf-8"))) == []
 
 
-def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass() -> None:
+@pytest.fixture
+def calculated() -> Any:
+    """examples/benchmarks/memory_table.py as a module."""
     spec = importlib.util.spec_from_file_location("memory_table", FOLDER / "memory_table.py")
     assert spec is not None
     assert spec.loader is not None
-    calculated = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(calculated)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_memory_table_is_printed_and_its_parameters_are_timms(
+    calculated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calculated, "PAIRS", (("vit_tiny_patch16_224", "vit_small_patch16_224", ("depth=13",)),))
+    monkeypatch.setattr("sys.argv", ["memory_table.py", "--batch-size", "2", "--out", str(tmp_path / "table.json")])
+    calculated.main()
+    (row,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["calculated"]
+    assert row["parameters"] == sum(
+        p.numel() for p in timm.create_model("vit_small_patch16_224", depth=13).parameters()
+    )
+    plain, *operators = row["updates"]
+    assert plain["held_bytes"] == 16 * row["parameters"]
+    assert [one["update"] for one in operators] == ["operator, rank 1", "operator, rank 4"]
+    assert plain["flops"] < operators[0]["flops"] < operators[1]["flops"]
+    assert "| vit_small_patch16_224 depth=13 |" in capsys.readouterr().out
+
+
+def test_activations_of_the_memory_table_are_those_of_a_real_forward_pass(calculated: Any) -> None:
     small = find("vit_tiny", {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8})
     model = build(small.name, small.arguments)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -195,7 +195,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "plan of no updates": (("plan", "small", *TO, "--steps", "0"), "--steps 0"),
     "--variant of no method": ((*GROW, "--variant", "aki"), "--variant aki: not a variant of mango"),
     "--stages of none": ((*GROW, "--stages", "depth"), "--stages depth: choose both"),
-    "--cache with colours": (("finetune", "small", *DATA, "--cache", "ram", *QUICK), "set --color-jitter 0"),
+    "--cache with --aa": (("finetune", "small", *DATA, "--cache", "ram", "--aa", "rand-m9", *QUICK), "leave out --aa"),
     "export of more answers than classes": (
         ("export", "small", "--output", "top-8"),
         "--output top-8: the model has 7 classes; choose top-7 or fewer",

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from growkit.arch import build, find, find_target
 from growkit.arch.spec import Architecture
-from growkit.grow import grow
+from growkit.grow import GrownModel, make_method
 from growkit.plan import step_flops
 from growkit.record import versions
 from growkit.settings import GrowSettings
@@ -85,7 +85,8 @@ def calculate(small: str, big: str, sets: tuple[str, ...], options: argparse.Nam
     ]
     state = build(source.name, source.arguments, device="meta").state_dict()
     for rank in RANKS:
-        grown = grow(source, target, state, GrowSettings(rank=rank)).to("meta")
+        method = make_method(source, target, GrowSettings(rank=rank))
+        grown = GrownModel(target, method, source.split(state)).to("meta")
         trained = sum(parameter.numel() for parameter in grown.parameters())
         flops = step_flops(grown, target, options.batch_size)
         contraction = flops - plain

@@ -187,7 +187,7 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
         precision=options.precision,
         seed=options.seed,
         eval_every=0,
-        color_jitter=0,  # which images in a cache cannot have
+        color_jitter=0,
         aa=options.aa,
         reprob=options.reprob,
     )

@@ -11,12 +11,13 @@ from torch.utils.data import Sampler
 
 from growkit.errors import GrowkitError
 from growkit.pictures import UnreadablePictureError
+from growkit.train.augment import augmented
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import part, rank, size
 from growkit.train.erasing import ErasedBatch
 from growkit.train.loading import Augmented, Read, loaded
-from growkit.train.resident import Resident, crop_and_flip
-from growkit.train.seeds import number_of, seeded
+from growkit.train.resident import Resident
+from growkit.train.seeds import seeded
 from growkit.train.settings import AUTO, FitSettings
 
 MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
@@ -70,8 +71,8 @@ def train_batches(
         _refuse_many(len(told), data.train.decoded.shape[0], told)
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
-            generator = torch.Generator().manual_seed(number_of(settings.seed, "crops", number))
-            yield crop_and_flip(images, settings, generator, whole=sampler.whole, part=part(sampler.whole)), labels
+            whole = sampler.whole
+            yield augmented(images, data.train.normalised, settings, number, whole=whole, part=part(whole)), labels
         return
     yield from _on(device, data.normalised, _read_to_train(data, settings, sampler, device))
 

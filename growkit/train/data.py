@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from growkit.errors import GrowkitError, first_line
+from growkit.train.augment import refuse_other_augmentation
 from growkit.train.distributed import by_leader, size
 from growkit.train.erasing import Erasing
 from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.loading import STAND_INS, in_order
 from growkit.train.normalise import Normalisation
-from growkit.train.resident import Decoded, Resident, refuse_other_augmentation
+from growkit.train.resident import Decoded, Resident
 from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Tell, silent

@@ -67,9 +67,13 @@ class Erasing:
 
 def together(images: Sequence[Erased]) -> ErasedBatch:
     """One batch of single images."""
+    return ErasedBatch(default_collate([one.image for one in images]), *boxes_and_noise(images))
+
+
+def boxes_and_noise(images: Sequence[Erased]) -> tuple[Tensor, Tensor]:
+    """What an ErasedBatch of these images writes over them."""
     boxes = [(number, *one.corner, *one.noise.shape[1:]) for number, one in enumerate(images) if one.corner is not None]
-    return ErasedBatch(
-        default_collate([one.image for one in images]),
+    return (
         torch.tensor(boxes, dtype=torch.long).view(-1, 5),
         torch.cat([NOTHING[:0], *(one.noise.flatten() for one in images if one.corner is not None)]),
     )

@@ -1,6 +1,6 @@
 """Images in bytes until they are where they are used: a quarter of what float32 takes on the way there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,18 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in bytes as the network takes them."""
         # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-        full, mean, std = (
-            sent(torch.tensor(v), images.device).view(1, -1, 1, 1) for v in ((255.0,), self.mean, self.std)
-        )
+        full, mean, std = _per_channel(images.device, (255.0,), self.mean, self.std)
         # in place from here on: fresh memory costs a CPU more than the arithmetic
         return images.to(torch.float32, copy=True).div_(full).sub_(mean).div_(std)
+
+    def changed(self, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Normalised images (N, C, H, W) after a `change` of their values between 0 and 1."""
+        mean, std = _per_channel(images.device, self.mean, self.std)
+        return change(images * std + mean).sub_(mean).div_(std)
+
+
+def _per_channel(device: torch.device, *numbers: Sequence[float]) -> list[Tensor]:
+    return [sent(torch.tensor(each), device).view(1, -1, 1, 1) for each in numbers]
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

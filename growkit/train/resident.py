@@ -1,9 +1,4 @@
-"""Images that stay decoded, in RAM or on the device, and are cropped and flipped on the device, a batch at once.
-
-Many short runs over small images are otherwise bound by decoding. Cropping and flipping are timm's in meaning: an area
-between scale_min and 1, an aspect ratio between 3:4 and 4:3, a mirror image with probability hflip. Crops are of the
-image as evaluation sees it, not of a larger original.
-"""
+"""Images that stay decoded, in RAM or on the device: many short runs over small ones are else bound by decoding."""
 
 import math
 import time
@@ -12,17 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
 from torch.utils.data import Dataset
 
 from growkit.errors import GrowkitError
 from growkit.train.free_memory import free_bytes
 from growkit.train.normalise import Normalisation, sent
-from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, rate
 
-RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
-TRIES = 10  # theirs, too, before the whole image is taken
 ROOM = 0.8  # of the free memory that images may take
 
 
@@ -113,63 +104,3 @@ class Resident(Dataset[Any]):
         """The images at the places of each batch."""
         for places in batches:
             yield self.batch(torch.tensor(places), device)
-
-
-def refuse_other_augmentation(settings: FitSettings) -> None:
-    """Raise GrowkitError where the settings ask for more than crops and flips."""
-    for holds, remedy in (
-        (settings.aa is None, "leave out --aa"),
-        (settings.color_jitter == 0, "set --color-jitter 0"),
-        (settings.reprob == 0, "set --reprob 0"),
-    ):
-        if not holds:
-            raise GrowkitError(f"--cache crops and flips only; {remedy}")
-
-
-def crop_and_flip(
-    images: Tensor,
-    settings: FitSettings,
-    generator: torch.Generator,
-    *,
-    whole: int | None = None,
-    part: slice = slice(None),
-) -> Tensor:
-    """Each image (N, C, H, W) cropped, resized back and perhaps mirrored; all draws come from the CPU's generator.
-
-    Draws are made for a batch of `whole` images, of which `images` are `part`.
-    """
-    high, wide = images.shape[2:]
-    count = len(images) if whole is None else whole
-    mirrored = (torch.rand(count, generator=generator) < settings.hflip)[part]
-    if settings.scale_min == 1:
-        return torch.where(sent(mirrored, images.device)[:, None, None, None], images.flip(3), images)
-    crops = _crops(count, (high, wide), settings.scale_min, generator)
-    left, top, width, height = (side[part] for side in crops)
-    x, y = _centres(left, width, wide), _centres(top, height, high)
-    x = torch.where(mirrored[:, None], x.flip(1), x)
-    x, y = (sent(centres, images.device) for centres in (x, y))
-    # not affine_grid: its matrix product may round to TF32
-    x, y = x[:, None, :].expand(-1, high, -1), y[:, :, None].expand(-1, -1, wide)
-    return grid_sample(images, torch.stack([x, y], -1), mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _centres(start: Tensor, length: Tensor, pixels: int) -> Tensor:
-    """Where `pixels` pixels lie along crops (N,) of a side, in grid_sample's -1 to 1: (N, pixels)."""
-    steps = (torch.arange(pixels) + 0.5) / pixels
-    return 2 * (start[:, None] + length[:, None] * steps) - 1
-
-
-def _crops(
-    count: int, shape: tuple[int, ...], scale_min: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Left, top, width and height of `count` crops as shares of the image's sides."""
-    area = torch.empty(TRIES, count).uniform_(scale_min, 1, generator=generator)
-    ratio = torch.empty(TRIES, count).uniform_(*(math.log(r) for r in RATIO), generator=generator).exp()
-    high, wide = shape
-    width, height = (area * ratio * high / wide).sqrt(), (area / ratio * wide / high).sqrt()
-    fits = (width <= 1) & (height <= 1)
-    first = fits.to(torch.int8).argmax(0, keepdim=True)
-    found = fits.any(0)
-    width, height = (torch.where(found, side.gather(0, first)[0], 1.0) for side in (width, height))
-    left, top = torch.rand(2, count, generator=generator)
-    return left * (1 - width), top * (1 - height), width, height

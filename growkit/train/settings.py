@@ -99,8 +99,7 @@ class FitSettings:
     """Seed of every random choice."""
 
     cache: str = "none"
-    """Keep images decoded: none, ram or device (its memory). They are cropped and flipped on the device, and no more:
-    needs --color-jitter 0."""
+    """Keep images decoded: none, ram or device (its memory). Batches are then augmented on the device, without --aa."""
 
     shard: bool = False
     """Spread weights, gradients and moments over the processes of torchrun (FSDP2), for what one GPU cannot hold."""

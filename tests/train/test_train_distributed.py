@@ -34,12 +34,12 @@ from growkit.grow import grow
 from growkit.settings import GrowSettings
 from growkit.train import batches as reading
 from growkit.train import distributed
+from growkit.train.augment import crop_and_flip
 from growkit.train.batches import val_batches
 from growkit.train.data import _timm_dataset, open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import joined
 from growkit.train.loop import FitResult, fit
-from growkit.train.resident import crop_and_flip
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done

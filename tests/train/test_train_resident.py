@@ -16,11 +16,12 @@ from torch.nn.functional import interpolate
 from train_samples import CONFIG, Net
 
 from growkit.errors import GrowkitError
-from growkit.train import resident
+from growkit.train import augment, resident
+from growkit.train.augment import _crops, crop_and_flip
 from growkit.train.batches import _Places, train_batches, val_batches
 from growkit.train.data import Data, hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE, fit
-from growkit.train.resident import Decoded, Resident, _crops, crop_and_flip
+from growkit.train.resident import Decoded, Resident
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done
 from growkit.train.watch import StepRecord
@@ -161,7 +162,7 @@ def test_crops_are_distributed_like_timms() -> None:
 def test_crop_shows_what_lies_in_its_box(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = torch.arange(12.0).view(1, 1, 1, 12) + 100 * torch.arange(8.0).view(1, 1, 8, 1)
     box = (0.5, 0.25, 0.25, 0.5)  # columns 6, 7, 8 and rows 2 to 5
-    monkeypatch.setattr(resident, "_crops", lambda *_: [torch.tensor([part]) for part in box])
+    monkeypatch.setattr(augment, "_crops", lambda *_: [torch.tensor([part]) for part in box])
     shown = crop_and_flip(picture, replace(RESIDENT, hflip=0.0), torch.Generator())
     column = 6 - 0.5 + (torch.arange(12) + 0.5) * 3 / 12
     row = 2 - 0.5 + (torch.arange(8) + 0.5) * 4 / 8
@@ -171,7 +172,7 @@ def test_crop_shows_what_lies_in_its_box(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_crop_at_the_edge_repeats_the_edge_and_adds_no_black(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "_crops", lambda *_: [torch.tensor([part]) for part in (0.0, 0.5, 0.5, 0.5)])
+    monkeypatch.setattr(augment, "_crops", lambda *_: [torch.tensor([part]) for part in (0.0, 0.5, 0.5, 0.5)])
     shown = crop_and_flip(torch.full((1, 1, 8, 8), 200.0), RESIDENT, torch.Generator())
     assert torch.allclose(shown, torch.full_like(shown, 200.0))
 
@@ -301,18 +302,10 @@ def test_ordinary_run_is_not_resumed_as_a_resident_one(opened: Open, tmp_path: P
         fit(Net(), opened(kept), kept, folder=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"color_jitter": 0.4}, "^--cache crops and flips only; set --color-jitter 0$"),
-        ({"reprob": 0.1}, "^--cache crops and flips only; set --reprob 0$"),
-        ({"aa": "rand-m9"}, "^--cache crops and flips only; leave out --aa$"),
-    ],
-)
-def test_augmentation_it_cannot_do_is_refused_by_option(images: Path, changes: dict[str, object], message: str) -> None:
-    open_data(str(images), CONFIG, replace(ORDINARY, **changes))
-    with pytest.raises(GrowkitError, match=message):
-        open_data(str(images), CONFIG, replace(RESIDENT, **changes))
+def test_augmentation_of_single_images_is_refused(images: Path) -> None:
+    open_data(str(images), CONFIG, replace(ORDINARY, aa="rand-m9"))
+    with pytest.raises(GrowkitError, match=r"^--cache .* on the device; leave out --aa, or --cache$"):
+        open_data(str(images), CONFIG, replace(RESIDENT, aa="rand-m9"))
 
 
 def test_images_that_would_not_fit_are_refused_with_their_size(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
