@@ -243,7 +243,7 @@ def _train_operator(
         operator = _sized(grown, opened, operator, device, job.say, folder if goes_on else None)
     elif operator.batch_size == AUTO:  # which only training can look for
         operator = replace(operator, batch_size=FitSettings.batch_size)
-    refuse_unusable(opened, operator, folder if learns and goes_on else None)
+    refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None)
 
     def score(model: nn.Module, what: str) -> Scores:
         return score_model(model, opened, operator, device, progress=job.tell(f"scoring the {what}"))
@@ -328,10 +328,12 @@ def _fit_into(
 ) -> Trained:
     """Train `source` on the data into `folder`."""
     goes_on, say, tell = _goes_on(job, folder, folder / LAST / STATE), job.say, job.tell
+    model_of = {"source": source.sha256, "model": source.architecture.name, **source.architecture.arguments}
+    opened = replace(opened, identity={**opened.identity, **model_of})
     chosen = pick_device(job.device)
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
-    refuse_unusable(opened, settings, folder / LAST if goes_on else None)
+    refuse_unusable(opened, settings, chosen, resumed=folder / LAST if goes_on else None)
     start, scored = None, folder / LAST / START
     if goes_on:
         start = _kept_scores(scored)
@@ -382,11 +384,12 @@ def _fit_into(
     final = {**history, "fit": fit_figures(fitted, settings, start)}
 
     last = plain(model)
+    kept = last if fitted.best_scores or not settings.model_ema or fitted.judged is None else plain(fitted.judged)
 
     def write() -> None:
         _replace(folder / LAST, last, source, final)
         if fitted.best_scores is None:
-            _replace(folder, last, source, final)
+            _replace(folder, kept, source, final)
         else:
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(final["fit"])})
         job.run.add(

@@ -18,7 +18,7 @@ import torch
 from pairs import published_scale, tiny
 from PIL import Image
 from program import growkit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 from growkit import __version__, source
@@ -750,6 +750,40 @@ def test_interrupted_training_exits_130_and_resumes_to_the_same_bits(
     for stage in (folder, f"{folder}/last"):
         whole, broken = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("whole", "broken"))
         assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
+
+
+def test_training_is_not_resumed_with_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    words = stopped("finetune", "small")
+    shutil.copytree("small", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({**weights, "head.bias": weights["head.bias"] + 1}, tmp_path / "other" / "model.safetensors")
+    before = listing(tmp_path / "finetuned")
+    status, _, err = growkit(capsys, "finetune", tmp_path / "other", *words[2:], "--resume")
+    assert (status, "the run was started with another model (its weights differ): give the same" in err) == (2, True)
+    assert listing(tmp_path / "finetuned") == before
+    assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_training_from_scratch_is_not_resumed_with_another_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    sizes = ("embed_dim=32", "depth=1", "num_heads=2", "img_size=16", "patch_size=8")
+    words = stopped("train", "vit_tiny", *(word for size in sizes for word in ("--set", size)))
+    status, _, err = growkit(capsys, *words, "--set", "drop_path_rate=0.5", "--resume")
+    assert (status, "the run was started with drop_path_rate None, not 0.5: give the same" in err) == (2, True)
+    assert growkit(capsys, *words, "--resume")[0] == 0
+
+
+def test_moving_average_is_what_a_run_that_was_stopped_before_its_first_score_writes(
+    tmp_path: Path, stopped: Callable[..., tuple[str, ...]]
+) -> None:
+    stopped("finetune", "small", "--model-ema")
+    state = torch.load(tmp_path / "finetuned" / "last" / "state.pt", weights_only=True)["training"]
+    for folder, part in (("finetuned", "ema"), ("finetuned/last", "model")):
+        written = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(written[name], state[part][name]) for name in written)
 
 
 @pytest.mark.parametrize("at", [2, 5])

@@ -94,7 +94,7 @@ class Bench:
         for settings, tried in ((self.recipe, rates), (self.operator, operator_rates)):
             refuse_tf32(settings, self.device)
             for lr in tried:
-                refuse_unusable(self.data, replace(settings, lr=lr))
+                refuse_unusable(self.data, replace(settings, lr=lr), self.device)
 
     def read_through(self) -> None:
         """Read every validation image once.

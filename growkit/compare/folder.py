@@ -1,6 +1,5 @@
 """What a folder of runs was begun with, so that results of two comparisons, or of two versions, are never mixed."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from growkit.arch.spec import Architecture
 from growkit.compare.bench import UNREADABLE, Bench
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
-from growkit.files import read_json, refuse_existing, write_json
+from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
 from growkit.record import hardware, versions
 from growkit.train.loop import FREE_TO_CHANGE
@@ -91,9 +90,11 @@ def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -
     bench.read_through()
     if goes_on and (folder / UNREADABLE).exists():
         bench.data.unreadable.update(dict.fromkeys(read_json(folder / UNREADABLE)))
-    if folder.exists() and not goes_on:
-        shutil.rmtree(folder)
-    write_json(path, own)
+    if goes_on:
+        write_json(path, own)
+        return
+    with whole_folder(folder) as partial:
+        write_json(partial / BEGUN, own)
 
 
 def _described(architecture: Architecture) -> dict[str, Any]:

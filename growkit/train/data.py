@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from growkit.errors import GrowkitError, first_line
+from growkit.train import posterize
 from growkit.train.augment import refuse_other_augmentation
 from growkit.train.distributed import by_leader, size
 from growkit.train.erasing import Erasing
@@ -101,6 +102,7 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings, 
         files = {"files": _digest(train.reader.samples, train.reader.root)}
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
     normalised = Normalisation(config["mean"], config["std"])
+    posterize.use_in_policies()
     try:
         augment = create_transform(
             **preprocessing,

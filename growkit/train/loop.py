@@ -19,7 +19,7 @@ from growkit.train.batch_size import telling_what_fits
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.length import Length, length_of
-from growkit.train.score import Scores, refuse_tf32
+from growkit.train.score import Scores, precision_on, refuse_tf32
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, rate, unheard
 from growkit.train.training import REMEDY, Training, optimizer_of
@@ -103,7 +103,7 @@ def fit(
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
     device = torch.device(device)
     refuse_tf32(settings, device)
-    identity = _identity(data, settings)
+    identity = _identity(data, settings, device)
     state = _state_of(folder, identity) if resume else None
     run = _Run(model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, progress)
     run.begin(state)
@@ -350,7 +350,7 @@ class _Run:
         return f"; the state of update {updates} is in {self.folder}" if self.folder and updates else ""
 
 
-def refuse_unusable(data: Data, settings: FitSettings, resumed: Path | None = None) -> None:
+def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, resumed: Path | None = None) -> None:
     """What `fit` would refuse of these settings, before anything else is done.
 
     `resumed` is the folder of a run that is to go on.
@@ -363,7 +363,7 @@ def refuse_unusable(data: Data, settings: FitSettings, resumed: Path | None = No
     length_of(data, settings)
     optimizer_of(nn.Linear(1, 1), settings)
     if resumed is not None:
-        _state_of(resumed, _identity(data, settings))
+        _state_of(resumed, _identity(data, settings, device))
 
 
 def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
@@ -386,9 +386,10 @@ def _refuse_rates(settings: FitSettings) -> None:
         )
 
 
-def _identity(data: Data, settings: FitSettings) -> dict[str, Any]:
+def _identity(data: Data, settings: FitSettings, device: torch.device) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     chosen = {name: v for name, v in asdict(settings).items() if name not in FREE_TO_CHANGE}
+    chosen["precision"] = precision_on(device, settings.precision)  # auto is another one elsewhere
     sizes = {"training images": size_of(data.train), "validation images": size_of(data.val)}
     return {**chosen, **sizes, "classes": data.classes, **data.identity}
 

@@ -82,6 +82,8 @@ def _difference(name: str, was: object, now: object) -> str:
     """How an entry of an identity differs, in words: hashes tell nobody anything, and class lists may be long."""
     if name == "files":
         return "other training images (some were added, removed or renamed)"
+    if name == "source":
+        return "another model (its weights differ)"
     if name == "classes" and isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):
             return f"{len(was)} {name}, not {len(now)}"

@@ -30,6 +30,7 @@ from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 
 SGD = ("sgd", "momentum", "nesterov")
+UNSHARDED = ("adafactor", "kron", "novograd")  # mix in what is no DTensor, or ask for what one does not have
 FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
 SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
@@ -203,14 +204,17 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
     """What moves the parameters of `model` that require a gradient.
 
     Raises:
-        GrowkitError: no optimizer of timm's, or one of second order.
+        GrowkitError: no optimizer of timm's, one of second order, or one that cannot move sharded parameters.
     """
+    if settings.shard and any(name in settings.opt.lower() for name in UNSHARDED):
+        raise GrowkitError(f"--opt {settings.opt}: it cannot move sharded weights; leave out --shard, or give adamw")
     # timm's models name what must not decay
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     groups = [group for group in groups if group["params"]]
-    # torch's DTensor knows no fused SGD
-    fused = {"fused": True} if settings.opt in FUSED and not (settings.shard and settings.opt in SGD) else {}
+    # torch's DTensor knows no fused SGD, and that leaves momentum unset where float16 skips the first update
+    plain = settings.opt in SGD and (settings.shard or settings.precision == "fp16")
+    fused = {"fused": True} if settings.opt in FUSED and not plain else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
     except (ValueError, AssertionError, KeyError) as error:

@@ -12,6 +12,7 @@ import torch
 from compare_samples import LARGE, RECIPE, options
 from typer.testing import CliRunner
 
+from growkit import files
 from growkit.compare import bench as bench_module
 from growkit.compare.arms import LONGER
 from growkit.compare.bench import Bench
@@ -385,6 +386,31 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, 
     with pytest.raises(GrowkitError, match=r"begun with hold_out share 0\.5.*, not share 0\.2"):
         run_compare(tmp_path, source, digits, replace(settings, hold_out=0.2), resume=True)
     assert runs_of(tmp_path) == before
+
+
+def test_folder_that_a_kill_left_half_emptied_is_replaced_again_and_a_link_stays(source, digits, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "compare").symlink_to("elsewhere")
+    settings = options(methods="lemon", lrs="1e-3")
+    run_compare(tmp_path, source, digits, settings, resume=True)
+
+    remove = files._remove
+
+    def killed(path: Path) -> None:
+        if path.suffix != ".old":
+            return remove(path)
+        (path / "begun.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_compare(tmp_path, source, digits, settings, force=True)
+    assert json.loads((tmp_path / "compare" / "begun.json").read_text())["settings"]["methods"] == "lemon"
+    assert list((tmp_path / "compare").iterdir()) == [tmp_path / "compare" / "begun.json"]
+    run_compare(tmp_path, source, digits, replace(settings, lrs="2e-3"), force=True)
+    assert {found["lr"] for found in runs_of(tmp_path).values()} == {2e-3}
+    assert (tmp_path / "compare").is_symlink()
 
 
 def test_weights_that_a_kill_left_after_the_test_go_with_the_next_start(source, digits, tmp_path):

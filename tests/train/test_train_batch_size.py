@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 from weakref import ReferenceType, ref
 
 import pytest
@@ -206,7 +207,7 @@ def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) 
         counted.clear()
         settings = replace(SETTINGS, grad_accum_steps=asked)
         with (
-            pytest.raises(GrowkitError, match="fits and makes the same"),
+            pytest.raises(GrowkitError, match=r"grad-accum-steps \d+ fits"),
             batch_size.telling_what_fits(vit(), images(), settings, CPU),
         ):
             raise torch.OutOfMemoryError("full")
@@ -214,6 +215,26 @@ def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) 
     counted.clear()
     with_batch_size(vit(), images(), replace(SETTINGS, batch_size=AUTO, grad_accum_steps=5), CPU)
     assert set(counted) == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "same"),
+    [
+        ({}, 64, True),
+        ({}, 72, False),  # an epoch ends on other images
+        ({"cache": "ram"}, 64, False),  # which draws crops by batch
+        ({"mixup": 0.8}, 64, False),
+    ],
+)
+def test_remedy_says_that_images_are_the_same_only_where_they_are(
+    changes: dict[str, Any], count: int, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_size, "largest_batch", lambda *_, **__: 8)
+    settings = replace(SETTINGS, batch_size=16, **changes)
+    with pytest.raises(GrowkitError) as caught, batch_size.telling_what_fits(vit(), images(count), settings, CPU):
+        raise torch.OutOfMemoryError("full")
+    assert "--batch-size 8 --grad-accum-steps 2 fits" in str(caught.value)
+    assert ("takes the same images an update" in str(caught.value)) == same
 
 
 def test_what_did_not_fit_is_gone_before_something_smaller_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from growkit.train.data import Data
 from growkit.train.loop import fit
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
+from growkit.train.training import optimizer_of
 from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]
@@ -255,6 +256,39 @@ def test_moving_average_is_what_is_judged_and_kept() -> None:
     assert seen[0] is seen[1] is not model
     assert torch.allclose(seen[0].head.weight, average, atol=1e-6)
     assert not torch.allclose(model.head.weight, average, atol=1e-6)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "nesterov", "adamw"])
+def test_update_that_float16_skips_leaves_the_optimizer_as_it_was(opt: str) -> None:
+    """torch's fused SGD would go on with momentum from memory that nobody has written to."""
+    model = Net()
+    optimizer = optimizer_of(model, replace(PLAIN, opt=opt, lr=1e-3, precision="fp16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for gradient in (math.inf, 0.0, 0.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.scale(torch.zeros(1))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in moments if value.ndim)
+
+
+@pytest.mark.parametrize("opt", ["adafactor", "lookahead_novograd", "kronw"])
+def test_optimizers_that_cannot_move_sharded_weights_are_refused(opt: str) -> None:
+    with pytest.raises(GrowkitError, match=f"--opt {opt}: it cannot move sharded weights; leave out --shard"):
+        optimizer_of(Net(), replace(PLAIN, opt=opt, shard=True))
+    optimizer_of(Net(), replace(PLAIN, opt=opt))
+
+
+def test_auto_precision_is_what_it_meant_when_a_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(PLAIN, steps=2)
+    fit(Net(), blobs(), settings, folder=tmp_path)
+    fit(Net(), blobs(), replace(settings, precision="fp32"), folder=tmp_path, resume=True)
+    monkeypatch.setattr("growkit.train.loop.precision_on", lambda *_: "bf16")  # as on a GPU
+    with pytest.raises(GrowkitError, match="started with precision fp32, not bf16"):
+        fit(Net(), blobs(), settings, folder=tmp_path, resume=True)
 
 
 def test_moving_average_without_evaluation_is_refused() -> None:
