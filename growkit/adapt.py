@@ -98,9 +98,14 @@ def _done(key: str, old: VisionTransformer, new: VisionTransformer, asked: dict[
             told.append(f"{was} x {was} patches become {now} x {now}")
         else:
             told.append(f"position embeddings resampled from {was} x {was} to {now} x {now}")
-        if unread := new.patch_embed.img_size[0] % new.patch_embed.patch_size[0]:
-            told.append(f"the last {unread} pixels of rows and columns fill no patch and are not read")
+        told += [unread] if (unread := unread_pixels(new)) else []
     return ", ".join(told)
+
+
+def unread_pixels(model: VisionTransformer) -> str:
+    """A line on what lies beyond the last patch of an image; empty where nothing does."""
+    unread = model.patch_embed.img_size[0] % model.patch_embed.patch_size[0]
+    return f"the last {unread} pixels of rows and columns fill no patch and are not read" if unread else ""
 
 
 def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str] = (), *, seed: int) -> Source:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from growkit.adapt import head_is_new, with_classes, with_input
-from growkit.arch import find_target
+from growkit.adapt import head_is_new, unread_pixels, with_classes, with_input
+from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.errors import GrowkitError
@@ -27,7 +27,7 @@ from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
-from growkit.train.resume import METRICS, STATE, batch_size_of
+from growkit.train.resume import METRICS, STATE, batch_size_of, updates_of
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model, worse
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Say
@@ -64,11 +64,7 @@ def _tell_stale_export(job: Job, folder: Path) -> None:
     run = job.run
     if not leads() or not run.onnx_file.exists() or run.furthest() != folder:
         return
-    try:
-        made_of = read_json(run.onnx / "export.json")["provenance"]["weights_sha256"]
-    except (GrowkitError, KeyError, TypeError):
-        made_of = None
-    if made_of != sha256_of(folder / WEIGHTS):
+    if run.exported_weights() != sha256_of(folder / WEIGHTS):
         job.say(f"warning: {run.onnx} was made of an earlier model; `growkit export --force` makes it anew")
 
 
@@ -244,6 +240,8 @@ def _train_operator(
     elif operator.batch_size == AUTO:  # which only training can look for
         operator = replace(operator, batch_size=FitSettings.batch_size)
     refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None)
+    if learns and goes_on:
+        job.say(f"goes on after update {updates_of(folder)}")
 
     def score(model: nn.Module, what: str) -> Scores:
         return score_model(model, opened, operator, device, progress=job.tell(f"scoring the {what}"))
@@ -303,6 +301,8 @@ def train_model(
     opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
+    if unread := unread_pixels(build(source.architecture.name, source.architecture.arguments, device="meta")):
+        job.say(unread)
     return _fit_into(job, job.run.trained, source, data, opened, settings, command="train")
 
 
@@ -337,6 +337,7 @@ def _fit_into(
     start, scored = None, folder / LAST / START
     if goes_on:
         start = _kept_scores(scored)
+        say(f"goes on after update {updates_of(folder / LAST)}")
     elif command == "finetune":
         start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")

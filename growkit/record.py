@@ -64,6 +64,13 @@ class RunFolder:
         """
         return self._first("grown model", self.grown, self.trained)
 
+    def exported_weights(self) -> object:
+        """SHA-256 of the weights that the run's ONNX file says it was made of; None where it says nothing."""
+        try:
+            return read_json(self.onnx / "export.json")["provenance"]["weights_sha256"]
+        except (GrowkitError, KeyError, TypeError):
+            return None
+
     def _first(self, what: str, *stages: Path) -> Path:
         for stage in stages:
             if (stage / "model.safetensors").exists():

@@ -26,7 +26,15 @@ from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.deploy.verify import Verification, timing_steps, verify_alone, verify_onnx
 from growkit.errors import GrowkitError
 from growkit.evaluation import labelled, prepared_for, refuse_unjudgeable
-from growkit.files import refuse_existing, refuse_unwritable, whole_file, whole_folder, without_folders, write_json
+from growkit.files import (
+    read_json,
+    refuse_existing,
+    refuse_unwritable,
+    whole_file,
+    whole_folder,
+    without_folders,
+    write_json,
+)
 from growkit.history import without_curves
 from growkit.record import RunFolder
 from growkit.settings import Loading
@@ -244,7 +252,8 @@ def verify_run(
     """Hold an ONNX `file` against the model it came from, or one of the two alone against a reference.
 
     Writes its report as report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers
-    differ. What passes becomes the reference, where that is to be updated. `model` and `loading` are what `load_source`
+    differ; where the run has an ONNX file and this is another, or the model another, into RUN/verify/other. What passes
+    becomes the reference, where that is to be updated. `model` and `loading` are what `load_source`
     takes; `show` is given what was checked before any of it is written.
 
     Raises:
@@ -273,18 +282,23 @@ def verify_run(
 
     source, held = None if model is None else load_source(model, loading, say=say), None
     if source is not None and file is not None:
-        name, verified = "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
-        _leave_script(run.verify, verified, source, file, settings, say)
+        folder = run.verify if _of_the_run(run, source, file) else run.verify / "other"
+        path, verified = folder / "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
+        _leave_script(folder, verified, source, file, settings, say)
+        if folder == run.verify:
+            _tell_less(path, verified, say)
+        else:
+            say(f"{path} is of {file} and {model}; `growkit report` goes by what was verified of {run.onnx_file}")
     elif source is not None:
         held = model_subject(
             source.model(), weights_sha256=source.sha256 or None, architecture=source.architecture.name
         )
         golden = golden or make_golden(held, seed=settings.seed)
-        name, verified = "held-model.json", verify_alone(held, golden, settings)
+        path, verified = run.verify / "held-model.json", verify_alone(held, golden, settings)
     else:
         assert file is not None  # else refused above
         assert golden is not None
-        name, verified = "held-file.json", verify_alone(file, golden, settings)
+        path, verified = run.verify / "held-file.json", verify_alone(file, golden, settings)
     show(verified)
     report = {
         "model": model,
@@ -298,16 +312,33 @@ def verify_run(
             held = onnx_subject(file, provider=report["provider"]["used"])
             golden = make_golden(held, seed=settings.seed)
         report["reference_update"] = update_golden(reference.folder, golden, held)
-    write_json(run.verify / name, report)
-    own = run.onnx_file
-    if name == "report.json" and file is not None and own.exists() and not own.samefile(file):
-        say(f"{run.verify / name} is of {file} now, no longer of {own}: verify that again before `growkit report`")
+    write_json(path, report)
     if junit is not None:
         text = junit_xml(verified.checks, suite="growkit verify", started=started, seconds=time.monotonic() - clock)
         with whole_file(junit) as partial:
             partial.write_text(text, encoding="utf-8")
     _record(run, verified, report, settings, evidence, source)
     return replace(verified, report=report)
+
+
+def _of_the_run(run: RunFolder, source: Source, file: Path) -> bool:
+    """Whether file and model are what `growkit report` judges: the run's own, or any where it has no ONNX file."""
+    if not run.onnx_file.exists():
+        return True
+    inside = Path(source.path).resolve().is_relative_to(run.path.resolve())
+    return run.onnx_file.samefile(file) and (inside or source.sha256 == run.exported_weights())
+
+
+def _tell_less(path: Path, verified: Verification, say: Say) -> None:
+    """Say where the report at `path` is of the same file and tells more than the one that will replace it."""
+    try:
+        before = read_json(path)
+        left_out = {str(check["group"]) for check in before["checks"]} - {check.group for check in verified.checks}
+    except (GrowkitError, KeyError, TypeError):
+        return
+    lost = [what for group, what in (("accuracy", "accuracy"), ("latency", "times")) if group in left_out]
+    if lost and before.get("onnx_sha256") == verified.report["onnx_sha256"]:
+        say(f"{path} told {' and '.join(lost)}, too, which this verification leaves out")
 
 
 def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updating: bool) -> VerifySettings:

@@ -176,9 +176,11 @@ def write_run(folder: Path, *, compared: bool = False, name: str = "small.pth", 
         FitSettings(**{**FINETUNE_DEFAULTS, "epochs": 2.0, "grad_checkpointing": True}),
     )
     grown = {"source": {**origin, "history": None}, "to": "deit_base_patch16_224", "settings": asdict(grow)}
-    write_json(run.grown / "growkit.json", {"stage": "grown", **grown, "step0_gap": 1e-6, "operator": operator})
+    grown |= {"step0_gap": 1e-6, "operator": operator, "weights_sha256": GROWN}
+    write_json(run.grown / "growkit.json", {"stage": "grown", **grown})
     tuned = fit(0.85) | {"settings": asdict(tune)}
-    write_json(run.finetuned / "growkit.json", {"stage": "finetuned", "source": origin, "fit": tuned})
+    history = {"stage": "finetuned", "source": origin, "fit": tuned, "weights_sha256": TUNED}
+    write_json(run.finetuned / "growkit.json", history)
     bigger = {**sizes, "embed_dim": 768, "num_heads": 12}
     write_json(run.finetuned / "config.json", {"model_args": bigger, "pretrained_cfg": {"license": "apache-2.0"}})
     provenance = {"weights_sha256": TUNED, "arguments": bigger}

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import GROWN, ONNX, SECTIONS, TUNED, agreement, as_step, comparison, verification, write_run
+from report_samples import (
+    GROWN,
+    ONNX,
+    SECTIONS,
+    TUNED,
+    agreement,
+    as_step,
+    comparison,
+    scores,
+    verification,
+    write_run,
+)
 from test_cli import growkit
 from test_report import EVIL, Page
 
@@ -146,6 +157,9 @@ def again(command: str, **hashes: str) -> Change:
         step = next(step for step in content["steps"] if step["command"] == command)
         content["steps"].append(step | {"hashes": step["hashes"] | hashes, "finished": "2026-02-02T00:00:00+00:00"})
         write_json(run.record, content)
+        for stage, sha256 in hashes.items():
+            if (path := run.path / stage / "growkit.json").exists():
+                write_json(path, read_json(path) | {"weights_sha256": sha256})
 
     return change
 
@@ -182,6 +196,14 @@ def in_turn(*changes: Change) -> Change:
 def stopped(run: RunFolder) -> dict[str, Any]:
     content = read_json(run.finetuned / "growkit.json")
     return content | {"fit": content["fit"] | {"interrupted": True}}
+
+
+def killed(run: RunFolder) -> None:
+    """Fine-tuning died after it had kept a model: neither its end nor a step is on record."""
+    without("finetune")(run)
+    content = read_json(run.finetuned / "growkit.json")
+    del content["fit"]
+    write_json(run.finetuned / "growkit.json", content | {"scores": scores(0.85)})
 
 
 GOLDEN = "It answers as when it was accepted"
@@ -236,6 +258,8 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not done",
         "not yet",
     ),
+    "fine-tuning was killed": (killed, "It was trained to its end", "inconclusive", "not yet"),
+    "fine-tuning was killed and the rest was done of what it left": (killed, TOGETHER, "pass", "not yet"),
     "fine-tuning was stopped": (
         lambda run: write_json(run.finetuned / "growkit.json", stopped(run)),
         "It was trained to its end",

@@ -63,7 +63,8 @@ def verify(
     MODEL may be an .onnx file: it is then held against --reference alone.
 
     Writes RUN/verify/report.json anew, or held-model.json or held-file.json where one alone is held against
-    --reference; where answers differ, reproduce.py beside it shows it again.
+    --reference; where answers differ, reproduce.py beside it shows it again. What is verified of another file than the
+    run's own goes into RUN/verify/other.
     Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml

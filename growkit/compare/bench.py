@@ -279,8 +279,8 @@ class Bench:
                 f"give it fewer --operator-steps (at most {most} here)" if most > 0 else "leave it untrained (steps=0)"
             )
             raise GrowkitError(
-                f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, all of a budget of {flops / 1e12:.3g}; "
-                f"train for more --epochs, or {fewer}"
+                f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, which leaves nothing of a budget of "
+                f"{flops / 1e12:.3g}; train for more --epochs, or {fewer}"
             )
         return steps
 

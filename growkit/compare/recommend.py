@@ -123,8 +123,12 @@ def _reasons(
         )
     if len(choice.equal) > 1:
         lines.append(
-            f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these its operator is"
-            " the cheapest"
+            f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these "
+            + (
+                "its operator is the cheapest"
+                if len({one.operator_flops for one in choice.equal}) > 1
+                else "it is best"
+            )
         )
     for option in best.options:
         by_value: dict[str, Tried] = {}

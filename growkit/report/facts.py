@@ -73,10 +73,16 @@ class Facts:
     @property
     def shipped(self) -> tuple[str, str] | None:
         """The folder of the furthest model, as `growkit export` takes it, and the SHA-256 of its weights."""
-        for command, folder in (("finetune", "finetuned"), ("grow", "grown"), ("train", "trained")):
-            step = self.latest(command)
-            if step is not None and step.hashes.get(folder):
-                return folder, str(step.hashes[folder])
+        made = (
+            ("finetune", "finetuned", self.tuned),
+            ("grow", "grown", self.grown),
+            ("train", "trained", self.trained),
+        )
+        for command, folder, history in made:
+            step = self.latest(command)  # of training that was killed there is none
+            sha256 = history.get("weights_sha256") or (step.hashes.get(folder) if step else None)
+            if sha256:
+                return folder, str(sha256)
         return None
 
 

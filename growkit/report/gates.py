@@ -54,7 +54,8 @@ def _ended(facts: Facts) -> Iterator[Gate]:
     """Whether training of the model that ships came to its end."""
     history = facts.tuned or facts.grown or facts.trained
     fit = mapping(history.get("fit") or history.get("operator"))
-    if fit.get("interrupted"):
+    killed = history is not facts.grown and bool(history) and "fit" not in history
+    if killed or fit.get("interrupted"):
         done = number(fit.get("steps"))
         after = "" if done is None else f" after {counted(done, 'update')}"
         yield Gate(
@@ -185,7 +186,7 @@ def _together(facts: Facts) -> Iterator[Gate]:
     name = "The files belong together"
     tune, grow, export = (facts.latest(command) for command in ("finetune", "grow", "export"))
     verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
-    shipped = facts.shipped
+    shipped, run = facts.shipped, facts.path.resolve().name
     weights = mapping(facts.export.get("provenance")).get("weights_sha256") or (
         export.hashes.get("weights") if export else None
     )
@@ -194,10 +195,10 @@ def _together(facts: Facts) -> Iterator[Gate]:
             f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: run `growkit verify` again."
         )
     elif shipped and _differ(facts.verify.get("weights_sha256"), shipped[1]):
-        line = f"verify held a file against other weights than run/{shipped[0]}: run `growkit verify` again."
+        line = f"verify held a file against other weights than {run}/{shipped[0]}: run `growkit verify` again."
     elif shipped and weights and weights != shipped[1]:
         line = (
-            f"The ONNX file was made of other weights than run/{shipped[0]}: run `growkit export` and `verify` again."
+            f"The ONNX file was made of other weights than {run}/{shipped[0]}: run `growkit export` and `verify` again."
         )
     elif tune and grow and _differ(tune.hashes.get("source"), grow.hashes.get("grown")):
         line = "The fine-tuned model began from another than the one grown last: run `growkit finetune` again."

@@ -163,22 +163,46 @@ def test_verify_of_another_models_file_says_so_and_exits_1(run: Path, tmp_path: 
     assert "FAILED structure: exported from weights" in result.output
     assert "export it again" in result.output
     assert len(re.findall("^FAILED numbers: ", result.output, re.MULTILINE)) == 5
-    report = json.loads((run / "verify" / "report.json").read_text())
+    report = json.loads((run / "verify" / "other" / "report.json").read_text())
     noes = sum(one["group"] == "numbers" and one["verdict"] != "pass" for one in report["checks"])
     assert f"numbers: {noes - 5} more like these are in the report" in result.output
     assert "latency was not measured" in result.output
     assert result.output.rstrip().endswith("verdict: fail")
 
 
-def test_verification_of_a_file_from_elsewhere_says_whose_report_that_is(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
+@pytest.mark.parametrize("what", ["file", "model", "both"])
+def test_verification_of_what_is_not_the_runs_own_leaves_what_the_report_judges(
+    what: str, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("other"))
     shutil.copy(run / "onnx" / "model.onnx", tmp_path / "copy.onnx")
-    both = ("verify", "--no-latency", "--run", tmp_path / "run")
-    own = tmp_path / "run" / "onnx" / "model.onnx"
-    assert "no longer of" not in call(*both).output
-    assert f"is of {tmp_path / 'copy.onnx'} now, no longer of {own}" in call(
-        *both, "--onnx-file", tmp_path / "copy.onnx"
+    write_source(tmp_path / "other", 8)
+    model = own / "grown" if what == "file" else tmp_path / "other"
+    file = own / "onnx" / "model.onnx" if what == "model" else tmp_path / "copy.onnx"
+    assert call("verify", "--no-latency", "--run", own).exit_code == 0
+    before = {path.name: path.read_bytes() for path in (own / "verify").iterdir()}
+    result = call("verify", model, "--onnx-file", file, "--no-latency", "--run", own)
+    assert result.exit_code == (what != "file")
+    said = result.output.replace("\n", "")
+    assert f"verify/other/report.json is of {file} and {model}; `growkit report` goes by" in said
+    assert json.loads((own / "verify" / "other" / "report.json").read_text())["onnx"] == str(file)
+    assert (own / "verify" / "other" / "reproduce.py").exists() == (what != "file")
+    assert {path.name: path.read_bytes() for path in (own / "verify").iterdir() if path.is_file()} == before
+
+
+def test_verification_that_tells_less_than_the_one_it_replaces_says_so(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("verify"))
+    words = ("verify", "--no-latency", "--run", tmp_path / "run")
+    report = tmp_path / "run" / "verify" / "report.json"
+    assert "leaves out" not in call(*words).output
+    content = json.loads(report.read_text())
+    kept = [{**content["checks"][0], "group": group} for group in ("accuracy", "latency")]
+    report.write_text(json.dumps({**content, "checks": [*content["checks"], *kept]}))
+    assert "report.json told accuracy and times, too, which this verification leaves out" in call(
+        *words
     ).output.replace("\n", "")
+    assert "leaves out" not in call(*words).output
 
 
 def test_strict_turns_inconclusive_into_exit_1(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
