@@ -1,8 +1,8 @@
 """Which of timm's networks grow, how exactly, and why the others do not: docs/architectures.md.
 
-Every name of timm's registry is asked. Those that grow are built small, every parameter random, and grown in float64 by
-LEMON and, where it can, by Mango at rank 1. A cell says how far the grown network's outputs are from the source's, as a
-share of the largest, the worse of the two methods.
+Every name of timm's registry is tried. Those that grow are built small, every parameter random, and grown in float64 by
+LEMON and, where possible, by Mango at rank 1. A cell gives the larger of the two methods' differences between the grown
+network's outputs and the source's, relative to the largest output.
 
 python examples/architectures.py > docs/architectures.md
 python examples/architectures.py deit3_base_patch16_224 vit_base_patch14_dinov2
@@ -33,7 +33,7 @@ SIZES = {WHOLE: (96, 6, 3), PART: (48, 3, 3)}  # embed, heads, depth
 
 @dataclass(frozen=True)
 class Row:
-    """What is said of one name; `verdicts` by what it was grown to."""
+    """One name's row of the table; `verdicts` by the sizes it was grown to."""
 
     name: str
     besides: str
@@ -43,7 +43,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="these alone, one line each, and no page around them")
+    parser.add_argument("names", nargs="*", help="print only these, one line each, without the page around them")
     names = parser.parse_args().names
     if names:
         print("\n".join(line_of(name) for name in names))
@@ -57,20 +57,22 @@ def main() -> None:
     print(
         f"""# Which networks grow
 
-Made by `python examples/architectures.py > docs/architectures.md` with timm {timm.__version__}; a test holds it to what
-the code does. {grows} of timm's {len(ours)} `VisionTransformer` names grow.
+Made by `python examples/architectures.py > docs/architectures.md` with timm {timm.__version__}; a test checks it
+against the code. {grows} of timm's {len(ours)} `VisionTransformer` names grow.
 
-Each was built small, every parameter random, and grown in float64 by LEMON and, where it can, by Mango at rank 1. A
-cell says how far the grown network's outputs are from the source's, as a share of the largest, the worse of the two:
+Each was built small, every parameter random, and grown in float64 by LEMON and, where possible, by Mango at rank 1. A
+cell gives the larger of the two differences between the grown network's outputs and the source's, relative to the
+largest output:
 
-* **exact**: by 1e-12 at most;
-* **to eps**: exact but for the eps of the norms, which stays what timm has so that the file stays timm's;
-* **nearly**: but for a millionth of the variance that a norm before the blocks sees (`methods/carried_mean.py`);
+* **exact**: 1e-12 at most;
+* **to eps**: exact except for the eps of the norms, which stays timm's so that the file stays timm's;
+* **nearly**: exact except for a millionth of the variance that a norm before the blocks sees
+  (`methods/carried_mean.py`);
 * **off by**: the function is not kept, and `growkit grow` says so: a norm inside a layer sees whole copies only at
   whole multiples, of the MLP's width too.
 
-A network without a head gives features: the first of the grown ones are the source's. Mango cuts the MLP into blocks as
-wide as attention, so it asks for a whole MLP ratio, `--set mlp_ratio=N`; every other method takes any.
+A network without a head outputs features: the first of the grown ones are the source's. Mango cuts the MLP into blocks
+as wide as attention, so it needs a whole MLP ratio, `--set mlp_ratio=N`; every other method takes any.
 
 | name | besides a plain ViT | {WHOLE} | {PART} | Mango |
 |---|---|---|---|---|"""
@@ -82,7 +84,7 @@ wide as attention, so it asks for a whole MLP ratio, `--set mlp_ratio=N`; every 
 
 
 def line_of(name: str) -> str:
-    """A name's line of the table; all of it after 'no:' where it does not grow."""
+    """A name's line of the table; for one that does not grow, the reason after 'no:'."""
     try:
         row = tried(name)
     except GrowkitError as error:
@@ -94,7 +96,7 @@ def tried(name: str) -> Row:
     """Build a name small, grow it both ways, and compare outputs.
 
     Raises:
-        GrowkitError: it does not grow.
+        GrowkitError: the name does not grow.
     """
     published = build(name, {}, device="meta")
     find(name)
@@ -117,7 +119,7 @@ def tried(name: str) -> Row:
 
 
 def randomised(architecture: Architecture) -> nn.Module:
-    """The small network in float64 with every parameter random, norms around one."""
+    """The small network in float64 with every parameter random; norm gains are drawn around one."""
     model = build(architecture.name, architecture.arguments).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -129,7 +131,7 @@ def randomised(architecture: Architecture) -> nn.Module:
 
 
 def gap(source: Architecture, target: Architecture, model: nn.Module, settings: GrowSettings) -> tuple[float, float]:
-    """Largest difference of outputs as a share of the largest output: as grown, and with eps out of the way."""
+    """Largest difference of outputs relative to the largest output: as grown, and with a negligible eps."""
     grown = grow(source, target, model.state_dict(), settings).materialize()
     shares = []
     for eps in (None, 1e-24):
@@ -142,7 +144,7 @@ def gap(source: Architecture, target: Architecture, model: nn.Module, settings: 
 
 
 def with_eps(model: nn.Module, eps: float | None) -> nn.Module:
-    """A copy of the network with this eps in all its norms; the network itself where None."""
+    """A copy of the network with this eps in all its norms; the network itself if `eps` is None."""
     if eps is None:
         return model
     copied = copy.deepcopy(model)
@@ -153,7 +155,7 @@ def with_eps(model: nn.Module, eps: float | None) -> nn.Module:
 
 
 def verdict(gaps: Iterable[tuple[float, float]]) -> str:
-    """The worse of the methods, in words."""
+    """The worse method's gap, in words."""
     as_grown, without_eps = map(max, zip(*gaps, strict=True))
     if as_grown <= EXACT:
         return "exact"
@@ -163,7 +165,7 @@ def verdict(gaps: Iterable[tuple[float, float]]) -> str:
 
 
 def besides(architecture: Architecture) -> str:
-    """What a network has that a plain ViT has not, or the other way round."""
+    """The parts that a network has and a plain ViT lacks, or the other way round."""
     kind, shapes = architecture.kind, architecture.shapes
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
     pooling = {"token": "", "map": "attention pooling", "avg": "mean of the patches"}
@@ -188,7 +190,7 @@ def besides(architecture: Architecture) -> str:
 
 
 def refusal(name: str) -> str:
-    """What is said of a name that does not grow."""
+    """growkit's reason why a name does not grow."""
     try:
         find(name)
     except GrowkitError as error:
@@ -197,7 +199,7 @@ def refusal(name: str) -> str:
 
 
 def said(error: GrowkitError, name: str) -> str:
-    """An error without what it says of every name."""
+    """An error's message without the parts that are the same for every name."""
     return str(error).removeprefix(f"{name} ").partition(";")[0].partition(", which growkit")[0]
 
 

@@ -1,10 +1,10 @@
-"""How long `growkit grow` takes and how much memory, on a checkpoint as DeiT publishes it.
+"""How much time and memory `growkit grow` takes, on a checkpoint as DeiT publishes it.
 
     python examples/benchmarks/grow.py --out grow.json
     python examples/benchmarks/grow.py --small vit_base_patch16_224 --big vit_large_patch16_224
 
-Every parameter is random: biases, norms, tokens and head too. What imports torch runs in processes
-of its own, so that the peak that the system reports for growkit's is not this one's.
+Every parameter is random: biases, norms, tokens and head too. Code that imports torch runs in separate
+processes, so that the peak memory that the system reports for growkit's process is not this one's.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(checkpoint: Path, run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Wall seconds and peak resident bytes of one `growkit grow`, and what it says."""
+    """Wall seconds and peak resident bytes of one `growkit grow`, and the results it prints."""
     words = ["grow", str(checkpoint), "--from", options.small, "--to", options.big]
     words += ["--rank", str(options.rank), "--seed", str(options.seed), "--run", str(run), "--json"]
     for setting in options.big_set:
@@ -112,7 +112,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def write_checkpoint(path: Path, name: str, sets: list[str], seed: int) -> None:
-    """Write {"model": state dict} of a network at the scale of trained weights."""
+    """Write {"model": state dict} of a network with random weights at the scale of trained ones."""
     import torch
 
     from growkit.arch import build, full_name, parse_sets

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/latency.py --model deit_small_patch16_224 --compiled --out latency.json
 
-Random weights: they decide nothing about speed. Threads are torch's (OMP_NUM_THREADS). The throughput is
+Weights are random: they do not affect speed. Threads are torch's (OMP_NUM_THREADS). The throughput is
 one-sided, with spinning threads, and given as a share of the float32 matmul peak measured beside it.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm name")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=30.0, help="longest time per comparison")
-    parser.add_argument("--compiled", action="store_true", help="compare with PyTorch compiled, too")
+    parser.add_argument("--compiled", action="store_true", help="also compare with compiled PyTorch")
     parser.add_argument("--throughput-seconds", type=float, default=3.0, help="time per batch size")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or auto")
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")

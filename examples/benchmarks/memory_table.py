@@ -4,9 +4,9 @@
 
 Parameters and FLOPs are counted, FLOPs by torch over a whole update of the batch. Activations are what autograd keeps
 from the forward to the backward pass, counted through its hooks for saved tensors on tensors without storage, with
-attention's matrix never stored (flash attention) and, in bf16, under autocast. Seconds are FLOPs over a throughput
-that is given, by default what an H200 was measured at on DeiT-S -> DeiT-B; the ring's contraction has two of its own,
-in float32 and with --tf32. Not in the table: what lies in the buffers of kernels, of the allocator and of NCCL, and the
+attention's matrix never stored (flash attention) and, in bf16, under autocast. Seconds are FLOPs over a given
+throughput, by default what an H200 reached on DeiT-S -> DeiT-B; the ring's contraction has two of its own,
+in float32 and with --tf32. Not in the table: the buffers of kernels, of the allocator and of NCCL, and the
 slices of the contraction.
 """
 
@@ -28,8 +28,8 @@ from growkit.record import versions
 from growkit.settings import GrowSettings
 
 RANKS = (1, 4)
-# Source, target, and what is set of the target: growkit keeps head size, so all heads are 64 wide, and Mango cuts the
-# MLP into blocks of the width, so its ratio is whole. timm's ViT-H has 80-wide heads, its ViT-g 88 and a ratio of 4.36.
+# Source, target, and the target's settings: growkit keeps head size, so all heads are 64 wide, and Mango cuts the MLP
+# into blocks of the width, so its ratio is whole. timm's ViT-H has 80-wide heads, its ViT-g 88 and a ratio of 4.36.
 PAIRS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vit_base_patch16_224", "vit_large_patch16_224", ()),
     ("vit_large_patch14_224", "vit_huge_patch14_224", ("num_heads=20",)),
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def calculate(small: str, big: str, sets: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one pair; bytes, FLOPs and seconds."""
+    """Calculate all figures of one pair, in bytes, FLOPs and seconds."""
     source = find(small)
     target, _ = find_target(source, big, sets)
     kept = {name: [saved_bytes(target, images, name) for images in (1, 2)] for name in ("fp32", "bf16")}
@@ -94,7 +94,7 @@ def calculate(small: str, big: str, sets: tuple[str, ...], options: argparse.Nam
             {
                 "update": f"operator, rank {rank}",
                 "trained": trained,
-                # the source's weights, the grown weights with their gradients, and the operator's with moments
+                # the source's weights, the grown weights with gradients, the operator's with gradients and moments
                 "held_bytes": 4 * before + 8 * parameters + 16 * trained,
                 "flops": flops,
                 "seconds": (plain / options.tflops + contraction / options.fp32_tflops) / 1e12,
@@ -120,11 +120,11 @@ def arguments_of(architecture: Architecture) -> list[str]:
 
 
 def saved_bytes(architecture: Architecture, images: int, precision: str) -> int:
-    """Bytes of the distinct tensors, parameters left out, that autograd keeps for the backward pass."""
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, without the parameters."""
     model = build(architecture.name, architecture.arguments, device="meta").train()
     shape = (images, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     found: dict[int, int] = {}
-    # Not the meta device: there attention is a matrix. The CPU's fused kernel keeps what flash attention keeps.
+    # Not the meta device: there attention stores its matrix. The CPU's fused kernel keeps what flash attention keeps.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

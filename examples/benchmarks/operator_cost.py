@@ -1,15 +1,15 @@
-"""What Mango's operator costs: beside a plain training step of the target, and beside other ways to apply it.
+"""What Mango's operator costs, compared with a plain training step of the target and with other ways to apply it.
 
     python examples/benchmarks/operator_cost.py --ranks 1,2,4,8 --out operator_cost.json
     python examples/benchmarks/operator_cost.py --small deit_small --big deit_base --batch-size 256 --count-only
 
 Counted: the arithmetic of the contraction and peak memory, which need no device (growkit.train.memory). Measured:
-the ring forward and backward beside one torch.einsum over the five tensors, tensorly's factorised product and LiGO's
+the ring forward and backward against one torch.einsum over the five tensors, tensorly's factorised product and LiGO's
 operator, then steps of operator and plain target; contestants take turns in random order in one process. tensorly
-knows no ring, so a ring with one open bond stands against it; it is compared where it is installed:
-pip install tensorly tensorly-torch. --small and --big take a timm name and, after
-commas, arguments of its constructor: deit_tiny,embed_dim=64,depth=6,num_heads=1. (A script named
-operator.py would hide the standard library's module from its neighbours.)
+has no ring, so it is compared with a ring with one open bond, if it is installed: pip install tensorly tensorly-torch.
+--small and --big take a timm name and, after commas, arguments of its constructor:
+deit_tiny,embed_dim=64,depth=6,num_heads=1. (A script named operator.py would hide the standard library's module from
+its neighbours.)
 """
 
 import argparse
@@ -62,7 +62,7 @@ PROMISED = {
     "flops_ratio": 1.05,
 }
 OWN = ("growkit", "growkit, kept")  # the ring, and with room for all intermediates, as einsum keeps them
-TF32 = ", TF32"  # the same where TF32 is allowed: float16 factors, of as many bits
+TF32 = ", TF32"  # the same with TF32 allowed: float16 factors, with as many mantissa bits
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "small": "deit_small",
@@ -88,7 +88,7 @@ def main() -> None:
     parser = parser_of(__doc__, "1,2,4,8")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--grad-accum-steps", type=whole, default=1, help="batches of a step; the ring runs once for all"
+        "--grad-accum-steps", type=whole, default=1, help="batches per step; the ring runs once for all"
     )
     parser.add_argument("--count-only", action="store_true", help="arithmetic and counted memory; nothing is timed")
     parser.add_argument("--peak-of-rank", type=int, help=argparse.SUPPRESS)  # 0 is the plain step
@@ -144,19 +144,19 @@ def whole(text: str) -> int:
 
 
 def ranks_of(text: str) -> list[int]:
-    """Whole numbers of at least 1 with commas."""
+    """Whole numbers of at least 1, separated by commas."""
     return [whole(part) for part in text.split(",")]
 
 
 def parser_of(description: str | None, ranks: str) -> argparse.ArgumentParser:
-    """What is asked of an operator and the plain target beside it, here and in several_processes.py."""
+    """A parser with the options that this script and several_processes.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", help="source; deit_small on a GPU, a tiny one on a CPU")
     parser.add_argument("--big", help="target; deit_base on a GPU, a tiny one on a CPU")
     parser.add_argument("--ranks", type=ranks_of, default=ranks, help="rank of every bond, several with commas")
     parser.add_argument("--batch-size", type=whole, help="images of each process; 256 on a GPU, 16 on a CPU")
     parser.add_argument("--rounds", type=whole, help="turns of each kind per rank")
-    parser.add_argument("--updates", type=whole, help="a turn, before the device is waited for; 5 on a GPU, 1 on a CPU")
+    parser.add_argument("--updates", type=whole, help="per turn, between waits for the device; 5 on a GPU, 1 on a CPU")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
@@ -166,7 +166,7 @@ def parser_of(description: str | None, ranks: str) -> argparse.ArgumentParser:
 def parsed(
     parser: argparse.ArgumentParser,
 ) -> tuple[argparse.Namespace, torch.device, Architecture, Architecture]:
-    """The options with what the device's defaults fill in, the device, source and target; what is wrong, in a line."""
+    """The options, completed by the device's defaults, the device, source and target; exits with a line on an error."""
     options = parser.parse_args()
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"--out {options.out}: no such folder; make it first")
@@ -187,8 +187,8 @@ def parsed(
 def compare_steps(
     source: Architecture, target: Architecture, ranks: list[int], device: torch.device, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Time and memory of operator steps beside plain ones, measured and printed."""
-    # Memory first: on a GPU while nothing else lies there, on a CPU while this process is small.
+    """Measure and print time and memory of operator steps beside plain ones."""
+    # Memory first: on a GPU while nothing else is allocated there, on a CPU while this process is small.
     peaks = {rank: peak(source, target, rank, device, options) for rank in (0, *ranks)}
     tf32_peaks = {}
     if device.type == "cuda":
@@ -232,7 +232,7 @@ def compare_steps(
 def count_steps(
     source: Architecture, target: Architecture, ranks: list[int], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Peak bytes of an operator's step and of a plain one, counted and printed."""
+    """Count and print peak bytes of an operator's step and of a plain one."""
     image = build(target.name, target.arguments, device="meta")
     batch = (options.batch_size, image.patch_embed.proj.in_channels, *image.patch_embed.img_size)
     plain = step_peak(image.train(), batch, options.precision, options.grad_accum_steps)
@@ -251,7 +251,7 @@ def count_steps(
 def contestants(
     source: Architecture, target: Architecture, rank: int, device: torch.device, seed: int
 ) -> dict[str, tuple[str, nn.Module, Callable[[], list[Tensor]]]]:
-    """By name: what it stands against, what holds its parameters, and its product with the source's weights."""
+    """By name: the baseline, the module that holds the parameters, and the product with the source's weights."""
     generator = torch.Generator().manual_seed(seed)
     state = build(source.name, source.arguments).state_dict()
     weights = {slot: tensor.to(device) for slot, tensor in source.split(state).items()}
@@ -299,7 +299,7 @@ def mango_sizes(architecture: Architecture) -> dict[str, int]:
 def contest(
     source: Architecture, target: Architecture, rank: int, device: torch.device, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Each contestant's peak memory, counted, and seconds forward and with backward, as ratios to growkit's."""
+    """Each contestant's counted peak memory, and seconds forward and with backward, as ratios to its baseline's."""
 
     def backward(made: list[Tensor]) -> None:
         learning = [tensor for tensor in made if tensor.requires_grad]  # the head's bias does not grow
@@ -317,7 +317,7 @@ def contest(
     if not options.count_only:
         ready = ready_on(device)
         for name, (rival, _, apply) in ready.items():
-            if not name.startswith("LiGO"):  # LiGO's is another function
+            if not name.startswith("LiGO"):  # LiGO computes another function
                 (there,) = ready[rival][2]()
                 with multiplying(name.endswith(TF32)):
                     (here,) = apply()
@@ -327,7 +327,7 @@ def contest(
                 assert gap < (1e-2 if name.endswith(TF32) else 1e-5), f"{name} is {gap:.1e} away from growkit"
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
         order = random.Random(options.seed)
-        for _ in range(1 + options.rounds):  # the first warms up
+        for _ in range(1 + options.rounds):  # the first is a warm-up
             for name in order.sample(list(ready), len(ready)):
                 _, module, apply = ready[name]
                 module.zero_grad()
@@ -357,7 +357,7 @@ def contest(
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -376,7 +376,7 @@ def named(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def count(source: Architecture, target: Architecture, rank: int) -> dict[str, Any]:
-    """FLOPs of one contraction in the forward pass: as growkit does it, at best, and layer by layer."""
+    """FLOPs of one contraction in the forward pass: growkit's, the best order's, and layer by layer."""
     operator = grown_model(source, target, rank)
     assert isinstance(operator.method, Mango)
     ring = operator.method.ring
@@ -403,7 +403,7 @@ def count(source: Architecture, target: Architecture, rank: int) -> dict[str, An
 
 
 def grown_model(source: Architecture, target: Architecture, rank: int) -> GrownModel:
-    """The operator around timm's random weights, which decide nothing about cost."""
+    """The operator around timm's random weights, which do not affect its cost."""
     state = build(source.name, source.arguments).state_dict()
     return grow(source, target, state, GrowSettings(rank=rank))
 
@@ -427,7 +427,7 @@ def step_of(
 def update_of(
     model: nn.Module, network: nn.Module, target: Architecture, options: argparse.Namespace, *, tf32: bool
 ) -> Callable[[], None]:
-    """One update of `model` on random images, ready to call; `network` is what is run in its place."""
+    """One update of `model` on random images, ready to call; `network` is run in its place."""
     device = next(model.parameters()).device
     fused = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, **fused)
@@ -443,7 +443,7 @@ def update_of(
                     with autocast(options.precision, device):
                         loss = nn.functional.cross_entropy(network(images), labels)
                     loss.backward()
-                    del loss  # and with its graph the weights
+                    del loss  # frees the graph, and with it the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -451,9 +451,9 @@ def update_of(
 
 
 def seconds_of(update: Callable[[], None], device: torch.device, times: int) -> float:
-    """Seconds of an update: `times` of them one after the other, as training makes them, which waits for none.
+    """Seconds of an update, over `times` in a row without waiting for any, as in training.
 
-    On a GPU behind one more, which gives it work while the first is launched.
+    On a GPU one more update runs first and keeps it busy while the first timed one is launched.
     """
     if device.type != "cuda":
         start = time.perf_counter()
@@ -461,7 +461,7 @@ def seconds_of(update: Callable[[], None], device: torch.device, times: int) -> 
             update()
         return (time.perf_counter() - start) / times
     begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):  # an event is of its stream's device
+    with torch.cuda.device(device):  # an event belongs to its stream's device
         update()
         begun.record()
         for _ in range(times):
@@ -478,7 +478,7 @@ def time_steps(
     device: torch.device,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Seconds of operator and plain steps, in turns in random order, and the median of their ratios by round."""
+    """Seconds of operator and plain steps, in turns in random order, and the median of their per-round ratios."""
     kinds = {"operator": (rank, False), "plain": (0, False)}
     if device.type == "cuda":
         kinds["operator, TF32"] = (rank, True)
@@ -549,7 +549,7 @@ def peak_here(
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage begins with what the process that started this one had
+    if status.exists():  # getrusage starts from the peak of the process that started this one
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident

@@ -3,7 +3,7 @@
     python examples/benchmarks/precision.py --model run/trained --data images/ --out precision.json
 
 Without --data the images are noise, and the weights of a bare timm name are random: good for times, not for limits.
-bfloat16 is computed by float32 arithmetic with every result rounded: ONNX Runtime has no such kernels on a CPU.
+bfloat16 is computed in float32 arithmetic with every result rounded: ONNX Runtime has no bfloat16 kernels on a CPU.
 """
 
 import argparse
@@ -67,12 +67,12 @@ def main() -> None:
     """Measure, print two tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="trained model (folder or file), or a timm name")
-    parser.add_argument("--data", help="ImageFolder: val/ is judged on, train/ calibrates")
+    parser.add_argument("--data", help="ImageFolder: val/ for evaluation, train/ for calibration")
     parser.add_argument("--images", type=int, default=256, help="images that errors are measured on")
     parser.add_argument("--calibration", type=int, default=128, help="images that int8-static is calibrated with")
     parser.add_argument("--samples", type=int, default=4000, help="labelled images that accuracy is measured on")
     parser.add_argument("--seconds", type=float, default=4.0, help="longest time per latency comparison; 0: none")
-    parser.add_argument("--no-defects", action="store_true", help="leave the planted defects out")
+    parser.add_argument("--no-defects", action="store_true", help="skip the planted defects")
     parser.add_argument("--out", type=Path, help="JSON file with hardware and versions")
     arguments = parser.parse_args()
 
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.ndarray, tuple[np.ndarray, ...] | None]:
-    """The model, images to judge on, images to calibrate with, and all labelled ones where there are any."""
+    """The model, images for evaluation, images for calibration, and the labelled images if there are any."""
     given = arguments.model
     source = load_source(given) if Path(given).exists() else None
     model = source.model().eval() if source else random_weights(timm.create_model(given))
@@ -131,7 +131,7 @@ def subject(name: str, model: nn.Module, images: np.ndarray, calibration: np.nda
 
 
 def on_noise(given: Subject) -> Subject:
-    """The same model, calibrated with data but judged on noise."""
+    """The same model, calibrated with data but evaluated on noise."""
     noise = noise_images(preprocessing(given.model), min(64, len(given.images)), 0)
     truth = truth_of(given.model)
     expected = batched(lambda x: logits_of(truth, x), noise)
@@ -139,7 +139,7 @@ def on_noise(given: Subject) -> Subject:
 
 
 def overflowing(model: nn.Module) -> nn.Module:
-    """The same function with a residual stream that float16 cannot hold: layer norms take the factor out again."""
+    """The same function with a residual stream that overflows float16: layer norms remove the factor again."""
     scaled = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in scaled.named_parameters():
@@ -172,13 +172,13 @@ def batched(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.n
 
 
 def opened_file(proto: onnx.ModelProto, emulate: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """The call of a fresh session of ONNX Runtime's CPU provider, in emulated arithmetic or its own."""
+    """The run call of a fresh session on ONNX Runtime's CPU provider, in emulated arithmetic or its own."""
     ready = sixteen_bits.emulated(proto) if emulate else proto
     return open_session(ready.SerializeToString(), optimise=not emulate).run
 
 
 def errors(given: Subject, proto: onnx.ModelProto, kind: str) -> dict[str, float | None]:
-    """Every measure of the gate, of a file on the subject's images."""
+    """Every measure of the gate for a file, on the subject's images."""
     emulate = kind in ("fp16", "bf16")
     run = opened_file(proto, emulate)
     got = batched(run, given.images).astype(np.float64)
@@ -212,7 +212,7 @@ def rms(values: np.ndarray) -> float:
 
 
 def over(found: Mapping[str, float | None], kind: str) -> list[str]:
-    """Names of the limits that were broken; NaN breaks every one."""
+    """Names of the limits that are exceeded; NaN exceeds every one."""
     broken = []
     for name in ("relative_rms", "noise_ratio", "largest", "invariance", "cosine", "cosine_min"):
         value, limit = found[name], getattr(LIMITS[kind], name)
@@ -224,7 +224,7 @@ def over(found: Mapping[str, float | None], kind: str) -> list[str]:
 
 
 def unexplained(model: nn.Module, proto: onnx.ModelProto) -> list[str]:
-    """Stored tensors that are not the model's, and the model's that are not stored; single numbers left out."""
+    """Stored tensors that are not the model's, and model tensors that are not stored; single numbers are ignored."""
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     told = {s.name: explain(s, state) for s in stored_in(proto) if s.array.size > 1 or s.array.dtype.kind in "iu"}
     missing = set(state) - {name for name in told.values() if name} - {n for n, a in state.items() if not a.any()}
@@ -232,7 +232,7 @@ def unexplained(model: nn.Module, proto: onnx.ModelProto) -> list[str]:
 
 
 def healthy(given: Subject, kind: str, seconds: float, labelled: tuple[np.ndarray, ...] | None) -> dict[str, Any]:
-    """One row: a file as it should be."""
+    """One row: a file without defects."""
     proto = given.lowered(kind)
     found = errors(given, proto, kind)
     row: dict[str, Any] = {"model": given.name, "file": kind, **found}
@@ -270,7 +270,7 @@ def healthy(given: Subject, kind: str, seconds: float, labelled: tuple[np.ndarra
 
 
 def planted(given: Subject) -> list[dict[str, Any]]:
-    """One row per precision and defect: what the numbers and the weights say of it."""
+    """One row per precision and defect: what the checks of numbers and weights find."""
     rows = []
     for kind in PRECISIONS:
         for name, change in DEFECTS.items():
@@ -309,7 +309,7 @@ def copied(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class Planting:
-    """A float32 graph to damage, by the model's names."""
+    """A float32 graph to damage, addressed by the model's tensor names."""
 
     model: nn.Module
     proto: onnx.ModelProto
@@ -338,12 +338,12 @@ class Planting:
 
 
 def zeroed(name: str) -> Callable[[Planting], None]:
-    """All of a tensor 0."""
+    """Set a whole tensor to 0."""
     return lambda p: p.write(name, np.zeros_like(p.value(name)))
 
 
 def one(name: str, factor: float) -> Callable[[Planting], None]:
-    """The largest element times `factor`."""
+    """Multiply a tensor's largest element by `factor`."""
 
     def change(p: Planting) -> None:
         value = p.value(name).copy()
@@ -354,7 +354,7 @@ def one(name: str, factor: float) -> Callable[[Planting], None]:
 
 
 def heads_swapped(p: Planting) -> None:
-    """q of two heads, weights and biases."""
+    """Swap q of two heads, weights and biases."""
     _, width = p.heads
     for name in ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"):
         value = p.value(name).copy()
@@ -363,14 +363,14 @@ def heads_swapped(p: Planting) -> None:
 
 
 def channels_swapped(p: Planting) -> None:
-    """Two output channels of one weight."""
+    """Swap two output channels of one weight."""
     value = p.value("blocks.1.mlp.fc1.weight").copy()
     value[[3, 11]] = value[[11, 3]]
     p.write("blocks.1.mlp.fc1.weight", value)
 
 
 def attention_scale(p: Planting) -> None:
-    """1 / sqrt(width - 1)."""
+    """Scale attention by 1 / sqrt(width - 1)."""
     _, width = p.heads
     for tensor in p.proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
@@ -379,7 +379,7 @@ def attention_scale(p: Planting) -> None:
 
 
 def epsilon(value: float) -> Callable[[Planting], None]:
-    """Of every layer norm."""
+    """Set the epsilon of every layer norm."""
 
     def change(p: Planting) -> None:
         for node in p.proto.graph.node:
@@ -411,7 +411,7 @@ def first_weight(proto: onnx.ModelProto) -> onnx.TensorProto:
 
 
 def per_tensor(proto: onnx.ModelProto) -> None:
-    """One scale for all channels of the first int8 matrix."""
+    """Use one scale for all channels of the first int8 matrix."""
     weight = first_weight(proto)
     scale = next(t for t in proto.graph.initializer if t.name == weight.name.replace("_quantized", "_scale"))
     steps, array = numpy_helper.to_array(scale), numpy_helper.to_array(weight)
@@ -422,14 +422,14 @@ def per_tensor(proto: onnx.ModelProto) -> None:
 
 
 def scales_rolled(proto: onnx.ModelProto) -> None:
-    """The first matrix's scales, one channel off."""
+    """Shift the first matrix's scales by one channel."""
     name = first_weight(proto).name.replace("_quantized", "_scale")
     scale = next(t for t in proto.graph.initializer if t.name == name)
     scale.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(scale), 1), scale.name))
 
 
 def one_step(proto: onnx.ModelProto) -> None:
-    """One weight, one step."""
+    """Move one weight by one quantisation step."""
     weight = first_weight(proto)
     array = numpy_helper.to_array(weight).copy()
     array[0, 0] += 1 if array[0, 0] < 100 else -1
@@ -437,7 +437,7 @@ def one_step(proto: onnx.ModelProto) -> None:
 
 
 def range_halved(proto: onnx.ModelProto) -> None:
-    """The first calibrated scale, half of what it should be: larger activations are cut."""
+    """Halve the first calibrated scale, so that larger activations are clipped."""
     name = next(n.input[1] for n in proto.graph.node if n.op_type == "QuantizeLinear")
     scale = next(t for t in proto.graph.initializer if t.name == name)
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(2), scale.name))
@@ -455,7 +455,7 @@ AFTERWARDS: dict[str, dict[str, Change]] = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown; columns that any row has."""
+    """Rows as a Markdown table, with every column that any row has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:

@@ -1,13 +1,14 @@
-"""What growth saves on CIFAR-10: every method under one budget, from a ViT of 6 layers, 192 wide, to four bigger ones.
+"""What growing saves on CIFAR-10: every method under one budget, from a ViT of 6 layers, 192 wide, to four bigger ones.
 
     python examples/benchmarks/savings.py --data CIFAR --out OUT                     quick: 1 seed, 30 epochs
     python examples/benchmarks/savings.py --data CIFAR --out OUT --full --pairs width     3 seeds, 60 epochs
 
 CIFAR holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32. Images stay in the device's memory and are augmented there;
-on a GPU everything runs in bf16. It stops after --minutes with its state saved, and the same command goes on; exit
-status 3 says that there is more to do. --jobs lets several processes share the device, each with methods of its own:
-small networks alone leave a large GPU idle. Results of each pair lie in OUT/quick/PAIR/compare, or under OUT/full; with
---results they are copied there under a name with pair, hardware and date. Sizes are layers,width,heads.
+on a GPU everything runs in bf16. It stops after --minutes with its state saved, and the same command continues; exit
+status 3 says that there is more to do. --jobs lets several processes share the device, each with its own methods:
+one small network at a time leaves a large GPU idle. Each pair's results are in OUT/quick/PAIR/compare, or under
+OUT/full; with --results they are copied to that folder under a name with pair, hardware and date. Sizes are
+layers,width,heads.
 """
 
 import argparse
@@ -47,13 +48,13 @@ UNFINISHED = 3
 
 
 class Deadline:
-    """Ends whatever is done as Ctrl-C does, training with its state saved, once the time is over."""
+    """Ends the work as Ctrl-C does, training with its state saved, once the time is over."""
 
     def __init__(self, seconds: float):
         self.ends = time.monotonic() + seconds
 
     def tell(self) -> Done:
-        """What all of one run is told to: asked twice, training would end at once, with nothing saved."""
+        """One run's progress callback, which interrupts once: a second signal would end training with nothing saved."""
         asked = False
 
         def progress(done: float, total: int, note: str = "") -> None:
@@ -76,19 +77,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where the source and the runs go")
     parser.add_argument("--pairs", default=",".join(PAIRS), help="of width, depth, both, odd")
     parser.add_argument("--full", action="store_true", help="3 seeds, 60 epochs, three rates, three budgets")
-    parser.add_argument("--minutes", type=float, default=9, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=9, help="stop after this many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, help="folder for copies of the finished results")
     parser.add_argument("--source", default="6,192,3")
     parser.add_argument("--target", action="append", default=[], metavar="PAIR=L,W,H", help="another size for a pair")
-    parser.add_argument("--methods", help="others than the pair's own")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the source's input")
+    parser.add_argument("--methods", help="methods in place of the pair's own")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the source's input")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--operator-steps", type=int, default=100)
     parser.add_argument("--operator-lrs", default=CompareSettings.operator_lrs)
-    parser.add_argument("--lrs", help="5e-4,2e-3; with --full 1e-3 besides")
+    parser.add_argument("--lrs", help="5e-4,2e-3; with --full also 1e-3")
     parser.add_argument("--controls", default="random-pad,untrained-source,untrained-operator,source-longer")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of --jobs this process is
@@ -123,7 +124,7 @@ def main() -> int:
         )
         if trained.fitted.interrupted:
             raise KeyboardInterrupt
-    source = load_source(str(run.trained / LAST))  # its best was chosen on images that will test it
+    source = load_source(str(run.trained / LAST))  # the best model was chosen on images that will test it
     for pair in given.pairs.split(","):
         settings = CompareSettings(
             methods=given.methods or METHODS.get(pair, METHODS["odd"]),
@@ -160,7 +161,7 @@ def main() -> int:
 
 
 def side_by_side(pair: str, deadline: Deadline, jobs: int) -> list[int]:
-    """Make the runs of a pair in `jobs` processes; their exit statuses. What they leave out is made by this one."""
+    """Make the runs of a pair in `jobs` processes and return their exit statuses; this process makes what they omit."""
     minutes = (deadline.ends - time.monotonic()) / 60
     own = ["--pairs", pair, "--minutes", str(max(0.0, minutes))]
     started = [subprocess.Popen([sys.executable, *sys.argv, *own, "--part", str(number)]) for number in range(jobs)]
@@ -175,8 +176,8 @@ def prepared(
     recipe: FitSettings,
     data: str,
 ) -> Comparison:
-    """The comparison, begun in its folder if it was not."""
-    quiet, steps = replace(job, say=unsaid), settings.operator_steps  # the one who began it has said these lines
+    """The comparison, started in its folder if it was not yet."""
+    quiet, steps = replace(job, say=unsaid), settings.operator_steps  # the process that started it printed these lines
     bench = bench_of(
         quiet, job.run.compare, source, "deit_tiny", data, recipe, split=settings, operator_steps=steps, sets=sets
     )
@@ -186,13 +187,13 @@ def prepared(
 
 
 def whole(run: RunFolder, recipe: FitSettings) -> bool:
-    """Whether the source is trained to its end; leaves where it was trained otherwise than now."""
+    """Whether the source is fully trained; exits if it was trained with other settings."""
     path = run.trained / LAST / HISTORY
     if not path.exists():
         return False
     fitted = read_json(path)["fit"]
     if fitted["settings"] != served_settings(recipe):
-        sys.exit(f"{run.trained}: trained with other settings; give the same, or another --out")
+        sys.exit(f"{run.trained}: trained with other settings; give the same settings, or another --out")
     return not fitted["interrupted"]
 
 
@@ -216,7 +217,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("time is over; the same command goes on", flush=True)
+        print("time is over; the same command continues", flush=True)
         sys.exit(UNFINISHED)
     except GrowkitError as error:
         sys.exit(f"error: {error}")

@@ -1,10 +1,10 @@
-"""What training an operator costs on several processes: each growing all of the weights, or a part of them for all.
+"""What training an operator costs on several processes: each growing all of the weights, or sharing the work.
 
     torchrun --nproc-per-node 2 examples/benchmarks/several_processes.py --out several_processes.json
     torchrun --nproc-per-node 8 examples/benchmarks/several_processes.py --small deit_small --big deit_base
 
-Three updates take turns in random order, all processes together: of the plain target, of the operator with the ring
-computed whole by every process, and of the operator with the ring shared. An update's time is that of the slowest
+Three updates take turns in random order, on all processes together: of the plain target, of the operator with every
+process computing the whole ring, and of the operator with the ring shared. An update's time is that of the slowest
 process. On CPUs give each process one thread: OMP_NUM_THREADS=1. --small and --big take a timm name and, after commas,
 arguments of its constructor.
 """
@@ -63,7 +63,7 @@ def main() -> None:
 def compare(
     source: Architecture, target: Architecture, rank: int, device: torch.device, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Time the three updates in turns; the same in every process."""
+    """Time the three updates in turns; every process makes the same calls."""
     torch.manual_seed(options.seed)
     operator = grown_model(source, target, rank).to(device).train()
     network = build(target.name, target.arguments).to(device).train()
@@ -72,7 +72,7 @@ def compare(
         return update_of(model, distributed.together(model, device), target, options, tf32=options.tf32)
 
     updates = {"plain": updating(network), "every process all": updating(operator)}
-    updates["shared"] = updates["every process all"]  # the same operator; what differs is set around each update
+    updates["shared"] = updates["every process all"]  # the same operator; sharing is set around each update
     sharing = {"plain": 1, "every process all": 1, "shared": distributed.size()}
     flops = {"plain": 0}
     for way in ("every process all", "shared"):

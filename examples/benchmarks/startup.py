@@ -2,8 +2,8 @@
 
     python examples/benchmarks/startup.py --runs 20 --out startup.json
 
-All are started in turn, in random order. A command gets a source, a target and images that are not there: its first
-line comes before it looks for them, and it is killed at once.
+All are started in turn, in random order. A command gets a source, a target and images that do not exist: it prints its
+first line before it looks for them, and is then killed at once.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def commands_of_growkit() -> dict[str, list[str]]:
-    """The words that start each command, by `growkit NAME`: what it requires, and no more."""
+    """Each command's words by `growkit NAME`: only the arguments that it requires."""
     found = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         required = [parameter for parameter in command.params if parameter.required]
@@ -77,7 +77,7 @@ def commands_of_growkit() -> dict[str, list[str]]:
 
 
 def measure(commands: dict[str, list[str]], runs: int, seed: int) -> dict[str, list[float]]:
-    """Seconds of each start by name, in random order within each round; one round warms up."""
+    """Seconds of each start by name, in random order within each round; the first round is a warm-up."""
     names = [HELP, *commands, BARE]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(seed)
@@ -94,7 +94,7 @@ def measure(commands: dict[str, list[str]], runs: int, seed: int) -> dict[str, l
 
 
 def until_first_byte(words: list[str]) -> float:
-    """Seconds until a command writes anything, which must be the line that greets: a usage error comes sooner."""
+    """Seconds until a command writes anything, which must be its greeting line: a usage error would come sooner."""
     with tempfile.TemporaryDirectory() as folder:  # a command may write there before it is killed
         start = time.perf_counter()
         process = subprocess.Popen(

@@ -1,12 +1,13 @@
-"""Images per second of growkit's fit against a loop made of timm's own parts, as its train script has them.
+"""Images per second of growkit's fit against a loop of timm's own parts, as in its train script.
 
     python examples/benchmarks/throughput.py --data IMAGENET --model deit_base --batch-size 256 --workers 16
 
-Same model, batch, precision, images, augmentation (crops, flips and what is asked for) and workers; segments of both,
-and of growkit with each of --with, alternate in random order in one process. An epoch should be longer than a segment,
-two times --steps: where one ends, timm's loader has nothing ready, and a segment is all waiting. Then: the share of the
-machine's measured matmul peak, and where a training step's time goes. The promise is for a GPU, and on a CPU this is a
-smoke test; but --read-only, which leaves the model out, tells there too which of the two reads faster.
+Both use the same model, batch, precision, images, augmentation (crops, flips and what is asked for) and workers;
+segments of both, and of growkit with each of --with, alternate in random order in one process. An epoch should be
+longer than a segment, two times --steps: where an epoch ends, timm's loader has nothing ready, and a segment is all
+waiting. Then come the share of the machine's measured matmul peak, and where a training step's time goes. The promise
+is for a GPU, and on a CPU this is a smoke test; but --read-only, which leaves the model out, shows on a CPU too which
+of the two reads faster.
 """
 
 import argparse
@@ -53,7 +54,7 @@ WITH: dict[str, dict[str, Any]] = {
     "grad-checkpointing": {"grad_checkpointing": True},
 }
 WITH_HELP = f"of {', '.join(WITH)}, several at once with +, as in cache-ram+compile; or none"
-ENDLESS = 10**6  # updates of a run that is stopped: where an end is near, readers have no more to do, and timm's go on
+ENDLESS = 10**6  # updates of a run that is stopped: near its end growkit's readers would idle, while timm's go on
 SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product is the peak
 OPS_SHOWN = 12
 
@@ -63,17 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="ImageFolder with train/ and val/")
     parser.add_argument("--model", default="deit_small", help="timm name or a short one")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the model")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for the model")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--steps", type=int, default=20, help="updates timed in a segment; as many warm it up")
+    parser.add_argument("--steps", type=int, default=20, help="timed updates in a segment, after as many warm-up ones")
     parser.add_argument("--rounds", type=int, default=5, help="segments of each kind")
-    parser.add_argument(
-        "--aa", help="timm's AutoAugment policy, as in rand-m9-mstd0.5; images in a cache cannot have it"
-    )
-    parser.add_argument("--reprob", type=float, default=0.0, help="of erasing; images in a cache cannot have it")
+    parser.add_argument("--aa", help="timm's AutoAugment policy, as in rand-m9-mstd0.5; not for images in a cache")
+    parser.add_argument("--reprob", type=float, default=0.0, help="probability of erasing; not for images in a cache")
     parser.add_argument("--read-only", action="store_true", help="time the reading of batches, without a model")
     parser.add_argument("--with", dest="more", help=f"{WITH_HELP}; left out, both caches where they can be compared")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +99,7 @@ def main() -> None:
     except RuntimeError as error:  # timm finds none
         parser.error(f"--data {options.data}: {error}")
     if whole := images // options.batch_size < 2 * options.steps:
-        print(f"{images} images are fewer than a segment takes: loaders that begin anew each epoch look slow")
+        print(f"{images} images are fewer than a segment takes: loaders that restart each epoch look slow")
 
     ours, theirs = (growkit_reading, timm_reading) if options.read_only else (growkit_segment, timm_segment)
     kinds: dict[str, Callable[[], float]] = {}
@@ -151,7 +150,7 @@ def main() -> None:
 
 
 def work_of(options: argparse.Namespace, device: torch.device, medians: dict[str, float]) -> dict[str, Any]:
-    """Print what is promised, how much of the machine is used, and where the time goes; the same for the file."""
+    """Print the promise, the share of the machine's peak, and where the time goes; return the same for the file."""
     print(f"promised on a GPU: {PROMISED['ratio']:.2f} x timm, from disk")
     peak, per_image = matmul_peak(options, device), flops_per_image(options)
     used = {name: median * per_image / peak for name, median in medians.items()}
@@ -172,7 +171,7 @@ def work_of(options: argparse.Namespace, device: torch.device, medians: dict[str
 
 
 def start_of(options: argparse.Namespace) -> Source:
-    """The model with the same random weights every time, and how its images are prepared."""
+    """The model, with the same random weights every time, and its image preprocessing."""
     classes = [folder.name for folder in sorted((Path(options.data) / "train").iterdir()) if folder.is_dir()]
     return fresh(options.model, options.set, classes, seed=options.seed)
 
@@ -194,7 +193,7 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
 
 
 def growkit_segment(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[[], float]:
-    """Images per second of the second half of a short run of fit; what is cached stays so between calls."""
+    """Images per second in the second half of a short run of fit; cached images stay cached between calls."""
     source, settings = start_of(options), replace(settings_of(options), **changes)
     data = open_data(options.data, source.preprocessing, settings)
 
@@ -213,13 +212,13 @@ def growkit_segment(options: argparse.Namespace, device: torch.device, **changes
 
 
 def flops_per_image(options: argparse.Namespace) -> float:
-    """FLOPs of a training step for each image."""
+    """FLOPs of a training step per image."""
     source = start_of(options)
     return step_flops(source.model().to("meta"), source.architecture, options.batch_size) / options.batch_size
 
 
 def matmul_peak(options: argparse.Namespace, device: torch.device) -> float:
-    """FLOPs per second of a large square product in the precision of training, the best of many."""
+    """FLOPs per second of a large square product in training's precision, the best of many."""
     side = SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=amp_dtype(options.precision, device)) for _ in "ab")
     best = math.inf
@@ -233,7 +232,7 @@ def matmul_peak(options: argparse.Namespace, device: torch.device) -> float:
 
 
 def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Share of the time of training steps that each kind of operation takes itself, the largest first."""
+    """Share of training steps' time that each kind of operation takes itself, the largest first."""
     segment = growkit_segment(options, device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
@@ -249,7 +248,7 @@ def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float
 
 
 def growkit_reading(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[[], float]:
-    """Images per second of the second half of as many batches, which nothing is done with."""
+    """Images per second in the second half of as many batches, which are read and dropped."""
     source, settings = start_of(options), replace(settings_of(options), **changes)
     data = open_data(options.data, source.preprocessing, settings)
 
@@ -261,7 +260,7 @@ def growkit_reading(options: argparse.Namespace, device: torch.device, **changes
 
 
 def timm_reading(options: argparse.Namespace, device: torch.device) -> Callable[[], float]:
-    """The same of timm's loader."""
+    """As `growkit_reading`, with timm's loader."""
     source, settings = start_of(options), settings_of(options)
 
     def segment() -> float:
@@ -272,7 +271,7 @@ def timm_reading(options: argparse.Namespace, device: torch.device) -> Callable[
 
 
 def timm_segment(options: argparse.Namespace, device: torch.device) -> Callable[[], float]:
-    """Images per second of the second half of as many updates in a loop as timm's train script has it."""
+    """Images per second in the second half of as many updates in a loop like that of timm's train script."""
     source, settings = start_of(options), settings_of(options)
     loss_of = nn.CrossEntropyLoss()
 
@@ -306,7 +305,7 @@ def timm_segment(options: argparse.Namespace, device: torch.device) -> Callable[
 
 
 def rate(step: Callable[[], Any], options: argparse.Namespace, device: torch.device) -> float:
-    """Images per second of the second half of 2 * options.steps calls."""
+    """Images per second in the second half of 2 * options.steps calls."""
     for number in range(2 * options.steps):
         if number == options.steps:
             wait(device)
@@ -317,7 +316,7 @@ def rate(step: Callable[[], Any], options: argparse.Namespace, device: torch.dev
 
 
 def timm_loader(config: dict[str, Any], settings: FitSettings, folder: Path, device: torch.device) -> Any:
-    """timm's loader of training images, as its train script has it: with the prefetcher, which normalises batches."""
+    """timm's loader of training images, as in its train script: with the prefetcher, which normalises batches."""
     dataset = create_dataset("", root=str(folder), is_training=True, batch_size=settings.batch_size)
     if len(dataset) < settings.batch_size:
         sys.exit(f"{folder}: {len(dataset)} images fill no batch of {settings.batch_size}; lower --batch-size")
@@ -343,13 +342,13 @@ def timm_loader(config: dict[str, Any], settings: FitSettings, folder: Path, dev
 
 
 def endless(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of one epoch after the other."""
+    """Batches of one epoch after another."""
     while True:
         yield from loader
 
 
 def wait(device: torch.device) -> None:
-    """Let the GPU finish what it was given."""
+    """Wait until the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -4,7 +4,8 @@
     MODEL=run/onnx/model.onnx uvicorn --app-dir examples/serve app:app
     curl --data-binary @photo.jpg http://localhost:8000/classify
 
-An image is the body of a request. THREADS compute one answer (0: one for each core), PARALLEL answers at a time.
+An image is the body of a request. THREADS threads compute one answer (0: one for each core); PARALLEL answers are
+computed at a time.
 """
 
 import asyncio

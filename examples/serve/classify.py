@@ -1,9 +1,9 @@
-"""Classify images with a file of `growkit export`: ONNX Runtime, NumPy and Pillow, nothing else.
+"""Classify images with a file made by `growkit export`: ONNX Runtime, NumPy and Pillow, nothing else.
 
     python classify.py run/onnx/model.onnx photo.jpg
 
-Size, mean, std and class names are the file's own metadata; the steps are those of timm's evaluation transform. A file
-made with --pixels takes the image as it is; --output probabilities and top-K are answered alike.
+Size, mean, std and class names come from the file's own metadata; the steps are those of timm's evaluation transform. A
+file made with --pixels takes the image as it is; files made with --output probabilities or top-K work too.
 """
 
 import json
@@ -24,10 +24,10 @@ FILTERS = {
 
 
 class Classifier:
-    """An exported file and what it wants done to an image first."""
+    """An exported file and the image preprocessing it expects."""
 
     def __init__(self, file: Path, threads: int = 0):
-        """Load `file`; `threads` compute one answer, 0 means one for each core."""
+        """Load `file`; `threads` threads compute one answer, 0 means one for each core."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # a pool that spins between requests takes the cores from whoever decodes the next image
@@ -69,7 +69,7 @@ class Classifier:
         return dict(zip(self.outputs, answers, strict=True))
 
     def best(self, image: Image.Image, count: int = 5) -> list[dict[str, object]]:
-        """The `count` most likely classes of one image, fewer where the file answers with fewer."""
+        """The `count` most likely classes of one image, or fewer if the file returns fewer."""
         found = {name: value[0] for name, value in self.answer(self.prepare(image)).items()}
         if "classes" in found:  # top-K
             classes, odds = found["classes"], found["scores"]

@@ -19,13 +19,13 @@ from growkit.errors import GrowkitError, first_line
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
 ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
 KINDS = get_type_hints(VisionTransformer.__init__)
-WORDS = {"true": True, "false": False, "none": None}  # as other tools write what Python writes with a capital
+WORDS = {"true": True, "false": False, "none": None}  # other tools' spelling of what Python capitalises
 MOST = 2**20  # of any size
 MOST_LAYERS = 1024
 
 
 def full_name(name: str) -> str:
-    """A timm name, or a short one completed: deit_base -> deit_base_patch16_224.
+    """Complete a short name to timm's, and leave timm's as it is: deit_base -> deit_base_patch16_224.
 
     Raises:
         GrowkitError: no such model; the nearest names are offered.
@@ -40,12 +40,12 @@ def full_name(name: str) -> str:
 
 
 def _named() -> list[str]:
-    """timm's names of VisionTransformers and their next of kin."""
+    """List timm's names of VisionTransformers and DeiTs."""
     return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
-    """`--set` values as arguments of VisionTransformer: ['depth=8'] -> {'depth': 8}.
+    """Parse `--set` values into arguments of VisionTransformer: ['depth=8'] -> {'depth': 8}.
 
     Raises:
         GrowkitError: not KEY=VALUE, or no such argument; the nearest are offered.
@@ -77,12 +77,12 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
 
 
 def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> VisionTransformer:
-    """The network with random weights, or none at all on the meta device.
+    """Build the network with random weights, or none at all on the meta device.
 
     Raises:
         GrowkitError: timm refuses the arguments, or the network is no plain VisionTransformer.
     """
-    # timm.create_model takes others, which fetch weights (pretrained, pretrained_cfg) or read files (checkpoint_path)
+    # timm.create_model has others that fetch weights (pretrained, pretrained_cfg) or read files (checkpoint_path)
     if strange := [key for key in arguments if key not in ARGUMENTS]:
         raise GrowkitError(f"{name}: {strange[0]!r} is no argument of a VisionTransformer; take it out of model_args")
     for key, value in arguments.items():
@@ -91,7 +91,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
     try:
         with torch.device(device):
             model = timm.create_model(name, **arguments)
-    except Exception as error:  # what constructors make of odd arguments is of every kind
+    except Exception as error:  # constructors raise errors of every kind on odd arguments
         first = first_line(error)
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"cannot build {name} with {given or 'its defaults'}: {first}") from None
@@ -101,7 +101,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
 
 
 def _expected(key: str, value: Any) -> str | None:
-    """What an argument should be, where timm would take the value for something else; None where it is that."""
+    """Say what an argument should be if timm would misread its value; None if the value is right."""
     kinds = {KINDS.get(key), *get_args(KINDS.get(key))}
     if kinds == {None} or (value is None and NoneType in kinds):
         return None
@@ -124,7 +124,7 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 
 def _as_named(name: str) -> VisionTransformer:
-    """The network of a full timm name, as timm has it, once the table is sure to cover it."""
+    """Build timm's network of a full timm name, on the meta device, after checking that the table covers it."""
     model = build(name, {}, device="meta")
     vit.describe(model, name, {})
     return model
@@ -133,13 +133,13 @@ def _as_named(name: str) -> VisionTransformer:
 def detect(
     state: StateDict, *, hint: str = "", name: str | None = None, sets: Sequence[str] = ()
 ) -> tuple[Architecture, str]:
-    """The architecture of a checkpoint, and a line that says how it was told.
+    """Detect the architecture of a checkpoint; also return a line that says how it was detected.
 
-    What the shapes do not show, the head count first of all, comes from `name` (--from), else from a
-    timm name inside `hint` (the file's name), else from 64-wide heads.
+    What the shapes do not show, above all the head count, comes from `name` (--from), else from a
+    timm name that begins `hint` (the file's name), else from assuming 64-wide heads.
 
     Raises:
-        GrowkitError: the tensors are no plain ViT's, or do not fit the name; the message names them.
+        GrowkitError: the tensors are not a plain ViT's, or do not fit the name; the message names them.
     """
     shapes = recognise.arguments_of(state)
     chosen = parse_sets(sets)
@@ -159,7 +159,7 @@ def detect(
     own = {**vit.input_arguments(base), **vit.grown_arguments(base)}
     arguments = {key: value for key, value in shapes.items() if not vit.same_argument(key, value, own[key])}
     if own["global_pool"] not in ("token", "map") and shapes["global_pool"] != "map":
-        arguments.pop("global_pool", None)  # a mean or a maximum leaves no trace: the name knows
+        arguments.pop("global_pool", None)  # mean or max pooling leaves no trace: the name decides
     if "embed_dim" in arguments and "num_heads" not in chosen:
         arguments["num_heads"] = shapes["embed_dim"] // base.blocks[0].attn.head_dim
     architecture = find(name, {**arguments, **chosen})
@@ -168,7 +168,7 @@ def detect(
 
 
 def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
-    """The timm name that a file's name begins with, if its network is of that size."""
+    """Return the timm name that a file's name begins with, if its network has these sizes."""
     words = hint.replace("-", "_").lower()
     for candidate in sorted(_named(), key=len, reverse=True):
         if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
@@ -179,7 +179,7 @@ def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
 
 
 def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) -> tuple[str, str]:
-    """The timm name for the shapes and the line that says how it was found."""
+    """Return the timm name for the shapes and the line that says how it was found."""
     embed, depth = shapes["embed_dim"], shapes["depth"]
     fitting = [known for (e, d, _), known in recognise.KNOWN.items() if (e, d) == (embed, depth)]
     if distilled:
@@ -198,9 +198,9 @@ def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) 
 
 
 def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tuple[Architecture, list[str]]:
-    """The architecture to grow into: input, classes and tokens are the source's, the sizes are `name`'s and `sets`'.
+    """Find the architecture to grow into: input, classes and tokens from the source, sizes from `name` and `sets`.
 
-    Returns the architecture and the lines that say what was taken over from the source.
+    Returns the architecture and lines that say what was taken over from the source.
 
     Raises:
         GrowkitError: unknown name or argument, or a `--set` that contradicts the source.
@@ -219,7 +219,7 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
 
 
 def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:
-    """The target's widths at the source's depth or, with `depth`, the other way round; None where that is either."""
+    """Return the target's widths at the source's depth or, with `depth`, the reverse; None if that is one of them."""
     wide, deep = (source, target) if depth else (target, source)
     middle = find(wide.name, {**wide.arguments, "depth": deep.spaces[LAYERS].size})
     return None if middle.spaces in (source.spaces, target.spaces) else middle

@@ -7,7 +7,7 @@ from growkit.arch.spec import StateDict
 from growkit.arch.vit import POOL, ratio
 from growkit.errors import GrowkitError
 
-# What a name is looked up by: (embed, depth, head size). The first is taken; `--from` names any other.
+# Names by (embed, depth, head size). The first that fits is taken; `--from` names any other.
 KNOWN = {
     (192, 12, 64): "deit_tiny_patch16_224",
     (384, 12, 64): "deit_small_patch16_224",
@@ -48,11 +48,11 @@ FAMILIES = {
     "encoder.layers.": "a torchvision ViT, in other names than timm's",
     "layer1.0.conv1": "a ResNet",
 }
-LAYER_SCALE = 1e-5  # timm's start, where a checkpoint's layer scale has to be described by an argument
+LAYER_SCALE = 1e-5  # timm's initial value, for the argument that describes a checkpoint's layer scale
 
 
 def arguments_of(state: StateDict) -> dict[str, Any]:
-    """Arguments of VisionTransformer read off a checkpoint's shapes; all but `num_heads`, which leaves no trace.
+    """Read the arguments of VisionTransformer off a checkpoint's shapes; all but `num_heads`, which leaves no trace.
 
     Raises:
         GrowkitError: the tensors are not a timm ViT's; the message names the family where it is known.
@@ -68,9 +68,9 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
             raise GrowkitError(f"no ViT or DeiT: {key} has shape {tuple(state[key].shape)}, expected {axes} axes")
     embed, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    # of SwiGLU in one tensor, timm's ratio counts both halves
+    # for a SwiGLU in one tensor, timm's ratio counts both halves
     wide = "blocks.0.mlp.fc1.weight" if "blocks.0.mlp.fc1.weight" in state else "blocks.0.mlp.fc1_x.weight"
-    # by either of its tensors: the one that is missing is named where the weights are held against the architecture
+    # found by either of its tensors: a missing one is named when the weights are checked against the architecture
     modules, head = {key.partition(".")[0] for key in state}, state.get("head.weight", state.get("head.bias"))
     class_token, pooled = "cls_token" in state, "fc_norm" in modules
     reg_tokens = state["reg_token"].shape[1] if "reg_token" in state else 0
@@ -107,7 +107,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
 
 
 def telltale(state: StateDict) -> tuple[str, str, str] | None:
-    """A tensor that marks a kind whose norms and activation the shapes do not show, the kind, and a name of it."""
+    """Return a tensor that marks a kind whose norms and activation the shapes do not show, the kind, and an example."""
     for key, (kind, name) in TELLTALES.items():
         if key in state:
             return key, kind, name

@@ -66,7 +66,7 @@ class Architecture:
 
     @property
     def widths(self) -> tuple[str, ...]:
-        """Names of its spaces but for the layers."""
+        """Names of its spaces except the layers."""
         return tuple(name for name in self.spaces if name != LAYERS)
 
     @property
@@ -76,20 +76,20 @@ class Architecture:
 
     @property
     def classes(self) -> int:
-        """How many classes its head tells apart; 0 where it has none and gives features."""
+        """Number of classes of its head; 0 if it has no head and gives features."""
         return self.shapes["head.weight"][0] if "head.weight" in self.shapes else 0
 
     @property
     def centred(self) -> bool:
-        """Whether its norms take the mean away, as LayerNorm does and RMSNorm does not."""
+        """Whether its norms subtract the mean, as LayerNorm does and RMSNorm does not."""
         return "rms" not in self.kind.get("norm", "").lower()
 
     def has(self, slot: str) -> bool:
-        """Whether a tensor of this slot is there: 'norm_pre' finds 'norm_pre.weight'."""
+        """Return whether it has a tensor of this slot: 'norm_pre' finds 'norm_pre.weight'."""
         return any(own.partition(".")[0] == slot for row in self.tensors for own in row.slots)
 
     def check(self, state: StateDict) -> None:
-        """Hold a checkpoint against the table.
+        """Check a checkpoint against the table.
 
         Raises:
             GrowkitError: tensors are missing, unknown, misshapen or not finite; the message names them.
@@ -146,7 +146,7 @@ def linear(
 
 
 def norm(key: str, space: str | None, slot: str) -> tuple[TensorSpec, ...]:
-    """Rows of a LayerNorm: gain and bias; of an RMSNorm there is no bias."""
+    """Rows of a LayerNorm: gain and bias; an RMSNorm has no bias."""
     return (
         TensorSpec(f"{key}.weight", (f"{slot}.weight",), (space,)),
         TensorSpec(f"{key}.bias", (f"{slot}.bias",), (space,)),

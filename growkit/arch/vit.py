@@ -1,7 +1,7 @@
 """timm's VisionTransformer: DeiT (Touvron et al., ICML 2021), ViT (Dosovitskiy et al., ICLR 2021) and their kin.
 
 DeiT III, distilled DeiT, CLIP, SigLIP, DINOv2, AIMv2, BEiT-3: one table, of which a network has the rows whose tensors
-it has. What is built otherwise (parallel blocks, norms after the branch, a convolutional stem) is refused by name.
+it has. Other designs (parallel blocks, norms after the branch, a convolutional stem) are refused by name.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ ROWS = (
     *table(f"{BLOCK}.ls2.gamma", "embed", slot="scale2.gamma"),
     *norm("norm", "embed", "norm"),
     *norm("fc_norm", "embed", "norm"),  # instead of `norm` where the patches are pooled
-    # A latent that asks what the tokens hold, with an MLP behind it: SigLIP's pooling.
+    # A latent that attends to the tokens, with an MLP behind it: SigLIP's pooling.
     *table(f"{POOL}.latent", None, None, "embed"),
     *linear(f"{POOL}.q", out="pool_attn", reads="embed", slots=("pool_q",), raw=True),
     *linear(f"{POOL}.kv", out="pool_attn", reads="embed", slots=("pool_k", "pool_v")),
@@ -110,7 +110,7 @@ def describe(model: VisionTransformer, name: str, arguments: Mapping[str, Any]) 
 
 
 def _foreign_part(model: VisionTransformer) -> str | None:
-    """The first part that is not built as the table has it: parts of one class may share names with another's."""
+    """Name the first part that the table does not describe: parts of another class may have the same tensor names."""
     block = model.blocks[0]
     for part, words, known in (
         (model.patch_embed, "a stem of its own", (PatchEmbed,)),
@@ -125,7 +125,7 @@ def _foreign_part(model: VisionTransformer) -> str | None:
 
 
 def _as_in(model: VisionTransformer, row: TensorSpec) -> TensorSpec:
-    """A row as this network has it: SwiGLU's two halves in one tensor, a head that no norm stands before."""
+    """Adapt a row to this network: SwiGLU's two halves in one tensor, a head without a norm before it."""
     mlp = model.blocks[0].mlp
     if isinstance(mlp, GluMlp) and row.slots[0].startswith("in."):
         kind = row.slots[0].removeprefix("in.")
@@ -138,7 +138,7 @@ def _as_in(model: VisionTransformer, row: TensorSpec) -> TensorSpec:
 
 
 def _kind(model: VisionTransformer) -> dict[str, str]:
-    """What decides the network's function and leaves no trace in its weights, in words."""
+    """Describe, in words, what affects the network's function but leaves no trace in its weights."""
     norm_layer, activation = model.blocks[0].norm1, model.blocks[0].mlp.act
     curve = type(activation).__name__
     if getattr(activation, "approximate", "none") != "none":
@@ -198,5 +198,5 @@ def ratio(hidden: int, embed: int) -> float:
 
 
 def same_argument(key: str, one: Any, other: Any) -> bool:
-    """Whether two values of an argument describe the same network; a layer scale's start is not part of it."""
+    """Return whether two values of an argument describe the same network; a layer scale's start does not count."""
     return (one is None) == (other is None) if key == "init_values" else one == other

@@ -1,10 +1,10 @@
 """Products of several tensors, pair by pair in the cheapest order, and their gradients.
 
 opt_einsum finds the order. Its own calls plan anew each time, and torch.einsum copies both factors of a pair into an
-order of axes that suits it; either may take longer than the product. So the larger factor stays as it lies in memory
-wherever the indices summed over are neighbours, (before, summed, after) becomes (before, new, after), or lie at both
-ends: (lead, before, summed) becomes (before, new). Factors in float16 make float16 intermediates, for whose sums see
-`float32_sums`; what comes of the last product, and gradients of the operands, are float32 then.
+axis order that suits it; either may take longer than the product. So the larger factor keeps its memory layout wherever
+the summed indices are adjacent, (before, summed, after) becoming (before, new, after), or lie at both ends, (lead,
+before, summed) becoming (before, new). float16 factors make float16 intermediates, summed as in `float32_sums`; the
+result of the last product and the gradients of the operands are then float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,17 @@ from growkit.core.half import kernels_for
 
 Shapes = tuple[tuple[int, ...], ...]
 Path = tuple[tuple[int, ...], ...]
-SPARE = 1.05  # arithmetic that an order may take beside the cheapest, for what it saves elsewhere
+SPARE = 1.05  # times the cheapest order's arithmetic that another may take, for what it saves elsewhere
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One product, of the factors at two places among what was given and made before.
+    """One product, of the factors at two places among the operands and the products made before.
 
     large, small        places of the factors
     of_large, of_small  their indices, axis by axis
     before, after, new  the product's indices are before + new + after; the new ones come from the small factor
-    lead, summed        the indices of both: those in front of `before`, and the others
+    lead, summed        the indices that both factors have: those in front of `before`, and the others
     """
 
     large: int
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def indices(self) -> str:
-        """Of the product, axis by axis."""
+        """The product's indices, axis by axis."""
         return self.before + self.new + self.after
 
 
@@ -58,7 +58,7 @@ class Order(NamedTuple):
     """A pairwise order of an equation's products.
 
     flops           of the products, 2 per multiply-add
-    training_flops  those, and of a backward pass: the gradients of all but the first operand, and intermediates again
+    training_flops  those, plus a backward pass: gradients of all but the first operand, and recomputed intermediates
     largest         elements of the largest intermediate, or of the result
     intermediates   elements of all intermediates together
     """
@@ -72,9 +72,9 @@ class Order(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[Order, ...]:
-    """The order of least arithmetic; then, where it is another, that of least in training among those nearly as good.
+    """Return the order with the fewest FLOPs and, if different, the one of those near it with the fewest in training.
 
-    The first may multiply two operands that both want a gradient, for next to nothing less.
+    The first may multiply two operands that both want a gradient, to save next to nothing.
     """
     best, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
     paths, over, left, factors = _orders(equation)
@@ -82,7 +82,7 @@ def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[O
     forwards = np.where(over, sizes, 1).prod(-1) * (1 + (over != left).any(-1))  # (orders, products)
     flops = forwards.sum(-1)
     training = flops + (forwards * factors).sum(-1) + forwards[:, :-1].sum(-1)
-    elements = np.where(left, sizes, 1).prod(-1)  # of what each product makes
+    elements = np.where(left, sizes, 1).prod(-1)  # of each product's result
     largest, intermediates = elements.max(-1), elements[:, :-1].sum(-1)
     number = paths.index(tuple(tuple(step) for step in best))
     other = int(np.where(flops <= SPARE * flops[number], training, np.inf).argmin())
@@ -97,7 +97,7 @@ def _letters(equation: str) -> str:
 
 @lru_cache(maxsize=64)
 def _orders(equation: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """All orders, and of each product of each: the indices it runs over, those that are left (orders, products,
+    """Return all orders and, for each product of each: which indices it runs over and which are left (orders, products,
     indices), and how many of its factors want gradients (orders, products).
     """
     terms, result, letters = terms_of(equation), set(equation.split("->")[1]), _letters(equation)
@@ -118,7 +118,7 @@ def _orders(equation: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray, np
 
 @lru_cache(maxsize=8)
 def _paths(operands: int) -> tuple[Path, ...]:
-    """All pairwise orders, as opt_einsum writes them: places among what is left; what is made comes last."""
+    """List all pairwise orders as opt_einsum writes them: places among the remaining operands, each product last."""
     if operands == 1:
         return ((),)
     return tuple((pair, *rest) for pair in combinations(range(operands), 2) for rest in _paths(operands - 1))
@@ -131,11 +131,11 @@ def terms_of(equation: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
-    """The products of `path`, an order as opt_einsum gives it; the first operand is taken for the large one."""
+    """Return the products of `path`, an opt_einsum order; the first operand, and what comes of it, is the large one."""
     result = equation.split("->")[1]
     waiting = list(enumerate(terms_of(equation)))  # places and their indices
     made = len(waiting)
-    heirs, pairs = {0}, []  # places of the first operand and of what came of it
+    heirs, pairs = {0}, []  # places of the first operand and of all products made from it
     for step in path:
         one, two = (waiting.pop(place) for place in sorted(step, reverse=True))
         (large, of_large), (small, of_small) = (one, two) if one[0] in heirs else (two, one)
@@ -147,7 +147,7 @@ def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
         elif kept and kept in of_large:
             before, after = kept, ""
             lead, summed = of_large.split(kept)
-        else:  # the large factor is copied into another order, of a result that of the result
+        else:  # the large factor is copied into another axis order; in the last product, the result's
             before, after = kept if waiting else "".join(sorted(kept, key=result.index)), ""
         pairs.append(Pair(large, small, of_large, of_small, lead, before, summed, after, new))
         heirs |= {made} if large in heirs else set()
@@ -163,9 +163,9 @@ def contract(
     out: Tensor | None = None,
     keep: list[Tensor] | None = None,
 ) -> Tensor:
-    """torch.einsum(equation, *operands) along `path`; each index is in two of operands and result.
+    """Compute torch.einsum(equation, *operands) along `path`; each index is in exactly two of operands and result.
 
-    Written to `out` where that is given, whatever its strides. Intermediates are added to `keep` where that is given.
+    The result is written to `out` if given, whatever its strides. Intermediates are appended to `keep` if given.
     """
     pairs = pairs_of(equation, path)
     values = dict(enumerate(operands))
@@ -189,9 +189,9 @@ def gradients(
     wanted: Sequence[bool],
     kept: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """Gradients of `contract` for the `wanted` operands, given the result's.
+    """Return the gradients of `contract` for the `wanted` operands, given the result's.
 
-    Intermediates are those that it `kept`, or are made again.
+    Intermediates that it `kept` are used; the others are recomputed.
     """
     pairs, given = pairs_of(equation, path), len(operands)
     values, asked = [*operands, *kept], list(wanted)
@@ -221,9 +221,9 @@ def gradients(
 
 
 def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """How large intermediates can be where no element of an operand is above 1: of `contract`, and of `gradients`.
+    """Bound the intermediates of `contract`, and of `gradients`, if no element of an operand is above 1.
 
-    Both of shape (), at least 1; the second for a gradient of the result that is not above 1 either.
+    Both bounds have shape () and are at least 1; the second assumes that the result's gradient is not above 1 either.
     """
     pairs, given = pairs_of(equation, path), len(operands)
     one = torch.ones((), device=operands[0].device)
@@ -231,7 +231,7 @@ def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tenso
     sizes = {index: size for term, operand in terms for index, size in zip(term, operand.shape, strict=True)}
 
     def sums(pair: Pair, over: str) -> Tensor:
-        """The largest sum of magnitudes of the small factor over these of its indices."""
+        """Return the largest sum of the small factor's magnitudes over these of its indices."""
         if pair.small >= given:
             return largest[pair.small] * prod(sizes[index] for index in over)
         small = operands[pair.small].float().abs()
@@ -251,7 +251,7 @@ def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tenso
 
 @contextmanager
 def float32_sums() -> Iterator[None]:
-    """CUDA adds up float16 products in float32 throughout; afterwards as torch was set to before."""
+    """Have CUDA sum float16 products in float32 throughout; on exit torch's own setting is restored."""
     place = torch.backends.cuda.matmul
     name = "allow_fp16_reduced_precision_reduction"
     before = getattr(place, name), getattr(place, f"{name}_split_k")
@@ -263,7 +263,7 @@ def float32_sums() -> Iterator[None]:
 
 
 def _product(pair: Pair, large: Tensor, small: Tensor, then: Pair | None = None) -> Tensor:
-    """(before, new, after); where a kernel makes it, what `then` sums over lies together in memory."""
+    """Return (before, new, after); if a kernel makes it, the indices that `then` sums over are adjacent in memory."""
     kernels = _kernels(pair, large, small)
     if kernels:
         here, there = _folded_large(pair, large), _folded(small, pair.of_small, pair.lead, pair.new, pair.summed)
@@ -279,7 +279,7 @@ def _product(pair: Pair, large: Tensor, small: Tensor, then: Pair | None = None)
 
 
 def _parts(pair: Pair, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
-    """For each index of `lead` (before, summed, after) times (new, summed): (before, new, after), still to be added."""
+    """Multiply (before, summed, after) by (new, summed) per index of `lead`: (before, new, after), not yet added up."""
     if pair.lead and _ordered(large, pair.of_large, pair.before + pair.lead + pair.summed).is_contiguous():
         pair = replace(pair, lead="", summed=pair.lead + pair.summed)
     here = _folded_large(pair, large)
@@ -297,7 +297,7 @@ def _parts(pair: Pair, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
 
 
 def _gradients_together(pair: Pair, above: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of small and large, read and written once, where a kernel does that."""
+    """Return the gradients of small and large, read and written once, if a kernel can do that; else None."""
     kernels = _kernels(pair, large, small)
     if not kernels:
         return None
@@ -321,7 +321,7 @@ def _together(parts: Tensor) -> Tensor:
 
 
 def _gradient_of_large(pair: Pair, above: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
-    """From the product's gradient (before, new, after)."""
+    """Return the large factor's gradient, given the product's (before, new, after)."""
     there = _folded(small, pair.of_small, pair.lead, pair.summed, pair.new)
     if not pair.after:
         made = _matmul(above.squeeze(2).expand(len(there), -1, -1), there.mT, wide)
@@ -332,7 +332,7 @@ def _gradient_of_large(pair: Pair, above: Tensor, large: Tensor, small: Tensor, 
 
 
 def _gradient_of_small(pair: Pair, above: Tensor, large: Tensor, small: Tensor, *, wide: bool) -> Tensor:
-    """From the product's gradient (before, new, after)."""
+    """Return the small factor's gradient, given the product's (before, new, after)."""
     here = _folded_large(pair, large)
     if not pair.after:
         made = _matmul(above.squeeze(2).T.expand(len(here), -1, -1), here.squeeze(3), wide)
@@ -345,7 +345,7 @@ def _gradient_of_small(pair: Pair, above: Tensor, large: Tensor, small: Tensor, 
 
 
 def _matmul(one: Tensor, other: Tensor, wide: bool) -> Tensor:
-    """Matrices, or as many of one as of the other; of float16 ones the product is float32 if `wide`."""
+    """Multiply matrices, or equally large batches of them; the product of float16 ones is float32 if `wide`."""
     if len(one) == 1 and one.dim() == 3:
         return _matmul(one[0], other[0], wide)[None]
     product = torch.bmm if one.dim() == 3 else torch.mm
@@ -357,12 +357,12 @@ def _matmul(one: Tensor, other: Tensor, wide: bool) -> Tensor:
 
 
 def _folded_large(pair: Pair, large: Tensor) -> Tensor:
-    """(lead, before, summed, after); of lead and after one is empty."""
+    """Fold to (lead, before, summed, after); one of lead and after is empty."""
     return _folded(large, pair.of_large, pair.lead, pair.before, pair.summed, pair.after)
 
 
 def _folded(tensor: Tensor, indices: str, *groups: str) -> Tensor:
-    """One axis for each group of indices; a view where they are neighbours in memory."""
+    """Fold each group of indices into one axis; a view where they are adjacent in memory."""
     ordered = _ordered(tensor, indices, "".join(groups))
     return ordered.reshape([prod(_sizes(tensor, indices, group)) for group in groups])
 

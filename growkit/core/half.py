@@ -1,7 +1,7 @@
-"""Factors in float16 where TF32 would do: ten bits of mantissa as well, half the memory, twice the rate.
+"""float16 factors where TF32 would do: also ten bits of mantissa, but half the memory and twice the rate.
 
-float16 has only a part of TF32's range. So factors are scaled by powers of two, which changes no bit of a mantissa: as
-far as `growkit.core.contract.growth` says that no intermediate leaves float16's range.
+float16 has only a part of TF32's range. So factors are scaled by powers of two, which changes no mantissa bit, until
+`growkit.core.contract.growth` says that no intermediate leaves float16's range.
 """
 
 import logging
@@ -17,7 +17,7 @@ from growkit.errors import first_line, is_memory_full
 
 log = logging.getLogger(__name__)
 ROOM = 2**15  # float16 ends a little below 2^16
-FARTHEST = 100  # power of two that float32 still holds, and one over it
+FARTHEST = 100  # largest exponent of a scale: float32 holds this power of two and its reciprocal
 
 
 def may_halve(x: Tensor) -> bool:
@@ -28,7 +28,7 @@ def may_halve(x: Tensor) -> bool:
 
 
 def scales_of(tensors: Sequence[Tensor]) -> Tensor:
-    """For each tensor the power of two over which its largest value lies between 1/2 and 1. Waits for no GPU."""
+    """Return, for each tensor, the power of two over which its largest magnitude is 1/2 to 1. Waits for no GPU."""
     _, exponents = torch.frexp(torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]))
     return torch.exp2(exponents.clamp(-FARTHEST, FARTHEST).to(tensors[0].dtype))
 
@@ -40,9 +40,9 @@ def power_above(value: Tensor) -> Tensor:
 
 
 def halved(values: Tensor, factor: Tensor) -> Tensor:
-    """The values times `factor` (), one over their scale, in float16 and contiguous.
+    """Return the values times `factor` (), the reciprocal of their scale, in float16 and contiguous.
 
-    What is below 2^-14 of the scale loses bits, below 2^-25 it is zero.
+    Values below 2^-14 of the scale lose bits; those below 2^-25 become zero.
     """
     half = torch.empty(values.shape, dtype=torch.float16, device=values.device)
     scaled(values, factor, half)
@@ -57,20 +57,20 @@ def scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """growkit.core.kernels where they run."""
+    """Return growkit.core.kernels if they run on the tensor's device, else None."""
     return _kernels(tensor.device) if tensor.is_cuda else None
 
 
 @lru_cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """They are tried: Triton is not made for every system that CUDA runs on, and where it is needs a C compiler."""
+    """Try the kernels: Triton does not support every system that CUDA runs on, and it needs a C compiler."""
     try:
         from growkit.core import kernels
 
         kernels.run_each(device)
-    except Exception as error:  # of Triton's, of the compiler's, of the driver's
+    except Exception as error:  # Triton's, the compiler's or the driver's
         if is_memory_full(error):
-            raise  # which says nothing of the kernels
+            raise  # which says nothing about the kernels
         log.warning("Triton's kernels do not run here, cuBLAS takes their place (%s)", first_line(error, 160))
         return None
     return kernels

@@ -1,6 +1,6 @@
-"""Triton kernels for what memory bounds: float16 products of which one factor is a small matrix, and their making.
+"""Triton kernels for memory-bound work: float16 products with one small matrix as a factor, and scaling to float16.
 
-cuBLAS reads what such a product's gradients share once for each, and on an H200 no faster than 3 of 4 TB/s.
+cuBLAS reads what the two gradients of such a product share once for each, and on an H200 no faster than 3 of 4 TB/s.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MOST_ELEMENTS = 4096  # that a program scales
 
 
 def run_each(device: torch.device) -> None:
-    """Run every kernel once, on little; raises what Triton, its compiler or the driver raise."""
+    """Run every kernel once on tiny tensors; raises what Triton, its compiler or the driver raises."""
     square, one = torch.ones(1, 16, 16, dtype=torch.float16, device=device), torch.ones((), device=device)
     scaled(square.float(), one, square)
     product(square[0], square, torch.empty_like(square), 1, 1)
@@ -24,9 +24,9 @@ def run_each(device: torch.device) -> None:
 
 
 def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
-    """Write values * scale () to `out`. False, and nothing is written, where their memory is laid out otherwise:
+    """Write values * scale () to `out`; False, with nothing written, if their memory layout does not allow it.
 
-    one of them has to be contiguous, and the other to take at most four steps (see `in_steps`).
+    One of them must be contiguous, and the other must take at most four steps (see `in_steps`).
     """
     steps = in_steps(*((values.shape, values.stride()) if out.is_contiguous() else (out.shape, out.stride())), 4)
     if steps is None or not _adjoin(steps[3]) or not (out.is_contiguous() or values.is_contiguous()):
@@ -40,9 +40,9 @@ def scaled(values: Tensor, scale: Tensor, out: Tensor) -> bool:
 
 
 def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -> bool:
-    """Write (new, summed) times each of (before, summed, after) to `made`; False where its memory is in no such order.
+    """Write (new, summed) times each of (before, summed, after) to `made`; False if its memory layout rules that out.
 
-    As many axes of `made` as `before` and `new` say are those indices, the others, which lie together, are `after`.
+    The first `before` axes of `made` are those indices, then `new` axes the new ones; the rest, contiguous, are after.
     """
     cuts = (0, before), (before, before + new), (before + new, made.dim())
     places, rows, columns = (in_steps(made.shape[cut:end], made.stride()[cut:end], 2) for cut, end in cuts)
@@ -60,7 +60,7 @@ def product(small: Tensor, large: Tensor, made: Tensor, before: int, new: int) -
 
 
 def gradients(small: Tensor, large: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `small` in float32, of `large` in float16, from that of their product (before, new, after)."""
+    """Return the gradients of `small` (float32) and `large` (float16), given their product's (before, new, after)."""
     (new, summed), (before, _, after) = small.shape, large.shape
     blocks = _blocks(new, summed)
     tiles = before * triton.cdiv(after, blocks[-1])
@@ -75,30 +75,30 @@ def gradients(small: Tensor, large: Tensor, above: Tensor) -> tuple[Tensor, Tens
 
 
 def in_steps(sizes: Sequence[int], strides: Sequence[int], most: int) -> list[tuple[int, int]] | None:
-    """Sizes and strides of a tensor's axes as those of `most` axes, outer ones first; None where it takes more."""
+    """Merge a tensor's axes into the (size, stride) of `most` axes, outer ones first; None if it takes more."""
     steps: list[tuple[int, int]] = []
     for size, stride in reversed([pair for pair in zip(sizes, strides, strict=True) if pair[0] != 1]):
         if steps and stride == steps[0][0] * steps[0][1]:
             steps[0] = (steps[0][0] * size, steps[0][1])
         else:
             steps.insert(0, (size, stride))
-    # a step of 0 keeps places divisible by 16, so that what is written there goes in pieces of 16 bytes
+    # a stride of 0 keeps offsets divisible by 16, so that writes go in pieces of 16 bytes
     return [(1, 0)] * (most - len(steps)) + steps if len(steps) <= most else None
 
 
 def _adjoin(step: tuple[int, int]) -> bool:
-    """Whether what an axis of this size and stride holds lies together."""
+    """Return whether an axis of this size and stride is contiguous."""
     return step[1] == 1 or step[0] == 1
 
 
 def _blocks(*sizes: int) -> tuple[int, ...]:
-    """What a program takes at once: of new and summed indices all, 16 at least for a tensor core, and of columns."""
+    """Return a program's block sizes: all new and summed indices, at least 16 for a tensor core, and the columns."""
     blocks = tuple(max(16, triton.next_power_of_2(size)) for size in sizes)
     return *blocks, 128 if max(blocks) <= 64 else 64
 
 
 def _stages(blocks: Sequence[int], device: torch.device) -> int:
-    """How many tiles a multiprocessor's memory holds at once, beside the small matrix and what is written."""
+    """Return how many tiles a multiprocessor's shared memory holds beside the small matrix and the output."""
     new, summed, columns = blocks
     room = _of(device)["max_shared_mem"] - 2 * summed * (new + columns)
     return max(1, min(4, room // (2 * (new + summed) * columns)))
@@ -106,7 +106,7 @@ def _stages(blocks: Sequence[int], device: torch.device) -> int:
 
 @lru_cache
 def _of(device: torch.device) -> dict[str, int]:
-    """What Triton knows of a GPU, asked once, for the answer takes milliseconds; where it interprets, the least."""
+    """Return Triton's properties of a GPU, asked once as that takes milliseconds; the least when it interprets."""
     if device.type != "cuda":
         return {"multiprocessor_count": 1, "max_shared_mem": 0}
     return triton.runtime.driver.active.utils.get_device_properties(device.index)

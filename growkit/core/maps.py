@@ -15,7 +15,7 @@ def duplicate(old: int, new: int, group: int = 1) -> Tensor:
 
 
 def even_duplicate(old: int, new: int, group: int, generator: torch.Generator) -> Tensor:
-    """As `duplicate` for whole rounds; the groups left over are drawn at random, no two alike (a partial round)."""
+    """As `duplicate` for whole rounds; the remaining groups (a partial round) are drawn at random, no two alike."""
     groups = old // group
     left = new // group % groups
     rounds = torch.arange(new // group - left) % groups
@@ -50,8 +50,8 @@ def whole_copies(old: int, new: int) -> Tensor:
 def average_tail(old: int, new: int) -> Tensor:
     """As many whole copies as fit, then the mean of all units: [I; I; 1/old]. LEMON's average expansion.
 
-    The mean over the grown axis stays the source's, and the tail has no deviation from it, so that a
-    LayerNorm sees the source's statistics but for the factor of `norm_gain`.
+    The mean over the grown axis stays the source's, and the tail does not deviate from it, so that a
+    LayerNorm sees the source's statistics up to the factor `norm_gain`.
     """
     copies = whole_copies(old, new)
     copies[new // old * old :] = 1 / old
@@ -59,9 +59,9 @@ def average_tail(old: int, new: int) -> Tensor:
 
 
 def residual(old: int, new: int, *, centred: bool) -> Tensor:
-    """How the residual is written so that a norm over it sees the source's statistics.
+    """Return the map that writes the residual so that a norm over it sees the source's statistics.
 
-    A LayerNorm, which is `centred`, sees them with `average_tail`, an RMSNorm with zeros in the tail.
+    A LayerNorm (`centred`) sees them with `average_tail`, an RMSNorm with zeros in the tail.
     """
     return average_tail(old, new) if centred else whole_copies(old, new)
 
@@ -72,15 +72,15 @@ def norm_gain(old: int, new: int) -> float:
 
 
 def shared_read(write: Tensor) -> Tensor:
-    """The reading side of a 0/1 copy map: each copy read at one over the number of copies."""
+    """The reading side of a 0/1 copy map: each copy is weighted by one over the number of copies."""
     return write / write.sum(dim=0)
 
 
 def null_noise(shape: tuple[int, int], written: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """A random (new, old) matrix N with W^T N = 0 for every W in `written`, rows of about unit length.
 
-    Added to a reading map it changes how copies share the work, never their sum: duplicated units get
-    different gradients, in direction too, so that Adam, blind to scale, parts them as well.
+    Symmetry-breaking noise: added to a reading map it changes how copies share the work, never their sum.
+    Duplicated units get gradients that differ in direction too, so that even Adam, blind to scale, parts them.
     """
     noise = torch.randn(shape, generator=generator, dtype=DTYPE) / shape[1] ** 0.5
     basis, scales, _ = torch.linalg.svd(torch.cat(list(written), dim=1), full_matrices=False)
@@ -89,7 +89,7 @@ def null_noise(shape: tuple[int, int], written: Sequence[Tensor], generator: tor
 
 
 def parting_noise(copies: Tensor, generator: torch.Generator) -> Tensor:
-    """`null_noise` of one 0/1 copy matrix, without its SVD: over the copies of each unit it sums to zero."""
+    """`null_noise` for one 0/1 copy matrix, without the SVD: it sums to zero over the copies of each unit."""
     noise = torch.randn(copies.shape, generator=generator, dtype=DTYPE) / copies.shape[1] ** 0.5
     units, counts = copies.argmax(dim=1), copies.sum(dim=0)
     means = torch.zeros_like(noise[: len(counts)]).index_add(0, units, noise) / counts[:, None]
@@ -108,7 +108,7 @@ def stacked_layers(old: int, new: int) -> Tensor:
 
 
 def round_layers(old: int, new: int) -> Tensor:
-    """Target layer l copies source layer round(l * old / new), halves up, the last one at most."""
+    """Target layer l copies source layer round(l * old / new), halves rounded up, at most the last one."""
     return copies_of(((2 * torch.arange(new) * old + new) // (2 * new)).clamp(max=old - 1), old)
 
 
@@ -118,8 +118,8 @@ def solar_layers(old: int, new: int) -> Tensor:
 
 
 def inserted_layers(old: int, new: int) -> Tensor:
-    """Every layer in order, and `new - old` second copies spread evenly, each right after a layer it copies."""
-    after = torch.arange(1, old + 1) * (new - old) // old  # copies inserted up to and with each layer
+    """Every layer in order, and `new - old` extra copies spread evenly, each right after the layer it copies."""
+    after = torch.arange(1, old + 1) * (new - old) // old  # copies inserted up to and including each layer
     return copies_of(torch.arange(old).repeat_interleave(1 + after.diff(prepend=torch.zeros(1, dtype=torch.long))), old)
 
 

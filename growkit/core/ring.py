@@ -43,8 +43,8 @@ class RingOperator(nn.Module):
         if len(ranks) != len(AXES) or min(ranks) < 1:
             raise GrowkitError(f"ranks {tuple(ranks)}: expected four whole numbers of at least 1, one per bond")
         self.order, self.ranks = order, tuple(ranks)
-        self.processes = 1  # of torch.distributed's, all there are, that train it together; each grows a part for all
-        self.room = 0  # bytes for intermediates to be kept in for the backward pass
+        self.processes = 1  # that train it together: all of torch.distributed's; each grows a part for all
+        self.room = 0  # bytes of intermediates to keep for the backward pass
         self.cores = nn.ParameterDict(
             {
                 axis: torch.zeros(ranks[n], old[axis], new[axis], ranks[(n + 1) % 4], dtype=dtype)
@@ -62,11 +62,11 @@ class RingOperator(nn.Module):
         noise: float,
         generator: torch.Generator,
     ) -> Self:
-        """A ring that computes the sum of `paths` exactly, with every further bond index alive.
+        """Make a ring that computes the sum of `paths` exactly and can train every other bond index.
 
         Each path holds one (new, old) matrix per axis and takes one index of every bond. The other bond indices
         get noise of standard deviation noise / sqrt(old) where they leave a core and zeros where they enter the next
-        one: the sum is untouched, yet the zeros receive a gradient at the first step (as LoRA starts).
+        one: the sum is unchanged, yet the zeros get a gradient at the first step (as in LoRA's initialisation).
 
         Raises:
             GrowkitError: a bond has fewer indices than there are paths.
@@ -90,9 +90,9 @@ class RingOperator(nn.Module):
         """(B, O, L, I) -> (B', O', L', I'), slice by slice along the grown axis where slicing costs nothing.
 
         A slice's intermediates are recomputed in the backward pass, so memory holds one slice's at a time; as many as
-        `room` holds are kept instead. Where `processes` train together, each computes its part of the slices and gets
-        the others'. The gradients that it finds are then those of its part, from the upstream gradients of all: their
-        mean over the processes is the mean gradient, as where each computes everything.
+        `room` holds are kept instead. If `processes` train together, each computes its part of the slices and gets
+        the others'. Its gradients are then those of its part, from the upstream gradients of all processes: their mean
+        over the processes is the mean gradient, as if each computed everything.
         """
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
@@ -112,7 +112,7 @@ class RingOperator(nn.Module):
     def _plan(self, x: Tensor, cores: Sequence[Tensor], *, halves: bool = False, parts: int = 1) -> ContractionPlan:
         shapes = tuple(tuple(core.shape) for core in cores)
         fewest = fewest_elements(prod(core.shape[2] for core in cores), gpu=x.is_cuda)
-        fewest *= 2 if halves else 1  # of half the size
+        fewest *= 2 if halves else 1  # elements of half the size
         return contraction_plan(self.equation, tuple(x.shape), shapes, self.order, fewest, parts)
 
     @property
@@ -123,7 +123,7 @@ class RingOperator(nn.Module):
 
 
 def _without_dead_bonds(cores: list[Tensor]) -> list[Tensor]:
-    """Drop the bond indices that a zero slice on either side silences: the sum is the same, a fresh start cheap."""
+    """Drop bond indices with a zero slice on either side: the sum is the same, and a fresh start becomes cheap."""
     cores = list(cores)
     for n in range(len(cores)):
         alive = cores[n - 1].flatten(0, 2).any(0) & cores[n].flatten(1).any(1)

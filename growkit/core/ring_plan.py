@@ -9,33 +9,33 @@ from operator import attrgetter
 
 from growkit.core.contract import SPARE, Path, cheapest_orders
 
-# Elements of the largest intermediate of one slice: a share of the result's, so that slices weigh little beside what is
-# grown, but at least 1 MB in float32, for smaller slices make the matrix products thin; above 128 MB (on a GPU 256 MB)
-# only where no plan stays below.
+# Elements of the largest intermediate of one slice: a share of the result's, so that slices take little memory beside
+# the result, but at least 1 MB in float32, because smaller slices make the matrix products thin; above 128 MB (on a GPU
+# 256 MB) only if no plan stays below.
 SLICE_SHARE = 1 / 8
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
 FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
-SHARE_ON_GPU = 0.8  # but at most as much of the result: beside a small model even one of those would weigh
-MANY_SLICES = 256  # more are not made for the share's sake: each takes some dozens of kernels
+SHARE_ON_GPU = 0.8  # but at most this share of the result: beside a small model even one such slice would be large
+MANY_SLICES = 256  # more are not made to meet SLICE_SHARE: each takes dozens of kernels
 
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """How a ring is applied: in slices of `width` along the grown `axis`, in as many `parts` as processes share it."""
+    """How a ring is applied: in slices of `width` along the grown `axis`, in `parts`, one for each process."""
 
-    path: Path  # in which a slice is contracted
+    path: Path  # order in which a slice is contracted
     axis: str
     width: int
     slices: int  # of all parts together
     flops: int  # of one forward application, 2 per multiply-add, of all parts together
-    training_flops: int  # those and of a backward pass
+    training_flops: int  # those plus a backward pass
     largest_elements: int  # of the largest intermediate
     elements: int  # of all intermediates of a slice together
     parts: int = 1
 
 
 def fewest_elements(grown: int, *, gpu: bool) -> int:
-    """Intermediates of no more elements are small enough: no axis is cut further for them. `grown` has the result."""
+    """Return up to how many elements intermediates are not cut further; the result has `grown` elements."""
     return max(FEWEST_ELEMENTS, min(FEWEST_ON_GPU, int(SHARE_ON_GPU * grown))) if gpu else FEWEST_ELEMENTS
 
 
@@ -48,14 +48,14 @@ def contraction_plan(
     fewest: int = FEWEST_ELEMENTS,
     parts: int = 1,
 ) -> ContractionPlan:
-    """How to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
+    """Plan how to apply a ring at next to no extra arithmetic, in few slices with small intermediates.
 
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
-    DeiT-S -> DeiT-B at rank 4). So arithmetic comes first, that of training, among plans without intermediates of more
-    than MOST_ELEMENTS (or `fewest`), if there are any. Of those within SPARE of the cheapest, those with
-    intermediates of at most SLICE_SHARE of the result (or of `fewest` elements) are taken, or those with the smallest.
-    Where `parts` divides no grown axis, the plan has one part.
+    DeiT-S -> DeiT-B at rank 4). So training arithmetic comes first, among plans whose intermediates have at most
+    MOST_ELEMENTS (or `fewest`) elements, if there are any. Of those within SPARE of the cheapest, those with
+    intermediates of at most SLICE_SHARE of the result (or `fewest` elements) are taken, else those with the smallest.
+    If `parts` divides no grown axis, the plan has one part.
     """
     positions = [position for position, core in enumerate(cores) if core[2] % parts == 0]
     if not positions:
@@ -72,7 +72,7 @@ def contraction_plan(
 
 
 def _at_most(elements: float, plans: list[ContractionPlan]) -> list[ContractionPlan]:
-    """The plans with intermediates of at most `elements`; where there are none, those with the smallest."""
+    """Return the plans with intermediates of at most `elements`; if there are none, those with the smallest."""
     elements = max(elements, min(plan.largest_elements for plan in plans))
     return [plan for plan in plans if plan.largest_elements <= elements]
 
@@ -80,7 +80,7 @@ def _at_most(elements: float, plans: list[ContractionPlan]) -> list[ContractionP
 def _plans_along(
     position: int, equation: str, x: tuple[int, ...], cores: tuple[tuple[int, ...], ...], order: str, parts: int
 ) -> Iterator[ContractionPlan]:
-    """Each part of the axis order[position] in one piece, in two slices, in three, in four and so on."""
+    """Yield plans that cut each part of the axis order[position] into one, two, three, four slices and so on."""
     shape, sliced = cores[position], list(cores)
     each = shape[2] // parts
     for pieces in _counts():

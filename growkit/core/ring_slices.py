@@ -15,11 +15,11 @@ from growkit.core.ring_plan import ContractionPlan
 
 
 class Sliced(torch.autograd.Function):
-    """A ring applied slice by slice, each written where it belongs.
+    """A ring applied slice by slice, each written to its place in the result.
 
-    For gradients the first slices keep their intermediates, as many as `room` bytes hold; the others make them again.
-    torch's checkpointing would do as much, but takes longer about a slice than a GPU does. With `halves`, factors and
-    intermediates are float16 (see core/half.py).
+    For the backward pass the first slices keep their intermediates, as many as `room` bytes hold; the others recompute
+    them. torch's checkpointing would do the same, but its overhead for a slice exceeds the GPU's work on it. With
+    `halves`, factors and intermediates are float16 (see core/half.py).
     """
 
     @staticmethod
@@ -86,14 +86,14 @@ class Sliced(torch.autograd.Function):
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """No mixed precision: a ring's long sums stay in the weights' precision, forwards and backwards."""
+    """Turn mixed precision off: a ring's long sums stay in the weights' precision, forwards and backwards."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def cut_up(
     equation: str, plan: ContractionPlan, grown: Tensor, factors: Sequence[Tensor]
 ) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
-    """Views of what is grown, slice by slice, one in each process's part; with each the factors of this one's."""
+    """Yield, slice by slice, views of the result, one in each process's part, with the factors of this process's."""
     position, dim = 1 + _position(equation, plan), _axes(equation).index(plan.axis)
     parts = (part.split(plan.width, dim) for part in grown.chunk(plan.parts, dim))
     own = factors[position].chunk(plan.parts, dim=2)[_number(plan.parts)]
@@ -102,9 +102,9 @@ def cut_up(
 
 
 def _halved(equation: str, plan: ContractionPlan, factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Factors in float16, their scales (n,), and by how much () the gradient from above is to be scaled besides.
+    """Return float16 factors, their scales (n,), and an extra scale () for the upstream gradient.
 
-    x and that gradient are made so much smaller that no intermediate leaves float16's range, whatever the cores hold.
+    x and that gradient are made so small that no intermediate leaves float16's range, whatever the cores hold.
     """
     scales = scales_of(factors)
     made = list(map(halved, factors, 1 / scales))
@@ -116,7 +116,7 @@ def _halved(equation: str, plan: ContractionPlan, factors: Sequence[Tensor]) -> 
 
 
 def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors, cores in memory as `pairs` take them: otherwise each slice would copy those that are not cut."""
+    """Lay the cores out in memory as `pairs` take them: otherwise each slice would copy those that are not cut."""
     laid = list(factors)
     for pair in pairs:
         if 0 < pair.small < len(factors):
@@ -129,12 +129,12 @@ def _laid_out(equation: str, pairs: Sequence[Pair], factors: Sequence[Tensor]) -
 
 
 def _number(parts: int) -> int:
-    """Which part is this process's."""
+    """Return the index of this process's part."""
     return dist.get_rank() if parts > 1 else 0
 
 
 def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
-    """Write what each process made to its place; every process gets it all."""
+    """Write what each process made to its place, on every process (all-gather)."""
     if len(places) == 1 or made.is_meta:
         places[_number(len(places))].copy_(made)
         return
@@ -145,7 +145,7 @@ def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
 
 
 def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
-    """What lies in this process's place, added up over all processes."""
+    """Sum what lies in this process's place over all processes (reduce-scatter)."""
     own = places[_number(len(places))]
     if len(places) == 1 or own.is_meta:
         return own
@@ -155,7 +155,7 @@ def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
 
 
 def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
-    """For `halved`: what no sum over the processes exceeds, the same in each."""
+    """Return a bound on sums over the processes, for `halved`; it is the same in each process."""
     (scale,) = scales_of([grad])
     if parts > 1 and not scale.is_meta:
         dist.all_reduce(scale, dist.ReduceOp.MAX)
@@ -163,7 +163,7 @@ def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
 
 
 def _among_zeros(own: Tensor, parts: int) -> Tensor:
-    """This process's part of a core's gradient, with zeros where others have theirs."""
+    """Pad this process's part of a core's gradient with zeros where the other processes have theirs."""
     if parts == 1:
         return own
     whole = own.new_zeros((*own.shape[:2], parts * own.shape[2], own.shape[3]))
@@ -172,17 +172,17 @@ def _among_zeros(own: Tensor, parts: int) -> Tensor:
 
 
 def _position(equation: str, plan: ContractionPlan) -> int:
-    """Which core is cut."""
+    """Return which core is cut."""
     return next(n for n, term in enumerate(terms_of(equation)[1:]) if term[2] == plan.axis)
 
 
 def _axes(equation: str) -> str:
-    """The axes of what is grown, in order."""
+    """Return the axes of the result, in order."""
     return equation.partition("->")[2]
 
 
 def grown_like(x: Tensor, equation: str, cores: Sequence[Tensor]) -> Tensor:
-    """What will be grown of x, in memory layer by layer, as weights are."""
+    """Allocate the result of growing x, laid out in memory layer by layer, as weights are."""
     sizes = {term[2]: core.shape[2] for term, core in zip(terms_of(equation)[1:], cores, strict=True)}
     return x.new_empty([sizes[axis] for axis in "BLOI"]).permute(["BLOI".index(axis) for axis in _axes(equation)])
 
@@ -194,7 +194,7 @@ def product(
     out: Tensor | None = None,
     keep: list[Tensor] | None = None,
 ) -> Tensor:
-    """The einsum of `equation` along `path`; the factors are x and the cores. `out` and `keep` as in `contract`."""
+    """Compute the einsum `equation` along `path`; factors are x and the cores, `out` and `keep` as in `contract`."""
     without_single, operands = _prepared(equation, factors)
     return contract(without_single, path, operands, out, keep)
 
@@ -214,7 +214,7 @@ def _gradients(
 
 
 def _prepared(equation: str, factors: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
-    """Equation and factors without bonds of one index: torch sums over those by copying what is big."""
+    """Remove bonds of one index from equation and factors: torch would sum over them by copying the large tensor."""
     x, *cores = factors
     terms = terms_of(equation)[1:]  # of a core: bond, old axis, grown axis, bond
     single = {term[0] for term, core in zip(terms, cores, strict=True) if len(core) == 1}

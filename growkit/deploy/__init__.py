@@ -1,1 +1,1 @@
-"""From an nn.Module to a served file that is proven: export, parity, latency, data sets."""
+"""From an nn.Module to a verified file that can be served: export, parity, latency, data sets."""

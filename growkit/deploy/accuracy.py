@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of file and model on identical images, and what became of each of them."""
+"""Top-1 and top-5 of file and model on identical images, and how many images only one of them gets right."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from growkit.ranges import refuse_labels
 def accuracy_checks(
     run: Callable[[np.ndarray], np.ndarray], model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], limits: Limits
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Checks and figures of labelled batches, images (B, C, H, W) and classes (B,).
+    """Return checks and figures on labelled batches: images (B, C, H, W) and classes (B,).
 
     run  the file: images -> logits (B, classes)
 
@@ -36,7 +36,7 @@ def accuracy_checks(
         raise GrowkitError("the data set holds no labelled sample; check --data")
     got, plain = np.concatenate(got_parts), np.concatenate(plain_parts)
     truth = np.concatenate(label_parts)
-    refuse_labels(int(truth.min()), int(truth.max()), plain.shape[1])  # wrong for both alike, they would hide a loss
+    refuse_labels(int(truth.min()), int(truth.max()), plain.shape[1])  # both get those wrong, hiding a loss
     spread = float(plain.std())
     off = relative(rms(got.astype(np.float64) - plain), spread)
     largest = relative(float(np.abs(got - plain).max()), spread)

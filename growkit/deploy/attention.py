@@ -1,4 +1,4 @@
-"""Attention as one operator of the graph, where a target has one: fewer nodes than explicit softmax."""
+"""Attention as a single graph operator where the target has one: fewer nodes than explicit softmax."""
 
 import copy
 
@@ -10,9 +10,9 @@ from growkit.deploy.form import CONTRIB
 
 
 def prepared(model: nn.Module, kind: str) -> nn.Module:
-    """A copy on the CPU in eval mode whose attention exports as `kind` of form.ATTENTIONS says.
+    """Return a CPU copy in eval mode whose attention exports as `kind`, one of form.ATTENTIONS.
 
-    Attention that the operator has no place for (per-head norms in 'contrib', gates) keeps explicit softmax.
+    Attention that the operator cannot express (per-head norms in 'contrib', gates) keeps explicit softmax.
     """
     copied = copy.deepcopy(model).cpu().eval()
     for module in copied.modules():
@@ -37,7 +37,7 @@ def _has_head_norms(attention: Attention) -> bool:
 
 
 class _Standard(nn.Module):
-    """timm's attention by ai.onnx Attention, opset 23, on (batch, tokens, width) without splitting heads."""
+    """timm's attention as ai.onnx Attention (opset 23), on (batch, tokens, width) without splitting heads."""
 
     def __init__(self, attention: Attention):
         super().__init__()
@@ -57,7 +57,7 @@ class _Standard(nn.Module):
 
 
 class _Contrib(nn.Module):
-    """timm's attention by com.microsoft Attention, which takes the packed weights of q, k and v itself."""
+    """timm's attention as com.microsoft Attention, which takes the packed q, k and v weights itself."""
 
     def __init__(self, attention: Attention):
         super().__init__()

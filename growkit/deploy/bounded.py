@@ -1,7 +1,7 @@
-"""A bound on the memory that a stranger's graph may take: a file of a few bytes can ask for any amount.
+"""A memory limit for running an untrusted graph: a file of a few bytes can ask for any amount.
 
-The bound is Linux's own, on address space. On other systems there is none, nor where CUDA is started or has been: that
-takes address space without memory, hundreds of gigabytes of it.
+It is Linux's limit on address space. There is none on other systems, nor once this process uses CUDA or is about to:
+CUDA reserves hundreds of gigabytes of address space without using the memory.
 """
 
 import sys
@@ -13,20 +13,20 @@ import torch
 
 FLOOR = 4 * 2**30  # bytes
 COPIES = 20  # of the weights: read, unpacked, optimised, laid out for the kernels
-ACTIVATIONS = 256  # bytes for each byte of images: a ViT of 4-pixel patches, 768 wide, takes about as many
+ACTIVATIONS = 256  # bytes per byte of images: a ViT with 4-pixel patches and width 768 takes about this many
 
 
 def bound_of(files: Iterable[Path]) -> int:
-    """Bytes that this process may have once a graph in `files` is open: what it has, 4 GiB, and by the files' sizes."""
+    """Return the bytes this process may use to run a graph: what it uses now, 4 GiB, and COPIES times `files`."""
     return _own() + FLOOR + COPIES * sum(path.stat().st_size for path in files)
 
 
 @contextmanager
 def memory_bounded(bound: int, input_bytes: int = 0, *, provider: str) -> Iterator[None]:
-    """Inside, this process gets no more than `bound`, and what images of so many bytes take besides.
+    """Limit this process to `bound` bytes plus what `input_bytes` of images take.
 
-    What asks for more fails as where memory is used up. Of bounds within each other the lowest holds. `provider` is
-    ONNX Runtime's, which starts CUDA without torch's knowing.
+    Asking for more fails as if memory had run out. Of nested limits the lowest holds. `provider` is ONNX Runtime's,
+    which starts CUDA without torch knowing.
     """
     cuda = provider != "cpu" and torch.cuda.is_available()
     if sys.platform != "linux" or cuda or torch.cuda.is_initialized():

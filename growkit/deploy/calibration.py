@@ -11,7 +11,7 @@ CALIBRATED_AT_ONCE = 8  # images per run
 
 
 def refuse_images(proto: onnx.ModelProto, images: np.ndarray, what: str) -> None:
-    """Raise GrowkitError where `images`, called `what`, are not (N, C, H, W) float32 as the graph takes them."""
+    """Raise GrowkitError unless `images`, called `what`, are finite (N, C, H, W) float32 as the graph takes them."""
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     wanted = tuple(d.dim_value for d in dims[1:])
     if images.ndim != 4 or images.shape[1:] != wanted or not len(images):
@@ -25,7 +25,7 @@ def refuse_images(proto: onnx.ModelProto, images: np.ndarray, what: str) -> None
 
 
 def runs(proto: onnx.ModelProto, images: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """The images in batches that the graph takes; where it takes one size, the last image fills up the last batch."""
+    """Yield the images in batches for the graph; a fixed batch size is filled up by repeating the last image."""
     given = proto.graph.input[0]
     batch = given.type.tensor_type.shape.dim[0].dim_value
     if batch:

@@ -20,10 +20,10 @@ from growkit.errors import GrowkitError, first_line
 
 
 def captured(model: nn.Module, input_size: tuple[int, int, int], form: Form) -> onnx.ModelProto:
-    """The graph of `model` at the opset of `form`, in float32, with the exporter's notes still in it.
+    """Export `model` to a float32 graph at the opset of `form`, with the exporter's annotations still in it.
 
     Raises:
-        GrowkitError: the exporter has no words for a part of the network.
+        GrowkitError: the exporter does not support a part of the network.
     """
     # traced at batch 2: a size of 1 is a special case to torch.export and may be baked in
     example = torch.zeros(form.batch or 2, *input_size)
@@ -35,7 +35,7 @@ def captured(model: nn.Module, input_size: tuple[int, int, int], form: Form) -> 
 def export_stock(name: str, arguments: Mapping[str, Any], example: Tensor, path: Path) -> None:
     """Write what a timm user gets without growkit: random weights, the exporter's own defaults.
 
-    It is what an export's latency is held against: the same architecture that was never grown.
+    An export's latency is compared with it: the same architecture, never grown.
     """
     import timm
 
@@ -55,10 +55,10 @@ def _exported(model: nn.Module, example: Tensor, exporter: str, *, dynamic: bool
             try:
                 torch.onnx.export(model, (example,), file, dynamo=False, **shapes, **names, **options)
             except UnsupportedOperatorError as error:
-                # an RMSNorm, to name one
+                # RMSNorm, for example
                 raise GrowkitError(f"--exporter torchscript: {first_line(error)}; --exporter dynamo has it") from None
             proto = onnx.load(file)
-            # what it could not infer: the width of features, where there is no head
+            # it could not infer the feature width of a model without a head
             for dim, size in zip(proto.graph.output[0].type.tensor_type.shape.dim, model(example).shape, strict=True):
                 if not dim.HasField("dim_value") and dim.dim_param != "batch":
                     dim.dim_value = size
@@ -66,7 +66,7 @@ def _exported(model: nn.Module, example: Tensor, exporter: str, *, dynamic: bool
         if dynamic:
             shapes = {"dynamic_shapes": ({0: "batch"},)}
         program = torch.onnx.export(model, (example,), dynamo=True, **shapes, **names, **options)
-        assert program is not None  # it is only with f=
+        assert program is not None  # it is None only with f=
         if sum(t.nbytes for t in model.state_dict().values()) <= LIMIT:
             return program.model_proto
         program.save(file, external_data=True)
@@ -75,7 +75,7 @@ def _exported(model: nn.Module, example: Tensor, exporter: str, *, dynamic: bool
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # the exporter reports its stages on stdout, which belongs to --json
+    # the exporter reports its stages on stdout, which is reserved for --json
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),

@@ -16,7 +16,7 @@ class Check:
     name      unique inside the group, as in 'batch 5: relative RMS error'
     verdict   'inconclusive' where noise, or too little data or time, leaves it open
     measured  a number, or a word where there is none
-    limit     what `measured` was held against
+    limit     what `measured` was compared with
     line      the finding as a sentence
     """
 
@@ -29,13 +29,13 @@ class Check:
 
 
 def check(group: str, name: str, passed: bool, measured: float | str, limit: float | str, line: str = "") -> Check:
-    """A check with two outcomes; the line is made from name, measured and limit when left out."""
+    """Make a check with two outcomes; without `line`, its line is made from name, measured and limit."""
     line = line or f"{name}: {shown(measured)}, allowed {shown(limit)}"
     return Check(group, name, "pass" if passed else "fail", measured, limit, line)
 
 
 def shown(value: float | str) -> str:
-    """A number with three significant digits, one next to 1 by how far it is off; words as they are."""
+    """Format a number with three significant digits, or one close to 1 by its difference; words stay as they are."""
     if isinstance(value, str):
         return value
     if value != 1 and f"{value:.3g}" == "1":
@@ -44,7 +44,7 @@ def shown(value: float | str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` with what JSON has no word for spelled out: NaN and the infinities as strings."""
+    """Return `value` with what JSON cannot express, NaN and the infinities, as strings."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

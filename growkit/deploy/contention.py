@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-CONTENDED = 0.15  # share of the processors that others take; what is timed meanwhile is not to be trusted
+CONTENDED = 0.15  # share of the processors that others take; above it, timings are not to be trusted
 
 
 class Contention:
-    """A stopwatch for what others run: each lap is their share since the last one.
+    """A stopwatch for the load of other programs: each lap is their share since the last one.
 
-    What is neither idle nor this process's own counts as theirs, time stolen by other virtual
-    machines too. /proc/stat counts in hundredths of a second: laps under a quarter of one say little.
+    Time that is neither idle nor this process's own counts as theirs, including time stolen by other
+    virtual machines. /proc/stat counts in hundredths of a second: laps under a quarter of a second say little.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Contention:
         self._last = self._now()
 
     def lap(self) -> float | None:
-        """Share of the processors, 0 to 1, that others took since the last lap; None where nothing tells."""
+        """Return the share of the processors, 0 to 1, that others took since the last lap; None if unknown."""
         before, self._last = self._last, self._now()
         if before is None or self._last is None or self._last[0] <= before[0]:
             return None
@@ -39,7 +39,7 @@ class Contention:
 
 
 def idle_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, int] | None:
-    """Seconds that the processors of this process were idle since boot, all together, and how many they are.
+    """Return the total idle seconds since boot of the processors this process may use, and their number.
 
     None where the file is absent or, as in some sandboxes, all zeros.
     """
@@ -51,5 +51,5 @@ def idle_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, int] | None:
     rows = [[int(word) for word in words] for name, *words in map(str.split, filter(None, lines)) if name in mine]
     if not any(map(any, rows)):
         return None
-    idle = sum(row[3] + row[4] for row in rows)  # idle, and waiting for input or output
+    idle = sum(row[3] + row[4] for row in rows)  # idle and iowait
     return idle / os.sysconf("SC_CLK_TCK"), len(rows)

@@ -1,4 +1,4 @@
-"""Reference data beside a file: inputs and the answers to them, in ONNX's test_data_set folders.
+"""Reference data beside a file: inputs and their outputs, in ONNX's test_data_set folders.
 
 The folders are read by onnx_test_runner, onnxruntime_perf_test and onnx.backend.test.
 """
@@ -22,7 +22,7 @@ from growkit.deploy.whole import answer
 from growkit.errors import GrowkitError, first_line
 from growkit.files import refuse_no_file
 
-BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has one batch size
+BATCHES = (1, 5)  # of test_data_set_0 and test_data_set_1, unless the file has a fixed batch size
 
 
 def write_data_sets(
@@ -33,10 +33,10 @@ def write_data_sets(
     form: Form | None = None,
     run: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> tuple[Path, ...]:
-    """Write test_data_set_0 and test_data_set_1 below `folder`, of BATCHES or the file's one size; returns both.
+    """Write test_data_set_0 and test_data_set_1 in `folder`, of BATCHES or the file's fixed size; return both.
 
-    form  of the file they are for; what it takes and what it answers with
-    run   the file itself; in less than float32 the answers are its own, else they are the float64 truth's
+    form  of the file they are for; sets the inputs and outputs
+    run   runs the file itself; its outputs are stored if it is below float32, otherwise the float64 model's
     """
     form = form or Form()
     truth, prepared = truth_of(model), preprocessing(model)
@@ -55,7 +55,7 @@ def write_data_sets(
 
 
 def made_inputs(prepared: Preprocessing, form: Form, batch: int, seed: int) -> np.ndarray:
-    """Seeded images as a file of this form takes them."""
+    """Make seeded images as a file of this form takes them."""
     if not form.pixels:
         return noise_images(prepared, batch, seed)
     unit = noise_pixels((prepared.input_size[0], *resized(prepared)), batch, seed)
@@ -78,7 +78,7 @@ def read_data_sets(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np
 
 
 def model_answers(model: nn.Module, form: Form, fed: np.ndarray) -> dict[str, np.ndarray]:
-    """What `model` answers to what a file of this form is fed with, by name of the file's outputs."""
+    """Run `model` on the input of a file of this form; return its outputs by the names of the file's."""
     if form.pixels:
         pictures = [Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels) for levels in fed]
         fed = as_model_takes(preprocessing(model), pictures)
@@ -86,14 +86,14 @@ def model_answers(model: nn.Module, form: Form, fed: np.ndarray) -> dict[str, np
 
 
 def off_from_stored(got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    """Largest relative RMS error of the outputs; infinite where a class is another though its score stands apart.
+    """Return the largest relative RMS error of the outputs; infinite if a class differs whose score is no near tie.
 
-    Logits are measured in their root mean square, probabilities in 1.
+    Errors of logits are relative to their root mean square, those of probabilities to 1.
     """
     off = 0.0
     for name, value in wanted.items():
         if name != "classes":
-            # their spread would be tiny, or none, where one image's answer is one or two classes
+            # not by their standard deviation: for one image and one or two classes it is tiny or zero
             unit = rms(value) if name == "logits" else 1.0
             one = relative(rms(got[name].astype(np.float64) - value), unit)
             off = max(off, one) if math.isfinite(one) else math.inf  # Python's max passes over NaN

@@ -1,4 +1,4 @@
-"""Where an error comes from: ONNX Runtime's graph optimiser, ONNX Runtime, or the export; and from which layer on."""
+"""Where an error comes from: ONNX Runtime's graph optimiser, ONNX Runtime or the export; and which layer starts it."""
 
 import copy
 import math
@@ -20,9 +20,9 @@ from growkit.deploy.truth import Preprocessing
 from growkit.errors import first_line
 
 EVALUATED = 200 * 2**20  # bytes of weights: ONNX's own evaluator is slow
-CLEARLY = 3  # times less wrong is another number, not the same with other noise
-NOISE = 10  # times PyTorch's own float32 error is a wrong layer
-AT_ONCE = 64  # values of a graph that are fetched together, for memory's sake
+CLEARLY = 3  # an error this many times smaller is a different result, not different noise
+NOISE = 10  # a layer is wrong if its error is this many times PyTorch's own in float32
+AT_ONCE = 64  # values of a graph that are fetched together, to limit memory
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Failing:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`layer` is where the first wrong value is seen, empty where none stands out; `line` says all of it."""
+    """`layer` is where the first wrong value appears, empty if none stands out; `line` is the whole finding."""
 
     layer: str
     line: str
 
 
 def failing_run(checks: Sequence[Check], known: Truth) -> Failing | None:
-    """The first run that a check of the group numbers said no to."""
+    """Return the first run that failed a check of the group 'numbers'."""
     failed = [c.name for c in checks if c.verdict == "fail" and c.group == "numbers"]
     if not failed:
         return None
@@ -67,7 +67,7 @@ def failing_run(checks: Sequence[Check], known: Truth) -> Failing | None:
 
 
 def told(failing: Failing, known: Truth, seed: int) -> dict[str, int | str]:
-    """What it takes to make the images of `failing` again (see reproduce.py)."""
+    """Return what is needed to make the images of `failing` again (see reproduce.py)."""
     return {
         "run": failing.name,
         "batch": failing.batch,
@@ -94,7 +94,7 @@ def diagnose(
     spread  standard deviation of its logits, the unit of errors
     """
     few, wanted = failing.images[: failing.batch], failing.wanted[: failing.batch]
-    if len(few) < failing.batch:  # one image to a file of a fixed batch
+    if len(few) < failing.batch:  # one image for a file with a fixed batch size
         few, wanted = (np.repeat(a[:1], failing.batch, axis=0) for a in (few, wanted))
 
     def off(got: np.ndarray) -> float:
@@ -115,12 +115,12 @@ def diagnose(
             origin = "an optimiser bug: with ONNX Runtime's graph optimisation off the numbers are right"
         else:
             origin = _second_opinion(file, form, prepared, few, lambda got: right(off(got)))
-        if form.precision == "bf16":  # what is emulated has no values to look at
-            return Diagnosis("", f"{origin}; which layer is not looked for in bfloat16")
+        if form.precision == "bf16":  # emulated, it has no inner values to inspect
+            return Diagnosis("", f"{origin}; the layer is not searched for in bfloat16")
         values = _values(file, form, prepared, few, provider=provider, optimise=optimiser)
         trace = traced(truth, few)
         allowed = [limits.relative_rms] * len(trace.values)
-        if form.precision == "fp32":  # small errors grow from layer to layer: noise is what tells where they begin
+        if form.precision == "fp32":  # small errors grow from layer to layer: noise shows where they begin
             own = traced(copy.deepcopy(truth).float(), few)
             allowed = [
                 min(limits.relative_rms, NOISE * relative(rms(a.astype(np.float64) - b), float(b.std())))
@@ -128,13 +128,13 @@ def diagnose(
             ]
         errors = nearest(trace.values, values)
         found = first_wrong(trace, errors, allowed)
-    except Exception as error:  # a damaged file fails in a dozen ways; its own checks tell of it
+    except Exception as error:  # a damaged file fails in a dozen ways; its own checks report it
         line = first_line(error)
         return Diagnosis("", f"not found: the file does not run ({line[:160]})")
     if found is None:
         last = errors[trace.seen[-1].value]
         after = last is not None and last <= limits.relative_rms
-        where = "every layer is right: it is what comes after the last" if after else "no single layer stands out"
+        where = "every layer is right: the error comes after the last" if after else "no single layer stands out"
         return Diagnosis("", f"{origin}; {where}, on {failing.name}")
     return Diagnosis(found.where.layer, f"{origin}; {found.line}")
 
@@ -146,7 +146,7 @@ def _second_opinion(
     images: np.ndarray,
     right: Callable[[np.ndarray], bool],
 ) -> str:
-    """What ONNX's own evaluator, which shares nothing with ONNX Runtime, makes of the same file."""
+    """Run the same file in ONNX's own evaluator, which shares no code with ONNX Runtime, and say whose bug it is."""
     from onnx.reference import ReferenceEvaluator
 
     export = "an export bug: the errors stay with ONNX Runtime's graph optimisation off"
@@ -154,7 +154,7 @@ def _second_opinion(
     if weight_bytes(proto) > EVALUATED:
         return f"{export} (too large for ONNX's reference evaluator)"
     try:
-        with np.errstate(all="ignore"):  # what overflows is what is looked for
+        with np.errstate(all="ignore"):  # an overflow is what is looked for
             got = np.asarray(ReferenceEvaluator(proto).run(["logits"], {"input": images})[0])
     except Exception as error:  # operators it does not know, above all ONNX Runtime's own
         return f"{export} (ONNX's reference evaluator does not run it: {type(error).__name__})"
@@ -166,7 +166,7 @@ def _second_opinion(
 def _values(
     file: Path, form: Form, prepared: Preprocessing, images: np.ndarray, *, provider: str, optimise: bool
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """All values inside the network, a part at a time."""
+    """Yield all values inside the network, a part at a time."""
     proto = inner_graph(file, form, prepared)
     yield {"input": images}
     names = [name for node in proto.graph.node for name in node.output if name and node.op_type != "Constant"]

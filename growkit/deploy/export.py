@@ -1,4 +1,4 @@
-"""From a PyTorch model to an ONNX file that opens where people serve: the graph, its form, its metadata.
+"""From a PyTorch model to an ONNX file that common serving runtimes load: the graph, its form, its metadata.
 
 opset 18 with IR 8, the default, loads on ONNX Runtime 1.15 and newer; the exporter's own IR 10 needs 1.18.
 """
@@ -25,12 +25,12 @@ from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_gra
 from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
 
-OUTER_SEEDS = range(1000, 1008)  # of the extremes that int8-static is calibrated with, beside the user's images
+OUTER_SEEDS = range(1000, 1008)  # of the extremes that int8-static is calibrated with, besides the user's images
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished ONNX file; bytes and sha256 count the weights beside it too, where they lie there."""
+    """A finished ONNX file; bytes and sha256 include weights in a second file."""
 
     path: Path
     files: tuple[str, ...]
@@ -57,7 +57,7 @@ def export_onnx(
     model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is
     form        see form.Form; image_size is the caller's to apply (see truth.at_image_size)
     external    put the weights into a second file beside it, as anything over 2 GB must
-    calibration  normalised images (N, C, H, W), what int8-static takes its ranges from
+    calibration  normalised images (N, C, H, W), from which int8-static takes its ranges
     labels      class names, stored in the file's metadata
     provenance  where the weights come from, JSON-able and free of paths, stored in the metadata
 
@@ -72,7 +72,7 @@ def export_onnx(
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
     prepared = preprocessing(model)
     core = captured(model, prepared.input_size, form)
-    if not any(node.op_type == "Attention" for node in core.graph.node):  # the model's has no place in the operator
+    if not any(node.op_type == "Attention" for node in core.graph.node):  # the operator cannot express the model's
         form = replace(form, attention="unfused")
     proto = in_precision(core, prepared, form, calibration)
     if form.pixels:
@@ -104,7 +104,7 @@ def export_onnx(
 def in_precision(
     core: onnx.ModelProto, prepared: Preprocessing, form: Form, calibration: np.ndarray | None
 ) -> onnx.ModelProto:
-    """`core` in the precision of `form`; inputs and outputs stay float32.
+    """Convert `core` to the precision of `form`; inputs and outputs stay float32.
 
     Raises:
         GrowkitError: int8-static without calibration images, images of another shape, or weights over 2 GB.
@@ -120,7 +120,7 @@ def in_precision(
     if form.precision == "int8-static":
         if calibration is None:
             raise GrowkitError("--precision int8-static takes its ranges from images: give --data")
-        # black, white or noisy images come in service, too; they widen the ranges a little and cost nothing to speak of
+        # black, white or noisy images occur in service, too; they widen the ranges a little at almost no cost
         outer = [image for seed in OUTER_SEEDS for image in extremes(prepared, seed).values()]
         return int8_static(core, np.concatenate([calibration, *outer]))
     if form.precision == "bf16":
@@ -133,7 +133,7 @@ def in_precision(
 
 
 def finished(proto: onnx.ModelProto, form: Form, props: Mapping[str, str]) -> onnx.ModelProto:
-    """Set IR and metadata; strip what the exporter tells of its machine: paths, sources, notes."""
+    """Set IR and metadata; strip what the exporter reveals of its machine: paths, sources, notes."""
     graph = proto.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph):
         part.ClearField("metadata_props")

@@ -1,4 +1,4 @@
-"""Which graph is fastest where a file is to run? Candidates are kept only if faithful and measurably faster.
+"""Which graph is fastest on the provider that will run it? Candidates are kept only if faithful and measurably faster.
 
 Off by default: on CPUs the candidates are worth a few percent at most, and cost compatibility.
 """
@@ -26,7 +26,7 @@ PLACES = ("cpu", "cuda", "tensorrt")
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one candidate: kept, slower, no faster, not faithful, or not measured; `why` as a sentence."""
+    """The outcome for one candidate: kept, slower, no faster, not faithful, or not measured; `why` as a sentence."""
 
     attention: str
     verdict: str
@@ -34,12 +34,12 @@ class Choice:
     comparisons: tuple[Comparison, ...] = ()
 
     def told(self) -> dict[str, Any]:
-        """As export.json holds it."""
+        """Return the choice as export.json stores it."""
         return asdict(self)
 
 
 def candidates(form: Form, place: str) -> tuple[Form, ...]:
-    """Forms that may run faster at `place` than `form` does, on the same runtime.
+    """Return the forms that may run faster at `place` than `form` does, on the same runtime.
 
     Raises:
         GrowkitError: an unknown place.
@@ -49,7 +49,7 @@ def candidates(form: Form, place: str) -> tuple[Form, ...]:
     if form.exporter != "dynamo" or form.precision not in ("fp32", "fp16"):
         return ()
     kinds = ["standard"] if form.opset >= 23 else []
-    # TensorRT knows no operators of ONNX Runtime's own; only float32 is made of them here
+    # TensorRT lacks ONNX Runtime's own operators; here they are written in float32 only
     if place != "tensorrt" and form.precision == "fp32":
         kinds.append("contrib")
     return tuple(replace(form, attention=kind) for kind in kinds)
@@ -66,9 +66,9 @@ def fastest(
     calibration: Any = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Form, tuple[Choice, ...]]:
-    """The form to export `model` in, and what was tried: each candidate against the graph of `form` itself.
+    """Choose the form to export `model` in; also return what was tried, each candidate against the graph of `form`.
 
-    batches  sizes timed; a form with one size is timed at that
+    batches  batch sizes to time; a form with a fixed one is timed at that
     seconds  longest time of one comparison
 
     Raises:
@@ -138,7 +138,7 @@ def fastest(
 
 
 def judged(attention: str, found: tuple[Comparison, ...], noise: float) -> Choice:
-    """Kept when faster at one batch size with its whole interval, and at none slower with its whole interval.
+    """Keep a candidate whose whole interval is faster at some batch size, and at no batch size slower.
 
     noise  of the plain graph against itself; above latency.NOISY nothing is concluded
     """
@@ -147,7 +147,7 @@ def judged(attention: str, found: tuple[Comparison, ...], noise: float) -> Choic
         return Choice(attention, "not measured", f"the machine is too noisy: {noise:.1%} against itself; {told}", found)
     if any(c.low > 1 for c in found):
         return Choice(attention, "slower", told, found)
-    # sessions of one file differ by up to a percent: an interval that ends there says nothing
+    # sessions of the same file differ by up to a percent: an interval that ends within that says nothing
     if any(c.high < 1 - noise for c in found):
         return Choice(attention, "kept", told, found)
     return Choice(attention, "no faster", told, found)

@@ -47,11 +47,10 @@ def write_export(
 ) -> Exported:
     """Export `model` into `folder`, which exists (see files.whole_folder), and check the result.
 
-    The checks are made of the finished bytes; whether the folder may stay is the caller's to say,
-    by `Exported.parity`.
+    The finished file is what is checked; the caller decides by `Exported.parity` whether the folder may stay.
 
-    calibration  normalised images (N, C, H, W) for int8-static, and for what overflows in fp16
-    data         labelled batches for the accuracy of what is not float32
+    calibration  normalised images (N, C, H, W) for int8-static, and to find what overflows in fp16
+    data         labelled batches for the accuracy of files that are not float32
 
     Raises:
         GrowkitError: as export_onnx.
@@ -82,10 +81,10 @@ def write_export(
         labels=labels,
         provenance=provenance,
     )
-    say("holding the file against PyTorch")
+    say("comparing the file with PyTorch")
     run = None if form.precision == "fp32" else whole_session(folder / MODEL, form).outputs
     write_data_sets(model, folder, seed=settings.seed, form=form, run=run)
-    run = None  # its weights are in memory
+    run = None  # frees its weights
     parity = check_parity(
         model,
         folder / MODEL,

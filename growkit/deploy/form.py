@@ -1,6 +1,6 @@
-"""What kind of ONNX file: which runtime it loads on, its precision, and what goes in and comes out.
+"""The form of an ONNX file: which runtime it loads on, its precision, its inputs and outputs.
 
-The file carries its form in its metadata, so that a check knows what to hold it to.
+The file carries its form in its metadata, so that a check knows what to expect of it.
 """
 
 import json
@@ -15,14 +15,14 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
 LARGEST_BATCH = 4096
-MOST_DIGITS = 18  # of a number of classes
-LARGEST_IMAGE = 2048  # a file may claim any size, and a check makes images of it
+MOST_DIGITS = 18  # of K in top-K
+LARGEST_IMAGE = 2048  # a file may claim any size, and checks make images of that size
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 @dataclass(frozen=True)
 class Target:
-    """The oldest ONNX Runtime that loads a file, and the opset and IR version it takes for that."""
+    """The opset and IR version that a file needs to load on the ONNX Runtime release it targets."""
 
     opset: int
     ir: int
@@ -102,12 +102,12 @@ class Form:
         return ("scores", "classes") if self.top else (self.output,)
 
     def text(self) -> str:
-        """As it is stored in the file."""
+        """Return the form as the file stores it."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 def form_of(props: Mapping[str, str]) -> Form:
-    """The form that a file's metadata claims; the plain one where it claims none.
+    """Return the form that a file's metadata claims; the default one if it claims none.
 
     Raises:
         GrowkitError: the claim is not one that growkit writes.

@@ -3,7 +3,8 @@
 reference.json  test_data_set_0/  test_data_set_1/
 
 The folder is meant to be committed. Its data sets are in ONNX's own format, so the tools of the runtimes read them too.
-A reference holds whatever it is held against to the answers, to the weights bit for bit, and to the preprocessing.
+What is compared with a reference must have its answers, within a tolerance, its weights bit for bit, and its
+preprocessing.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ class DataSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """A reference as it lies on disk; `tolerance` is the relative RMS difference it allows."""
+    """A reference as stored on disk; `tolerance` is the relative RMS difference it allows."""
 
     identity: Identity
     tolerance: float
@@ -53,14 +54,14 @@ class Golden:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of all stored logits: differences are told relative to it."""
+        """Standard deviation of all stored logits: differences are reported relative to it."""
         return float(np.concatenate([d.logits.ravel() for d in self.data_sets]).std(dtype=np.float64))
 
 
 def reference_images(prepared: Preprocessing, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A noise image; three more, a black and a white one: (1, C, H, W) and (5, C, H, W) float32, normalised.
+    """Return normalised float32 images: noise (1, C, H, W); three more, a black and a white one (5, C, H, W).
 
-    Of 8-bit pixels, as photographs are: so they compress, and a file that takes pixels can be given the same images.
+    Their pixels are 8-bit, as in photographs, so they compress and can be given to a file that takes pixels too.
     """
     mean, std = (np.reshape(v, (-1, 1, 1)) for v in (prepared.mean, prepared.std))
     noise = np.rint(np.clip(noise_images(prepared, 4, seed) * std + mean, 0, 1) * 255)
@@ -70,7 +71,7 @@ def reference_images(prepared: Preprocessing, seed: int) -> tuple[np.ndarray, np
 
 
 def make_golden(subject: Subject, *, seed: int) -> Golden:
-    """What `subject` answers to seeded images, as a reference in memory.
+    """Run `subject` on seeded images; return its answers as a reference in memory.
 
     Raises:
         GrowkitError: the size of the images is unknown, or an answer is NaN or infinite.
@@ -88,7 +89,7 @@ def make_golden(subject: Subject, *, seed: int) -> Golden:
 
 
 def write_golden(folder: Path, golden: Golden) -> None:
-    """Write a reference, whole or not at all; an older one in its place is replaced.
+    """Write a reference, whole or not at all; an older one there is replaced.
 
     Raises:
         GrowkitError: `folder` holds other things than a reference.
@@ -117,7 +118,7 @@ def write_golden(folder: Path, golden: Golden) -> None:
 
 
 def refuse_unreplaceable(folder: Path) -> None:
-    """Raise GrowkitError where a new reference would take the place of something else."""
+    """Raise GrowkitError where a new reference would replace something else."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -132,7 +133,7 @@ def refuse_unreplaceable(folder: Path) -> None:
 
 
 def read_golden(folder: Path) -> Golden:
-    """Read a reference; nothing in it is believed before it is checked.
+    """Read a reference; nothing in it is trusted before it is checked.
 
     Raises:
         GrowkitError: no such folder, no reference, or a damaged one.
@@ -177,8 +178,8 @@ def read_golden(folder: Path) -> Golden:
 
 
 def _array(path: Path, sha256: str, *, ndim: int) -> np.ndarray:
-    """The finite float32 tensor in a .pb file; no memory is taken for sizes that the file only claims."""
-    if not path.is_file():  # a device or a pipe is none either
+    """Read the finite float32 tensor in a .pb file, allocating nothing for sizes that the file merely claims."""
+    if not path.is_file():  # a device or a pipe is no file either
         raise GrowkitError(f"{path}: missing; restore it, or write the reference anew with {UPDATE}")
     if path.stat().st_size > LARGEST:
         raise GrowkitError(f"{path}: damaged: larger than an ONNX tensor can be")
@@ -197,7 +198,7 @@ def _array(path: Path, sha256: str, *, ndim: int) -> np.ndarray:
         tensor.data_type != onnx.TensorProto.FLOAT
         or len(dims) != ndim
         or min(dims) < 1
-        or 4 * math.prod(dims) != len(tensor.raw_data)  # none where it says to lie in another file
+        or 4 * math.prod(dims) != len(tensor.raw_data)  # empty where it claims to be stored in another file
     ):
         raise GrowkitError(f"{path}: damaged: not a float32 tensor of the size it claims")
     array = np.frombuffer(tensor.raw_data, "<f4").reshape(dims).astype(np.float32)

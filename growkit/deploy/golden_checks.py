@@ -1,4 +1,4 @@
-"""A model or a file held against a golden reference, and what a new reference would change."""
+"""Compare a model or a file with a golden reference; say what a new reference would change."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from growkit.deploy.subject import Identity, Subject
 from growkit.errors import GrowkitError, first_line
 from growkit.text import short
 
-CERTAIN = 2 * 10  # a winner that leads by this many tolerances must stay: none may move by over ten
+CERTAIN = 2 * 10  # a top-1 that leads by this many tolerances must stay: no logit may move by over ten
 
 
 def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = None) -> tuple[Check, ...]:
-    """Hold `subject` against the reference: weights, preprocessing, and the answers to every stored image.
+    """Compare `subject` with the reference: weights, preprocessing, and the answers to every stored image.
 
-    tolerance  relative RMS difference of the logits; the reference's own when left out, or that of the
-               subject's precision where the two differ
+    tolerance  relative RMS difference of the logits; when left out, the reference's own, or that of
+               the subject's precision where the two precisions differ
     """
     was, now = golden.identity, subject.identity
     word = now.word
@@ -83,7 +83,7 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
 
 
 def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:
-    """What tells the two apart and its hashes before and now: the whole file, else the weights; None if unknown."""
+    """Return what identifies both, the whole file or else the weights, and its hash before and now; None if unknown."""
     kinds = {"onnx_sha256": "SHA-256", "tensors_sha256": "weights by tensor", "weights_sha256": "weights"}
     for kind, what in kinds.items():
         before, after = getattr(was, kind), getattr(now, kind)
@@ -93,7 +93,7 @@ def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:
 
 
 def update_golden(folder: Path, golden: Golden, subject: Subject) -> str:
-    """As write_golden; returns what became of the reference that was there, in a sentence.
+    """Write a reference as write_golden does; return a sentence on what happened to the previous one.
 
     Raises:
         GrowkitError: as write_golden.
@@ -108,7 +108,7 @@ def update_golden(folder: Path, golden: Golden, subject: Subject) -> str:
 
 
 def change_since(old: Golden, subject: Subject) -> str:
-    """What replaces `old`, in a sentence: weights before and now, and how far the answers to its images move."""
+    """Say in a sentence what replaces `old`: weights before and now, and how far the answers to its images move."""
     was, now = old.identity, subject.identity
     what, before, after = _told_apart(was, now) or ("weights", None, None)
     weights = f"{what} {short(before)} -> {short(after)}" if before != after else f"{what} {short(after)} as before"

@@ -1,4 +1,4 @@
-"""What a file is checked with beside seeded noise: extremes, pictures of odd sizes, the user's own pictures."""
+"""What a file is checked with besides seeded noise: extremes, pictures of odd sizes, the user's own pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def extremes(prepared: Preprocessing, seed: int) -> dict[str, np.ndarray]:
-    """One image (1, C, H, W) float32 each: black, white, pure noise, a checkerboard of both, ten times too large."""
+    """Make float32 images (1, C, H, W): black, white, pure noise, a checkerboard, and noise ten times too large."""
     size = prepared.input_size
     rows, columns = np.indices(size[1:])
     pixels = {
@@ -30,7 +30,7 @@ def extremes(prepared: Preprocessing, seed: int) -> dict[str, np.ndarray]:
 
 
 def made_pictures(prepared: Preprocessing, seed: int) -> dict[str, Image.Image]:
-    """Seeded pictures of odd sizes, smaller and larger than the model's, by their size."""
+    """Make seeded pictures of odd sizes, smaller and larger than the model's input, by size."""
     channels, found = prepared.input_size[0], {}
     for index, (height, width) in enumerate(SIZES):
         levels = np.rint(255 * noise_pixels((channels, height, width), 1, seed + index)[0]).astype(np.uint8)
@@ -40,7 +40,7 @@ def made_pictures(prepared: Preprocessing, seed: int) -> dict[str, Image.Image]:
 
 
 def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict[str, Image.Image]:
-    """The pictures below `folder`, `most` at most, spread evenly in order of name, in the model's colour mode.
+    """Read at most `most` pictures below `folder`, evenly spaced in order of name, in the model's colour mode.
 
     Raises:
         GrowkitError: there are none, one cannot be read, or the model takes no pictures; the message names it.
@@ -61,7 +61,7 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
 
 
 def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.ndarray:
-    """Pictures by timm's own transform -> (N, C, H, W) float32."""
+    """Apply timm's own transform to pictures -> (N, C, H, W) float32."""
     from timm.data import create_transform
 
     transform = create_transform(
@@ -77,6 +77,6 @@ def as_model_takes(prepared: Preprocessing, given: Sequence[Image.Image]) -> np.
 
 
 def as_file_takes(picture: Image.Image) -> np.ndarray:
-    """A picture -> (1, height, width, C) uint8, for a file that takes pixels."""
+    """Convert a picture -> (1, height, width, C) uint8, for a file that takes pixels."""
     levels = np.asarray(picture)
     return levels[None] if levels.ndim == 3 else levels[None, ..., None]

@@ -1,4 +1,4 @@
-"""A finished float32 ONNX graph with its products in int8."""
+"""Quantise a finished float32 ONNX graph: its matrix products run in int8."""
 
 import contextlib
 import logging
@@ -15,10 +15,10 @@ from growkit.errors import GrowkitError
 
 
 def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """`proto` with int8 weights, one scale per output channel, and activations scaled as they come.
+    """Return `proto` with int8 weights, one scale per output channel, and dynamically quantised activations.
 
-    Every MatMul and Gemm by a weight is quantised but the nodes named in `keep`. The scale of an activation is that of
-    the whole batch, so an image's logits depend a little on its neighbours.
+    Every MatMul and Gemm by a weight is quantised except the nodes named in `keep`. An activation has one scale for the
+    whole batch, so an image's logits depend a little on its neighbours.
 
     Raises:
         GrowkitError: there is no such MatMul or Gemm.
@@ -34,7 +34,7 @@ def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.
             per_channel=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-            # a Gemm is first split in two, and so has another name
+            # a Gemm is first split in two, which renames it
             nodes_to_exclude=[*left, *(f"{name}_MatMul" for name in left)],
         )
 
@@ -42,10 +42,10 @@ def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.
 
 
 def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """`proto` with int8 weights, one scale per output channel, and fixed scales for the activations they meet.
+    """Return `proto` with int8 weights, one scale per output channel, and static scales for their input activations.
 
     images  calibration data (N, C, H, W) float32, normalised as for the model: the scales cover every activation
-            seen on them. Every MatMul and Gemm by a weight is quantised but the nodes named in `keep`.
+            seen on them. Every MatMul and Gemm by a weight is quantised except the nodes named in `keep`.
 
     Raises:
         GrowkitError: images of another shape than the graph takes, or no such MatMul or Gemm.
@@ -73,7 +73,7 @@ def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[
 
 
 def _by_weight(proto: onnx.ModelProto, keep: Collection[str]) -> list[str]:
-    """Names of the products with a weight; those of two activations, as in attention, stay float32."""
+    """Return the names of products with a weight; those of two activations, as in attention, stay float32."""
     weights = {t.name for t in proto.graph.initializer}
     found = [
         node.name
@@ -86,7 +86,7 @@ def _by_weight(proto: onnx.ModelProto, keep: Collection[str]) -> list[str]:
 
 
 def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without inner shapes, which the quantiser trips over (ort#25890); it changes what it is given."""
+    """Return a copy, for the quantiser changes its input, without inner shapes, which it trips over (ort#25890)."""
     copied = onnx.ModelProto()
     copied.CopyFrom(proto)
     copied.graph.ClearField("value_info")
@@ -104,7 +104,7 @@ def _reader(batches: Iterator[dict[str, np.ndarray]]) -> Any:
 
 
 def _quantised(proto: onnx.ModelProto, write: Callable[[Path], None]) -> onnx.ModelProto:
-    """What `write` leaves, with the IR, opsets, metadata and names of its maker as in `proto`."""
+    """Return the graph that `write` writes, with IR, opsets, metadata and producer fields as in `proto`."""
     with tempfile.TemporaryDirectory(prefix="growkit-") as folder, _silent():
         target = Path(folder) / "model.onnx"
         write(target)
@@ -122,7 +122,7 @@ def _quantised(proto: onnx.ModelProto, write: Callable[[Path], None]) -> onnx.Mo
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    # it advises a preparation that the exporter has already done
+    # it advises preprocessing that the exporter has already done
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

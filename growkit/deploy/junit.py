@@ -1,4 +1,4 @@
-"""JUnit XML from checks, for the CI systems that show it; valid by the schemas of ant's task and of Jenkins."""
+"""JUnit XML from checks, for CI systems that show it; valid under the schemas of ant's task and of Jenkins."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from growkit.text import visible
 
 
 def junit_xml(checks: Sequence[Check], *, suite: str, started: datetime, seconds: float) -> str:
-    """One test case per check; an inconclusive check is a skipped case. What XML cannot hold is spelled out.
+    """Make a test case of each check; an inconclusive one is a skipped case. What XML cannot hold is spelled out.
 
-    started  when the checks began, in UTC; seconds is what all of them took: a single check has no time of its own
+    started  when the checks began, in UTC
+    seconds  duration of all of them; a single check has no time of its own
     """
     root = ET.Element("testsuites")
     counts = {
@@ -22,8 +23,8 @@ def junit_xml(checks: Sequence[Check], *, suite: str, started: datetime, seconds
     }
     attributes = {
         "name": visible(suite),
-        "timestamp": started.strftime("%Y-%m-%dT%H:%M:%S"),  # the schemas know no time zone
-        "hostname": "localhost",  # they ask for one; a report that travels names no machine
+        "timestamp": started.strftime("%Y-%m-%dT%H:%M:%S"),  # the schemas allow no time zone
+        "hostname": "localhost",  # required; a report that is passed on names no machine
         "time": f"{seconds:.3f}",
         "package": visible(suite),
         "id": "0",

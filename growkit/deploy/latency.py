@@ -1,7 +1,7 @@
 """Is the ONNX file as fast as its architecture allows? Interleaved pairs in random order.
 
 Timing one side after the other reports over 10 % difference between a file and itself in a fifth of
-the runs on a shared machine; pairs do not. Runs inside one session agree too well to be honest, so
+the runs on a shared machine; pairs do not. Runs inside one session understate the variance, so
 each side gets several fresh sessions and the bootstrap resamples sessions, then pairs. Before any
 verdict the file is timed against itself: where even that differs, the machine is too noisy. Pairs
 taken while other programs ran are dropped where enough others remain.
@@ -37,7 +37,7 @@ NOISY = 0.05  # |ratio - 1| + half width of a file against itself
 SAMPLE_SECONDS = 0.004  # a shorter call is repeated: one wake-up would drown it
 SETTLE_SECONDS = 0.005  # lets the other side's threads go to sleep
 RESAMPLES = 2000
-WINDOW_SECONDS = 0.25  # over which the load of other programs is taken; /proc/stat is no finer
+WINDOW_SECONDS = 0.25  # over which the load of other programs is measured; /proc/stat is no finer
 CALM_PAIRS = 10  # that must remain when contended ones are dropped
 
 Call = Callable[[], object]
@@ -56,7 +56,7 @@ class Percentiles:
 class Comparison:
     """Time of `subject` / time of `baseline` at one batch size; low and high bound it at 95 %.
 
-    pairs    what the ratio and the milliseconds are taken from
+    pairs    how many the ratio and the milliseconds are computed from
     dropped  pairs left out because other programs ran meanwhile
     foreign  share of the processors that other programs took, mean over all pairs; None: unknown
     """
@@ -89,7 +89,7 @@ class Comparison:
 class Latency:
     """Every comparison, the checks made of them, and where they ran.
 
-    compile_seconds  what torch.compile took, by batch size; timed nowhere else
+    compile_seconds  what torch.compile took, by batch size; not part of any other time
     notes            what could not be compared, and why
     """
 
@@ -103,7 +103,7 @@ class Latency:
 
 @dataclass
 class _Pair:
-    """Seconds of the calls of each side, the session they belong to, and what others took meanwhile."""
+    """Seconds of the calls of each side, their session, and the share that other programs took meanwhile."""
 
     session: int
     seconds: tuple[list[float], list[float]]
@@ -132,7 +132,7 @@ def compare(
 
     open_subject, open_baseline  make a fresh session and return the call to be timed
     seconds  stops after this; earlier when the interval is narrow enough
-    foreign  share of the processors that others took since it was last asked; None: unknown
+    foreign  returns the share of the processors that others took since its last call; None: unknown
     """
     generator = np.random.default_rng(seed)
     deadline = clock() + seconds
@@ -186,19 +186,19 @@ def compare(
 
 
 def _calm(pairs: list[_Pair]) -> list[_Pair]:
-    """Those taken while no other program ran, where enough pairs and sessions remain; else all."""
+    """Return the pairs taken while no other program ran, if enough pairs and sessions remain; else all."""
     calm = [pair for pair in pairs if pair.foreign is None or pair.foreign <= CONTENDED]
     return calm if len(calm) >= CALM_PAIRS and len({pair.session for pair in calm}) >= SESSIONS else pairs
 
 
 def _rounds(pairs: list[_Pair]) -> list[np.ndarray]:
-    """The log ratios of each session."""
+    """Group the log ratios by session."""
     sessions = dict.fromkeys(pair.session for pair in pairs)
     return [np.array([pair.log_ratio for pair in pairs if pair.session == session]) for session in sessions]
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:
-    """How often to call so that a sample lasts SAMPLE_SECONDS; warms the session up too."""
+    """Return how many calls make a sample last SAMPLE_SECONDS; warms the session up too."""
     fastest = math.inf
     for _ in range(3):
         start = clock()
@@ -210,7 +210,7 @@ def _repeats(call: Call, clock: Callable[[], float]) -> int:
 
 
 def _interval(rounds: list[np.ndarray], generator: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the median ratio, resampling sessions and then pairs in each."""
+    """Return the 95 % bootstrap interval of the median ratio, resampling sessions and then pairs within each."""
     counts = np.array([len(ratios) for ratios in rounds])
     padded = np.full((len(rounds), counts.max()), np.nan)
     for row, ratios in zip(padded, rounds, strict=True):
@@ -218,7 +218,7 @@ def _interval(rounds: list[np.ndarray], generator: np.random.Generator) -> tuple
     chosen = generator.integers(len(rounds), size=(RESAMPLES, len(rounds), 1))
     draws = generator.random((RESAMPLES, len(rounds), counts.max()))
     drawn = padded[chosen, (draws * counts[chosen]).astype(int)]
-    # a session counts as often as it has pairs
+    # each session is weighted by its number of pairs
     drawn[np.arange(counts.max()) >= counts[chosen]] = np.nan
     medians = np.nanmedian(drawn.reshape(RESAMPLES, -1), axis=1)
     low, high = np.exp(np.quantile(medians, (0.025, 0.975)))
@@ -226,13 +226,13 @@ def _interval(rounds: list[np.ndarray], generator: np.random.Generator) -> tuple
 
 
 def percentiles(seconds: list[float]) -> Percentiles:
-    """Of single calls that took so many seconds each."""
+    """Compute the percentiles, in milliseconds, of single calls given in seconds."""
     p50, p90, p99 = np.quantile(np.array(seconds) * 1000, (0.5, 0.9, 0.99))
     return Percentiles(float(p50), float(p90), float(p99))
 
 
 def equivalence(comparison: Comparison, noise: float, limit: float) -> Verdict:
-    """By equivalence: pass when the whole interval is within `limit`, fail when all is above.
+    """Judge by equivalence: pass when the whole interval is within `limit`, fail when all of it is above.
 
     noise  of the same machine in the A/A run; above NOISY nothing is concluded
     """
@@ -243,7 +243,7 @@ def equivalence(comparison: Comparison, noise: float, limit: float) -> Verdict:
     return "fail" if comparison.low > limit else "inconclusive"
 
 
-@multiplying(tf32=False)  # PyTorch, as ONNX Runtime is told in runtime.py
+@multiplying(tf32=False)  # for PyTorch; runtime.py does so for ONNX Runtime
 def measure_latency(
     model: nn.Module,
     file: Path,
@@ -261,15 +261,15 @@ def measure_latency(
 ) -> Latency:
     """Time the ONNX `file` against itself, a stock export of the same architecture, and PyTorch.
 
-    On a GPU every side gets its images from the host and gives its logits back there.
+    On a GPU every side takes images from host memory and returns logits to it.
 
     stock      name and arguments for timm.create_model
-    form       of the file: of one that takes pixels or answers with more than logits the network inside is timed
+    form       of the file; if it takes pixels or outputs other than logits, only the network inside is timed
     seconds    longest time for one comparison; three per batch size, one more with `compiled`
     margin     the stock comparison passes up to 1 + margin
     max_ratio  gate on file / PyTorch eager; only reported when None
-    compiled   time PyTorch compiled, too; where it cannot compile, a note says why
-    progress   told how many comparisons are done, and which comes next
+    compiled   also time compiled PyTorch; if it does not compile, a note says why
+    progress   called with how many comparisons are done and which comes next
 
     Raises:
         GrowkitError: the provider does not run here.
@@ -336,7 +336,7 @@ def measure_latency(
 
 
 def _torch_call(model: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, device: torch.device) -> Call:
-    """A call of `model` on images from the host that brings its logits back there."""
+    """Return a call that runs `model` on images from the host and copies its logits back."""
 
     @torch.inference_mode()
     def call() -> object:
@@ -346,8 +346,8 @@ def _torch_call(model: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Ten
 
 
 def _compile(model: nn.Module, tensor: torch.Tensor, device: torch.device) -> tuple[Call, float]:
-    """The compiled model's call, for one batch size, and the seconds that compiling took."""
-    # in full: past its limit of recompilations, torch would go on without compiling, in silence
+    """Compile the model for one batch size; return its call and the seconds that compiling took."""
+    # fullgraph: past its recompilation limit torch would otherwise silently run uncompiled
     call = _torch_call(torch.compile(model, dynamic=False, fullgraph=True), tensor, device)
     start = time.perf_counter()
     call()
@@ -359,7 +359,7 @@ def _same(call: Call) -> Call:
 
 
 def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
-    """The check of one comparison, told with its interval and, where it matters, the noise."""
+    """Make the check of one comparison; its line has the interval and, where it matters, the noise."""
     verdict = equivalence(comparison, noise, limit)
     line = (
         f"batch {comparison.batch}: {comparison.ratio:.3f} x the time of {comparison.baseline} "
@@ -370,6 +370,6 @@ def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
         if comparison.foreign is not None and comparison.foreign > CONTENDED:
             line += f", and other programs took {comparison.foreign:.0%} of its processors"
     elif verdict == "inconclusive":
-        line += "; the interval holds the limit, give it more time with --latency-seconds"
+        line += "; the interval contains the limit, give it more time with --latency-seconds"
     name = f"batch {comparison.batch}: against {comparison.baseline}"
     return Check("latency", name, verdict, comparison.ratio, limit, line)

@@ -1,7 +1,7 @@
-"""Which layer of a file is the first that is wrong? Its values are held against the model's, whatever their names.
+"""Which layer of a file is the first to go wrong? Its values are compared with the model's, whatever their names.
 
-Exporters name values as they like, so each layer's input and output is looked for among the graph's values of the
-same shape: the nearest one is taken for it.
+Exporters name values as they like, so each layer's input and output is matched to the nearest of the graph's values
+of the same shape.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from growkit.deploy.attention import prepared
 from growkit.deploy.numbers import relative, rms
 
-SAMPLE = 512  # elements that say which value is nearest, before all are compared
+SAMPLE = 512  # elements that decide which value is nearest, before all are compared
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What went into a layer or came out of it; `value` is a place in Traced.values."""
+    """An input or output of a layer; `value` is an index into Traced.values."""
 
     layer: str
     side: str
@@ -27,7 +27,7 @@ class Seen:
 
     @property
     def told(self) -> str:
-        """As in a sentence."""
+        """Its name in a sentence."""
         name = self.layer or "the network"
         return f"the output of {name}" if self.side == "output" else f"the input of {name}"
 
@@ -42,7 +42,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class FirstWrong:
-    """The first value that is not the model's, and how far it is off; what was right before it."""
+    """The first value that differs from the model's and its error; the last right value before it."""
 
     where: Seen
     error: float
@@ -62,15 +62,15 @@ class FirstWrong:
 
 
 def traced(model: nn.Module, images: np.ndarray) -> Traced:
-    """Run `model` on (B, C, H, W) images in its own precision and keep what goes into each layer and comes out.
+    """Run `model` on (B, C, H, W) images in its own precision and keep the inputs and outputs of each layer.
 
-    Attention is run with explicit softmax, so that what happens inside it is seen.
+    Attention is run with explicit softmax, so that the values inside it are seen.
     """
     model = prepared(model, "unfused")
     seen: list[Seen] = []
     values: list[np.ndarray] = []
     met: dict[tuple[int, int], int] = {}
-    alive: list[Tensor] = []  # or ids would come twice
+    alive: list[Tensor] = []  # or ids would be reused
 
     def keep(layer: str, side: str, value: object) -> None:
         value = value[0] if isinstance(value, tuple) and value else value
@@ -95,9 +95,9 @@ def traced(model: nn.Module, images: np.ndarray) -> Traced:
 
 
 def nearest(values: Sequence[np.ndarray], found: Iterable[Mapping[str, np.ndarray]]) -> list[float | None]:
-    """Relative RMS error of each of `values` in the nearest of the same shape among all that are `found`.
+    """Return, for each of `values`, the relative RMS error of the nearest value of the same shape in `found`.
 
-    None where there is none of its shape, or where the value is the same everywhere and says nothing.
+    None where `found` has none of its shape, or where the value is constant and so says nothing.
     """
     errors: list[float | None] = [None] * len(values)
     places: dict[tuple[int, ...], list[int]] = {}
@@ -123,11 +123,11 @@ def nearest(values: Sequence[np.ndarray], found: Iterable[Mapping[str, np.ndarra
 
 
 def first_wrong(traced: Traced, errors: Sequence[float | None], limits: Sequence[float]) -> FirstWrong | None:
-    """The first value over its limit in a layer whose own output and that of all around it are wrong, too.
+    """Find the first value over its limit in a layer whose output and those of all enclosing layers are wrong, too.
 
     errors, limits  of each of traced.values
 
-    A value with no counterpart in the graph, as inside fused attention, looks wrong, but what comes after it is right.
+    A value with no counterpart in the graph, as inside fused attention, looks wrong, but the values after it are right.
     """
     wrong = [error is None or not error <= limit for error, limit in zip(errors, limits, strict=True)]
     output_wrong = {s.layer: wrong[s.value] for s in traced.seen if s.side == "output"}

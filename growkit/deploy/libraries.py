@@ -1,6 +1,6 @@
-"""The shared libraries that ONNX Runtime's GPU providers need: loaded as torch's are, missing ones named.
+"""Load the shared libraries that ONNX Runtime's GPU providers need, as torch does, and name missing ones.
 
-ONNX Runtime falls back to the CPU in silence when one is missing, and says which only in its log.
+When one is missing, ONNX Runtime silently falls back to the CPU and names it only in its log.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-# cuDNN by itself: CUDA's provider opens it later and does not name it; TensorRT's runs beside CUDA's
+# cuDNN is listed because CUDA's provider opens it later, without naming it; TensorRT's runs beside CUDA's
 NEEDED = {
     "cuda": ("libonnxruntime_providers_cuda.so", "libcudnn.so.9"),
     "tensorrt": ("libonnxruntime_providers_cuda.so", "libonnxruntime_providers_tensorrt.so"),
@@ -23,10 +23,10 @@ _SONAME_VERSION = re.compile(r"\.so\.(\d+)")
 
 
 def load(provider: str) -> None:
-    """Load what `provider`, 'cuda' or 'tensorrt', needs from the Python packages that bring it.
+    """Load the libraries of `provider`, 'cuda' or 'tensorrt', from the Python packages that ship them.
 
-    CUDA's from the nvidia packages, as torch does; TensorRT's from tensorrt_libs. What is in neither
-    is left to the system's loader; nothing is raised here, see `missing`.
+    CUDA's come from the nvidia packages, as in torch; TensorRT's from tensorrt_libs. Libraries in neither
+    are left to the system's loader. Nothing is raised here, see `missing`.
     """
     ort.preload_dlls()
     if provider == "tensorrt":
@@ -37,9 +37,9 @@ def load(provider: str) -> None:
 
 
 def missing(provider: str) -> tuple[str, ...]:
-    """A sentence with its remedy for each library without which `provider` does not run; call `load` first.
+    """Return a sentence with a remedy for each missing library that `provider` needs; call `load` first.
 
-    () where all are here, and where the loader does not name them (Windows).
+    () where none is missing, or where the loader does not name them (Windows).
     """
     if not sys.platform.startswith("linux"):
         return ()
@@ -54,7 +54,7 @@ def missing(provider: str) -> tuple[str, ...]:
 
 
 def remedy(library: str) -> str:
-    """What to do about a missing library, by its file name, as in 'libcurand.so.10'."""
+    """Say how to install a missing library, given its file name, as in 'libcurand.so.10'."""
     if library.startswith("libcuda.so"):
         return "install an NVIDIA driver"
     if library.startswith(("libnvinfer", "libnvonnxparser")):
@@ -67,12 +67,12 @@ def remedy(library: str) -> str:
 
 
 def cuda_version() -> str:
-    """The CUDA that this ONNX Runtime was built with, as in '13.0'; empty for a build without it."""
+    """Return the CUDA version that this ONNX Runtime was built with, as in '13.0'; empty for a build without it."""
     return str(getattr(ort, "cuda_version", "") or "")
 
 
 def _error_of(library: str) -> str:
-    """What the loader says to `library`; empty when it loads."""
+    """Return the loader's error for `library`; empty when it loads."""
     try:
         ctypes.CDLL(library)
     except OSError as error:

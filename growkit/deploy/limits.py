@@ -16,7 +16,7 @@ Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the gate holds a file of one precision against; None: not judged."""
+    """What a file of one precision must keep to; None: not judged."""
 
     relative_rms: float
     """Largest RMS error of the logits / their standard deviation: a ceiling, whatever the model."""
@@ -86,11 +86,11 @@ LIMITS = {
         whole_interval=True,
     ),
 }
-"""By precision; 'int8' scales activations as they come, 'int8-static' by calibration data."""
+"""By precision; 'int8' scales activations dynamically, 'int8-static' by calibration data."""
 
 
 def accuracy_verdict(limits: Limits, drop: float, low: float, high: float, samples: int) -> Verdict:
-    """Judge what `accuracy_drop_interval` gave on so many samples."""
+    """Judge the result of `accuracy_drop_interval` on so many samples."""
     allowed = limits.accuracy_drop
     if allowed is None:
         return "pass"
@@ -100,21 +100,21 @@ def accuracy_verdict(limits: Limits, drop: float, low: float, high: float, sampl
 
 
 def accuracy_drop_interval(right: np.ndarray, plain_right: np.ndarray) -> tuple[float, float, float]:
-    """How many points of accuracy a file loses on the model: (drop, low, high), low to high at 95 %.
+    """Return the points of accuracy that a file loses against the model: (drop, low, high), the 95 % interval.
 
-    right, plain_right  (N,) bool: whether the file and the model have each sample right
+    right, plain_right  (N,) bool: whether the file and the model classify each sample correctly
 
-    The interval is Tango's (1998), of the score test for paired proportions: with no sample changed it is not empty but
-    as wide as N allows, which a bootstrap's and Wald's are not.
+    The interval is Tango's (1998), from the score test for paired proportions. If no sample changes it still has the
+    width that N implies, where a bootstrap's and Wald's are empty.
     """
     n = len(right)
     lost, won = int((plain_right & ~right).sum()), int((right & ~plain_right).sum())
 
     def score(drop: float) -> float:
-        """Standard errors between what was seen and a true `drop`; falls as `drop` grows."""
+        """Return the standard errors between the drop seen and a true `drop`; falls as `drop` grows."""
         b = (2 * n - lost + won) * drop - lost - won
         c = -won * drop * (1 - drop)
-        # share of samples won, as likely as can be under `drop`
+        # maximum-likelihood share of samples won, under `drop`
         share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
         variance = n * (2 * share + drop * (1 - drop))
         distance = lost - won - n * drop

@@ -1,4 +1,4 @@
-"""Does the file answer like the model? Held against the model in float64: its float32 is itself only close to that."""
+"""Does the file answer like the model? Compared with the model in float64, which its float32 only approximates."""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ RARE = 1e-4
 
 @dataclass(frozen=True)
 class Truth:
-    """The images and what the model says to them.
+    """The images and the model's logits for them.
 
     images    (N, C, H, W) float32
     expected  logits in float64 (N, classes)
-    plain     by batch size: logits of PyTorch in the file's own precision, in such batches
+    plain     by batch size: logits of PyTorch in the file's own precision, in batches of that size
     extremes  by name: an image (1, C, H, W) and its logits in float64
     batches   batch sizes to try, smallest first; all images go through in the smallest
     """
@@ -39,7 +39,7 @@ class Truth:
         return float(self.expected.std())
 
     def own(self, batch: int | None = None) -> float:
-        """Relative RMS error of PyTorch in the file's precision, over all images or in one batch of this size.
+        """Return PyTorch's relative RMS error in the file's precision, over all images or in one batch of this size.
 
         0 where it overflows.
         """
@@ -48,11 +48,11 @@ class Truth:
         return error if math.isfinite(error) else 0.0
 
 
-@np.errstate(invalid="ignore", over="ignore")  # NaN and infinities are told by their checks
+@np.errstate(invalid="ignore", over="ignore")  # checks of their own report NaN and infinities
 def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[Check], dict[str, Any]]:
-    """Run every batch size and every extreme; checks of the groups numbers and predictions, and the figures.
+    """Run every batch size and every extreme; return checks of the groups numbers and predictions, and figures.
 
-    session  takes images and answers with logits
+    session  images -> logits
     """
     checks: list[Check] = []
     per_batch: dict[str, Any] = {}
@@ -62,10 +62,10 @@ def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[
         name = f"batch {batch}"
         try:
             answers = in_batches(session, truth.images if batch == truth.batches[0] else truth.images[:batch], batch)
-        except Exception as error:  # ONNX Runtime has its own kinds; the batch is what counts
+        except Exception as error:  # of ONNX Runtime's own kinds; which batch fails is what counts
             checks.append(_refused(name, error))
             continue
-        # all images, in the smallest batch, show the noise itself; a run of few may show more by chance
+        # the smallest batch is run on all images and shows the true noise; a run of few may show more by chance
         noise = 0.0 if batch == truth.batches[0] else max(usual, truth.own(batch))
         made, figures = compared(name, answers, truth.expected[: len(answers)], truth.spread, limits, noise=noise)
         checks += made
@@ -108,7 +108,7 @@ def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[
 
 
 def in_batches(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
-    """All images in batches of just that size; the last is filled up, and what fills it is cut off again."""
+    """Run all images in batches of exactly this size; the last is padded, and the padding's answers are dropped."""
     lacking = -len(images) % batch
     filled = np.concatenate([images, np.repeat(images[-1:], lacking, axis=0)]) if lacking else images
     answers = [session.run(filled[start : start + batch]) for start in range(0, len(filled), batch)]
@@ -125,9 +125,9 @@ def compared(
     *,
     noise: float = 0.0,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Checks and figures of one run, (B, classes) each; no figures where the shapes differ.
+    """Compare the logits of one run, (B, classes) each; return checks, and figures unless the shapes differ.
 
-    noise  relative RMS error that the precision costs this model anyway; so few values may show more by chance
+    noise  relative RMS error that the precision costs this model anyway; few values may show more by chance
     """
     if got.shape != wanted.shape:
         line = f"{name}: logits {got.shape}, expected {wanted.shape}"
@@ -149,7 +149,7 @@ def compared(
         *(check(group, f"{name}: {w}", v <= limit, v, limit) for w, v, limit in limited if limit is not None),
     ]
     figures["cosine_min"] = float(cosines(got, wanted).min())
-    if wanted.shape[1] < 2:  # one class has no angle but a sign, which noise turns where the logit is near 0
+    if wanted.shape[1] < 2:  # with one class the cosine is only a sign, which noise flips where the logit is near 0
         return checks, figures
     smallest = float(cosines(got, wanted, spread).min())
     checks.append(check(group, f"{name}: smallest cosine", smallest >= limits.cosine_min, smallest, limits.cosine_min))
@@ -159,10 +159,10 @@ def compared(
 def predictions(
     got: np.ndarray, expected: np.ndarray, group: str, limits: Limits
 ) -> tuple[list[Check], dict[str, Any]]:
-    """No certified prediction may change.
+    """Check that no certified prediction changes.
 
-    Certified: the winner leads by more than twice the largest difference, so that no difference of
-    that size can change it. A difference above its own limit does not stretch the certificate.
+    Certified: the top-1 leads by more than twice the largest difference, so no difference of that size
+    can change it. A difference above its own limit does not raise that threshold.
     """
     if got.shape != expected.shape or got.shape[1] < 2:
         return [], {}
@@ -187,11 +187,11 @@ def predictions(
 
 
 def cosines(got: np.ndarray, wanted: np.ndarray, spread: float = 0.0) -> np.ndarray:
-    """Cosine of the angle between the logits, image by image.
+    """Return the cosine of the angle between the logits, image by image.
 
-    spread  standard deviation of all logits. An image whose logits are much smaller than that in model and file alike,
-            as is common among few classes, has no direction to speak of: noise turns it far. So its angle counts as
-            that by which the same noise would turn logits of the usual length.
+    spread  standard deviation of all logits. Where an image's logits are much smaller than that in model and file
+            alike, as is common with few classes, their direction means little: noise turns it far. So the angle counts
+            as the one by which the same noise would turn logits of the usual length.
     """
     a, b = got.astype(np.float64), wanted.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
@@ -203,7 +203,7 @@ def cosines(got: np.ndarray, wanted: np.ndarray, spread: float = 0.0) -> np.ndar
 
 
 def by_chance(values: int) -> float:
-    """How many times its true RMS noise may show over so few values: more only once in 10,000 times.
+    """Return how many times its true RMS noise may reach over `values` values: it exceeds that once in 10,000 times.
 
     The root of a chi-square quantile over its degrees of freedom: 3.9 for one value, 2.1 for seven, 1.1 for a thousand.
     """
@@ -216,7 +216,7 @@ def rms(values: np.ndarray) -> float:
 
 
 def relative(value: float, spread: float) -> float:
-    """In units of `spread`."""
+    """Return `value` in units of `spread`."""
     if spread > 0:
         return value / spread
     return 0.0 if value == 0 else math.inf

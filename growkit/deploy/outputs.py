@@ -1,4 +1,4 @@
-"""What a file answers with: logits, probabilities, or the largest of them with their classes."""
+"""What a file outputs: logits, probabilities, or the largest of them with their classes."""
 
 import numpy as np
 import onnx
@@ -9,7 +9,7 @@ from growkit.errors import GrowkitError
 
 
 def refuse_answers(form: Form, classes: int) -> None:
-    """Raise GrowkitError where a model of so many classes cannot answer with what `form` asks for."""
+    """Raise GrowkitError where a model of so many classes cannot give the output that `form` asks for."""
     if form.output == "logits":
         return
     if classes < 2:
@@ -20,7 +20,7 @@ def refuse_answers(form: Form, classes: int) -> None:
 
 
 def with_output(core: onnx.ModelProto, form: Form) -> onnx.ModelProto:
-    """`core` with 'logits' turned into what `form` asks for; changed in place and returned.
+    """Turn the 'logits' of `core` into the output that `form` asks for; `core` is changed in place and returned.
 
     Raises:
         GrowkitError: as refuse_answers.

@@ -1,4 +1,4 @@
-"""Does the ONNX file answer like the PyTorch model? In structure, weights, numbers, predictions.
+"""Does the ONNX file match the PyTorch model in structure, weights, numbers and predictions?
 
 Every mismatch is collected; the verdict comes last.
 """
@@ -41,7 +41,7 @@ from growkit.deploy.whole import answer_checks, pixel_checks
 from growkit.deploy.yardstick import in_precision
 from growkit.errors import GrowkitError, first_line
 
-IMAGES = 8  # at 224 x 224; small images come cheaper and steady the noise ratio
+IMAGES = 8  # at 224 x 224; more if smaller, which are cheap and steady the noise ratio
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Parity:
     figures: dict[str, Any]
     provider: str
     form: Form
-    files: tuple[Path, ...] = ()  # the file, and what lies beside it
+    files: tuple[Path, ...] = ()  # the file, and those beside it that hold its weights
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that said no."""
+        """The checks that failed."""
         return tuple(c for c in self.checks if c.verdict == "fail")
 
     @property
     def passed(self) -> bool:
-        """No check said no."""
+        """Whether no check failed."""
         return not self.failed
 
 
@@ -80,15 +80,15 @@ def check_parity(
     pictures: Mapping[str, Image.Image] | None = None,
     max_accuracy_drop: float | None = None,
 ) -> Parity:
-    """Hold the finished ONNX `file` against the float32 `model` that it was exported from.
+    """Compare the finished ONNX `file` with the float32 `model` that it was exported from.
 
-    precision       what the file's must be; its own word when None
-    max_batch       largest batch size tried, beside 1, 2, 3 and 5
+    precision       that the file must have; the one it claims when None
+    max_batch       largest batch size tried, besides 1, 2, 3 and 5
     weights_sha256  SHA-256 of the model's weight file; must be the one the file was exported from
     labels          class names that the file's metadata must hold
     data_sets       folder with test_data_set_*, written by the export
     data            labelled batches, images (B, C, H, W) and classes (B,), for accuracy
-    pictures        of the user, compared beside the made images
+    pictures        of the user, compared in addition to the made images
     max_accuracy_drop  points of top-1 that the file may lose on `data`; the precision's own limit when None
 
     Raises:
@@ -103,7 +103,7 @@ def check_parity(
         return Parity((valid,), {}, "none", Form())
     form, session = opened.form, opened.session
     sizes = sizes_claimed(proto, form)
-    if sizes.verdict == "fail":  # images of a size that is only claimed may fill the memory
+    if sizes.verdict == "fail":  # images of a merely claimed size may exhaust memory
         return opened.parity([sizes])
     limits = LIMITS[form.precision]
     if max_accuracy_drop is not None:
@@ -135,14 +135,14 @@ def check_parity(
     except GrowkitError:
         raise
     except Exception as error:
-        line = f"the network inside is not to be found: {first_line(error)}"
+        line = f"the network inside was not found: {first_line(error)}"
         checks.append(check("structure", "the network inside", False, "missing", "input -> logits", line))
         return opened.parity(checks)
 
     numbers, figures = number_checks(core, known, limits)
     failing = failing_run(numbers, known)
     anothers = any(made.name == OWN_MODEL and made.verdict == "fail" for made in checks)
-    if failing is not None and not anothers:  # of a file of another model's there is nothing to find
+    if failing is not None and not anothers:  # in another model's file there is nothing to find
         found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=session.provider)
         figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
         numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
@@ -178,7 +178,7 @@ def check_parity(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file that ONNX and ONNX Runtime accept: the form it claims, and what lies beside it that nobody reads."""
+    """A file that ONNX and ONNX Runtime accept: the form it claims, and the bytes beside it that no tensor uses."""
 
     files: tuple[Path, ...]
     form: Form
@@ -186,30 +186,30 @@ class _Opened:
     unread: int  # bytes
 
     def parity(self, checks: list[Check], figures: dict[str, Any] | None = None) -> Parity:
-        """What was found of it."""
+        """Return the findings on this file."""
         return Parity(tuple(checks), figures or {}, self.session.provider, self.form, self.files)
 
 
 def _opened(file: Path, provider: str) -> tuple[Check, _Opened | None, onnx.ModelProto]:
-    """Whether `file` is valid, what it is where it is, and its graph with the weights."""
+    """Return whether `file` is valid, the opened file if it is, and its graph with the weights."""
     try:
         files = files_of(file)
         proto, unread = read_graph(file), bytes_unread(file)
         onnx.checker.check_model(str(file), full_check=True)
         form = form_of(props_of(proto))
-        with memory_bounded(bound_of(files), provider=provider):  # for no images yet: what they claim is not checked
+        with memory_bounded(bound_of(files), provider=provider):  # no room for images: the size claimed is unchecked
             session = whole_session(file, form, provider=provider)
     except GrowkitError:
         raise
     except Exception as error:  # the checker, protobuf and ONNX Runtime each have their own kinds
-        line = f"{file.name} is no whole ONNX file, or none that opens here: {first_line(error)}"
+        line = f"{file.name} is not a whole ONNX file, or does not open here: {first_line(error)}"
         return check("structure", "valid ONNX", False, "refused", "accepted", line), None, onnx.ModelProto()
     valid = check("structure", "valid ONNX", True, "accepted", "accepted")
     return valid, _Opened(files, form, session, unread), proto
 
 
 def _known(plain: nn.Module, truth: nn.Module, form: Form, max_batch: int, seed: int) -> Truth:
-    """The images that a file of this form is held on, and what the model says to them."""
+    """Make the images that a file of this form is checked on, and compute the model's logits for them."""
     prepared = preprocessing(plain)
     _, height, width = prepared.input_size
     count = min(8 * IMAGES, max(IMAGES, IMAGES * 224 * 224 // (height * width)))
@@ -225,7 +225,7 @@ def _known(plain: nn.Module, truth: nn.Module, form: Form, max_batch: int, seed:
 
 
 def _yardstick(model: nn.Module, form: Form, images: np.ndarray, batches: tuple[int, ...]) -> dict[int, np.ndarray]:
-    """What PyTorch says in the file's precision, in batches as the file gets them: int8 scales are a batch's own."""
+    """Run PyTorch in the file's precision, in the same batches as the file: int8 scales depend on the batch."""
     network = model if form.precision == "fp32" else in_precision(model, form.precision.removesuffix("-static"))
     if form.precision != "int8":
         every = logits_of(network, images)
@@ -243,7 +243,7 @@ def _pictures(
     limits: Limits,
     given: Mapping[str, Image.Image],
 ) -> list[Check]:
-    """The network's answers to the user's pictures."""
+    """Check the network's answers to the user's pictures."""
     checks: list[Check] = []
     for name, picture in given.items():
         image = as_model_takes(prepared, [picture])
@@ -253,7 +253,7 @@ def _pictures(
 
 
 def _stored(session: Session, model: nn.Module, form: Form, limits: Limits, folder: Path) -> list[Check]:
-    """Both the file and the model must give the stored answers."""
+    """Check that both the file and the model give the stored answers."""
     checks = []
     for name, fed, wanted in read_data_sets(folder):
         for side, run in (("file", session.outputs), ("model", lambda fed: model_answers(model, form, fed))):

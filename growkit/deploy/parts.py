@@ -1,4 +1,4 @@
-"""Parts of a file as sessions of their own: the network between pixels and probabilities, and what lies in front."""
+"""Parts of a file as sessions of their own: the network between pixels and probabilities, and the preprocessing."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from growkit.errors import GrowkitError
 
 
 def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
-    """The file itself.
+    """Open the file itself.
 
-    ONNX Runtime's CPU provider has no bfloat16: there its arithmetic is emulated, as sixteen_bits.emulated says.
+    ONNX Runtime's CPU provider has no bfloat16, so its arithmetic is emulated there (see sixteen_bits.emulated).
     """
     if form.precision == "bf16" and provider in ("cpu", "auto"):
         if provider == "auto":
@@ -30,9 +30,9 @@ def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: A
 
 
 def core_session(file: Path, form: Form, prepared: Preprocessing, *, rounded: bool = False, **options: Any) -> Session:
-    """Normalised images 'input' -> 'logits'; the file itself where it has nothing around the network.
+    """Open the network: normalised images 'input' -> 'logits'; the file itself if it has nothing around the network.
 
-    `rounded` emulates float16 and bfloat16, every node's result rounded, on the CPU.
+    `rounded` emulates float16 and bfloat16 on the CPU, rounding every node's result.
 
     Raises:
         ValueError: the graph has no such values in it.
@@ -46,7 +46,7 @@ def core_session(file: Path, form: Form, prepared: Preprocessing, *, rounded: bo
 
 
 def inner_graph(file: Path, form: Form, prepared: Preprocessing, *, weights: bool = False) -> onnx.ModelProto:
-    """The graph from normalised images 'input' to 'logits'; weights beside the file only where asked for.
+    """Return the graph from normalised images 'input' to 'logits'; weights beside the file are read only on request.
 
     Raises:
         ValueError: the graph has no such values in it.
@@ -58,7 +58,7 @@ def inner_graph(file: Path, form: Form, prepared: Preprocessing, *, weights: boo
 
 
 def tapped_session(graph: onnx.ModelProto, folder: Path, values: Sequence[str], **options: Any) -> Session:
-    """`graph` with these values inside it as its outputs; its weights may lie in `folder`."""
+    """Open `graph` with these inner values as its outputs; its weights may lie in `folder`."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(graph)
     del tapped.graph.output[:]
@@ -67,7 +67,7 @@ def tapped_session(graph: onnx.ModelProto, folder: Path, values: Sequence[str], 
 
 
 def front_session(file: Path, form: Form, prepared: Preprocessing, **options: Any) -> Session:
-    """Pixels -> normalised images 'input'.
+    """Open the file's own preprocessing: pixels -> normalised images 'input'.
 
     Raises:
         ValueError: the graph has no such values in it.
@@ -78,7 +78,7 @@ def front_session(file: Path, form: Form, prepared: Preprocessing, **options: An
 
 
 def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
-    """The part of the graph that makes the value `made` from the value `given`.
+    """Return the part of the graph that computes the value `made` from the value `given`.
 
     Raises:
         ValueError: there is no such part.

@@ -1,7 +1,7 @@
 """Preprocessing inside the graph: uint8 images of any size, resized, cropped and normalised as timm does it.
 
-ONNX Runtime resizes uint8 in fixed point as Pillow does when antialias is on. What comes out is the same, or one level
-of 255 off in up to two pixels of a hundred. Resizing in float32 would put every fifth pixel off.
+With antialias on, ONNX Runtime resizes uint8 in fixed point as Pillow does. Up to two pixels in a hundred differ, by
+one level of 255. Resizing in float32 would change every fifth pixel.
 """
 
 import math
@@ -15,7 +15,7 @@ from growkit.errors import GrowkitError
 
 INPUT = "image"
 CUBIC = -0.5  # Pillow's coefficient of bicubic interpolation
-# outside the picture nothing counts, as in Pillow
+# pixels outside the picture get no weight, as in Pillow
 FILTERS = {
     "bicubic": f'mode="cubic", cubic_coeff_a={CUBIC}, antialias=1, exclude_outside=1',
     "bilinear": 'mode="linear", antialias=1, exclude_outside=1',
@@ -25,10 +25,10 @@ CHANNELS = (1, 3)
 
 
 def with_pixels(core: onnx.ModelProto, prepared: Preprocessing, batch: int | None) -> onnx.ModelProto:
-    """`core` fed by 'image': uint8 (batch, height, width, C), any height and width; changed in place and returned.
+    """Feed `core` from 'image': uint8 (batch, height, width, C), any height and width; changed in place and returned.
 
     Raises:
-        GrowkitError: preprocessing that has no place in a graph.
+        GrowkitError: the preprocessing cannot be done in a graph.
     """
     graph = parser.parse_graph(_source(prepared, batch))
     channels = prepared.input_size[0]
@@ -46,30 +46,30 @@ def with_pixels(core: onnx.ModelProto, prepared: Preprocessing, batch: int | Non
 
 
 def resized(prepared: Preprocessing) -> tuple[int, int]:
-    """Height and width before the crop, of an image with the input's own shape."""
+    """Return height and width before the crop, of an image with the input's own shape."""
     _, height, width = prepared.input_size
     return math.floor(height / prepared.crop_pct), math.floor(width / prepared.crop_pct)
 
 
-# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize of `axes` behind a Transpose
+# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize with `axes` after a Transpose
 def _source(prepared: Preprocessing, batch: int | None) -> str:
     channels, height, width = prepared.input_size
     if prepared.interpolation not in FILTERS:
         raise GrowkitError(
-            f"--pixels: {prepared.interpolation} interpolation has no place in a graph; "
+            f"--pixels: {prepared.interpolation} interpolation cannot be done in a graph; "
             "it can be bicubic or bilinear: leave --pixels out and prepare images as preprocessing in the file says"
         )
-    if channels not in CHANNELS:  # Pillow weighs colours by a fourth channel, and there are no pictures of two
+    if channels not in CHANNELS:  # Pillow weights colours by a fourth channel, and no picture has two
         raise GrowkitError(
             f"--pixels: the model takes {channels} channels, pictures as files have 1 or 3; leave it out"
         )
     if prepared.crop_mode not in ("center", "squash") or (prepared.crop_mode == "center" and height != width):
         raise GrowkitError(
-            f"--pixels: crop mode {prepared.crop_mode} for {height} x {width} has no place in a graph; leave it out"
+            f"--pixels: crop mode {prepared.crop_mode} for {height} x {width} cannot be done in a graph; leave it out"
         )
     rows, columns = resized(prepared)
     if prepared.crop_mode == "squash":
-        # Pillow shrinks before it enlarges: where the width grows, the height goes first if it shrinks
+        # Pillow shrinks before it enlarges: where the width grows, a shrinking height is resized first
         size = f"""
         new_h = Constant<value_ints=[{rows}]>()
         new_w = Constant<value_ints=[{columns}]>()
@@ -81,7 +81,7 @@ def _source(prepared: Preprocessing, batch: int | None) -> str:
         kept_first = Shape<start=0, end=2>(turned)
         first_sizes = Concat<axis=0>(kept_first, first_h, w)
         first = Resize<{FILTERS[prepared.interpolation]}>(turned, , , first_sizes)"""
-    else:  # the shorter edge becomes `rows`, the longer one is cut to a whole number as torchvision does
+    else:  # the shorter edge becomes `rows`, the longer one is rounded down as in torchvision
         size = f"""
         h = Shape<start=1, end=2>({INPUT})
         w = Shape<start=2, end=3>({INPUT})
@@ -93,7 +93,7 @@ def _source(prepared: Preprocessing, batch: int | None) -> str:
         new_w = Div(long_w, short)
         first = Identity(turned)"""
 
-    def middle(length: int, name: str) -> str:  # int(round(x / 2)) of torchvision: halves go to the even side
+    def middle(length: int, name: str) -> str:  # int(round(x / 2)) of torchvision: halves round to even
         return f"""
         crop_{name} = Constant<value_ints=[{length}]>()
         rest_{name} = Sub(new_{name}, crop_{name})

@@ -1,4 +1,4 @@
-"""A script that shows again what a failed verification found: it loads model and file and runs the failing input."""
+"""A script that reproduces what a failed verification found: it loads model and file and runs the failing input."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from growkit.text import clipped, visible
 LINE = 500  # characters of a finding
 
 _SCRIPT = Template('''\
-"""Show again what `growkit verify` said no to, and exit 1 while it is so:
+"""Reproduce what `growkit verify` found wrong, and exit 1 as long as it persists:
 
 $findings
 
@@ -93,7 +93,7 @@ def main() -> int:
     for check in parity.failed:
         print(f"FAILED {check.group}: {check.line}")
     if parity.passed:
-        print("no check says no; what needs your images or labels is seen by `growkit verify` alone")
+        print("no check fails; only `growkit verify` makes those that need your images or labels")
     return 0 if parity.passed else 1
 
 
@@ -112,16 +112,16 @@ def reproduction(
     data_sets: Path | None = None,
     loading: str = "Loading()",
 ) -> str:
-    """The text of a script in `folder` that shows what failed in `parity`; it takes other paths as arguments.
+    """Return the text of a script in `folder` that reproduces the failures in `parity`; other paths can be given to it.
 
     model    as source.load_source takes it
-    loading  Python that gives what it takes besides: the repr of a settings.Loading
+    loading  its other argument as Python source: the repr of a settings.Loading
     """
     findings = "\n".join(f"    {clipped(visible(f'{c.group}: {c.line}'), LINE)}" for c in parity.failed[:12])
     if len(parity.failed) > 12:
         findings += f"\n    and {len(parity.failed) - 12} more"
     return _SCRIPT.substitute(
-        # it stands in a docstring
+        # it goes into a docstring
         findings=findings.replace("\\", "/").replace('"""', "'''"),
         model=repr(_seen_from(folder, Path(model)) if os.path.exists(model) else model),
         file=repr(_seen_from(folder, file)),
@@ -136,6 +136,6 @@ def reproduction(
 
 
 def _seen_from(folder: Path, path: Path) -> str:
-    """Relative where both lie in one run folder, which may move as a whole."""
+    """Return `path` relative to `folder` where both lie in one run folder, which may move as a whole."""
     path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)

@@ -81,7 +81,7 @@ class Assignment:
 
     @property
     def line(self) -> str:
-        """How many nodes run where it was asked, and the operators that do not."""
+        """How many nodes run on the provider asked for, and the operators that do not."""
         line = f"{self.nodes.get(self.provider, 0)} of {sum(self.nodes.values())} nodes run on {self.provider}"
         if self.fallen_back:
             counts = Counter(node.op for node in self.fallen_back).most_common()
@@ -117,8 +117,8 @@ def open_session(
     optimise  ONNX Runtime's default graph optimisation, which is what users deploy; False: none
     spinning  let idle threads spin; it makes whatever runs next in this process look slower
 
-    CUDA and TensorRT run without TF32, so that float32 means float32; what TensorRT cannot take runs on
-    CUDA, and what that cannot take on the CPU (see `assignment`). 'auto' is CUDA where it runs, else the CPU.
+    CUDA and TensorRT run without TF32, so that float32 means float32; nodes that TensorRT cannot run go to
+    CUDA, and those that CUDA cannot run to the CPU (see `assignment`). 'auto' is CUDA where it runs, else the CPU.
 
     Raises:
         GrowkitError: the provider asked for is unknown or does not really run here.
@@ -168,11 +168,11 @@ def open_session(
         except Exception as error:
             if provider == "cpu":
                 raise
-            ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])  # raises what is the file's fault
+            ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])  # raises if the file is at fault
             raise _not_running(provider, *_reasons(provider, str(error))) from None
     if inner.get_providers()[0] != PROVIDERS[provider]:
         raise _not_running(provider, *_reasons(provider, said.getvalue()))
-    inner.disable_fallback()  # else a run that fails there is repeated on the CPU in silence
+    inner.disable_fallback()  # else a run that fails there is silently repeated on the CPU
     return Session(inner, inner.get_inputs()[0].name, provider, threads)
 
 
@@ -225,7 +225,7 @@ def _not_running(provider: str, *reasons: str) -> GrowkitError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Keep what is printed; a missing library is reported by our own error, and would come twice."""
+    """Capture what is printed: our own error reports a missing library, which would otherwise be reported twice."""
     said = io.StringIO()
     ort.set_default_logger_severity(4)
     try:

@@ -1,4 +1,4 @@
-"""What `growkit export` and `growkit verify` can be told; nothing heavy is imported here."""
+"""Settings of `growkit export` and `growkit verify`; nothing heavy is imported here."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class ExportSettings:
     max_accuracy_drop: float | None = None
     """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     max_batch: int = 8
-    """Largest batch size the finished file is checked at, beside 1, 2, 3 and 5."""
+    """Largest batch size the finished file is checked at, besides 1, 2, 3 and 5."""
     seed: int = 0
     """Seed of the images it is checked with and of the reference data."""
 
@@ -43,7 +43,7 @@ class ExportSettings:
         _refuse_numbers(self)
 
     def form(self) -> Form:
-        """The form asked for, before a faster graph is looked for.
+        """Return the form asked for, before a faster graph is searched for.
 
         Raises:
             GrowkitError: there is no such form.
@@ -64,13 +64,13 @@ class VerifySettings:
     """What a verification runs on and how long it may take."""
 
     precision: str | None = None
-    """What the file's precision must be; what it says itself when left out."""
+    """Precision that the file must have; the one it claims when left out."""
     max_accuracy_drop: float | None = None
     """Points of top-1 that the file may lose on --data; 0.1 in fp16, 0.5 in bf16 and 1.0 in int8 when left out."""
     provider: str = "cpu"
     """Where ONNX Runtime runs: cpu, cuda, tensorrt, or auto (CUDA if it really runs)."""
     max_batch: int = 8
-    """Largest batch size, checked beside 1, 2, 3 and 5, and timed beside 1."""
+    """Largest batch size to check, besides 1, 2, 3 and 5, and to time, besides 1."""
     seed: int = 0
     """Seed of the images, of the order of the timed runs and of the bootstrap."""
     latency: bool = True
@@ -78,15 +78,15 @@ class VerifySettings:
     latency_seconds: float = 12.0
     """Longest time of one latency comparison, in seconds; there are six, eight with --compiled."""
     latency_margin: float = 0.10
-    """Share of its time by which a file may be slower than the stock export and count as equal."""
+    """Fraction by which a file may be slower than the stock export and still count as equal."""
     max_latency_ratio: float | None = None
     """Fail when the file takes over this many times PyTorch's time; only reported when left out."""
     compiled: bool = False
     """Time the file against PyTorch compiled, too; compiling takes about half a minute per batch size."""
     throughput_seconds: float = 1.0
-    """Time for the images per second of each batch size 1, 2, 4, ...; 0 leaves them out."""
+    """Seconds spent measuring images per second at each batch size 1, 2, 4, ...; 0 leaves them out."""
     throughput_batch: int | None = None
-    """Largest batch size of the images per second; --max-batch when left out."""
+    """Largest batch size at which images per second are measured; --max-batch when left out."""
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
@@ -105,14 +105,14 @@ class TritonSettings:
     name: str | None = None
     """Name of the model in the repository; the architecture's when left out."""
     version: int | None = None
-    """Version to write, 1 of a new model when left out: a number that is not there yet, beside others of the same
-    inputs, outputs, preprocessing and labels; one that is there is replaced with --force."""
+    """Version to write; 1 for a new model when left out. A new number is added beside versions with the same inputs,
+    outputs, preprocessing and labels; an existing one is replaced with --force."""
     max_batch: int = 32
     """Largest batch the server may form; a file with a fixed batch size is served as it is."""
     queue_delay: int = 0
     """Microseconds a request may wait for others to share its batch; with 0 only those already waiting do."""
     instances: int = 1
-    """Copies of the model that run at the same time; on a GPU, on each."""
+    """Copies of the model that run at the same time; with kind gpu, on each GPU."""
     kind: str = "cpu"
     """Where they run: cpu or gpu."""
 

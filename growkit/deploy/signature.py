@@ -1,4 +1,4 @@
-"""What an ONNX file takes and gives, in the words of KServe's protocol, without running it."""
+"""Inputs and outputs of an ONNX file in the terms of KServe's protocol, without running it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from growkit.errors import GrowkitError
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of an ONNX file; `datatype` in KServe's words (FP32, UINT8), -1 for a symbolic dim."""
+    """An input or output of an ONNX file; `datatype` is KServe's name (FP32, UINT8), -1 a symbolic dim."""
 
     name: str
     datatype: str
@@ -32,7 +32,7 @@ class Signature:
 
 
 def load_graph(file: Path) -> onnx.ModelProto:
-    """Read an ONNX file, leaving weights that lie beside it where they are.
+    """Read an ONNX file without the weights that lie beside it.
 
     Raises:
         GrowkitError: the file is missing or unreadable.
@@ -47,10 +47,10 @@ def load_graph(file: Path) -> onnx.ModelProto:
 
 
 def signature_of(proto: onnx.ModelProto) -> Signature:
-    """Inputs and outputs of an ONNX graph; initializers that are listed as inputs do not count.
+    """Return the inputs and outputs of an ONNX graph; initializers that are listed as inputs do not count.
 
     Raises:
-        GrowkitError: a tensor without a shape, or of a type that Triton has no word for.
+        GrowkitError: a tensor without a shape, or of a type that Triton does not serve.
     """
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in stored]

@@ -1,8 +1,8 @@
-"""A finished float32 ONNX graph in float16 or bfloat16. What overflows stays float32.
+"""Convert a finished float32 ONNX graph to float16 or bfloat16. What overflows stays float32.
 
-onnxruntime.transformers.float16 is not used: between nodes that are to stay float32 it casts down and up again, so
-that what overflows becomes inf after all; it lifts small weights to 6e-8 and cuts large ones; a tensor that two such
-nodes read gives two nodes of one name, which no runtime loads (1.31.1).
+onnxruntime.transformers.float16 is not used: between nodes kept in float32 it casts down and up again, so that what
+overflows becomes inf after all; it raises small weights to 6e-8 and clips large ones; a tensor that two such nodes
+read gives two nodes with the same name, which no runtime loads (1.31.1).
 """
 
 from collections.abc import Collection
@@ -25,10 +25,10 @@ SCORES = " scores"
 def half(
     proto: onnx.ModelProto, *, images: np.ndarray, keep: Collection[str] = ()
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """`proto` in float16, its input and output float32, and the names of the nodes that stay float32.
+    """Return `proto` in float16, its input and output in float32, and the names of the nodes that stay float32.
 
     images  (N, C, H, W) float32, normalised: where an activation exceeds 65504 / 4 on them, the nodes that
-            make or read it stay float32. So do readers of a weight over 65504, or of a number that would be 0.
+            make or read it stay float32. So do readers of a weight over 65504, or of a scalar that would become 0.
     keep    operators that stay float32 in any case
 
     Raises:
@@ -40,7 +40,7 @@ def half(
         if tensor.data_type == FLOAT:
             array = numpy_helper.to_array(tensor)
             low = rounded_to(array, HALF).astype(np.float32)
-            # one weight may vanish among many; an epsilon may not
+            # one weight among many may underflow; an epsilon may not
             if np.any(np.isinf(low) & np.isfinite(array)) or (array.size == 1 and array.any() and not low.any()):
                 over.add(tensor.name)
     kept = {node.name for node in proto.graph.node if over & {*node.input, *node.output}}
@@ -49,9 +49,9 @@ def half(
 
 
 def brain(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """`proto` in bfloat16, its input and output float32, and the names of the nodes that stay float32.
+    """Return `proto` in bfloat16, its input and output in float32, and the names of the nodes that stay float32.
 
-    These are the ones without bfloat16 in the graph's opset: Conv below opset 22. Nothing overflows: the range is
+    Those have no bfloat16 version in the graph's opset: Conv below opset 22. Nothing overflows: the range is
     float32's. ONNX Runtime runs it on CUDA; its CPU provider has no bfloat16 kernels, see `emulated`.
     """
     kept = _without(proto, BRAIN)
@@ -59,13 +59,13 @@ def brain(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 
 
 def rounded_to(array: np.ndarray, kind: int) -> np.ndarray:
-    """float32 -> the nearest value of `kind`, ties to even; beyond its range inf, too small for it 0."""
+    """Round float32 to the nearest value of `kind`, ties to even; overflow gives inf, underflow 0."""
     with np.errstate(over="ignore", under="ignore"):
         return array.astype(helper.tensor_dtype_to_np_dtype(kind))
 
 
 def largest_activations(proto: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
-    """The largest absolute value of every float32 tensor that a node makes; an Attention's counts its scores.
+    """Measure the largest absolute value of every float32 output of a node; an Attention's includes its scores.
 
     Raises:
         GrowkitError: images of another shape than the graph takes.
@@ -93,9 +93,9 @@ def largest_activations(proto: onnx.ModelProto, images: np.ndarray) -> dict[str,
 
 
 def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.ModelProto:
-    """`proto` with every float32 node in `kind` but those named in `kept`; inputs and outputs stay float32.
+    """Convert every float32 node of `proto` to `kind` except those named in `kept`; inputs and outputs stay float32.
 
-    Casts stand only where the two meet, one per tensor. A weight that both read is stored in both.
+    Casts are inserted only where the two types meet, one per tensor. A weight that both read is stored in both.
     """
     floats = _floats(proto)
     weights = {t.name: t for t in proto.graph.initializer if t.data_type == FLOAT}
@@ -106,7 +106,7 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
     for part in ("node", "initializer", "value_info"):
         graph.ClearField(part)
     graph.initializer.extend(t for t in proto.graph.initializer if t.data_type != FLOAT)
-    # under which name a tensor is there in which kind
+    # (tensor, type) -> the name of that tensor in that type
     there: dict[tuple[str, int], str] = {(v.name, FLOAT): v.name for v in graph.input}
     taken = set(floats) | set(weights)
 
@@ -139,7 +139,7 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise GrowkitError(f"{node.op_type} {node.name} has a graph of its own; only float32 is supported for it")
         reads = [index for index, name in enumerate(node.input) if name in floats]
-        # a node that makes floats of no floats, as ConstantOfShape, says itself of which kind
+        # a node without float inputs that outputs floats, as ConstantOfShape, sets their type itself
         own = kind if reads and node.name not in kept else FLOAT
         fixed = _fixed(proto, node)
         for index in reads:
@@ -166,9 +166,9 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
 
 
 def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A float16 or bfloat16 graph in float32 arithmetic, each node's result rounded as the graph says.
+    """Return a float16 or bfloat16 graph in float32 arithmetic, each node's result rounded to the graph's type.
 
-    That is what kernels with float32 sums give, and it runs on any provider; open it without graph optimisation.
+    This equals kernels with float32 accumulation and runs on any provider; open it without graph optimisation.
     ONNX Runtime's CPU provider refuses bfloat16, and computes stretches of a float16 graph in float32 unrounded.
     """
     made = onnx.ModelProto()
@@ -216,7 +216,7 @@ def _schema(proto: onnx.ModelProto, node: onnx.NodeProto) -> onnx.defs.OpSchema:
 
 
 def _fixed(proto: onnx.ModelProto, node: onnx.NodeProto) -> set[int]:
-    """Inputs that are float32 whatever the others are, as the scales of Resize."""
+    """Return the indices of inputs that are always float32, such as the scales of Resize."""
     return {i for i, formal in enumerate(_schema(proto, node).inputs) if formal.type_str == "tensor(float)"}
 
 
@@ -230,7 +230,7 @@ def _without(proto: onnx.ModelProto, kind: int) -> set[str]:
         takes = {c.type_param_str: word in c.allowed_type_strs for c in schema.type_constraints}
         formals = schema.inputs
         for index, name in enumerate(node.input):
-            formal = formals[min(index, len(formals) - 1)]  # the last one may take any number
+            formal = formals[min(index, len(formals) - 1)]  # the last one may be variadic
             if name in floats and formal.type_str != "tensor(float)" and not takes.get(formal.type_str, False):
                 found.add(node.name)
     return found

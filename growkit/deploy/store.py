@@ -1,7 +1,7 @@
 """An ONNX graph on disk: one file, or a small one with its weights in a second file beside it.
 
-One protobuf message holds 2 GB, so bigger models need the second file. Where a file says its weights lie is not
-believed: only plain names beside it are read.
+One protobuf message holds 2 GB, so bigger models need the second file. The location that a file states for its weights
+is not trusted: only plain names in the file's own folder are read.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ SUFFIX = ".data"
 
 
 def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -> tuple[Path, ...]:
-    """Write `proto` to `path`, whole; the weights to `path` + .data beside it where asked or over 2 GB.
+    """Write `proto` to `path`, whole or not at all; the weights to `path` + .data if asked for or over 2 GB.
 
-    Returns the files written. `proto` is used up: its weights may have moved out of it.
+    Returns the files written. Do not use `proto` afterwards: its weights may have moved out of it.
     """
     if not (external or weight_bytes(proto) > LIMIT):
         with whole_file(path) as partial:
@@ -36,7 +36,7 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
     with whole_files(path.parent, data.name, path.name) as folder:
         convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
         onnx.save_model(proto, f"{folder}/{path.name}")
-        Path(folder, data.name).chmod(Path(folder, path.name).stat().st_mode)  # onnx makes it its owner's alone
+        Path(folder, data.name).chmod(Path(folder, path.name).stat().st_mode)  # onnx: only its owner may read
     return path, data
 
 
@@ -47,14 +47,14 @@ def refuse_missing(file: Path) -> None:
 
 
 def read_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
-    """Read a graph, with its weights in it wherever they lie.
+    """Read a graph, with its weights in it wherever they are stored.
 
     Raises:
-        GrowkitError: it is no file, says that weights lie outside its folder, or they are missing or cut short; or it
-            holds a loop, for that may never end.
+        GrowkitError: it is no file, places weights outside its folder, or they are missing or truncated; or it holds a
+            loop, which may never end.
         Exception: what protobuf raises on bytes that are no ONNX file.
     """
-    if path.exists():  # else onnx says so, and callers know what to do about it
+    if path.exists():  # else onnx raises, and callers handle that
         refuse_no_file(path)
     proto = onnx.load_model(str(path), load_external_data=False)
     if loop := next((node.op_type for node in nodes(proto) if node.op_type in LOOPS), None):
@@ -77,19 +77,19 @@ def props_of(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def json_in(props: Mapping[str, str], key: str) -> Any:
-    """What metadata holds under `key` as JSON: None where it holds nothing, the text itself where that is no JSON."""
+    """Parse the metadata under `key` as JSON: None if there is none, the text itself if it is not JSON."""
     text = props.get(key)
     try:
         return json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):  # brackets in brackets in brackets
+    except (ValueError, RecursionError):  # deeply nested brackets
         return text
 
 
 def form_in(path: Path) -> Form:
-    """The form that a file says it has; the plain one of a file that cannot be read, which its checks will tell.
+    """Return the form that a file claims; the default one if it cannot be read, which its checks will report.
 
     Raises:
-        GrowkitError: what it says is not what growkit writes.
+        GrowkitError: the claim is not one that growkit writes.
     """
     if path.exists():
         refuse_no_file(path)
@@ -115,7 +115,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 def bytes_unread(path: Path) -> int:
-    """Bytes in the files beside `path` after the last that a tensor lies in."""
+    """Count the bytes in the files beside `path` that lie after the end of their last tensor."""
     ends: dict[str, int] = {}
     for tensor in tensors(read_graph(path, weights=False)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -1,4 +1,4 @@
-"""Is every weight in a file of lower precision the model's? Exactly: rounding has one right answer."""
+"""Is every weight in a file of lower precision the model's? The check is exact: rounding has one right answer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Stored:
     """A tensor as the file holds it.
 
     array  float32, float16, bfloat16 or int8
-    scale  of int8: one step per channel, shaped to be multiplied with `array`; None where the graph does not say, or
-           says anything but one scale per output channel and zero at 0
+    scale  of int8: one step per channel, broadcastable to `array`; None if the graph has none, or anything but one
+           scale per output channel with zero point 0
     """
 
     name: str
@@ -27,7 +27,7 @@ class Stored:
 
 
 def tensors_in(proto: onnx.ModelProto) -> list[tuple[str, np.ndarray]]:
-    """Every tensor that the graph holds, by its name, or by that of the output whose node holds it."""
+    """Return every tensor stored in the graph with its name; one in a node's attribute is named after its output."""
     found = [(tensor.name, numpy_helper.to_array(tensor)) for tensor in proto.graph.initializer]
     for node in proto.graph.node:
         for attribute in node.attribute:
@@ -37,9 +37,9 @@ def tensors_in(proto: onnx.ModelProto) -> list[tuple[str, np.ndarray]]:
 
 
 def stored_in(proto: onnx.ModelProto) -> tuple[Stored, ...]:
-    """Every tensor with weights in it, int8 ones with the scales that the graph multiplies them by.
+    """Return every tensor of weights, int8 ones with the scales that the graph multiplies them by.
 
-    Left out are integers, such as shapes, and the scale and zero of an activation that is quantised and at once
+    Left out are integers, such as shapes, and the scale and zero point of an activation that is quantised and at once
     dequantised by the same two.
     """
     weights = dict(tensors_in(proto))
@@ -60,10 +60,10 @@ def stored_in(proto: onnx.ModelProto) -> tuple[Stored, ...]:
 
 
 def explain(found: Stored, candidates: Mapping[str, np.ndarray]) -> str | None:
-    """Name of the float32 tensor that `found` holds, in its shape or transposed; None if it is none of them.
+    """Return the name of the float32 candidate that `found` holds, in its shape or transposed; None if there is none.
 
-    float32 bit for bit; float16 and bfloat16 the one nearest value, bit for bit; int8 the scale that each channel's
-    largest value asks for, and every weight within half a step.
+    float32 must be equal bit for bit; float16 and bfloat16 must be the nearest value, bit for bit; int8 must have the
+    scale that each channel's largest value requires, and every weight within half a step.
     """
     same = _quantised if found.array.dtype == np.int8 else _rounded
     for name, candidate in candidates.items():
@@ -78,7 +78,7 @@ def _rounded(found: Stored, own: np.ndarray) -> bool:
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     if array.size != own.size or array.dtype.kind not in "fV":
         return False
-    # the first few tell nearly all apart, and spare a copy of what is transposed
+    # the first few rule out nearly all candidates without copying a transpose
     if not np.array_equal(_bits(array.flat[:8]), _bits(rounded_to(own.flat[:8], kind))):
         return False
     return np.array_equal(_bits(array.reshape(-1)), _bits(rounded_to(own.reshape(-1), kind)))
@@ -100,7 +100,7 @@ def _quantised(found: Stored, own: np.ndarray) -> bool:
 
 
 class _Graph:
-    """Who makes and who reads a tensor."""
+    """Which nodes make and read a tensor."""
 
     def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, np.ndarray]):
         self.nodes = list(proto.graph.node)
@@ -112,7 +112,7 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def scales(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        """(name of an int8 weight, its scales, or None where the graph is not as it should be)."""
+        """Yield (name of an int8 weight, its scales, or None where the graph is not as it should be)."""
         for node in self.nodes:
             if node.op_type == "DequantizeLinear" and node.input[0] in self.weights:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
@@ -122,7 +122,7 @@ class _Graph:
                 yield node.input[1], self._shaped(node.input[1], found, node.input[3], 1) if found else None
 
     def explained_by_use(self) -> set[str]:
-        """Tensors that are no weights: scales and zeros of int8 weights, and of activations."""
+        """Return the tensors that are not weights: scales and zero points of int8 weights, and of activations."""
         used: set[str] = set()
         for node in self.nodes:
             if node.op_type == "DequantizeLinear" and node.input[0] in self.weights:
@@ -144,7 +144,7 @@ class _Graph:
         return steps[:, None] if axis == 0 else steps[None, :]
 
     def _scale_of_product(self, product: onnx.NodeProto) -> str | None:
-        """The weight's scale of x @ w in int8, followed through Cast and both multiplications."""
+        """Find the weight's scale of x @ w in int8, through Cast and both multiplications."""
         quantised = self.maker.get(product.input[0])
         if quantised is None or quantised.op_type != "DynamicQuantizeLinear":
             return None

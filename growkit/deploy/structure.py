@@ -1,4 +1,4 @@
-"""Is the file what its form says: inputs, outputs, operators, metadata, and nothing of the exporting machine?"""
+"""Does the file match its form: inputs, outputs, operators, metadata, and no trace of the exporting machine?"""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from growkit.text import short
 
 RANDOM = {
     "Bernoulli",
-    "Dropout",  # exporters leave it out of what is only run
+    "Dropout",  # exporters leave it out for inference
     "Multinomial",
     "RandomNormal",
     "RandomNormalLike",
@@ -54,7 +54,7 @@ def structure_checks(
     weights_sha256: str | None,
     labels: list[str] | None,
 ) -> list[Check]:
-    """Hold the graph and its metadata to the form, and to the model's preprocessing, weights and labels."""
+    """Check the graph and its metadata against the form and the model's preprocessing, weights and labels."""
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
     inputs = [_signature(v) for v in proto.graph.input]  # a weight among them could be replaced by a caller
     outputs = [_signature(v) for v in proto.graph.output]
@@ -92,7 +92,7 @@ def structure_checks(
 
 
 def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
-    """Whether the batch and image size that the form claims, where it claims any, are those of the graph."""
+    """Check that the batch and image size that the form claims, if any, are those of the graph."""
     given = [_signature(v) for v in proto.graph.input]
     shape = [d.dim_value for v in proto.graph.input[:1] for d in v.type.tensor_type.shape.dim]
     right = form.batch is None or shape[:1] == [form.batch]
@@ -102,7 +102,7 @@ def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
 
 
 def domains_of(form: Form) -> list[str]:
-    """Where the operators of a file of this form come from."""
+    """Return the operator domains of a file of this form."""
     return ["ai.onnx", CONTRIB] if form.attention == "contrib" else ["ai.onnx"]
 
 
@@ -111,17 +111,17 @@ def _domains(proto: onnx.ModelProto) -> list[str]:
 
 
 def _misplaced(proto: onnx.ModelProto, form: Form) -> list[str]:
-    """Operators whose answers change from run to run, or that do one thing to a check and another to a user."""
+    """Return operators that are random, or that may behave differently in a check and in use."""
     found = {node.op_type for node in proto.graph.node} | {n.op_type for f in proto.functions for n in f.node}
     fused = {"Attention"} if any(n.op_type == "Attention" and not n.domain for n in proto.graph.node) else set()
     return sorted(found & (RANDOM | BRANCHES)) + sorted(fused if form.attention != "standard" else ())
 
 
 def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
-    """What a file of this precision does not hold, or holds too little of: limits loosen with what is claimed.
+    """Return what contradicts the claimed precision: a lower one would get looser limits.
 
-    float16 may leave layers in float32, where they overflow, but not most weights. int8 leaves no product with a
-    weight, and takes none of two activations.
+    float16 may keep in float32 the layers that overflow, but not most weights. int8 must quantise every product with a
+    weight, and none of two activations.
     """
     graph = proto.graph
     weights = {t.name: t for t in graph.initializer}
@@ -163,7 +163,7 @@ def _unread(proto: onnx.ModelProto) -> list[str]:
     """Stored tensors that no operator reads, and operators whose values lead to no output."""
     wanted = {value.name for value in proto.graph.output}
     unread = []
-    for node in reversed(proto.graph.node):  # sorted: who reads comes after who makes
+    for node in reversed(proto.graph.node):  # sorted: readers come after makers
         if wanted.isdisjoint(node.output):
             unread.append(f"{node.op_type} {node.output[0]}" if node.output else node.op_type)
         else:

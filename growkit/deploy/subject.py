@@ -1,4 +1,4 @@
-"""What can be held against a reference: a PyTorch model, or an ONNX file under ONNX Runtime."""
+"""What can be compared with a reference: a PyTorch model, or an ONNX file under ONNX Runtime."""
 
 import copy
 import functools
@@ -27,13 +27,13 @@ from growkit.errors import GrowkitError
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a reference was written for, and what is held against one.
+    """What a reference was written for, or what is compared with one.
 
     of              'model' or 'onnx'
     precision       fp32, fp16, bf16 or int8
     preprocessing   what a server does to an image; empty where the model does not say
-    tensors_sha256  of the weights by name, whatever file they lie in; of a float32 model
-    weights_sha256  of the file that holds the model's weights; an ONNX file knows the one it was exported from
+    tensors_sha256  of a float32 model's weights by name, whatever file they lie in
+    weights_sha256  of the file that holds the model's weights; an ONNX file records the one it was exported from
     """
 
     of: Literal["model", "onnx"]
@@ -46,7 +46,7 @@ class Identity:
 
     @property
     def word(self) -> str:
-        """What it is called in a line."""
+        """What messages call it."""
         return "file" if self.of == "onnx" else "model"
 
     @property
@@ -60,7 +60,7 @@ class Subject:
     """A model or an ONNX file that answers.
 
     run       images (B, C, H, W) float32 -> logits (B, classes)
-    answers   the same as a reference stores it: a model's float64 truth, what a file itself says
+    answers   as `run`, but as a reference stores it: a model's float64 logits, a file's own
     provider  where ONNX Runtime runs a file, 'cpu', 'cuda' or 'tensorrt'
     """
 
@@ -72,10 +72,10 @@ class Subject:
 
 
 def model_subject(model: nn.Module, *, weights_sha256: str | None = None, architecture: str | None = None) -> Subject:
-    """A PyTorch model, in its own precision and place; dropout and the like are off.
+    """Wrap a PyTorch model, in its own precision and on its own device; dropout and the like are off.
 
     Raises:
-        GrowkitError: it has no weights, or some of a kind that has no tolerance.
+        GrowkitError: it has no weights, or weights of a dtype that has no tolerance.
     """
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()
@@ -111,7 +111,7 @@ def model_subject(model: nn.Module, *, weights_sha256: str | None = None, archit
 
 
 def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
-    """An ONNX file under ONNX Runtime: the network in it, from normalised images to logits, whatever its form.
+    """Open an ONNX file under ONNX Runtime: the network in it, from normalised images to logits, whatever its form.
 
     Raises whatever ONNX and ONNX Runtime raise when they refuse the file, and
         GrowkitError: no such file, weights that lie elsewhere, or a provider that does not run here.
@@ -154,7 +154,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
 
 
 def precision_of(proto: onnx.ModelProto) -> str:
-    """fp32, fp16, bf16 or int8: the lowest one that the file computes in."""
+    """Return the lowest precision that the file computes in: fp32, fp16, bf16 or int8."""
     kinds = {tensor.data_type for tensor in proto.graph.initializer}
     if QUANTISERS & {node.op_type for node in proto.graph.node}:
         return "int8"
@@ -164,7 +164,7 @@ def precision_of(proto: onnx.ModelProto) -> str:
 
 
 def tensors_sha256(model: nn.Module) -> str:
-    """SHA-256 of every weight and buffer by name: the same from whatever file they were loaded."""
+    """Return the SHA-256 of every weight and buffer by name, whatever file they were loaded from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,7 +1,7 @@
-"""What a server gets out of an ONNX file: images per second by batch size, and its share of the matmul peak.
+"""Throughput of an ONNX file: images per second by batch size, and its share of the matmul peak.
 
-One-sided, with ONNX Runtime's defaults, whose idle threads spin: what is served, and nothing to
-compare with times of latency.py. The peak is what one matrix product reaches on the same processors.
+The file runs by itself with ONNX Runtime's defaults, whose idle threads spin: as when it is served, and
+not comparable with times of latency.py. The peak is what one matrix product reaches on the same processors.
 """
 
 import copy
@@ -26,11 +26,11 @@ from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import Session, open_session
 from growkit.deploy.truth import noise_images, preprocessing
 
-CALLS = 20  # at least, at batch 1: there are percentiles to tell
+CALLS = 20  # at least, at batch 1: percentiles are reported
 CALLS_OF_LARGER = 3
-SIZES = (512, 1024, 2048, 4096)  # of the square matrices that the peak is looked for with
+SIZES = (512, 1024, 2048, 4096)  # of the square matrices that are tried for the peak
 QUICK_SECONDS = 0.03  # a product that takes longer is the last one tried: the next takes eight times as long
-SAMPLE_SECONDS = 0.02  # a shorter product is repeated: a burst is no rate
+SAMPLE_SECONDS = 0.02  # a shorter product is repeated: a burst is not a sustained rate
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Rate:
 class Throughput:
     """The rates, and the float32 matmul peak that they are shares of, whatever the file's precision.
 
-    peak_gflops  the best of several measurements between the rates, with matrices peak_size square
+    peak_gflops  the best of several measurements, taken between those of the rates, with matrices peak_size square
     foreign      share of the processors that other programs took meanwhile; None: unknown
     """
 
@@ -97,8 +97,8 @@ def measure_throughput(
 
     form      of the file; as in measure_latency, the network inside is run
     model     what the file was exported from; its multiply-accumulates are counted
-    seconds   time per batch size; longer where the fewest calls take longer
-    progress  told how many batch sizes are done, and which comes next
+    seconds   time per batch size; longer where the minimum number of calls takes longer
+    progress  called with how many batch sizes are done and which comes next
 
     Raises:
         GrowkitError: the provider does not run here.
@@ -128,23 +128,23 @@ def measure_throughput(
 
 
 def batches_up_to(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, 8 and so on, and `largest` itself."""
+    """Return 1, 2, 4, 8 and so on, and `largest` itself."""
     return tuple(sorted({2**power for power in range(largest.bit_length())} | {largest}))
 
 
 def count_macs(model: nn.Module, images: torch.Tensor) -> int:
-    """Multiply-accumulates of matrix products and convolutions of a forward pass over (B, C, H, W) images."""
+    """Count the multiply-accumulates of matrix products and convolutions in a forward pass over (B, C, H, W) images."""
     model = copy.deepcopy(model).cpu().float().eval()
-    # the plain kernel of attention is made of products that are counted; some fused ones are not
+    # the math kernel of attention consists of products that are counted; some fused ones are not
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() // 2
 
 
 def _times(session: Session, images: np.ndarray, seconds: float, clock: Callable[[], float]) -> list[float]:
-    """Seconds of single calls, after two that are not timed.
+    """Time single calls, in seconds, after two that are not timed.
 
-    The session is open for this only: its spinning threads would take time from whatever comes next.
+    The session is opened for this alone: its spinning threads would take time from whatever comes next.
     """
     session.run(images)
     session.run(images)
@@ -159,7 +159,7 @@ def _times(session: Session, images: np.ndarray, seconds: float, clock: Callable
 
 
 def _find_peak(provider: str, clock: Callable[[], float]) -> tuple[int, float]:
-    """The size that gives the best rate, and the rate."""
+    """Return the matrix size that gives the best rate, and the rate."""
     found = {}
     for size in SIZES:
         found[size], took = _matmul_gflops(size, provider, clock)
@@ -170,7 +170,7 @@ def _find_peak(provider: str, clock: Callable[[], float]) -> tuple[int, float]:
 
 
 def _matmul_gflops(size: int, provider: str, clock: Callable[[], float]) -> tuple[float, float]:
-    """GFLOP/s of one product of square float32 matrices in ONNX Runtime, the best of five, and its seconds."""
+    """Measure a product of square float32 matrices in ONNX Runtime: GFLOP/s, the best of five, and its seconds."""
     # a TensorRT engine for one product says no more than CUDA does, and takes longer to build
     session = open_session(_matmul(size), provider="cuda" if provider == "tensorrt" else provider)
     device = "cpu" if session.provider == "cpu" else "cuda"
@@ -191,7 +191,7 @@ def _matmul_gflops(size: int, provider: str, clock: Callable[[], float]) -> tupl
 
 
 def _matmul(size: int) -> bytes:
-    """An ONNX file that multiplies its input, (size, size), by a constant, as a layer does."""
+    """Make an ONNX file that multiplies its input, (size, size), by a constant, as a layer does."""
     values = np.random.default_rng(1).standard_normal((size, size), np.float32)
     shape = (TensorProto.FLOAT, [size, size])
     graph = helper.make_graph(

@@ -2,7 +2,7 @@
 
 NAME/config.pbtxt  NAME/metadata.json  NAME/labels.txt  NAME/warmup/*.bin  NAME/1/model.onnx
 
-The config is made as the published message, not as text, and what was written is checked before it appears.
+The config is built as the published protobuf message, not as text, and the result is checked before it appears.
 """
 
 import json
@@ -39,14 +39,14 @@ from growkit.text import clipped, some, visible
 
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
-LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and a part of an URL
+LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and part of a URL
 
 
 @dataclass(frozen=True)
 class ModelRepository:
     """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept.
 
-    remarks  what a server will say of this version that is not as in its file, a line each
+    remarks  where a server's answers for this version will differ from its file, a line each
     """
 
     folder: Path
@@ -84,7 +84,7 @@ def write_model_repository(
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target) as partial:
-        # first, so that a polling server finds a folder whose name its config denies, and leaves it alone
+        # first, so that a polling server sees a config whose name is not the folder's, and leaves it alone
         (partial / "config.pbtxt").write_text(_text(config), encoding="utf-8")
         write_json(partial / "metadata.json", kserve_metadata(config, [version]))
         if labels is not None and any(output.label_filename for output in config.output):
@@ -102,7 +102,7 @@ def write_model_repository(
 def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Any = None) -> None:
     """Raise GrowkitError for what would stop a later write; called before the work starts.
 
-    `prepared` says how clients are to prepare images, as Source.preprocessing does; None of a file that does so itself.
+    `prepared` says how clients must prepare images, as Source.preprocessing does; None for a file that does so itself.
     """
     schema()
     if not LEGAL_NAME.fullmatch(name):
@@ -112,7 +112,7 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
     target = repository / name
     refuse_unwritable(target)
     there = versions_in(target)
-    if there and settings.version is None:  # --force is for the exported folder, too, and a version may be the way back
+    if there and settings.version is None:  # --force covers the exported folder, too; a version may be for rollback
         held = some([str(number) for number in there])
         raise GrowkitError(
             f"{target} holds version {held} already; --triton-version {max(there) + 1} adds one, "
@@ -131,7 +131,7 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
 
 
 def default_name(proto: onnx.ModelProto) -> str:
-    """The architecture that the file says it holds, or 'model'."""
+    """Return the architecture that the file's metadata names, or 'model'."""
     provenance = json_in(props_of(proto), "growkit.provenance")
     return str((isinstance(provenance, dict) and provenance.get("architecture")) or "model")
 
@@ -141,7 +141,7 @@ def _text(config: Any) -> str:
 
 
 def _labels(proto: onnx.ModelProto) -> list[str] | None:
-    """Class names of the file's metadata, each on one line, for Triton reads them line by line."""
+    """Return the class names of the file's metadata, each on one line, for Triton reads them line by line."""
     stored = json_in(props_of(proto), "labels")
     return [visible(" ".join(str(label).split())) for label in stored] if isinstance(stored, list) else None
 
@@ -153,7 +153,7 @@ def _configured(
     settings: TritonSettings,
     labels: list[str] | None,
 ) -> Any:
-    """The ModelConfig of a file with this signature; `samples` is an array for each input."""
+    """Make the ModelConfig of a file with this signature; `samples` has an array for each input."""
     pb = schema()[0]
     batched = signature.batched
     config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=settings.max_batch if batched else 0)
@@ -164,12 +164,12 @@ def _configured(
         if labels is not None and takes_labels(output, len(labels), batched):
             output.label_filename = LABELS
     if config.max_batch_size > 1:
-        # no preferred sizes: they hold requests back, and Triton advises them for TensorRT profiles alone
+        # no preferred sizes: they delay requests, and Triton recommends them only for TensorRT profiles
         config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay
-    # said outright, for ONNX Runtime on CPUs would get two instances, each with a thread per core
+    # set explicitly: ONNX Runtime on CPUs would get two instances, each with a thread per core
     config.instance_group.add(count=settings.instances, kind=KINDS[settings.kind])
     config.version_policy.latest.num_versions = VERSIONS_SERVED
-    for size in sorted({1, max(1, config.max_batch_size)}):  # the largest too: memory fails at loading, not in traffic
+    for size in sorted({1, max(1, config.max_batch_size)}):  # the largest too: memory runs out at load, not in traffic
         warmup = config.model_warmup.add(name=f"batch {size}", batch_size=size)
         for index, (tensor, sample) in enumerate(zip(signature.inputs, samples, strict=True)):
             warmup.inputs[tensor.name].data_type = f"TYPE_{tensor.datatype}"
@@ -179,17 +179,17 @@ def _configured(
 
 
 def _fill(value: Any, tensor: Tensor, batched: bool) -> None:
-    """Name, type and dims of a ModelInput or ModelOutput; the batch is not among the dims of a batched model."""
+    """Set name, type and dims of a ModelInput or ModelOutput; the dims of a batched model leave out the batch."""
     value.name = tensor.name
     value.data_type = "TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}"
     dims = tensor.shape[1:] if batched else tensor.shape
     value.dims.extend(dims or (1,))
-    if batched and not dims:  # one number for each image; Triton wants a dim all the same
+    if batched and not dims:  # one number for each image; Triton still requires a dim
         value.reshape.SetInParent()
 
 
 def _samples(signature: Signature, exported: Path) -> list[np.ndarray]:
-    """An array for each input, batch included: of the first data sets that fits; one image where batched."""
+    """Return an array for each input, batch included, from the first data set that fits; one image where batched."""
     for folder in sorted(exported.glob("test_data_set_*")):
         arrays = [_array(folder / f"input_{index}.pb") for index in range(len(signature.inputs))]
         if signature.batched:
@@ -216,7 +216,7 @@ def _fits(array: np.ndarray, tensor: Tensor) -> bool:
 
 
 def _copy_model(exported: Path, version: Path) -> None:
-    """One file as VERSION/model.onnx; a model of several files as VERSION/model.onnx/, a folder of that name."""
+    """Copy one file as VERSION/model.onnx; a model of several files into VERSION/model.onnx/, a folder of that name."""
     files = files_of(exported / MODEL)
     folder = version / MODEL if files[1:] else version
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def _refuse_another(target: Path, config: Any, signature: Signature, labels: lis
 
 
 def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: Any) -> None:
-    """Raise GrowkitError where clients that prepare images for the newest of `versions` would do so wrongly."""
+    """Raise GrowkitError where images prepared for the newest of `versions` would be wrong for `prepared`."""
     files = [file for file in (target / str(version) / MODEL for version in reversed(versions)) if file.exists()]
     if not files or not isinstance(prepared, Mapping):
         return
@@ -242,7 +242,7 @@ def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: 
     was, now = json_in(props_of(before), "preprocessing"), json.loads(json.dumps(dict(prepared)))
     if not isinstance(was, dict):
         return
-    # the size of images is the signature's to say
+    # the signature covers the size of images
     for key in sorted((was.keys() & now.keys()) - {"input_size"}):
         if was[key] != now[key]:
             told = [clipped(visible(str(value)), 60) for value in (was[key], now[key])]
@@ -253,11 +253,11 @@ def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: 
 
 
 def _remarks(target: Path, config: Any, labels: list[str] | None) -> tuple[str, ...]:
-    """Where the class names that the versions in `target` share are not the file's own."""
+    """Say where the class names that the versions in `target` share are not the file's own."""
     shared = next((output.label_filename for output in config.output if output.label_filename), None)
     if shared and labels is None:
         return (f"the file names no classes; its answers go by the names in {target / shared}",)
     batched = bool(config.max_batch_size)
     if labels is not None and not shared and any(takes_labels(o, len(labels), batched) for o in config.output):
-        return ("its class names are not served, for the versions before have none; another --triton-name has them",)
+        return ("its class names are not served, as earlier versions have none; they are with another --triton-name",)
     return ()

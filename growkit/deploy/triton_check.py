@@ -1,7 +1,7 @@
-"""What a Triton server would hold against a model repository, said without a server.
+"""What a Triton server would refuse in a model repository, found without a server.
 
-The rules are those of Triton's core and of its onnxruntime backend, read in their sources; the schema is the published
-one, of tritonclient.
+The rules are those of Triton's core and of its onnxruntime backend, taken from their sources; the schema is the
+published one, from tritonclient.
 """
 
 import json
@@ -21,7 +21,7 @@ VERSIONS_SERVED = 2  # the newest and, to roll back to without loading anything,
 
 
 def check_model_repository(folder: Path, name: str | None = None) -> list[str]:
-    """What a Triton server would hold against the model in `folder`, and what it would silently get wrong.
+    """List what a Triton server would refuse in the model in `folder`, and what it would silently get wrong.
 
     Returns one line for each problem; none when config.pbtxt parses against the published schema and agrees with
     every version's ONNX file, the labels, the warm-up data and metadata.json. `name` is the folder's when left out.
@@ -57,9 +57,9 @@ def check_model_repository(folder: Path, name: str | None = None) -> list[str]:
 
 
 def kserve_metadata(config: Any, versions: Sequence[int], *, platform: str = "onnxruntime_onnx") -> dict[str, Any]:
-    """What a server answers to GET v2/models/NAME for a ModelConfig: name, versions, platform, inputs, outputs.
+    """Return a server's answer to GET v2/models/NAME for a ModelConfig: name, versions, platform, inputs, outputs.
 
-    Shapes start with -1 where the model is batched. Triton's word for the platform is the default; the protocol's own
+    Shapes start with -1 where the model is batched. Triton's name for the platform is the default; the protocol's own
     list calls it onnx_onnxv1.
     """
     batch = [-1] if config.max_batch_size else []
@@ -111,14 +111,14 @@ def versions_in(folder: Path) -> list[int]:
 def takes_labels(output: Any, count: int, batched: bool) -> bool:
     """Whether an output is a score for each class: Triton's classification reads labels by position.
 
-    Where it does not batch it ranks an output as a whole, so that labels fit one image alone.
+    Without batching it ranks an output as a whole, so labels fit only a single image.
     """
     dims = list(output.dims)
     return dims == ([count] if batched else [1, count]) and datatype_of(output) in ("FP32", "FP16", "FP64", "BF16")
 
 
 def datatype_of(value: Any) -> str:
-    """KServe's word for a data_type: TYPE_FP32 -> FP32, TYPE_STRING -> BYTES."""
+    """Return KServe's name for a data_type: TYPE_FP32 -> FP32, TYPE_STRING -> BYTES."""
     word = str(schema()[0].DataType.Name(value.data_type).removeprefix("TYPE_"))
     return "BYTES" if word == "STRING" else word
 

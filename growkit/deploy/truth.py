@@ -1,4 +1,4 @@
-"""What a file is held against: the model's preprocessing, seeded images, and its logits in float64."""
+"""What a file is compared with: the model's preprocessing, seeded images, and its logits in float64."""
 
 import copy
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Preprocessing:
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """Read from `model.pretrained_cfg`; the size from the network itself where it differs.
+    """Read the preprocessing from `model.pretrained_cfg`; the size from the network itself where it differs.
 
     Raises:
         GrowkitError: the model has no `pretrained_cfg`.
@@ -79,16 +79,16 @@ def noise_pixels(size: tuple[int, int, int], count: int, seed: int) -> np.ndarra
 
 
 def normalised(prepared: Preprocessing, pixels: np.ndarray) -> np.ndarray:
-    """(N, C, H, W) in 0..1 -> float32 by mean and std."""
+    """Normalise (N, C, H, W) in 0..1 by mean and std -> float32."""
     mean, std = (np.reshape(v, (-1, 1, 1)) for v in (prepared.mean, prepared.std))
     return np.ascontiguousarray((pixels - mean) / std, dtype=np.float32)
 
 
 def at_image_size(model: nn.Module, size: int | None) -> nn.Module:
-    """`model` for images of size x size, its position embeddings resampled as timm does it; a copy, or itself.
+    """Return `model` for images of size x size, its position embeddings resampled as in timm; a copy, or itself.
 
     Raises:
-        GrowkitError: the network has one size, or the patches do not fit.
+        GrowkitError: the network has a fixed size, or the patches do not fit.
     """
     if size is None or preprocessing(model).input_size[1:] == (size, size):
         return model
@@ -103,12 +103,12 @@ def at_image_size(model: nn.Module, size: int | None) -> nn.Module:
 
 
 def truth_of(model: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU, in eval mode: what every float32 result is held against."""
+    """Return a float64 copy on the CPU, in eval mode, with which every float32 result is compared."""
     return copy.deepcopy(model).cpu().double().eval()
 
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    """Run `model` on (B, C, H, W) images in the model's own precision and place -> (B, classes)."""
+    """Run `model` on (B, C, H, W) images in the model's own precision and on its device -> (B, classes)."""
     first = next(model.parameters())
     return model(torch.from_numpy(images).to(first)).cpu().numpy()

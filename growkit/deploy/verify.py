@@ -1,6 +1,6 @@
 """The gate: parity, data sets, accuracy and latency of an ONNX file, and one verdict.
 
-A model without its file, or a file without its model, is held against a golden reference alone.
+A model without its file, or a file without its model, is compared with a golden reference alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ class Verification:
     """Everything that was checked; `report` is what report.json holds."""
 
     checks: tuple[Check, ...]
-    parity: Parity | None  # None where a model or a file is held against a reference alone
+    parity: Parity | None  # None where a model or a file is compared with a reference alone
     latency: Latency | None
     throughput: Throughput | None
     assignment: Assignment | None
@@ -60,10 +60,10 @@ def verify_onnx(
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
 
-    golden    reference that the file is held against, and the model too where the reference is a model's
+    golden    reference to compare the file with, and the model too if the reference is a model's
     batch_size  images of the largest batch of `data`
-    stock     name and arguments for timm.create_model, of the architecture that was never grown
-    progress  told how many of the `timing_steps` are done, and which comes next
+    stock     name and arguments for timm.create_model, of the same architecture, never grown
+    progress  called with how many of the `timing_steps` are done and which comes next
 
     The other arguments are those of check_parity.
 
@@ -129,7 +129,7 @@ def _timed(
     parity: Parity,
     progress: Callable[[int, str], None],
 ) -> tuple[Latency, Throughput | None]:
-    """How fast the file is against the model and the stock export, and in images per second where that is asked for."""
+    """Time the file against the model and the stock export; measure images per second if asked for."""
     form = parity.form
     if form.image_size:
         name, arguments = stock
@@ -173,7 +173,7 @@ def _verified(
     latency: Latency | None = None,
     throughput: Throughput | None = None,
 ) -> Verification:
-    """What was found; `subject` is the part of report.json that says of what, and where."""
+    """Assemble the findings; `subject` is the part of report.json that says what was checked, and where."""
     verdict = overall(checks)
     report = {
         "schema": 1,
@@ -191,7 +191,7 @@ def _verified(
 def _provider(
     settings: VerifySettings, used: str | None, note: str = "", placed: Assignment | None = None
 ) -> dict[str, Any]:
-    """Where it was to run and where it ran, as report.json holds it."""
+    """Return the provider asked for and the one used, as report.json stores them."""
     return {
         "requested": settings.provider,
         "used": used,
@@ -202,7 +202,7 @@ def _provider(
 
 
 def provider_check(placed: Assignment) -> Check:
-    """Fails when no node at all runs on the provider that was asked for."""
+    """Check that at least one node runs on the provider that was asked for."""
     running = placed.nodes.get(placed.provider, 0)
     return check("provider", f"nodes on {placed.provider}", running > 0, running, "1 or more", placed.line)
 
@@ -210,7 +210,7 @@ def provider_check(placed: Assignment) -> Check:
 def verify_alone(
     subject: Subject | Path, golden: Golden, settings: VerifySettings, *, tolerance: float | None = None
 ) -> Verification:
-    """Hold a model, or the ONNX file at a path, against a reference and nothing else.
+    """Compare a model, or the ONNX file at a path, with a reference and nothing else.
 
     tolerance  as check_golden
 
@@ -238,12 +238,12 @@ def verify_alone(
 
 
 def _sha256(file: Path, opened: Subject | None) -> str | None:
-    """Of all its files; of one that does not open, its own."""
+    """Return the hash of all files of an ONNX file; of the file alone if it does not open."""
     return opened.identity.onnx_sha256 if opened else sha256_of(file)
 
 
 def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
-    """The file, where ONNX and ONNX Runtime accept it, and the check that says so."""
+    """Open the file; return it if ONNX and ONNX Runtime accept it, and the check that says so."""
     try:
         subject = onnx_subject(file, provider=provider)
         onnx.checker.check_model(str(file), full_check=True)
@@ -256,7 +256,7 @@ def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
 
 
 def overall(checks: Iterable[Check]) -> Verdict:
-    """One no fails all; one that could not tell leaves the rest inconclusive."""
+    """Combine verdicts: any fail makes 'fail', else any inconclusive makes 'inconclusive'."""
     verdicts = {c.verdict for c in checks}
     return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
 
@@ -272,7 +272,7 @@ def comparisons_made(settings: VerifySettings, form: Form) -> int:
 
 
 def _as_claimed(file: Path) -> tuple[tuple[Path, ...], Form]:
-    """The files that hold a graph, and the form it claims; none and the plain one where the checks will find fault."""
+    """Return the files that hold a graph and the form it claims; none and the default form if the checks will fail."""
     try:
         return files_of(file), form_in(file)
     except Exception:  # protobuf has its own kinds
@@ -287,5 +287,5 @@ def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:
 
 
 def timing_steps(settings: VerifySettings, form: Form) -> int:
-    """Total of what verify_onnx reports as progress."""
+    """Return the total number of steps that verify_onnx reports as progress."""
     return comparisons_made(settings, form) + len(throughput_batches(settings, form))

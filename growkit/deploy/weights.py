@@ -1,4 +1,4 @@
-"""Are the weights in the file the model's, bit for bit, and its constants those of the formulas?"""
+"""Are the file's weights the model's, bit for bit, and its constants those of the formulas?"""
 
 import hashlib
 import math
@@ -18,14 +18,14 @@ from growkit.text import some
 
 
 def weight_checks(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
-    """Whether every stored tensor is the model's, and every tensor of the model there, exactly in any precision."""
+    """Check that every stored tensor is the model's and none of the model's is missing, exactly in any precision."""
     return _whole(proto, model, form) if form.precision == "fp32" else _lowered(proto, model, form)
 
 
 def _whole(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
-    """Bit for bit, both ways: nothing of the model missing, nothing in the file unexplained.
+    """Compare bit for bit, both ways: nothing of the model missing, nothing in the file unexplained.
 
-    This is what sees a single weight off by 1 %, which drowns in float32 noise.
+    This catches a single weight that is off by 1 %, whose effect drowns in float32 noise.
     """
     state = {name: t.numpy() for name, t in model.state_dict().items()}
     state = {name: a for name, a in state.items() if a.dtype.kind == "f"}
@@ -56,20 +56,20 @@ def _whole(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
         elif (gathered := _gathered_from(array, state)) is not None:
             found.add(gathered)
         elif form.attention == "contrib" and array.ndim == 1 and not array.any():
-            pass  # the operator wants a bias where the model has none; one that is lost is found missing
+            pass  # the operator needs a bias where the model has none; a lost bias is reported as missing
         else:
             unexplained.append(f"{name} {array.dtype} {list(array.shape)}")
     # equal tensors are stored once: what counts is that the bits are there
     found_bits = {_bits(state[name]) for name in found if name in state}
     missing = [n for n, a in state.items() if n not in found and _bits(a) not in found_bits]
-    # the exporter leaves a bias out that is all zeros
+    # the exporter leaves out a bias that is all zeros
     missing = [n for n in missing if state[n].ndim != 1 or state[n].any()]
 
     return _told(missing, unexplained, [*constants, *_odd_attributes(proto, model, known)], len(state), len(stored))
 
 
 def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check]:
-    """Rounding has one right answer: float16 and bfloat16 bit for bit, int8 by its channel's scale."""
+    """Compare exactly, as rounding has one right answer: float16 and bfloat16 bit for bit, int8 by channel scale."""
     tensors = dict(model.state_dict()) | dict(model.named_buffers())
     state = {name: t.numpy() for name, t in tensors.items() if t.is_floating_point()}
     wanted = {name for name in model.state_dict() if name in state}
@@ -97,7 +97,7 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
 
 
 def _of_pixels(model: nn.Module, form: Form) -> dict[str, np.ndarray]:
-    """What a file that takes pixels holds besides: mean and deviation, by names of their own."""
+    """Return what a file that takes pixels holds besides: mean and standard deviation, under names of their own."""
     if not form.pixels:
         return {}
     prepared = preprocessing(model)
@@ -105,7 +105,7 @@ def _of_pixels(model: nn.Module, form: Form) -> dict[str, np.ndarray]:
 
 
 def _once(array: np.ndarray) -> np.ndarray:
-    """One of equal rows: with one batch size the class token is stored as often as there are images."""
+    """Return one of equal rows: with a fixed batch size the class token is stored once per image."""
     repeated = array.ndim > 1 and len(array) > 1 and array[:1].tobytes() * len(array) == array.tobytes()
     return array[:1] if repeated else array
 
@@ -150,7 +150,7 @@ def _where(array: np.ndarray, wanted: np.ndarray) -> str:
 
 
 def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | None:
-    """The tensor whose values `array` repeats: Swin's table of positions, looked up ahead."""
+    """Return the tensor whose values `array` repeats: Swin's table of positions, gathered at export."""
     values = np.unique(array)
     for name, candidate in state.items():
         repeats = array.size > candidate.size > 1 and candidate.dtype == array.dtype
@@ -160,7 +160,7 @@ def _gathered_from(array: np.ndarray, state: Mapping[str, np.ndarray]) -> str | 
 
 
 def _tanh_gelu(model: nn.Module) -> bool:
-    """Whether some activation of the model is the approximation of GELU by tanh; below float32 its error is noise."""
+    """Whether some activation of the model is the tanh approximation of GELU; below float32 its error is noise."""
     names = ("gelutanh", "newgelu", "fastgelu")
     return any(
         getattr(m, "approximate", None) == "tanh" or any(name in type(m).__name__.lower() for name in names)
@@ -169,8 +169,8 @@ def _tanh_gelu(model: nn.Module) -> bool:
 
 
 def _known_constants(model: nn.Module, form: Form) -> set[np.float32]:
-    """Numbers a file may hold beside weights: those of the operators' formulas, and every float
-    that a module carries (scale, eps), with its square root: fused attention scales q and k by it.
+    """Return the numbers a file may hold besides weights: those of the operators' formulas, and every float
+    that a module carries (scale, eps), with its square root, by which fused attention scales q and k.
     """
     formulas = {0.0, 0.5, 1.0, 2.0, math.sqrt(2), math.sqrt(0.5), -math.inf}
     formulas |= {math.sqrt(2 / math.pi), 0.044715} if _tanh_gelu(model) else set()

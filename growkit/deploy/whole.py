@@ -1,6 +1,6 @@
-"""A file that takes pixels or answers with more than logits: is the whole of it what its parts are?
+"""A file that takes pixels or outputs other than logits: does the whole agree with its parts?
 
-The network inside is checked on its own (numbers.py); here it is what lies in front of it and behind it.
+The network inside is checked on its own (numbers.py); here, what comes before and after it is checked.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from growkit.errors import first_line
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside
 LEVELS = 2  # of 255: how far one pixel may be off; seen: 1, and 2 where noise is enlarged a hundredfold
 SHARE = 0.03  # of the pixels may be off at all; seen: 0.018
-ROUNDING = 0.5  # of a level: a smaller difference is none
+ROUNDING = 0.5  # of a level: a smaller difference does not count
 
 
 def answer(form: Form, logits: np.ndarray) -> dict[str, np.ndarray]:
-    """What a file of this form must answer where the network inside says `logits` (B, classes)."""
+    """Return what a file of this form must output if the network inside gives `logits` (B, classes)."""
     if form.output == "logits":
         return {"logits": logits}
     probabilities = softmax(logits.astype(np.float64), axis=1)
@@ -36,7 +36,7 @@ def answer(form: Form, logits: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def answer_checks(got: Mapping[str, np.ndarray], logits: np.ndarray, form: Form, name: str) -> list[Check]:
-    """Hold the outputs `got` of the whole file against the `logits` of the network inside."""
+    """Check the outputs `got` of the whole file against the `logits` of the network inside."""
     checks = []
     for output, wanted in answer(form, logits).items():
         label = f"{name}: {output}"
@@ -65,7 +65,7 @@ def pixel_checks(
     form: Form,
     given: Mapping[str, Image.Image],
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Each picture as the file prepares it and as timm does, in levels of 0..255; then what the whole file answers.
+    """Compare how the file and timm prepare each picture, in levels of 0..255; then check the whole file's outputs.
 
     front  the file's own preprocessing: pixels -> normalised image
     core   the network inside: normalised images -> logits

@@ -1,6 +1,6 @@
-"""What a precision costs this very model, in PyTorch: the error that a file of that precision may have, too.
+"""The error that a precision costs this very model in PyTorch, which a file of that precision may have, too.
 
-float32's yardstick is the model itself. The others are made here without ONNX, so that they are a second opinion.
+float32's yardstick is the model itself. The others are made here without ONNX, as an independent second opinion.
 """
 
 import copy
@@ -12,7 +12,7 @@ from growkit.errors import GrowkitError
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
-    """A copy of `model` on the CPU, in eval mode, that computes in `precision`: fp32, fp16, bf16 or int8.
+    """Return a copy of `model` on the CPU, in eval mode, that computes in `precision`: fp32, fp16, bf16 or int8.
 
     Its answers are float32. int8: every Linear multiplies 8-bit weights, one scale per output channel, by 8-bit
     activations scaled over the whole batch; all else is float32. Where float16 overflows the answers are not finite.

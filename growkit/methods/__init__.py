@@ -34,7 +34,7 @@ OPTIONAL = ("rank", "ranks", "ring_order", "vectors", "noise")  # settings that 
 
 
 def find(name: str) -> type[GrowthMethod]:
-    """The method of a name.
+    """Return the method of a name.
 
     Raises:
         GrowkitError: no such method; the nearest names are offered.
@@ -46,11 +46,11 @@ def find(name: str) -> type[GrowthMethod]:
 
 
 def check(source: Architecture, target: Architecture, settings: GrowSettings) -> type[GrowthMethod]:
-    """The method of the settings, once it is sure that it can grow this pair; nothing is computed.
+    """Return the settings' method after checking that it can grow this pair; nothing is computed.
 
     Raises:
-        GrowkitError: unknown method or variant, sizes that no method grows, or sizes that this one does not; then
-            the message names those that do.
+        GrowkitError: unknown method or variant, sizes that no method grows, or sizes that this one does not; the
+            message then names the methods that do.
     """
     method = find(settings.method)
     if settings.variant is not None and settings.variant not in method.VARIANTS:
@@ -64,7 +64,7 @@ def check(source: Architecture, target: Architecture, settings: GrowSettings) ->
 
 
 def ignored(settings: GrowSettings) -> list[str]:
-    """Options that were given and mean nothing to the method, as they are typed."""
+    """List options that were given but that the method ignores, as they are typed."""
     method, plain = find(settings.method), GrowSettings()
     given = [name for name in OPTIONAL if getattr(settings, name) != getattr(plain, name)]
     told = {"vectors": "--no-vectors"}

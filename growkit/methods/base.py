@@ -13,12 +13,12 @@ from growkit.settings import GrowSettings
 class GrowthMethod(nn.Module, ABC):
     """Maps the source's weights to the target's.
 
-    Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters. Which sizes a
-    method can grow is for `cannot` to say; callers ask `methods.check`, as `grow.make_method` does.
+    Initialise in __init__, apply in forward, train parameters(). A fixed rule has no parameters. `cannot` says which
+    sizes a method cannot grow; callers ask `methods.check`, as `grow.make_method` does.
     """
 
     VARIANTS: ClassVar[tuple[str, ...]] = ()  # what --variant takes; the first is the default
-    # settings that change what it gives, beside its variant, stages and seed; tests hold it to that
+    # settings that change its result, besides variant, stages and seed; tests check that
     TAKES: ClassVar[frozenset[str]] = frozenset({"noise"})
 
     def __init__(self, source: Architecture, target: Architecture, settings: GrowSettings):
@@ -28,12 +28,12 @@ class GrowthMethod(nn.Module, ABC):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """Why this pair is out of reach: what, got, expected; None where it can be grown."""
+        """Say why this pair cannot be grown: what, got, expected; None if it can be."""
         return None
 
     @property
     def lossless(self) -> bool:
-        """Whether the grown model, before any training, computes what the source computes; tests hold it to that."""
+        """Whether the grown model, before any training, computes what the source computes; tests check that."""
         return same_size(self.source, self.target)
 
     @abstractmethod
@@ -42,10 +42,10 @@ class GrowthMethod(nn.Module, ABC):
 
 
 def refuse_shrinking(source: Architecture, target: Architecture) -> None:
-    """Growing only adds.
+    """Refuse a target that is not a larger network of the same kind: growing only adds.
 
     Raises:
-        GrowkitError: a space of the target is smaller, a head's size differs, or it is a network of another kind.
+        GrowkitError: a space of the target is smaller, its head size differs, or it is a network of another kind.
     """
     for name, old in source.spaces.items():
         new = target.spaces.get(name, old)
@@ -88,15 +88,15 @@ def whole(source: Architecture, target: Architecture, *spaces: str) -> bool:
 
 
 def normed_inside(architecture: Architecture) -> tuple[str, ...]:
-    """The spaces inside a layer over which a norm is taken: it sees the same only where all units are copied alike."""
+    """Return the spaces inside a layer with a norm over them: it sees the same only if all units are copied equally."""
     return tuple(space for space, slot in (("attn", "norm_attn"), ("mlp", "norm_mlp")) if architecture.has(slot))
 
 
 def averages(source: Architecture, target: Architecture) -> bool:
-    """Whether the residual's tail can be kept at the mean of the rest, or need not be: see `maps.residual`.
+    """Return whether the residual's tail can be kept at the mean of the rest, or need not be: see `maps.residual`.
 
-    Only what is linear in the channels keeps a mean: not a norm over patches, nor a maximum over tokens before the last
-    norm. A norm before the blocks does where `carry_mean` helps it. An RMSNorm asks for zeros, which all of them keep.
+    Only operations linear in the channels keep that mean: not a norm over patches, nor a maximum over tokens before the
+    last norm. A norm before the blocks does if `carry_mean` helps it. An RMSNorm needs zeros, which all of them keep.
     """
     if whole(source, target, "embed") or not source.centred:
         return True
@@ -111,7 +111,7 @@ def same_size(source: Architecture, target: Architecture) -> bool:
 
 
 def grows_width(source: Architecture, target: Architecture) -> str | None:
-    """Why a method that grows depth alone cannot: the first width that grows, in words."""
+    """Say why a method that only grows depth cannot grow this pair: the first width that grows; None if it can."""
     for name in source.widths:
         if name in growing(source, target):
             sizes = f"{source.spaces[name].size} -> {target.spaces[name].size}"
@@ -120,7 +120,7 @@ def grows_width(source: Architecture, target: Architecture) -> str | None:
 
 
 def grows_depth(source: Architecture, target: Architecture) -> str | None:
-    """Why a method that grows width alone cannot, in words."""
+    """Say why a method that only grows width cannot grow this pair; None if it can."""
     if LAYERS not in growing(source, target):
         return None
     sizes = f"{source.spaces[LAYERS].size} -> {target.spaces[LAYERS].size}"

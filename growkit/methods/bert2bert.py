@@ -1,18 +1,17 @@
 """bert2BERT (Chen et al., ACL 2022): duplication (FPI, section 3.2), or new units from the layer above (AKI, 3.3).
 
 FPI: unit j of the target copies unit j mod old; readers divide by the number of copies. Heads are copied whole, and
-every space has one map that all its tensors share, so that what is written is read alike; LayerNorms are copied as
-they are. What is left over after whole rounds is drawn at random without replacement. The paper draws all new units
-uniformly; only whole rounds keep a LayerNorm's statistics, and only they give the equal losses that it reports at
-twice the width.
+every space has one map that all its tensors share, so that reads match writes; LayerNorms are copied as they are.
+Units left over after whole rounds are drawn at random without replacement. The paper draws all new units uniformly;
+only whole rounds keep a LayerNorm's statistics, and only they give the equal losses that it reports at twice the width.
 
-AKI: as FPI, but of every matrix and bias of layer l the new output units are those of layer l + 1, grown by the same
-maps; the last layer, norms and embeddings are FPI's. A circulating unofficial implementation takes whole new heads
-and neurons instead, with the columns that read them; the paper's rule, per matrix, is the one here.
+AKI: as FPI, but the new output units of every matrix and bias in layer l come from layer l + 1, grown by the same
+maps; the last layer, norms and embeddings are as in FPI. A circulating unofficial implementation takes whole new heads
+and neurons instead, with the columns that read them; the one here is the paper's rule, per matrix.
 
-Depth: the widened layers are stacked floor(L2 / L1) times, and the top layers fill the rest. The paper leaves equal
-copies to dropout to part; ViTs train without it, so --noise parts them here, and --noise 0 is the paper's. Its two-
-stage training of sub-models is training, not growth, and is not here.
+Depth: the widened layers are stacked floor(L2 / L1) times, and the top layers fill the rest. The paper relies on
+dropout to break the symmetry of equal copies; ViTs train without it, so --noise does it here, and --noise 0 is the
+paper's method. Its two-stage training of sub-models is training, not growth, and is not here.
 """
 
 from typing import ClassVar
@@ -33,7 +32,7 @@ class Bert2BERT(Expansion):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """AKI takes what is new from the layer above."""
+        """AKI takes new units from the layer above, so it needs two layers."""
         if settings.variant == "aki" and source.spaces[LAYERS].size < 2:
             return f"{LAYERS} is 1, and aki takes what is new from the layer above"
         return None

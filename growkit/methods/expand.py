@@ -15,7 +15,7 @@ from growkit.settings import GrowSettings
 BRANCHES = ("o", "out")  # the slots through which a block writes the residual
 SCALE = "scale"  # how the slot of a layer scale begins
 SCALED = {"scale1.gamma": "o", "scale2.gamma": "out"}  # which branch a layer scale scales
-WRITING_NORMS = ("norm_pre", "norm_patch")  # their output is the residual; that of the others is read
+WRITING_NORMS = ("norm_pre", "norm_patch")  # their output is the residual; the others' output is read by a layer
 
 
 class SpaceMap(NamedTuple):
@@ -30,7 +30,7 @@ class SpaceMap(NamedTuple):
 
     @classmethod
     def tied(cls, matrix: Tensor) -> "SpaceMap":
-        """The same matrix for those who write and those who read."""
+        """Use the same matrix to write and to read."""
         return cls(matrix, matrix)
 
 
@@ -46,7 +46,7 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
     interpolation are special cases.
     """
     grown: Weights = {}
-    alike: dict[object, list[str]] = {}  # slots by what they are and their matrices
+    alike: dict[object, list[str]] = {}  # slots with the same shape and matrices
     ways: dict[object, list[tuple[int, Tensor]]] = {}
     for spec in tensors:
         axes = (LAYERS, *spec.dims) if spec.layered else spec.dims
@@ -57,12 +57,12 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
                 space_map = maps.get((slot, space)) or maps.get(space) if space else None
                 if space_map is not None:
                     way.append((axis, space_map.read if axis == reads else space_map.write))
-            # vectors go together, for each alone is little work; a matrix for each layer takes one tensor
+            # vectors are stacked, as each alone is little work; a matrix for each layer takes one tensor
             joint = way and len(spec.dims) == 1 and all(matrix.ndim == 2 for _, matrix in way)
             key: object = (weights[slot].shape if joint else slot, tuple((axis, id(matrix)) for axis, matrix in way))
             alike.setdefault(key, []).append(slot)
             ways[key] = way
-            grown[slot] = weights[slot]  # in this order
+            grown[slot] = weights[slot]  # keeps the order
     for key, slots in alike.items():
         tensors_of = [weights[slot] for slot in slots]
         together = torch.stack(tensors_of) if len(slots) > 1 else tensors_of[0]
@@ -73,7 +73,7 @@ def expand(tensors: Sequence[TensorSpec], weights: Weights, maps: Maps) -> Weigh
 
 
 def _along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """`tensor` with `matrix`, (new, old) or one for each layer (L, new, old), applied to one of its axes."""
+    """Apply `matrix`, (new, old) or one for each layer (L, new, old), to one axis of `tensor`."""
     if matrix.ndim == 3:
         return torch.einsum("lno,lo...->ln...", matrix, tensor.movedim(axis, 1)).movedim(1, axis)
     if axis == tensor.ndim - 1:  # as it will lie in memory
@@ -102,31 +102,31 @@ class Expansion(GrowthMethod):
         return old.size, self.target.spaces[space].size, old.group
 
     def copied(self, write: Tensor, generator: torch.Generator) -> SpaceMap:
-        """The map of a 0/1 copy matrix: each copy is read at its share, plus noise that cancels over the copies."""
+        """Return the map of a 0/1 copy matrix: each copy is read at its share, plus noise that cancels over copies."""
         return parted_copies(write, self.settings.noise, generator)
 
 
 def parted_copies(write: Tensor, noise: float, generator: torch.Generator) -> SpaceMap:
-    """The map of a 0/1 copy matrix: each copy is read at its share, plus `noise` that cancels over the copies."""
+    """Return the map of a 0/1 copy matrix: each copy is read at its share, plus `noise` that cancels over copies."""
     share = maps.shared_read(write)
     return SpaceMap(write, share + noise * share.max() * maps.parting_noise(write, generator))
 
 
 def as_in(weights: Weights, maps: Maps) -> Maps:
-    """The maps on the device and in the precision of the weights."""
+    """Return the maps on the device and in the dtype of the weights."""
     like = next(iter(weights.values()))
     return {name: SpaceMap(m.write.to(like), m.read.to(like)) for name, m in maps.items()}
 
 
 def identity_blocks(layers: Tensor) -> dict[Place, SpaceMap]:
-    """Depth maps of a 0/1 matrix (new, old) under which only the first copy of a layer writes the residual."""
+    """Return depth maps of a 0/1 matrix (new, old) in which only the first copy of a layer writes the residual."""
     first = layers * maps.first_copies(layers)[:, None]
     writing = ((f"{slot}.{kind}", LAYERS) for slot in BRANCHES for kind in ("weight", "bias"))
     return {LAYERS: SpaceMap.tied(layers), **dict.fromkeys(writing, SpaceMap.tied(first))}
 
 
 def residual_vectors(source: Architecture) -> dict[Place, str]:
-    """Which of `vector_maps` each norm and each layer scale over the residual takes; other vectors take `embed`."""
+    """Return which of `vector_maps` each norm and layer scale over the residual takes; other vectors take `embed`."""
     found: dict[Place, str] = {}
     for row in source.tensors:
         module, _, kind = row.slots[0].partition(".")
@@ -141,10 +141,10 @@ def residual_vectors(source: Architecture) -> dict[Place, str]:
 
 
 def vector_maps(source: Architecture, old: int, new: int) -> dict[str, Tensor]:
-    """(new, old) matrices of vectors over a residual that `maps.residual` writes (LEMON, Wang et al., ICLR 2024, 4).
+    """Return (new, old) matrices of vectors over the residual of `maps.residual` (LEMON, Wang et al., ICLR 2024, 4).
 
-    Copied gains take back eta. The tail's normalised value is zero: its bias stays zero, and a gain there, any
-    gain, lets it learn. So does a layer scale; `even_scales` has made it one number for each layer.
+    Copied gains undo eta. The tail's normalised value is zero: its bias stays zero, and any gain there lets it
+    learn. So does a layer scale; `even_scales` has made it one number for each layer.
     """
     copies, average = maps.whole_copies(old, new), maps.average_tail(old, new)
     return {
@@ -156,14 +156,14 @@ def vector_maps(source: Architecture, old: int, new: int) -> dict[str, Tensor]:
 
 
 def read_maps(source: Architecture, copies: Tensor, residual: Tensor) -> list[Tensor]:
-    """What is written for those who read the residual: after a norm its copies, before any its tail as well."""
+    """Return what readers of the residual see: its copies after a norm, and its tail too if some read it unnormed."""
     return [copies, residual] if any(row.raw for row in source.tensors) else [copies]
 
 
 def even_scales(weights: Weights) -> Weights:
-    """The same function with a layer scale that is one number for each layer; the branch's output takes the rest.
+    """Make each layer scale one number for each layer and move the rest into the branch's output; same function.
 
-    The mean over the residual's channels is then that of the branch times a number, which a grown tail can hold.
+    The mean over the residual's channels is then the branch's mean times a number, which a grown tail can hold.
     """
     even = dict(weights)
     for scale, branch in SCALED.items():

@@ -1,10 +1,10 @@
 """HyperCloning (Samragh et al., 2024): width by whole multiples, every weight tiled.
 
 W' = tile(W) / n along the axes that are read; biases, norms and embeddings are tiled as they are, the head is divided.
-Heads are copied whole, so that head size and softmax scale stay. The released code parts the copies, if asked to, by
+Heads are copied whole, so that head size and softmax scale stay. The released code can break the copies' symmetry by
 adding +N and -N to alternating column blocks at a chosen signal-to-noise ratio; here --noise does it, as everywhere in
-growkit, by noise in the null space of what was written, which cancels as exactly. Without noise this is bert2BERT's FPI
-on whole multiples.
+growkit, with noise in the null space of what was written, which cancels just as exactly. Without noise this is
+bert2BERT's FPI on whole multiples.
 """
 
 import torch
@@ -21,7 +21,7 @@ class HyperCloning(Expansion):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """Depth, and widths that are no whole multiple."""
+        """Depth cannot grow, nor widths by other than whole multiples."""
         for name in source.widths:
             old, new = source.spaces[name].size, target.spaces[name].size
             if new % old:

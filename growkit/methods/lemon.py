@@ -1,12 +1,12 @@
 """LEMON (Wang et al., ICLR 2024): growing a pre-norm transformer to any width and depth without losing anything.
 
-The residual gets whole copies and, where the width is no whole multiple, the mean of all channels in the rest
-(average expansion), so that a LayerNorm sees the source's statistics; its gain takes back eta = sqrt(floor(D2 / D1)
-D1 / D2). Heads and MLP units are duplicated whole, in a circle. Readers share each unit unequally among its copies,
-which parts them: here by noise that cancels over the copies. New layers copy old ones with both output projections
-zero. An RMSNorm takes no mean away: there the rest of the residual is zero.
+The residual gets whole copies and, if the width is not a whole multiple, the mean of all channels in the rest
+(average expansion), so that a LayerNorm sees the source's statistics; its gain undoes eta = sqrt(floor(D2 / D1)
+D1 / D2). Heads and MLP units are duplicated whole, in circular order. Readers weight a unit's copies unequally, which
+breaks their symmetry: here by noise that cancels over the copies. New layers copy old ones with both output
+projections zero. An RMSNorm subtracts no mean: there the rest of the residual is zero.
 
-The tail's columns of a reader are free, for the tail normalises to zero; LEMON fills them at random, as the noise
+A reader's columns for the tail are free, because the tail normalises to zero; LEMON fills them at random, as the noise
 does here. As for Mango, LayerNorm's eps is not scaled by eta^2, so that the file stays a stock timm model; see
 docs/architecture.md.
 """
@@ -21,7 +21,7 @@ from growkit.methods.expand import Expansion, Maps, SpaceMap, identity_blocks, r
 
 
 class Lemon(Expansion):
-    """Keeps the function at every width and depth, as far as norms outside the plain ViT's let it (see `averages`)."""
+    """Keeps the function at every width and depth, as far as norms that a plain ViT lacks allow (see `averages`)."""
 
     @property
     def lossless(self) -> bool:

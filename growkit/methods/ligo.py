@@ -1,18 +1,18 @@
 """LiGO (Wang et al., ICLR 2023): width and depth maps as parameters, trained on the task for a few steps.
 
-W_new,l = sum_j w_lj B_j W_j A_j^T (Eq. 3 and 4). What writes a space and what reads it share one matrix, as the paper
-ties them: A of q, k, v and of the first MLP matrix, B of o and of the second, embeddings, norms and head all take
-B_emb, one for all layers; A of o is B of v, A of the second MLP matrix is B of the first, one for each source layer.
-The depth rows w are one set for each module (q, k, v, o, both norms, both MLP matrices), for its weight and its bias.
+W_new,l = sum_j w_lj B_j W_j A_j^T (Eq. 3 and 4). The tensors that write a space and those that read it share one
+matrix, tied as in the paper: A of q, k, v and of the first MLP matrix, B of o and of the second, embeddings, norms and
+head all take B_emb, one for all layers; A of o is B of v, A of the second MLP matrix is B of the first, one for each
+source layer. The depth rows w are one set for each module (q, k, v, o, both norms, both MLP matrices), for its weight
+and its bias.
 
 The start is duplication and stacking (l mod L1). A tied matrix cannot copy on one side and divide on the other, so
-each side takes the root: duplicates over sqrt(copies), plain ones for q and k, which nobody reads by a tied matrix.
-This keeps the residual at whole multiples, but not the MLP, whose GELU is no homogeneous function: LiGO is not
-lossless. Noise on one matrix that both writes and reads does not cancel, so a tenth of --noise parts the copies.
+each side takes the square root: duplicates over sqrt(copies), or plain ones for q and k, which no tied matrix reads.
+This keeps the residual at whole multiples, but not the MLP, whose GELU is not homogeneous: LiGO is not lossless. Noise
+on a matrix that both writes and reads does not cancel, so only a tenth of --noise breaks the copies' symmetry.
 
-The released code differs from the paper: it learns the new rows alone, starts them at random and lets depth rows
-start as a noisy stack, with matrices for each target layer; and its warm-up of 10,000 steps hardly moves them in its
-100.
+The released code differs from the paper: it learns only the new rows, starts them at random and the depth rows as a
+noisy stack, with matrices for each target layer; and its warm-up of 10,000 steps hardly moves them in its 100 steps.
 """
 
 import torch
@@ -24,9 +24,9 @@ from growkit.methods.base import GrowthMethod
 from growkit.methods.expand import SpaceMap, expand
 from growkit.settings import GrowSettings
 
-TIES = {"q": "attn", "k": "attn", "v": "attn", "in": "mlp"}  # what owns a hidden matrix, and its space
+TIES = {"q": "attn", "k": "attn", "v": "attn", "in": "mlp"}  # the slots that own a hidden matrix, and its space
 TIED_NOISE = 0.1
-# Whose matrix the others of a hidden space take: what reads it, a norm over it, SwiGLU's gate.
+# Whose matrix the other slots of a hidden space take: its readers, a norm over it, SwiGLU's gate.
 FOLLOWERS = {"o": "v", "out": "in", "norm_attn": "v", "norm_mlp": "in", "gate": "in"}
 
 

@@ -1,9 +1,9 @@
 """LLaMA Pro (Wu et al., ACL 2024, section 3.2): depth by identity blocks.
 
 The layers are cut into as many groups as layers are added, and each group is followed by a copy of its last layer
-whose two output projections are zero, so that the new block adds nothing at first. Where the layers do not divide,
-the groups differ by one; where more layers are added than there are, a layer is followed by several. The paper then
-trains the new blocks alone, to keep what a language model knows while it learns a new domain; growkit trains
+whose two output projections are zero, so that the new block adds nothing at first. If the layers do not divide evenly,
+the groups differ by one; if more layers are added than there are, a layer is followed by several copies. The paper
+then trains only the new blocks, to keep what a language model knows while it learns a new domain; growkit trains
 everything, as for every other method.
 """
 
@@ -25,7 +25,7 @@ class LlamaPro(Expansion):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """Width."""
+        """Width cannot grow."""
         return grows_width(source, target)
 
     @property
@@ -34,6 +34,6 @@ class LlamaPro(Expansion):
         return True
 
     def make_maps(self, generator: torch.Generator) -> Maps:
-        """Layers, and the same with the new blocks' rows zero for what writes the residual."""
+        """Maps of the layers, with the new blocks' rows zero for the slots that write the residual."""
         old, new, _ = self.sizes(LAYERS)
         return identity_blocks(maps.inserted_layers(old, new))

@@ -3,8 +3,8 @@
 The six matrices of all layers are stacked into one tensor and grown by `RingOperator`; vectors, embeddings
 and the head are grown by `expand` with maps of their own. Cores and maps are the trainable parameters.
 
---variant says where the ring starts: `lossless`, where the source stands; `noisy`, there but with noise on every entry
-of the first path, which costs what it costs; `random`, a ring of normal numbers that keeps the weights' scale.
+--variant says how the ring is initialised: `lossless`, to the source's function; `noisy`, to that plus noise on every
+entry of the first path, at whatever cost; `random`, to normal numbers that keep the weights' scale.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ from growkit.methods.expand import BRANCHES, SpaceMap, expand, parted_copies, re
 from growkit.settings import GrowSettings
 
 ATTENTION = ("q", "k", "v", "o")
-HIDDEN = ("in", "gate")  # what writes the MLP's hidden units; the gate where it is a SwiGLU
+HIDDEN = ("in", "gate")  # the slots that write the MLP's hidden units; the gate only in a SwiGLU
 MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, *HIDDEN, "out"))
-FIRST_PATH_NOISE = 0.1  # of --noise, for here nothing cancels it
-READ = "_read"  # how the map's name ends that readers of a space take, where it is not that of its writers
+FIRST_PATH_NOISE = 0.1  # share of --noise, because nothing cancels it here
+READ = "_read"  # suffix of the map that readers of a space take, where it differs from the writers'
 MOST_RANK = 1024  # wider than any bond needs to be: its cores would outgrow the model
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
 
@@ -42,7 +42,7 @@ def pack(weights: Weights) -> Tensor:
     hidden = [weights[f"{slot}.weight"] for slot in HIDDEN if f"{slot}.weight" in weights]
     blocks = [block for matrix in hidden for block in matrix.split(width, dim=1)]
     matrices = (*attention, *blocks, *weights["out.weight"].split(width, dim=2))
-    return torch.stack([matrix.transpose(0, 1) for matrix in matrices])  # in memory as a ring takes it
+    return torch.stack([matrix.transpose(0, 1) for matrix in matrices])  # laid out in memory as a ring takes it
 
 
 def unpack(stacked: Tensor, *, gated: bool = False) -> Weights:
@@ -60,7 +60,7 @@ def unpack(stacked: Tensor, *, gated: bool = False) -> Weights:
 
 
 class Mango(GrowthMethod):
-    """Grows by a tensor ring that starts where the source stands, at any rank, width and depth.
+    """Grows by a tensor ring that starts from the source's function, at any rank, width and depth.
 
     Built in float64 so that the start is exact; `.to(dtype)` afterwards, as GrownModel does.
 
@@ -73,7 +73,7 @@ class Mango(GrowthMethod):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """Sizes whose six matrices do not cut into square slots."""
+        """Say why the six matrices of these sizes do not cut into square slots."""
         try:
             old, new = mlp_blocks(source), mlp_blocks(target)
         except GrowkitError as error:
@@ -84,9 +84,9 @@ class Mango(GrowthMethod):
 
     @property
     def lossless(self) -> bool:
-        """Its variant of that name, and without noise the noisy one, wherever the residual's mean can be kept.
+        """The `lossless` variant is, and `noisy` without noise, wherever the residual's mean can be kept.
 
-        A norm inside a layer has to see whole copies.
+        A norm inside a layer must also see whole copies.
         """
         pair = self.source, self.target
         kept = averages(*pair) and (not normed_inside(self.source) or whole(*pair, "embed"))
@@ -128,7 +128,7 @@ class Mango(GrowthMethod):
         return grown | unpack(self.ring(pack(weights)), gated="gate.weight" in weights)
 
     def _maps_by_slot(self) -> dict[str | tuple[str, str], SpaceMap]:
-        """Which matrix each axis of each vector takes."""
+        """Return which matrix each axis of each vector takes."""
         write = {name: SpaceMap.tied(matrix) for name, matrix in self.maps.items()}
         by_slot: dict[str | tuple[str, str], SpaceMap] = {
             **{name: SpaceMap(matrix, self.maps.get(f"{name}{READ}", matrix)) for name, matrix in self.maps.items()},
@@ -149,13 +149,13 @@ def lossless_start(
     noise: float,
     generator: torch.Generator,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Ring paths, (new, old) matrices by axis, and the maps of vectors, that together keep the function.
+    """Return ring paths, (new, old) matrices by axis, and the maps of vectors, that together keep the function.
 
     Residual channels are copied whole and the rest gets their mean, so that a LayerNorm sees the source's
-    statistics (LEMON, Wang et al., ICLR 2024). Readers take each copy at its share, plus noise that cancels
-    over the copies and so parts them without changing any sum. One path is enough for every size: what is
-    new in a head or an MLP block is then not read yet, and a new layer is zero. Two paths, where they fit,
-    let every new head, unit and layer start as a copy: path 0 carries q, k, v and in, path 1 o and out,
+    statistics (LEMON, Wang et al., ICLR 2024). Readers take each copy with its share, plus noise that cancels
+    over the copies and so breaks their symmetry without changing any sum. One path is enough for every size:
+    new parts of a head or an MLP block are then not read yet, and a new layer is zero. Two paths, where they
+    fit, let every new head, unit and layer start as a copy: path 0 carries q, k, v and in, path 1 o and out,
     which new layers keep at zero.
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
@@ -211,9 +211,9 @@ def lossless_start(
 def _slots(
     old_k: int, new_k: int, gated: bool, attention: str, *, reads: bool, noise: float, generator: torch.Generator
 ) -> Tensor:
-    """core_B of one path, (new B, old B): the named attention matrices, and what writes the MLP or, with `reads`, out.
+    """Make core_B of one path, (new B, old B): the named attention matrices, and the MLP's writers or, if `reads`, out.
 
-    What writes it is `in`, and with `gated` the gate.
+    The writers are `in` and, with `gated`, the gate.
     """
     writers = 1 + gated
     slots = torch.zeros(4 + (writers + 1) * new_k, 4 + (writers + 1) * old_k, dtype=maps.DTYPE)
@@ -241,14 +241,14 @@ def _disturb(ring: RingOperator, noise: float, generator: torch.Generator) -> No
 
 @torch.no_grad()
 def _randomise(ring: RingOperator, generator: torch.Generator) -> None:
-    """Normal cores whose product keeps the scale of the weights, in expectation."""
+    """Fill the cores with normal numbers whose product keeps the scale of the weights, in expectation."""
     for core in ring.cores.values():
         core.copy_(torch.randn(core.shape, generator=generator, dtype=core.dtype))
         core /= (core.shape[0] * core.shape[1]) ** 0.5
 
 
 def mlp_blocks(architecture: Architecture) -> int:
-    """k of the ring: how many attention widths the MLP is wide.
+    """Return the ring's k: the MLP's width divided by the attention's.
 
     Raises:
         GrowkitError: the six matrices do not cut into square slots of one size.

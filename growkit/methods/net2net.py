@@ -1,12 +1,12 @@
 """Net2Net (Chen, Goodfellow and Shlens, ICLR 2016): random duplication, and new layers that begin as identities.
 
 Net2Wider: unit j of the target is unit j of the source as long as there is one, then one drawn at random with
-replacement; whoever reads a unit divides by its number of copies. Heads are drawn whole, hidden units anew for each
-layer, the residual's channels once, for every layer shares them. The copies are parted by noise that cancels over
-them; the paper adds a little noise that does not. Net2Deeper: a new block of a pre-norm transformer is an identity
-where it does not write the residual.
+replacement; readers divide by a unit's number of copies. Heads are drawn whole, hidden units anew for each layer, the
+residual's channels once, because all layers share them. Noise that cancels over the copies breaks their symmetry; the
+paper adds a little noise that does not cancel. Net2Deeper: a new block of a pre-norm transformer is an identity if it
+does not write the residual.
 
-Exact but for LayerNorm: where channels have unequal numbers of copies its mean and variance change, so growing
+Exact except for LayerNorm: if channels have unequal numbers of copies, its mean and variance change, so growing
 `embed` is not lossless.
 """
 
@@ -18,7 +18,7 @@ from growkit.core import maps
 from growkit.methods.base import growing, normed_inside
 from growkit.methods.expand import Expansion, Maps, SpaceMap, identity_blocks
 
-IN_LAYERS = ("attn", "mlp")  # the spaces that each layer has for itself
+IN_LAYERS = ("attn", "mlp")  # the spaces that layers do not share
 
 
 class Net2Net(Expansion):

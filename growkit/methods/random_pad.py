@@ -1,8 +1,8 @@
 """random-pad, a control: the source in a corner of freshly initialised weights.
 
 Old units and layers keep their weights among themselves. Everything new is what timm gives a fresh ViT: matrices and
-embeddings are normal with deviation 0.02, cut at two deviations; biases are 0, gains 1, layer scales 1e-5. New layers
-come last. It shows what having the source's numbers anywhere at all is worth.
+embeddings are normal with deviation 0.02, truncated at two deviations; biases are 0, gains 1, layer scales 1e-5. New
+layers come last. It shows what merely having the source's numbers somewhere is worth.
 """
 
 from typing import ClassVar
@@ -19,7 +19,7 @@ DEVIATION, LAYER_SCALE = 0.02, 1e-5
 
 
 class RandomPad(GrowthMethod):
-    """The source's weights in the first places, fresh ones in the rest. Keeps the function of nothing."""
+    """The source's weights in the first places, fresh ones in the rest. Keeps no function."""
 
     TAKES: ClassVar[frozenset[str]] = frozenset()
 
@@ -36,7 +36,7 @@ class RandomPad(GrowthMethod):
         return grown
 
     def _fresh(self, row: TensorSpec, slot: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What timm would start this slot with; `shape` is the source's."""
+        """Return timm's initial values for this slot; `shape` is the source's."""
         spaces = (LAYERS, *row.dims) if row.layered else row.dims
         sizes = [self.target.spaces[s].size if s else old for s, old in zip(spaces, shape, strict=True)]
         if row.normalises and slot.endswith("weight"):

@@ -38,7 +38,7 @@ class StackBERT(Expansion):
 
     @classmethod
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
-        """Width, and for SOLAR more than twice the depth."""
+        """Width cannot grow, nor depth to more than twice with SOLAR."""
         old, new = source.spaces[LAYERS].size, target.spaces[LAYERS].size
         if settings.variant == "solar" and new > 2 * old:
             return f"{LAYERS} {old} -> {new}: solar overlaps two copies and reaches {2 * old} layers at most"

@@ -1,1 +1,1 @@
-"""One training loop for operators, grown models and models from scratch; no word of growth."""
+"""One training loop for operators, grown models and models from scratch; it knows nothing of growth."""

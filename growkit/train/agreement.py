@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor]  # images and labels (N,)
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images: how many, and their share of all in [0, 1]."""
+    """A subset of the images: its size, and its share of all images in [0, 1]."""
 
     count: int
     share: float
@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: its images, the accuracy of both on them, and `change`, the model's less the source's."""
+    """One class: how many images, the accuracy of both on them, and `change`, model accuracy minus source accuracy."""
 
     name: str
     images: int
@@ -50,7 +50,7 @@ class Agreement:
     turned_wrong: Part
     turned_right: Part
     changed_wrong: Part  # those of both_wrong where the two predict different classes
-    mcnemar_p: float  # of a split as uneven as turned_wrong to turned_right, were either equally likely
+    mcnemar_p: float  # of a split at least as uneven as turned_wrong : turned_right if both were equally likely
     classes: tuple[ClassChange, ...]  # in label order; a class without images is left out
 
 
@@ -60,11 +60,11 @@ def compare_answers(
     """Run both predictors over the same labelled images in one pass.
 
     batches  the source's images, the model's images and the labels (N,); see `in_step`
-    names    of the classes, in label order; a class without one goes by its number
+    names    class names in label order; a class without a name is called by its number
 
     Raises:
-        GrowkitError: there are no images, the two answer unlike numbers of classes, a label has no logit, or logits
-            are not finite.
+        GrowkitError: there are no images, the two models have different numbers of classes, a label has no logit, or
+            logits are not finite.
     """
     tallies = Tally("the source"), Tally("the model")
     rows = []
@@ -114,7 +114,7 @@ def compare_answers(
 
 
 def in_step(source: Iterable[Batch], model: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The same images prepared in two ways, as `compare_answers` takes them.
+    """Pair up the same images prepared in two ways, as `compare_answers` takes them.
 
     Raises:
         GrowkitError: the labels differ, so the images are not the same.

@@ -19,17 +19,17 @@ from growkit.train.memory import keep_what_fits, step_peak, without_storage
 from growkit.train.score import autocast, mode_kept, precision_on
 from growkit.train.settings import AUTO, FitSettings
 
-ROOM = 0.9  # of the free memory that a step may take: kernels and the allocator need some of their own
+ROOM = 0.9  # share of the free memory that a step may take: kernels and the allocator need some too
 _FEWEST = {1: "one image", 2: "the two images that are mixed"}
 MORE_ROOM = "try --grad-checkpointing or --precision bf16, or free some"
-STEP = 8  # what more than so many are rounded down to a multiple of, before they are tried
+STEP = 8  # larger batch sizes are rounded down to a multiple of this before they are tried
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Have a network compute each of its blocks again in the backward pass.
+    """Turn on gradient checkpointing: each block is recomputed in the backward pass.
 
     Raises:
-        GrowkitError: it has no blocks.
+        GrowkitError: the model has no blocks.
     """
     enable: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
     if enable is None:
@@ -46,11 +46,11 @@ def largest_batch(
     *,
     tried: bool = True,
 ) -> int:
-    """How many images of `data` fit a batch of an update of `batches` on `device`; 0 where not one, or pair, does.
+    """Find the largest batch that fits `device` in an update of `batches` batches; 0 if not one image, or pair, fits.
 
-    On several processes, how many fit this one's part. Two small batches, whose peaks are counted without computing
-    anything, tell what an image takes, and one of the size that follows tells it anew. What comes of it is counted too,
-    on a GPU or under `ulimit -v` `tried` besides, and made smaller until it fits.
+    With several processes, this is the size of one process's part. The memory per image is estimated from the peaks of
+    two small batches, counted without computing anything, and again from one of the resulting size. The final size is
+    counted too, with `tried` also run on a GPU or under `ulimit -v`, and halved until it fits.
     """
     model.to(device)
     if settings.grad_checkpointing:
@@ -58,18 +58,18 @@ def largest_batch(
     few = replace(settings, batch_size=distributed.size(), workers=0)
     distributed.refuse_indivisible(images_per_batch(data, few))
     images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
-    batches = min(batches, 2)  # from the second on, the gradients of those before are there
+    batches = min(batches, 2)  # from the second batch on, the earlier ones' gradients are held
 
     ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
 
-    precision = precision_on(device, settings.precision)  # what is counted is on no device of its own
+    precision = precision_on(device, settings.precision)  # resolved here: the counted model is on no real device
 
     def counted(size: int) -> int:
         return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), precision, batches)
 
     small, large = counted(8), counted(16)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    # asked for after counting, which loads parts of torch; the weights are there already
+    # queried after counting, which loads parts of torch; the weights are already allocated
     room = ROOM * free_bytes(device) + own
     each = max(1, (large - small) // 8)
     pairs, most = _together(settings), size_of(data.train) // distributed.size()
@@ -79,7 +79,7 @@ def largest_batch(
         return size // STEP * STEP if size > STEP else size // pairs * pairs
 
     fits = whole((room - small) / each + 8)
-    if fits > 16:  # what an operator keeps makes its images take more or less than the first few
+    if fits > 16:  # an operator's kept intermediates change the memory per image from that of the first few
         fits = whole(16 + (room - large) * (fits - 16) / max(1, counted(fits) - large))
 
     def suits(size: int) -> bool:
@@ -110,12 +110,12 @@ def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, b
 
 
 def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> FitSettings:
-    """The settings, with a number where the batch size is to be found.
+    """Return the settings with an automatic batch size replaced by a number.
 
-    Of several processes, the one with the least room decides for all.
+    Of several processes, the one with the least free memory decides for all.
 
     Raises:
-        GrowkitError: not a single image fits, or the model is to be sharded: here it still lies whole in one place.
+        GrowkitError: not a single image fits, or the model is to be sharded: at this point it is still unsharded.
     """
     if settings.batch_size != AUTO:
         return settings
@@ -130,7 +130,7 @@ def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device:
 
 @contextmanager
 def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Iterator[None]:
-    """Turn torch's running out of memory into a line that says what would fit.
+    """Turn torch's out-of-memory error into one that says which batch size would fit.
 
     Raises:
         GrowkitError: instead of torch's error.
@@ -141,7 +141,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_memory_full(error):
             raise
-        clear_frames(error.__traceback__)  # whoever called this still holds the error, and it the tensors in its frames
+        clear_frames(error.__traceback__)  # the caller still holds the error, whose frames hold tensors
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -150,7 +150,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     told = f"out of memory on {device} with {wanted} images {'of each' if processes > 1 else 'a'} batch"
     if settings.shard:
         raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
-    # DDP would send what a trial on one of several processes made; the remedy has two batches or more
+    # tried on a single process only: DDP would send a trial's gradients; the remedy has two batches or more
     fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
     pairs = _together(settings)
     if fits < pairs:
@@ -173,7 +173,7 @@ def _same_images(data: Data, settings: FitSettings, processes: int) -> bool:
 
 
 def _together(settings: FitSettings) -> int:
-    """Images of a batch come in so many."""
+    """Return what a batch size must be a multiple of: 2 where images are mixed in pairs."""
     return 2 if settings.mixup or settings.cutmix else 1
 
 

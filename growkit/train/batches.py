@@ -20,16 +20,16 @@ from growkit.train.resident import Resident
 from growkit.train.seeds import seeded
 from growkit.train.settings import AUTO, FitSettings
 
-MOST_UNREADABLE = 0.1  # of the training images; more is no accident, and training would be on another data set
-BATCHES_AHEAD = 1  # on a GPU, besides the one that is worked on
-FEW = 2  # unreadable images, which are borne whatever share of those read they are
+MOST_UNREADABLE = 0.1  # share of the training images; more is no accident, and would amount to another data set
+BATCHES_AHEAD = 1  # on a GPU, besides the one in use
+FEW = 2  # unreadable images that are tolerated whatever their share
 
 
 def images_per_batch(data: Data, settings: FitSettings) -> int:
-    """Images of a training batch; a dataset smaller than one is one batch.
+    """Return the number of images per training batch; a dataset smaller than that is one batch.
 
     Raises:
-        GrowkitError: the size is still to be found.
+        GrowkitError: the batch size is automatic and not found yet.
     """
     return min(_chosen(settings), size_of(data.train))
 
@@ -41,26 +41,26 @@ def _chosen(settings: FitSettings) -> int:
 
 
 def batches_per_epoch(data: Data, settings: FitSettings) -> int:
-    """Training batches in an epoch; the last images of an epoch that fill no batch are left out."""
+    """Return the number of training batches per epoch; an incomplete last batch is dropped."""
     return size_of(data.train) // images_per_batch(data, settings)
 
 
 def train_batches(
     data: Data, settings: FitSettings, first: int, last: int, *, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches number `first` up to `last` of a run: images (N, C, H, W) and labels (N,).
+    """Yield batches `first` to `last` - 1 of a run: images (N, C, H, W) and labels (N,).
 
-    On several processes each gets its part of every batch, the same images with the same augmentation as a single
-    process would. Numbers run on through the epochs. Nothing before `first` is read. `device` is where they will be
-    used; on a GPU the images are there already.
+    With several processes, each gets its part of every batch: the same images with the same augmentation as in a
+    single process. Batch numbers continue across epochs. Nothing before `first` is read. `device` is where the batches
+    will be used; on a GPU the images are already there.
 
-    Where an image cannot be read, the next one that can stands in for it, as timm has it, so that one bad file of a
-    million does not end a run at night; but it is told, in data.unreadable, and many are refused: training would go on
-    with other images than it was given.
+    An unreadable image is replaced by the next readable one, as in timm, so that one bad file in a million does not
+    end a run overnight; but each is recorded in data.unreadable, and too many are an error: training would go on with
+    other images than it was given.
 
     Raises:
-        GrowkitError: more than MOST_UNREADABLE of the images read so far could not be, and more than FEW of them; or
-            one and all STAND_INS after it. The message names one and the reason.
+        GrowkitError: more than FEW images, and more than MOST_UNREADABLE of those read so far, are unreadable; or one
+            image and all STAND_INS after it are. The message names one and the reason.
     """
     device = torch.device(device)
     sampler = _Places(data, settings, first, last)
@@ -80,11 +80,11 @@ def train_batches(
 def val_batches(
     data: Data, settings: FitSettings, *, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images for evaluation once, in order: images (N, C, H, W) and labels (N,).
+    """Yield all images for evaluation once, in order: images (N, C, H, W) and labels (N,).
 
-    On several processes each gets its part of them, in as many batches as the others. `device` is where they will be
-    used; on a GPU the images are there already. Nothing stands in for an image that cannot be read: the figure would be
-    of other images than it says.
+    With several processes, each gets its part, in as many batches as the others. `device` is where they will be used;
+    on a GPU the images are already there. Unreadable images are not replaced: the score would be of other images than
+    it says.
 
     Raises:
         GrowkitError: an image cannot be read; the message names it and the reason.
@@ -97,7 +97,7 @@ def val_batches(
 
 
 def read_to_evaluate(data: Data, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `val_batches` as they are read, in memory of the CPU; of images that are not cached.
+    """Yield the batches of `val_batches` as they are read, in CPU memory; only for images that are not cached.
 
     Raises:
         GrowkitError: an image cannot be read; the message names it and the reason.
@@ -108,7 +108,7 @@ def read_to_evaluate(data: Data, settings: FitSettings, *, pin_memory: bool = Fa
 
 
 def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
-    """Up to `count` training images (N, C, H, W) of those not cached, prepared as for evaluation, drawn without labels.
+    """Draw up to `count` uncached training images (N, C, H, W), without labels, prepared as for evaluation.
 
     Raises:
         GrowkitError: one of them cannot be read.
@@ -120,7 +120,7 @@ def unaugmented(data: Data, count: int, *, seed: int) -> Tensor:
 
 
 class _Places(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of batches `first` to `last` of a run, each epoch permuted anew: this process's part."""
+    """This process's (epoch, index) pairs of batches `first` to `last` - 1 of a run; each epoch is permuted anew."""
 
     def __init__(self, data: Data, settings: FitSettings, first: int, last: int):
         self.images, self.settings, self.first, self.last = size_of(data.train), settings, first, last
@@ -155,7 +155,7 @@ def _read_to_train(
 
 
 def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
-    """Raise UnreadablePictureError where too many of the training images could not be read to be an accident."""
+    """Raise UnreadablePictureError if too many training images are unreadable for this to be an accident."""
     if len(lines) > FEW and failed > MOST_UNREADABLE * read:
         first = next(iter(lines))
         raise UnreadablePictureError(
@@ -166,7 +166,7 @@ def _refuse_many(failed: int, read: int, lines: Collection[str]) -> None:
 def _on(
     device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, images on the device as the network takes them."""
+    """Yield the batches with their images normalised and on the device."""
     if device.type == "cuda":
         yield from _ahead(device, normalised, batches)
         return
@@ -183,9 +183,9 @@ def _ready(images: Tensor | ErasedBatch, normalised: Callable[[Tensor], Tensor],
 def _ahead(
     device: torch.device, normalised: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor | ErasedBatch, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `_on` on a GPU: each is copied there while the one before it is worked on.
+    """Yield the batches of `_on` on a GPU: each is copied there while the one before it is in use.
 
-    At most BATCHES_AHEAD are there besides the one that is worked on, however far the GPU lags behind.
+    At most BATCHES_AHEAD are there besides the one in use, however far the GPU lags behind.
     """
     copying = torch.cuda.Stream(device)
     waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
@@ -196,7 +196,7 @@ def _ahead(
         working.wait_event(copied)
         try:
             yield images, labels
-        finally:  # before another batch is copied to where this one lies
+        finally:  # before another batch is copied over this one
             copying.wait_event(working.record_event())
 
     for images, labels in batches:
@@ -209,12 +209,12 @@ def _ahead(
 
 
 def _shares(images: int, batch_size: int) -> list[list[int]]:
-    """Places of this process's images for evaluation, batch by batch; no batch is empty."""
+    """Return the indices of this process's images for evaluation, batch by batch; no batch is empty."""
     places = torch.arange(images)
     if size() == 1:
         return [batch.tolist() for batch in places.split(batch_size) if len(batch)]
     if images < size():
         raise GrowkitError(f"{images} images for evaluation do not give each of {size()} processes one; use fewer")
-    # nearly equal, none below batch_size but where there are fewer images in all
+    # nearly equal, none below batch_size unless there are fewer images in total
     batches = places.tensor_split(max(1, images // batch_size))
     return [batch.tensor_split(size())[rank()].tolist() for batch in batches]

@@ -1,4 +1,4 @@
-"""Labelled images to train on and to evaluate on: opened, divided, and how they become what a network takes."""
+"""Labelled images for training and evaluation: opening them, splitting them, and preparing them for a network."""
 
 import hashlib
 import os
@@ -39,13 +39,13 @@ def _as_they_are(images: Tensor) -> Tensor:
 class Data:
     """Images to train on and to evaluate on.
 
-    train, val   map-style datasets of (image (C, H, W), label), or both resident: what `open_data` opens gives bytes,
-                 training images that may be erased as Erased
-    classes      class names in label order; empty where the dataset does not name them
-    identity     what a resumed run must find again, besides the sizes and the classes
-    unreadable   training images met so far that could not be read, a line with the reason for each, as keys in order;
-                 whenever a run saves, those that all its processes met, and before it was resumed
-    normalised   makes what the network takes of images (N, C, H, W) of the datasets, on the device; resident ones do so
+    train, val   map-style datasets of (image (C, H, W), label), or both Resident; those of `open_data` give uint8
+                 images, and Erased ones where training images may be erased
+    classes      class names in label order; empty if the dataset does not name them
+    identity     what must be unchanged when a run is resumed, besides the sizes and the classes
+    unreadable   training images found unreadable so far, one line with the reason for each, as ordered keys; at each
+                 save of a run, those of all its processes, including from before it was resumed
+    normalised   turns images (N, C, H, W) of the datasets into network input, on the device; Resident ones do so
                  themselves
     """
 
@@ -57,7 +57,7 @@ class Data:
     normalised: Callable[[Tensor], Tensor] = _as_they_are
 
     def remarks(self, record: Path) -> list[str]:
-        """What is to be said after training: at most one line, about unreadable images; all are named in `record`."""
+        """Return what to print after training: at most one line, on unreadable images; `record` names all of them."""
         if not self.unreadable:
             return []
         count, first = len(self.unreadable), next(iter(self.unreadable))
@@ -73,13 +73,13 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings, 
 
     Lists the files, reads no image. Training images are augmented as `settings` says, those for
     evaluation are resized and cropped as `data_config` says. With settings.cache the first batch
-    decodes all images of its split, once for all runs that use what this returns.
+    decodes all images of its split, once for all runs that use the returned Data.
 
     Args:
         data: directory, or timm dataset string whose files lie in settings.data_dir.
         data_config: what timm.data.resolve_model_data_config gives; see `channel_config`.
         settings: augmentation and where datasets lie.
-        tell: told how many images are decoded, where they are cached.
+        tell: receives the progress of decoding when images are cached.
 
     Raises:
         GrowkitError: nothing usable is there, or cached images are to be augmented by more than crops and flips;
@@ -143,10 +143,11 @@ def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings, 
 
 
 def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple[Data, Data]:
-    """Data to choose by, and data to test what was chosen: `share` of each class's validation images, and the others.
+    """Split the validation images into `share` of each class to choose by, and the rest to test the choice on.
 
-    Both train on the same share `keep` of each class's training images. None of those is chosen by: a source has seen
-    them before, and what is grown from it would look better there than it is. Which images, depends on `seed` alone.
+    Both returned Data train on the same share `keep` of each class's training images. Training images are never used
+    to choose: the source has seen them, so a model grown from it would look better there than it is. Which images go
+    where depends on `seed` alone.
 
     Raises:
         GrowkitError: a share out of range, or a class with too few validation images; the message names it.
@@ -179,7 +180,7 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
 
 
 def _by_class(dataset: Any, seed: int, purpose: str) -> Iterator[tuple[int, list[int]]]:
-    """Each label with the places of its images, in an order that depends on seed, purpose and label."""
+    """Yield each label with the indices of its images, in an order that depends on seed, purpose and label."""
     labels = torch.as_tensor(labels_of(dataset))
     for label in labels.unique().tolist():
         own = torch.nonzero(labels == label)[:, 0]
@@ -193,7 +194,7 @@ def _part(dataset: Any, index: list[int]) -> Dataset[Any]:
 
 
 def labels_of(dataset: Any) -> list[int]:
-    """The label of every image, without reading images where the dataset knows them."""
+    """Return the label of every image, without reading images if the dataset knows its labels."""
     if isinstance(dataset, Resident):
         inner = labels_of(dataset.decoded.dataset)
         return [inner[place] for place in dataset.index.tolist()]
@@ -224,7 +225,7 @@ def channel_config(data_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Converted:
-    """A transform of PIL images that first gives them `mode`, as torchvision's datasets do not."""
+    """A transform that first converts PIL images to `mode`, which torchvision's datasets do not do."""
 
     def __init__(self, mode: str, transform: Callable[[Image.Image], Any]):
         self.mode, self.transform = mode, transform
@@ -252,16 +253,16 @@ def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> An
 
 
 def _named(data: str, split: str, settings: FitSettings, *, download: bool) -> Any:
-    """What timm opens under a name.
+    """Open the timm dataset of this name.
 
     Raises:
-        GrowkitError: there is no such data set or split, or its files are not there.
+        GrowkitError: there is no such data set or split, or its files are missing.
     """
     try:
         return create_dataset(
             data, root=settings.data_dir, split=split, is_training=split == "train", download=download
         )
-    except Exception as error:  # every dataset library has its own kinds
+    except Exception as error:  # every dataset library has its own errors
         reason = first_line(error)
         raise GrowkitError(
             f"--data {data}, split {split}: {reason} (files are looked for in --data-dir {settings.data_dir}; "
@@ -278,7 +279,7 @@ def _class_names(dataset: Any) -> list[str]:
 
 
 def _digest(samples: list[tuple[str, int]], root: str) -> str:
-    """Hash of the list of files and labels; the same after the folder was moved."""
+    """Hash the list of files and labels; moving the folder does not change the hash."""
     lines = (f"{Path(name).relative_to(root).as_posix()}\t{label}\n" for name, label in samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 

@@ -27,6 +27,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         remedy = "--device cpu works" if local_rank() is None else "start as many with --nproc-per-node"
         raise GrowkitError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; {remedy}")
-    if device.index:  # else what names no device, as pinning memory and asking for a GPU's name, means the first
+    if device.index:  # else calls that name no device, such as pinning memory or asking a GPU's name, use the first
         torch.cuda.set_device(device)
     return device

@@ -1,7 +1,7 @@
-"""Training on several processes that torchrun started: who this one is, its part of a batch, what all agree on.
+"""Training on several processes started by torchrun: ranks, each process's part of a batch, collective operations.
 
-Alone, nothing here communicates: a single process leads, its part of a batch is all of it, and sums are its own. On
-several, every process calls the functions below in the same order.
+On a single process nothing here communicates: it leads, its part of a batch is the whole batch, and sums are its own.
+With several, every process must call the functions below in the same order.
 """
 
 import os
@@ -30,7 +30,7 @@ BEGUN = "growkit has begun"  # a key of torchrun's store, which outlives the pro
 
 
 def local_rank() -> int | None:
-    """Number of this process on its host; None where torchrun did not start it."""
+    """Return this process's rank on its host; None if torchrun did not start it."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
@@ -40,7 +40,7 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Number of this process among them."""
+    """Rank of this process among them."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -67,7 +67,7 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         with _ended_by_sigterm():
             store, number, count = next(rendezvous("env://"))
-            # torchrun keeps one store over its restarts; without a name of its own a group reads addresses of the dead
+            # torchrun keeps one store across restarts; without its own prefix a group reads dead processes' addresses
             own = PrefixStore(f"growkit {_attempt()}", store)
             dist.init_process_group(backend, store=own, rank=number, world_size=count)
         yield
@@ -76,8 +76,8 @@ def joined(device: torch.device) -> Iterator[None]:
         if not _is_lost(error):
             raise
         raise GrowkitError(
-            "another process of this run ended or cannot be reached; its own output says why. What was saved last is"
-            " whole, --resume goes on from there, or begins anew where nothing was"
+            "another process of this run ended or cannot be reached; its own output says why. The last saved state is"
+            " intact: --resume goes on from there, or begins anew if nothing was saved"
         ) from error
     finally:
         # After an error NCCL would wait for the others. gloo does not, and its threads must not outlive the
@@ -88,7 +88,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends this process: no handler of Python's runs while torch waits for others, gone perhaps."""
+    """Inside, SIGTERM ends this process: no Python handler runs while torch waits for others, which may be gone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -104,7 +104,7 @@ def _attempt() -> str:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # which has no error of its own
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # gloo has no error class of its own
 
 
 def _store() -> Store:
@@ -113,7 +113,7 @@ def _store() -> Store:
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other process has said `line` yet, of an error that may strike one process or all."""
+    """Return whether no other process has said `line` yet; an error may strike one process or all."""
     if local_rank() is None:
         return True
     try:
@@ -123,18 +123,18 @@ def first_to_say(line: str) -> bool:
 
 
 def begin() -> None:
-    """Note that what lies in the run's folder is from now on this job's own; see `restarted`."""
+    """Note that from now on the run's folder holds this job's own state; see `restarted`."""
     if local_rank() is not None and leads():
         _store().set(BEGUN, "")
 
 
 def restarted() -> bool:
-    """Whether torchrun started these processes anew after others had begun the same work."""
+    """Return whether torchrun restarted these processes after earlier ones had begun the same work."""
     return local_rank() is not None and by_leader(lambda: _store().check([BEGUN]))
 
 
 def part(whole: int) -> slice:
-    """Which of the `whole` images of a batch are this process's; `refuse_indivisible` sees to it that they divide."""
+    """Return this process's slice of a batch of `whole` images; `refuse_indivisible` ensures that they divide."""
     each = whole // size()
     return slice(rank() * each, (rank() + 1) * each)
 
@@ -149,12 +149,12 @@ def refuse_indivisible(images: int) -> None:
 
 
 def own_draws() -> tuple[int, ...]:
-    """What goes into a seed besides, so that processes draw differently: the rank; nothing in the leading one."""
+    """Return extra seed parts that make processes draw differently: the rank; none on the leading process."""
     return (rank(),) if rank() else ()
 
 
 def anywhere(*wishes: bool) -> list[bool]:
-    """For each wish, whether any of the processes has it."""
+    """Return, for each wish, whether any process has it."""
     if size() == 1:
         return list(wishes)
     found = torch.tensor(wishes, dtype=torch.int32)
@@ -177,7 +177,7 @@ def largest(count: int) -> int:
 
 
 def gathered(lines: Iterable[str]) -> list[str]:
-    """The `lines` of all processes, in order of these, each once."""
+    """Return the `lines` of all processes in rank order, without duplicates."""
     told: list[Any] = [list(lines)] * size()
     if size() > 1:
         dist.all_gather_object(told, list(lines))
@@ -192,7 +192,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 def by_leader(act: Callable[[], T]) -> T:
-    """Let the leading process act while the others wait: every process gets what it gave, or raises what it raised."""
+    """Run `act` on the leading process while the others wait; every process returns its result or raises its error."""
     if size() == 1:
         return act()
     told: list[Any] = [None, None]
@@ -208,10 +208,10 @@ def by_leader(act: Callable[[], T]) -> T:
 
 
 def together(model: nn.Module, device: torch.device) -> nn.Module:
-    """What to call in place of `model` so that its gradients are the mean over all processes; alone, `model` itself.
+    """Return what to call in place of `model` to average gradients over all processes; on one process, `model` itself.
 
     Raises:
-        GrowkitError: the model holds more than parameters, as running statistics, which would differ by process.
+        GrowkitError: the model has state besides parameters, such as running statistics, which would differ by process.
     """
     if size() == 1:
         return model
@@ -219,7 +219,7 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
         raise GrowkitError(f"{kept[0]} is no parameter and would differ by process; train this model on one process")
     if sharded(model):
         return model
-    # The buffers that are left are its source's weights in a grown model: the same everywhere, and never sent.
+    # The only buffers left are a grown model's source weights: the same everywhere, and never sent.
     settled = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, settled)
     place = [device] if device.type == "cuda" else None
@@ -227,21 +227,21 @@ def together(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def statistics(model: nn.Module) -> list[str]:
-    """Names of what `model` keeps besides parameters, as running statistics: every batch changes it."""
+    """List the state `model` keeps besides parameters, such as running statistics: every batch changes it."""
     return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
 
 
 def syncing_gradients(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Around a forward and backward pass: whether gradients are averaged now, or wait for the update's last batch."""
+    """Wrap a forward and backward pass: average gradients `now`, or leave that to the update's last batch."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not now else nullcontext()
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread the parameters of `model` over the processes, in place and block by block, so that none holds it whole.
+    """Shard the parameters of `model` over the processes, in place and block by block, so that none holds them all.
 
-    Blocks are what lies in lists of its own, as timm's `blocks`.
+    Blocks are the members of the model's own module lists, such as timm's `blocks`.
 
     Raises:
         GrowkitError: torchrun did not start this process.
@@ -251,7 +251,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (size(),))
     lists = (child for child in model.children() if isinstance(child, (nn.Sequential, nn.ModuleList)))
     for part in (*(block for blocks in lists for block in blocks), model):
-        # the root, too, lets go after a forward pass: else model.parameters() are other tensors than the optimizer's
+        # the root is resharded after a forward pass, too: else model.parameters() are not the optimizer's tensors
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
@@ -261,7 +261,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def whole(state: Any) -> Any:
-    """`state` with its sharded tensors put together on the CPU of the leading process; the others get None for them."""
+    """Return `state` with sharded tensors gathered on the leading process's CPU; the others get None for them."""
     if isinstance(state, DTensor):
         full = state.full_tensor()
         return full.cpu() if leads() else None
@@ -271,7 +271,7 @@ def whole(state: Any) -> Any:
 
 
 def sharded_like(value: Any, like: Tensor) -> Any:
-    """`value`, sharded where it is a tensor of the shape of `like` and that is."""
+    """Shard `value` like `like` if both are tensors of the same shape and `like` is sharded."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     mesh = like.device_mesh

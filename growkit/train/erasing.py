@@ -1,4 +1,4 @@
-"""timm's random erasing of images in bytes: the noise is drawn with the image, and written once that is normalised."""
+"""timm's random erasing for uint8 images: the noise is drawn with the image, and written after normalisation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import default_collate
 
-NOTHING = torch.zeros(1)  # noise of an image that is not erased, and pixels of one whose place alone is asked for
+NOTHING = torch.zeros(1)  # noise of an image that is not erased, and pixels of one when only the erased place matters
 
 
 class Erased(NamedTuple):
-    """An image in bytes (C, H, W), and where noise (C, height, width) is to be written over it, if anywhere."""
+    """A uint8 image (C, H, W), and where noise (C, height, width) is to be written over it, if anywhere."""
 
     image: Tensor
     corner: tuple[int, int] | None = None  # row and column
@@ -20,10 +20,10 @@ class Erased(NamedTuple):
 
 
 class ErasedBatch(NamedTuple):
-    """Images in bytes (N, C, H, W), and what is to be written over them.
+    """uint8 images (N, C, H, W), and the noise to be written over them.
 
-    boxes   (K, 5): image of the batch, top, left, height and width
-    noise   of all boxes, one after the other, (C, height, width) each
+    boxes   (K, 5): index of the image, top, left, height and width
+    noise   of all boxes, flattened one after the other, (C, height, width) each
     """
 
     images: Tensor
@@ -31,7 +31,7 @@ class ErasedBatch(NamedTuple):
     noise: Tensor
 
     def over(self, normalised: Tensor) -> Tensor:
-        """The images, normalised by now, with the noise written into them in place."""
+        """Write the noise into the normalised images, in place, and return them."""
         boxes, channels = self.boxes.tolist(), normalised.shape[1]
         noise = self.noise.to(normalised.device, non_blocking=True)
         pieces = noise.split([channels * high * wide for *_, high, wide in boxes])
@@ -41,7 +41,7 @@ class ErasedBatch(NamedTuple):
 
 
 class _Noted(Tensor):
-    """A tensor that notes what is written to it in place of holding it."""
+    """A tensor that records what is written to it instead of storing it."""
 
     written: tuple[tuple[slice, ...], Tensor] | None = None
 
@@ -50,13 +50,13 @@ class _Noted(Tensor):
 
 
 class Erasing:
-    """Draws with `probability` a box of an image in bytes (C, H, W), and noise for it, as timm does of floats."""
+    """Draws, with `probability`, a box of a uint8 image (C, H, W) and noise for it, as timm does for floats."""
 
     def __init__(self, probability: float):
         self.erase = RandomErasing(probability, mode="pixel", device="cpu")
 
     def __call__(self, image: Tensor) -> Erased:
-        """The image as it is, with at most one box."""
+        """Return the unchanged image with at most one box."""
         noted = NOTHING.expand(image.shape).as_subclass(_Noted)
         self.erase(noted)
         if noted.written is None:
@@ -66,12 +66,12 @@ class Erasing:
 
 
 def together(images: Sequence[Erased]) -> ErasedBatch:
-    """One batch of single images."""
+    """Collate single images into one batch."""
     return ErasedBatch(default_collate([one.image for one in images]), *boxes_and_noise(images))
 
 
 def boxes_and_noise(images: Sequence[Erased]) -> tuple[Tensor, Tensor]:
-    """What an ErasedBatch of these images writes over them."""
+    """Return the boxes and the noise of an ErasedBatch of these images."""
     boxes = [(number, *one.corner, *one.noise.shape[1:]) for number, one in enumerate(images) if one.corner is not None]
     return (
         torch.tensor(boxes, dtype=torch.long).view(-1, 5),

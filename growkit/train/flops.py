@@ -18,17 +18,17 @@ aten = torch.ops.aten
 class StepCost:
     """Matrix products and convolutions of a forward and a backward pass over one batch.
 
-    A multiply-accumulate is two FLOPs. What torch.utils.checkpoint computes twice is counted twice, and so are
-    intermediates of a ring, though training keeps those for which there is room (`memory.keep_what_fits`); what a fused
-    attention kernel computes twice, once: nothing is computed, so the figures depend on no device or kernel. The
-    optimizer's own arithmetic, norms and activations are not counted.
+    A multiply-accumulate is two FLOPs. What torch.utils.checkpoint recomputes is counted twice, as are a ring's
+    intermediates, although training keeps those that fit (`memory.keep_what_fits`). What a fused attention kernel
+    recomputes is counted once: nothing is executed, so the figures depend on no device or kernel. The optimizer's own
+    arithmetic, norms and activations are not counted.
     """
 
     flops_per_step: int
-    flops_of_making: int = 0  # of them, what makes a grown model's weights, forward and backward
+    flops_of_making: int = 0  # the part of it that makes a grown model's weights, forward and backward
 
     def of_update(self, batches: int) -> int:
-        """FLOPs of an update of several such batches, for which weights are made once."""
+        """Return the FLOPs of an update of `batches` such batches, for which weights are made once."""
         return (self.flops_per_step - self.flops_of_making) * batches + self.flops_of_making
 
 
@@ -36,13 +36,13 @@ def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable
     """Count a training step of `model` on a batch like this one; nothing is computed.
 
     Args:
-        model: the module to train; its forward has to run on torch's meta device, and so may look at no value.
+        model: the module to train; its forward must run on torch's meta device, so it may not look at values.
         batch: images (N, C, H, W) and the targets `loss_fn` takes.
         loss_fn: maps (outputs, targets) to a scalar.
     """
     images, targets = (tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for tensor in batch)
     bare, counter = without_storage(model), FlopCounterMode(display=False)
-    # weights that are made are ready before; to make them is counted apart
+    # a grown model's weights are made beforehand; making them is counted separately
     with made_once(bare, 2), counter:
         loss_fn(bare(images), targets).backward()
     making = count_making(model)
@@ -51,9 +51,9 @@ def count_step(model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: Callable
 
 
 def count_making(model: nn.Module) -> int:
-    """FLOPs of making weights once, in this process, forward and backward; nothing is computed.
+    """Count the FLOPs of making weights once, in this process, forward and backward; nothing is computed.
 
-    In the slices that a CPU takes; larger ones, as on a GPU, repeat no more. 0 for a model that makes no weights.
+    Counted with the slices a CPU uses; larger ones, as on a GPU, repeat no more. 0 for a model that makes no weights.
     """
     if not isinstance(model, MakesWeights):
         return 0

@@ -1,4 +1,4 @@
-"""Image folders, one folder per class: what is listed, and what is read of a listed file."""
+"""Image folders, one folder per class: listing the files, and reading them."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from growkit.train.settings import FitSettings
 
 
 def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pictures", list[str]]:
-    """Pictures, without transforms, of path/train and of the folder that `val_split` means, and their common classes.
+    """Open path/train and the folder `val_split` means, as Pictures without transforms, and list their common classes.
 
     Raises:
-        GrowkitError: a folder is missing or unusable, classes differ, or there is only one.
+        GrowkitError: a folder is missing or unusable, classes differ, or there is only one class.
     """
     shown = visible(path)
     if not path.is_dir():
@@ -49,14 +49,14 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
 
 
 def _val_folder(path: Path, val_split: str) -> str:
-    """--val-split names the folder as it names a dataset's split; left out, it means val/, or validation/."""
+    """Return the folder that --val-split names, as it names a dataset's split; by default val/, or else validation/."""
     if val_split == FitSettings.val_split and ((path / "val").is_dir() or not (path / val_split).is_dir()):
         return "val"
     return val_split
 
 
 def _meant(path: Path, missing: str) -> str | None:
-    """What a person may have meant, going by the folders around `path`."""
+    """Suggest what the user may have meant, judging by the folders around `path`."""
     within = sorted(entry.name for entry in _listed(path) if _is_folder(entry))
     if missing == "train":
         near = (*path.absolute().parents[:2], *map(path.joinpath, within))
@@ -67,10 +67,10 @@ def _meant(path: Path, missing: str) -> str | None:
 
 
 class FolderReader:
-    """Lists the pictures folder/CLASS/*, class by class and in timm's natural order; gives (path, label), reads none.
+    """Lists the pictures folder/CLASS/* as (path, label), by class and in timm's natural order, without reading any.
 
-    Hidden files and those without one of SUFFIXES are passed over. Unlike timm's reader it refuses folders within
-    classes, whose names timm would take for classes and whose links may lead back up.
+    Hidden files and those without one of SUFFIXES are skipped. Unlike timm's reader it refuses folders within classes:
+    timm would take their names for classes, and their links may lead back up.
 
     samples        (path, label) of each picture
     class_to_idx   label of each class
@@ -96,7 +96,7 @@ class FolderReader:
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
         self.samples: list[tuple[str, int]] = []
         for name, label in self.class_to_idx.items():
-            if not name.isprintable():  # it would become a label, in files of one label per line, too
+            if not name.isprintable():  # it would become a label, also in files with one label per line
                 raise GrowkitError(f"{shown}/{visible(name)}: a class whose name cannot be printed; rename it")
             self.samples += [(path, label) for path in _pictures(folder / name)]
 
@@ -123,7 +123,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in `folder` and is not hidden."""
+    """List the entries of `folder` that are not hidden."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -139,20 +139,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
-    """By its suffix: a link that leads nowhere, or a pipe, is one that cannot be read, and reading it says so."""
+    """Judge by the suffix: a broken link or a pipe counts as a picture, and reading it says that it is unreadable."""
     return os.path.splitext(entry.name)[1].lower() in SUFFIXES and not _is_folder(entry)
 
 
 def _natural(text: str) -> tuple[list[int | str], str]:
-    """timm's order, 9 before 10, with names that it holds for equal (cat, Cat) told apart."""
+    """Sort key for timm's order, 9 before 10, which also orders names that are equal to timm (cat, Cat)."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())], text
 
 
 class Pictures(Dataset[Any]):
-    """(transform(picture), label) of what a reader lists: a FolderReader, or timm's of a dataset such as hfds/...
+    """(transform(picture), label) for what a reader lists: a FolderReader, or timm's for a dataset such as hfds/...
 
-    timm's own dataset puts the next image in the place of one that cannot be read, and says so only in a log; here that
-    raises UnreadablePictureError, and whoever asked decides.
+    timm's own dataset replaces an unreadable image with the next one and only logs it; here an unreadable image raises
+    UnreadablePictureError, and the caller decides.
     """
 
     def __init__(self, reader: Any, mode: str):

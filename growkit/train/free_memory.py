@@ -1,4 +1,4 @@
-"""How much memory is free: on a GPU, or here, within the limits that a process is under."""
+"""How much memory is free: on a GPU, or on the host within this process's limits."""
 
 import os
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ GROUPS = Path("/sys/fs/cgroup")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 MANY = 2**63 - 1  # bytes
-USED = 0.6  # of the addresses that are left: allocators and threads reserve more than they use
+USED = 0.6  # usable share of the remaining address space: allocators and threads reserve more than they use
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device`; on the CPU what this process may take of them.
+    """Return the bytes free on `device`; on the CPU, those that this process may take.
 
-    That is its share of what torchrun's processes on the host have, and no more than its own limit (`ulimit -v`).
-    Where the system does not say, all the machine has.
+    That is its equal share among torchrun's processes on the host, at most its own limit (`ulimit -v`). If the system
+    does not say what is free, all of the machine's memory counts.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_to_groups() -> Iterator[int]:
-    """Bytes that each control group around this process may still take, as in Docker, Kubernetes and Slurm."""
+    """Yield the bytes that each cgroup around this process may still take, as in Docker, Kubernetes and Slurm."""
     try:
         lines = (PROC / "self" / "cgroup").read_text("utf-8").splitlines()
     except OSError:
@@ -47,22 +47,22 @@ def _left_to_groups() -> Iterator[int]:
             continue
         most, taken, cached = VERSION_1 if controllers else VERSION_2
         root = GROUPS / "memory" if controllers else GROUPS
-        own = root / place.lstrip("/")  # as the host names it: in a container the root alone may be there
+        own = root / place.lstrip("/")  # the host's path: in a container only the root may exist
         for group in (own, *own.parents):
             try:
                 limit, used = (int((group / name).read_text("ascii")) for name in (most, taken))
-                yield limit - used + _entry(group / "memory.stat", cached)  # files that can be read again
+                yield limit - used + _entry(group / "memory.stat", cached)  # cached files can be dropped and read again
             except (OSError, ValueError, StopIteration):  # no such group, or no limit: "max"
                 continue
 
 
 def limited() -> bool:
-    """Whether the addresses of this process are limited: what fits these is less sure than what fits memory."""
+    """Return whether this process's address space is limited: what fits it is less certain than what fits memory."""
     return resource is not None and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _left_to_process() -> int:
-    """Bytes that fit the addresses which this process may still take."""
+    """Return the bytes that fit the address space this process may still take."""
     if not limited():
         return MANY
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -74,5 +74,5 @@ def _left_to_process() -> int:
 
 
 def _entry(file: Path, name: str) -> int:
-    """The number that a file of the system's gives for `name`."""
+    """Return the number that a system file gives for `name`."""
     return next(int(words[1]) for words in map(str.split, file.read_text("ascii").splitlines()) if words[0] == name)

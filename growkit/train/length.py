@@ -11,7 +11,7 @@ from growkit.train.settings import FitSettings
 
 @dataclass(frozen=True)
 class Length:
-    """Updates of a run: in all, of its warm-up, of an epoch, between evaluations (0: only after the last)."""
+    """A run's length in updates: in total, of the warm-up, per epoch, between evaluations (0: only after the last)."""
 
     total: int
     warmup: int
@@ -20,16 +20,16 @@ class Length:
     images_per_update: int
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the model is scored after update `step`, from 1."""
+        """Return whether the model is scored after update `step`, counted from 1."""
         return step == self.total or (self.eval_every > 0 and step > 0 and step % self.eval_every == 0)
 
 
 def length_of(data: Data, settings: FitSettings) -> Length:
-    """The length that `settings` give a run on `data`.
+    """Return the length of a run on `data` with these settings.
 
     Raises:
-        GrowkitError: a warm-up that is no shorter than the run, or a batch that does not divide among processes, or
-            into the pairs that are mixed.
+        GrowkitError: the warm-up is not shorter than the run, or a batch does not divide among the processes or into
+            the pairs that are mixed.
     """
     images = images_per_batch(data, settings)
     distributed.refuse_indivisible(images)

@@ -1,4 +1,4 @@
-"""A data set read image by image in processes of its own, and handed over in batches of bytes."""
+"""Worker processes that read a data set image by image and hand it over in batches of uint8 images."""
 
 import atexit
 import errno
@@ -31,34 +31,35 @@ from growkit.train.erasing import Erased, together
 from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
 
-PATIENCE = 60  # seconds that a process which reads serves on after SIGTERM
+PATIENCE = 60  # seconds that a worker keeps reading after SIGTERM
 SHARED_MEMORY_IS_FULL = ("unable to resize file", "unable to write to file", "unable to allocate shared memory")
-MEMORY_ERRORS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)  # where a process is begun
+MEMORY_ERRORS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)  # when a process is started
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-DYING = 1.0  # seconds in which a process whose pipes closed has ended
-BORN = 60.0  # seconds after which a forked process that did not begin never will
-READING_ON = 20  # seconds after an image for evaluation that cannot be read, to name others with it
+DYING = 1.0  # seconds within which a process whose pipes closed has ended
+BORN = 60.0  # seconds after which a forked process that did not start never will
+READING_ON = 20  # seconds to read on after an unreadable image for evaluation, to name others with it
 STAND_INS = 10  # images after an unreadable one that are tried in its place; timm's number
 log = logging.getLogger(__name__)
-_readers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()  # with the process that began each
-_most = [1024]  # processes that the machine was found to bear, for this process's loaders to come
-# Loaders that lost a process, and errors whose frames hold loaders half begun. They are never let go: as they are
-# destroyed, torch would wait for a lock that the dead process holds, or fail.
+_readers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()  # with the id of the process that started each
+_most = [1024]  # workers that the machine was found to support, for this process's later loaders
+# Loaders that lost a worker, and errors whose frames hold half-started loaders. They are never freed: when they are
+# destroyed, torch would wait for a lock that the dead worker holds, or fail.
 _kept: list[Any] = []
 
 
 class Read(Dataset[Any]):
-    """`dataset` for loaders: gives samples, each with the reason where another one stands in for it.
+    """Wraps `dataset` for loaders: gives samples, each with the reason if another one replaces it.
 
-    An error that a worker raised would reach the user as a page of traceback, so reasons travel with the batch. In the
-    place of an unreadable image comes the next one, up to `stand_ins` further on: which, depends on the image alone.
+    An error raised in a worker would reach the user as a page of traceback, so reasons travel with the batch. An
+    unreadable image is replaced by the next readable one, up to `stand_ins` further on: which one depends on the image
+    alone.
     """
 
     def __init__(self, dataset: Any, stand_ins: int):
         self.dataset, self.stand_ins = dataset, stand_ins
 
     def __getitems__(self, places: list[Any]) -> list[Any]:
-        """A whole batch, as loaders ask for it."""
+        """Return a whole batch, as loaders ask for it."""
         return [self._read(place) for place in places]
 
     def _read(self, index: int) -> tuple[Any, str | None]:
@@ -69,20 +70,20 @@ class Read(Dataset[Any]):
                 return self.dataset[place], why
             except UnreadablePictureError as error:
                 why = why or str(error)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, in torchvision's hands
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, raised through torchvision
                 why = why or unreadable(f"image {place}", first_line(error, 160))
         return None, why
 
 
 class Augmented(Read):
-    """`dataset`, asked for (epoch, index): what is drawn for an image depends on these alone."""
+    """Wraps `dataset`, indexed by (epoch, index): an image's random draws depend on these and the seed alone."""
 
     def __init__(self, dataset: Any, seed: int):
         super().__init__(dataset, STAND_INS)
         self.seed = seed
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
-        """A whole batch; NumPy takes 0.2 ms to give its state back."""
+        """Return a whole batch, with the random state restored only once: that takes NumPy 0.2 ms."""
         with random_kept():
             return [self._draw(epoch, index) for epoch, index in places]
 
@@ -92,7 +93,7 @@ class Augmented(Read):
 
 
 def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
-    """Samples as one batch, and why some are others than asked for; no batch where one is missing, and why."""
+    """Collate samples into a batch, with the reasons for replaced ones; if one is missing, return None and why."""
     missing = [why for sample, why in read if sample is None and why]
     if missing:
         return None, missing
@@ -104,14 +105,14 @@ def _collated(read: list[tuple[Any, str | None]]) -> tuple[Any, list[str]]:
 
 
 def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bool = False) -> Iterator[Any]:
-    """Batches, with the reasons of those images in them that another one stands in for.
+    """Yield batches, each with the reasons for its replaced images.
 
-    Where a process that reads is killed, as for want of memory, or finds shared memory full, half as many read on from
-    the batch that was due. Where one does not begin, all are begun once more.
+    If a worker is killed, for lack of memory for example, or finds shared memory full, half as many read on from the
+    batch that was due. If one does not start, all are started once more.
 
     Raises:
-        UnreadablePictureError: an image cannot be read, nor can what may stand in for it.
-        GrowkitError: a process that reads crashed, as it would again.
+        UnreadablePictureError: an image cannot be read, nor can any that may replace it.
+        GrowkitError: a worker crashed, as it would again.
     """
     count, due, again = min(settings.workers, len(sampler), _most[0]), 0, True
     while due < len(sampler):
@@ -134,7 +135,7 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
         for _ in range(due, len(sampler)):
             try:
                 batch, told = next(batches)
-            except Exception as error:  # a dozen kinds: what a dead process has sent may need it to be read
+            except Exception as error:  # a dozen kinds: reading what a dead worker sent may need that worker
                 if not readers:
                     raise
                 full = any(words in str(error) for words in SHARED_MEMORY_IS_FULL)
@@ -156,7 +157,7 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
 
 
 def _with_others(told: list[str], batches: Iterator[Any]) -> str:
-    """What the first unreadable image is refused with, and the names of those that reading on for a while finds."""
+    """Return the message for the first unreadable image, with the names of others found by reading on for a while."""
     end, others = time.monotonic() + READING_ON, told[1:]
     with suppress(Exception):  # a process that dies now changes nothing
         while time.monotonic() < end:
@@ -165,11 +166,11 @@ def _with_others(told: list[str], batches: Iterator[Any]) -> str:
     if not others:
         return told[0]
     names = [line.partition(NOT_READABLE)[0] for line in others]
-    return f"{told[0]}; so it is with {some(names, most=20)}"
+    return f"{told[0]}; also unreadable: {some(names, most=20)}"
 
 
 def _fewer(count: int, why: str) -> int:
-    """How many processes read on in place of `count`, told with the reason."""
+    """Halve the number of workers, log that with the reason, and return it."""
     left = _most[0] = count // 2
     instead = f"{left} read on" if left else "images are read without processes of their own"
     log.warning(f"{why}; {instead}. Fewer --workers take less memory")
@@ -179,14 +180,14 @@ def _fewer(count: int, why: str) -> int:
 def _begun(
     dataset: Read, places: Iterable[Any], count: int, *, pin_memory: bool
 ) -> tuple[Iterator[Any], list[BaseProcess], bool]:
-    """What `count` processes read at `places`, these processes, and whether all came to life.
+    """Start `count` workers; return the batches they read at `places`, the workers, and whether all came to life.
 
-    That one of them died shows when its batch is due: torch would raise it wherever the main thread is just then.
+    A worker's death shows when its batch is due: torch would raise it wherever the main thread happens to be.
     """
     before, handler = active_children(), signal.getsignal(signal.SIGCHLD)
     heard, cry = Pipe(duplex=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores: as asked
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as asked
         loader = DataLoader(
             dataset,
             batch_sampler=places,
@@ -198,7 +199,7 @@ def _begun(
         )
         try:
             batches = iter(loader)
-        except OSError:  # some may have begun
+        except OSError:  # some may have started
             _end(set(active_children()).difference(before))
             raise
     if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
@@ -211,8 +212,8 @@ def _begun(
 
 
 def _all_born(readers: list[BaseProcess], heard: Connection) -> bool:
-    """Whether all came to life: on Python 3.11 a fork hangs for ever where another thread, as one of torch's, happens
-    to hold the interpreter's list of threads (mended in 3.13)."""
+    """Return whether all came to life: on Python 3.11 a fork hangs forever if another thread, such as one of torch's,
+    happens to hold the interpreter's list of threads (fixed in 3.13)."""
     end, born = time.monotonic() + BORN, 0
     while born < len(readers):
         ready = wait([heard, *(reader.sentinel for reader in readers)], timeout=max(0.0, end - time.monotonic()))
@@ -225,7 +226,7 @@ def _all_born(readers: list[BaseProcess], heard: Connection) -> bool:
 
 @atexit.register
 def _end_all() -> None:
-    """At the end of the main process, as after an error: Python's own way is SIGTERM, and they would serve on."""
+    """Kill all workers when the main process ends, also by an error: Python sends SIGTERM, after which they read on."""
     _end(reader for reader, owner in _readers.items() if owner == os.getpid())
 
 
@@ -235,7 +236,7 @@ def _end(readers: Iterable[BaseProcess]) -> None:
 
 
 def _dead_of(readers: Iterable[BaseProcess]) -> list[BaseProcess]:
-    """Those of the processes that have ended or are just about to: their pipes close before they have a status."""
+    """Return the processes that have ended or are about to: their pipes close before they have an exit status."""
     sentinels = wait([reader.sentinel for reader in readers], timeout=DYING)
     dead = [reader for reader in readers if reader.sentinel in sentinels]
     for reader in dead:
@@ -244,7 +245,7 @@ def _dead_of(readers: Iterable[BaseProcess]) -> list[BaseProcess]:
 
 
 def _refuse_crashed(dead: Iterable[BaseProcess]) -> None:
-    """Raise GrowkitError where one of the processes ended by an error of its own machine code."""
+    """Raise GrowkitError if one of the processes crashed in native code."""
     for number in (-(reader.exitcode or 0) for reader in dead):
         if number in CRASHES:
             raise GrowkitError(
@@ -254,19 +255,19 @@ def _refuse_crashed(dead: Iterable[BaseProcess]) -> None:
 
 
 def in_order(dataset: Any, stand_ins: int, settings: FitSettings) -> Iterator[Any]:
-    """All images of `dataset` once, and what is said of those that could not be read."""
+    """Yield all images of `dataset` once, with a line on each that could not be read."""
     places = torch.arange(len(dataset)).split(256)
     return loaded(Read(dataset, stand_ins), [batch.tolist() for batch in places], settings)
 
 
 def _quiet_worker(cry: Connection, _: int) -> None:
-    """Say that this process lives, leave signals to the main one, and say nothing of its death.
+    """Report that this worker is alive, leave signals to the main process, and stay silent when that one dies.
 
     The main process ends its workers when it is done with them. torchrun, `timeout` and schedulers send SIGTERM to all
     processes of a job, and training needs its images until it has saved. Python hands images on in a thread of the
-    worker; where the main process is killed meanwhile, that thread fails.
+    worker, which fails if the main process is killed meanwhile.
     """
-    with suppress(OSError):  # where processes are not forked nobody listens
+    with suppress(OSError):  # without fork nobody listens
         cry.send_bytes(b"born")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))

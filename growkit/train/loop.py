@@ -31,11 +31,11 @@ FREE_TO_CHANGE = ("shard", "workers", "log_every", "save_seconds", "tensorboard"
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run did; a resumed run's result covers its earlier parts, but for images_per_second.
+    """What a run did; a resumed run's result covers its earlier parts, except in images_per_second.
 
-    interrupted says that a stop was asked for, stopped_by by which signal, where one did.
-    losses holds one value per update, history (step, scores) of each evaluation; best is the one
-    with the highest top-1 (then the lowest loss). seconds is wall time with evaluation.
+    interrupted says whether a stop was requested, stopped_by by which signal, if any.
+    losses has one value per update, history (step, scores) for each evaluation; best is the one
+    with the highest top-1 (then the lowest loss). seconds is wall time including evaluation.
     """
 
     steps: int
@@ -71,14 +71,14 @@ def fit(
 
     The result depends on the model, the data and the settings alone: not on the number of workers,
     nor on where a run was stopped and resumed. No global random state is changed. Ctrl-C or
-    SIGTERM ends the run after the batch at hand, with the state of the last whole update saved, and a
-    scoring at once where it is of one process; a second one ends at once whatever is at hand. A score that was due
-    and not made is made when the run is resumed.
+    SIGTERM ends the run after the current batch, with the state of the last whole update saved; on a single
+    process it ends an evaluation at once. A second signal ends anything at once. An evaluation that was due
+    but not made is made when the run is resumed.
 
-    On several processes (`distributed.joined`) each takes its part of every batch, gradients are averaged, and the
-    result is that of one process to rounding; but dropout and mixing draw for each process, and mixing pairs the
-    images of its part. All see the same records, scores and result; only the leading one writes. A run may be
-    resumed on another number of them.
+    With several processes (`distributed.joined`), each takes its part of every batch, gradients are averaged, and the
+    result is that of one process up to rounding; but dropout and mixing draw separately on each process, and mixing
+    pairs images within its part. All see the same records, scores and result; only the leading process writes. A run
+    may be resumed on a different number of processes.
 
     Args:
         model: gives logits (N, classes) for images (N, C, H, W).
@@ -90,7 +90,7 @@ def fit(
         resume: go on from the state in `folder`.
         on_step: called every log_every updates, after each evaluation and at the end.
         on_best: called with the evaluated model whenever it is the best so far.
-        progress: told before every batch how many of the run's updates are done, parts of one too.
+        progress: told before every batch how many of the run's updates are done, fractions included.
 
     Raises:
         GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
@@ -135,19 +135,19 @@ class _Run:
         self.what_fits = partial(telling_what_fits, model, data, settings, device)
         with self.what_fits():
             self.training = Training(model, data, settings, device, length.total, length.warmup)
-        self.divisible = not distributed.statistics(model)  # an update whose first batches leave no trace
+        self.divisible = not distributed.statistics(model)  # an update can be dropped midway without a trace
         self.start, self.seconds_before = 0, 0.0
         self.losses: list[float] = []  # one for each update
         self.unread: list[Tensor] = []  # losses still on the device; reading them waits for it
         self.history: list[tuple[int, Scores]] = []
-        self.saved, self.saved_at = (0, 0), self.began  # updates and scores; when
-        self.window = self.training_seconds = 0.0  # seconds since the last record, and in all
-        self.mark = self.began  # since when the window does not count
-        self.recorded, self.note = 0, ""  # the last record, and what is said of it
+        self.saved, self.saved_at = (0, 0), self.began  # updates and scores saved last, and when
+        self.window = self.training_seconds = 0.0  # seconds since the last record, and in total
+        self.mark = self.began  # time up to which the window has counted
+        self.recorded, self.note = 0, ""  # step of the last record, and its progress note
         self.stop, self.interrupted = Stop(), False
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Start where `state` was taken, or from scratch; the folder is made ready."""
+        """Resume from `state`, or start from scratch, and make the folder ready."""
         folder = self.folder
         if folder is not None and state is not None:
             self.training.load(state["training"])
@@ -161,7 +161,7 @@ class _Run:
         self.recorded, self.saved, self.saved_at = self.start, self._learned, time.perf_counter()
 
     def go(self) -> None:
-        """Make the updates that are left, until the last one or a stop."""
+        """Make the remaining updates, until the last one or a stop."""
         start, owed = self.start, self._owed(self.start)
         batches = self._batches()
         written_in = self.folder if distributed.leads() else None
@@ -175,7 +175,7 @@ class _Run:
             self._tell(len(self.losses))
 
     def result(self) -> FitResult:
-        """What was done so far."""
+        """Return what was done so far."""
         best = _best(self.history) if self.history else (None, None)
         images, flops = self.length.images_per_update, self.training.flops_per_step
         seconds = self.training_seconds + self.window
@@ -206,7 +206,7 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.began
 
     def _owed(self, step: int) -> bool:
-        """Whether the model is to be scored after update `step`, and was not."""
+        """Return whether an evaluation after update `step` is due but not made."""
         scored = bool(self.history) and self.history[-1][0] == step
         return self.evaluate is not None and not scored and self.length.evaluates_at(step)
 
@@ -216,10 +216,10 @@ class _Run:
         self.progress(done, self.length.total, self.note or rate(learned, seconds))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of the updates to come; before each it is told how far the run is.
+        """Yield the batches of the remaining updates, reporting progress before each.
 
         Raises:
-            _StoppedError: a stop was asked for between two of an update.
+            _StoppedError: a stop was requested between two batches of an update.
         """
         accumulate = self.settings.grad_accum_steps
         first, end = self.start * accumulate, self.length.total * accumulate
@@ -231,7 +231,7 @@ class _Run:
             yield next(read)
 
     def _updated(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-        """Make an update; False where a stop was asked for between its batches: they are let go."""
+        """Make an update; False if a stop was requested between its batches, whose gradients are then dropped."""
         try:
             with self.what_fits(), multiplying(self.settings.tf32):
                 self.unread.append(self.training.update(step, batches))
@@ -241,9 +241,9 @@ class _Run:
         return True
 
     def _after_update(self, step: int, whole: bool, show: Callable[[StepRecord], None]) -> bool:
-        """Score, record and save what is due after update `step`; whether the run is to stop there.
+        """Score, record and save what is due after update `step`; return whether to stop there.
 
-        A step that is not `whole` was let go.
+        An update that is not `whole` was dropped.
         """
         last, judge = whole and step == self.length.total, whole and self._owed(step)
         report = judge or last or (whole and step % self.settings.log_every == 0)
@@ -254,12 +254,12 @@ class _Run:
         self._read_losses()
         if stopping and not self.losses:
             raise interruption(distributed.largest(self.stop.number or 0))
-        if due or stopping:  # nothing that is not finite is scored, kept or saved
+        if due or stopping:  # weights that are not finite are never scored, kept or saved
             self.training.refuse_broken(len(self.losses), self._kept_in)
         self.window += time.perf_counter() - self.mark
         scores = None
         if judge:
-            if step > self.saved[0]:  # scoring takes long, and may be ended at once
+            if step > self.saved[0]:  # scoring takes long and may be cut short
                 self._save()
             scores = self._score()
             stopping = stopping or scores is None
@@ -272,10 +272,10 @@ class _Run:
         return stopping
 
     def _read_losses(self) -> None:
-        """Wait for the device, and take over the losses since the last time.
+        """Wait for the device, and fetch the losses since the last call.
 
         Raises:
-            GrowkitError: one is not finite.
+            GrowkitError: a loss is not finite.
         """
         if not self.unread:
             return
@@ -287,7 +287,7 @@ class _Run:
         self.unread.clear()
 
     def _score(self) -> Scores | None:
-        """Scores of the model; None where a stop was asked for before, or meanwhile."""
+        """Score the model; None if a stop was requested before or meanwhile."""
         assert self.evaluate is not None
         if distributed.anywhere(self.stop.asked)[0]:
             return None
@@ -329,7 +329,7 @@ class _Run:
 
     def _save(self) -> None:
         folder, unreadable = self.folder, distributed.gathered(self.data.unreadable)
-        self.data.unreadable.update(dict.fromkeys(unreadable))  # each process met its own
+        self.data.unreadable.update(dict.fromkeys(unreadable))  # each process found different ones
         if folder is not None:
             state = {
                 "identity": self.identity,
@@ -345,19 +345,19 @@ class _Run:
 
     @property
     def _kept_in(self) -> str:
-        """Where the last good weights are, as the end of a line."""
+        """Say where the last good weights are, as the end of a message."""
         updates, _ = self.saved
         return f"; the state of update {updates} is in {self.folder}" if self.folder and updates else ""
 
 
 def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, resumed: Path | None = None) -> None:
-    """What `fit` would refuse of these settings, before anything else is done.
+    """Refuse early what `fit` would refuse of these settings.
 
-    `resumed` is the folder of a run that is to go on.
+    `resumed` is the folder of a run to resume.
 
     Raises:
-        GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, or no
-            state to go on from, or one of another run.
+        GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, no
+            state to resume from, or a state of another run.
     """
     _refuse_rates(settings)
     length_of(data, settings)
@@ -373,7 +373,7 @@ def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 class _StoppedError(Exception):
-    """A stop was asked for between the batches of an update."""
+    """A stop was requested between the batches of an update."""
 
 
 def _refuse_rates(settings: FitSettings) -> None:
@@ -400,7 +400,7 @@ def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
 
 
 def _note(record: StepRecord, history: list[tuple[int, Scores]]) -> str:
-    """What a bar says of a record, with the last score."""
+    """Return a record's text for the progress bar, with the last score."""
     scored = f" top-1 {history[-1][1].top1:.2%}" if history else ""
     speed = f" {record.images_per_second:.0f} images/s" if record.images_per_second else ""  # only scored since resumed
     return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e}{speed}"

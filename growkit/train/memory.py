@@ -1,4 +1,4 @@
-"""Peak memory of a training step, counted from the births and deaths of storages: no GPU, nothing computed."""
+"""Peak memory of a training step, counted from storages as they are made and freed: no GPU, nothing computed."""
 
 import copy
 import weakref
@@ -15,20 +15,20 @@ from torch.utils._pytree import tree_leaves
 from growkit.train.made_weights import MakesWeights, made_once
 from growkit.train.score import autocast
 
-# Of what a network holds for its backward pass: what the making of its weights may hold besides. Where that is all of a
-# ring's intermediates, an update of its operator at rank 4 peaks a fifth above one of the network at most.
+# Memory that making the weights may keep, as a share of what the network holds for its backward pass. Where all of a
+# ring's intermediates fit, an update of its operator at rank 4 peaks at most a fifth above one of the network.
 KEPT_SHARE = 1 / 4
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes while this is entered, until it is freed.
+    """While entered, counts the bytes of every storage that an operation makes, until it is freed.
 
-    What a kernel allocates and frees inside, and an allocator's rounding, are not seen.
+    A kernel's internal allocations and an allocator's rounding are not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.largest = 0  # bytes; `largest` of one storage
+        self.now = self.peak = self.largest = 0  # bytes; `largest` is the largest single storage
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, bool] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(
@@ -48,17 +48,17 @@ class Alive(TorchDispatchMode):
 
 
 def without_storage(model: nn.Module) -> nn.Module:
-    """A copy in training mode whose tensors are on the meta device."""
+    """Copy the model, in training mode, with its tensors on the meta device."""
     tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, tensors).train()
 
 
 def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: int = 1) -> int:
-    """Peak bytes of two AdamW updates on `batches` (N, C, H, W) of `images` each; the second has the moments.
+    """Return the peak bytes of two AdamW updates on `batches` batches each; the second has the moments.
 
-    `precision` is fp32, bf16 or fp16. Weights, gradients, moments, activations and the batch are in. `model` is given
-    up: it comes back without weights.
+    `images` is a batch's shape (N, C, H, W); `precision` is fp32, bf16 or fp16. Weights, gradients, moments,
+    activations and the batch are included. `model` is consumed: it loses its weights.
     """
     keep_what_fits(model, images, precision)
     with _computing_nothing(model) as alive:
@@ -78,10 +78,10 @@ def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: 
 
 
 def keep_what_fits(model: nn.Module, images: Sequence[int], precision: str) -> None:
-    """Let a model that makes its weights keep intermediates of that, as many as weigh little beside a batch of images.
+    """Let a model that makes its weights keep as many intermediates of that as take little memory beside a batch.
 
-    It is (N, C, H, W) as of `step_peak`. The room is a share of what the network holds for its backward pass, so that
-    it depends on model and batch alone.
+    `images` is the batch's shape (N, C, H, W), as in `step_peak`. The limit is a share of what the network holds for
+    its backward pass, so that it depends on model and batch alone.
     """
     if not isinstance(model, MakesWeights):
         return
@@ -97,11 +97,11 @@ def keep_what_fits(model: nn.Module, images: Sequence[int], precision: str) -> N
 
 @contextmanager
 def _computing_nothing(model: nn.Module) -> Iterator[Alive]:
-    """Inside, the model's tensors have no numbers, and what is made of them is counted."""
+    """Inside, the model's tensors are fake, and every tensor made from them is counted."""
     with FakeTensorMode(), Alive() as alive:
         for module in model.modules():
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                # on the CPU: autograd runs on no other fake device without that device being there
+                # on the CPU: autograd on any other fake device needs the real one to be there
                 fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 parameter = isinstance(tensor, nn.Parameter)
                 setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if parameter else fake)

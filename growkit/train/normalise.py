@@ -1,4 +1,4 @@
-"""Images in bytes until they are where they are used: a quarter of what float32 takes on the way there."""
+"""Normalisation on the device: images stay uint8 until they are there, a quarter of the bytes that float32 takes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What torchvision's ToTensor and Normalize do, bit for bit, of a batch and on its device.
+    """Does what torchvision's ToTensor and Normalize do, bit for bit, to a batch on its device.
 
-    mean and std are of values between 0 and 1, one for each channel.
+    mean and std have one value per channel, for pixel values between 0 and 1.
     """
 
     mean: Sequence[float]
     std: Sequence[float]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in bytes as the network takes them."""
+        """Turn uint8 images (N, C, H, W) into network input."""
         # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
         full, mean, std = _per_channel(images.device, (255.0,), self.mean, self.std)
         # in place from here on: fresh memory costs a CPU more than the arithmetic
@@ -35,7 +35,7 @@ def _per_channel(device: torch.device, *numbers: Sequence[float]) -> list[Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a copy to a GPU, from memory that stays in place, waits for nothing."""
+    """Return the tensor on `device`; a copy to a GPU goes through pinned memory and does not block."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

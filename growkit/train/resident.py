@@ -1,4 +1,4 @@
-"""Images that stay decoded, in RAM or on the device: many short runs over small ones are else bound by decoding."""
+"""Images that stay decoded, in RAM or on the device: many short runs over small images are bound by decoding."""
 
 import math
 import time
@@ -23,9 +23,9 @@ class Decoded:
     read     gives batches of uint8 images (n, C, H, W) and labels (n,), in order, and lines about unreadable images
     size     (C, H, W) of an image
     cache    where they stay: "device", the one that asked last, or "ram"
-    begin    called when decoding begins; gives what is told how many are decoded
+    begin    called when decoding begins; returns what receives its progress
     labels   (N,) on the CPU, where the training loop looks at them; empty before the images are decoded
-    told     the lines, likewise
+    told     the lines about unreadable images, also empty before
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Decoded:
         self._images: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
-        """The images (N, C, H, W), uint8, where they stay when `device` uses them.
+        """Return the uint8 images (N, C, H, W) from where they are cached for use on `device`.
 
         Raises:
             GrowkitError: they would take more than ROOM of the memory that is free there.
         """
-        device = torch.empty(0, device=device if self.cache == "device" else "cpu").device  # cuda is cuda:0, say
+        device = torch.empty(0, device=device if self.cache == "device" else "cpu").device  # cuda becomes cuda:0
         if self._images is None or self._images.device != device:
             self._require_room(device)
             self._images = self._decode(device) if self._images is None else self._images.to(device)
@@ -79,9 +79,9 @@ class Decoded:
 
 
 class Resident(Dataset[Any]):
-    """Images of `decoded` and how they are normalised; gives whole batches, not single images.
+    """Images of `decoded` and their normalisation; gives whole batches, not single images.
 
-    index   which of its images are meant, in order; all of them when left out
+    index   which of its images, in order; all of them when left out
     """
 
     def __init__(self, decoded: Decoded, normalised: Normalisation, index: Tensor | None = None):
@@ -92,15 +92,15 @@ class Resident(Dataset[Any]):
         return len(self.index)
 
     def part(self, index: Sequence[int]) -> Self:
-        """Some of the images, by their places in this one; decoded once for all parts."""
+        """Return a subset by indices into this one; images are decoded once for all subsets."""
         return type(self)(self.decoded, self.normalised, self.index[torch.as_tensor(index)])
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (len(places), C, H, W) as the network takes them, and labels, which stay on the CPU."""
+        """Return normalised images (len(places), C, H, W), and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
         return self.normalised(sent(images[sent(chosen, images.device)], device)), self.decoded.labels[chosen]
 
     def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at the places of each batch."""
+        """Yield images and labels at the indices of each batch."""
         for places in batches:
             yield self.batch(torch.tensor(places), device)

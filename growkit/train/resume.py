@@ -1,4 +1,4 @@
-"""What a run needs to go on after it was stopped: written whole, read without unpickling code."""
+"""The state from which a stopped run resumes: written atomically, read without unpickling code."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put what `trainable_state` gave back into `model`.
+    """Load into `model` what `trainable_state` returned.
 
     Raises:
         GrowkitError: names or shapes are not the model's.
@@ -43,7 +43,7 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put what `optimizer.state_dict()` gave back, sharded where its parameters are."""
+    """Load what `optimizer.state_dict()` returned, sharded where the optimizer's parameters are."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: sharded_like(value, own[number]) for name, value in of_one.items()}
@@ -54,7 +54,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, and lists and dicts of them) to `folder`."""
-    # through a stream of Python's: torch's own does not say why it failed
+    # through a Python stream: torch's own does not say why it failed
     with whole_file(folder / STATE) as partial, partial.open("wb") as stream:
         torch.save(dict(state), stream)
 
@@ -79,7 +79,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(name: str, was: object, now: object) -> str:
-    """How an entry of an identity differs, in words: hashes tell nobody anything, and class lists may be long."""
+    """Say in words how an entry of an identity differs: hashes tell the user nothing, and class lists may be long."""
     if name == "files":
         return "other training images (some were added, removed or renamed)"
     if name == "source":
@@ -147,7 +147,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Drop metrics past `step`, which a resumed run writes again; a torn last line goes too."""
+    """Drop metrics after `step`, which a resumed run writes again, and an incomplete last line."""
     path = folder / METRICS
     if not path.exists():
         return

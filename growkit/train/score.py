@@ -33,15 +33,15 @@ class Scores:
 
 
 def worse(before: Scores, after: Scores) -> bool:
-    """Whether top-1 fell by more than chance: by two standard errors of the difference of two such shares."""
+    """Return whether top-1 fell by more than chance: by over two standard errors of the difference."""
     share = (before.top1 + after.top1) / 2
     return before.top1 - after.top1 > 2 * math.sqrt(2 * share * (1 - share) / after.count)
 
 
 class Tally:
-    """Scores in the making: give each batch of logits to `add`, then ask for `scores`. `name` is whose errors tell.
+    """Accumulates scores: pass each batch of logits to `add`, then call `scores`. Errors call the model `name`.
 
-    Sums stay where the logits are until `gather` or `scores`, so that a GPU is not waited for batch by batch.
+    Sums stay on the logits' device until `gather` or `scores`, so that no batch waits for the GPU.
     """
 
     def __init__(self, name: str = "the model"):
@@ -50,7 +50,7 @@ class Tally:
         self._bins = torch.zeros(2, ECE_BINS, dtype=torch.float64)  # sums of confidence and of right answers
 
     def add(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count logits (N, classes) of images with labels (N,); gives the predicted classes (N,).
+        """Count logits (N, classes) of images with labels (N,); return the predicted classes (N,).
 
         Raises:
             GrowkitError: a label has no logit.
@@ -73,12 +73,12 @@ class Tally:
         return ranked[:, 0]
 
     def gather(self) -> None:
-        """Add up what all processes counted, each its part of the images."""
+        """Sum the counts of all processes, each of which scored its part of the images."""
         self._sums, self._bins = summed(self._sums.cpu()), summed(self._bins.cpu())
         self.count = int(summed(torch.tensor(self.count, dtype=torch.float64)))
 
     def scores(self) -> Scores:
-        """The means so far.
+        """Return the means so far.
 
         Raises:
             GrowkitError: there were no images, or some outputs were not finite.
@@ -102,8 +102,8 @@ def evaluate(
 ) -> Scores:
     """Score `predict`, which maps images (N, C, H, W) to logits (N, classes), on labelled batches.
 
-    With fewer than five classes top5 counts as many as there are. On several processes each gives its part of the
-    images, as `val_batches` does, and gets the scores of all.
+    With fewer than five classes top5 counts all of them. With several processes, each passes its part of the images, as
+    from `val_batches`, and gets the scores of all.
 
     Raises:
         GrowkitError: there are no images, a label has no logit, or the logits are not finite.
@@ -123,17 +123,17 @@ def score_model(
     *,
     progress: Done = unheard,
 ) -> Scores:
-    """Scores of a torch model on the validation images of `data`; the model is moved to the device."""
+    """Score a torch model on the validation images of `data`; the model is moved to the device."""
     predict = predictor(model.to(device), device, settings.precision)
     batches = val_batches(data, settings, device=device)
     return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
 
 
 def read_through(data: Data, settings: FitSettings, device: torch.device, *, progress: Done = unheard) -> None:
-    """Read the validation images once, for nothing but to be told now of one that cannot be read.
+    """Read the validation images once, only to find unreadable ones now.
 
     Raises:
-        GrowkitError: there is one; else that would end a run at its first evaluation, hours on.
+        GrowkitError: an image cannot be read; this would otherwise end a run at its first evaluation, hours later.
     """
     if isinstance(data.val, Resident):
         data.val.decoded.on(device)
@@ -148,14 +148,14 @@ def require_labels(labels: Tensor, outputs: int) -> None:
 
 
 def predictor(model: nn.Module, device: torch.device | str, precision: str = "auto") -> Callable[[Tensor], Tensor]:
-    """What `evaluate` takes, made from a torch model on `device`.
+    """Make the predictor that `evaluate` takes from a torch model on `device`.
 
-    Each call runs the model in evaluation mode and gives every module its own mode back.
+    Each call runs the model in evaluation mode and then restores every module's own mode.
     """
     device = torch.device(device)
 
     def predict(images: Tensor) -> Tensor:
-        # what a sharded model gathers here, it uses again in training
+        # a sharded model uses again in training what it gathers here
         without_gradients = torch.no_grad() if sharded(model) else torch.inference_mode()
         with mode_kept(model), without_gradients, multiplying(tf32=False), autocast(precision, device):
             logits: Tensor = model.eval()(images.to(device, non_blocking=True))
@@ -166,7 +166,7 @@ def predictor(model: nn.Module, device: torch.device | str, precision: str = "au
 
 @contextmanager
 def mode_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is back in its own mode, training or evaluation."""
+    """On exit, restore every module's own mode, training or evaluation."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -177,7 +177,7 @@ def mode_kept(model: nn.Module) -> Iterator[None]:
 
 
 def precision_on(device: torch.device, precision: str) -> str:
-    """What `precision` (auto, fp32, bf16, fp16) means on `device`: one of the latter three."""
+    """Resolve `precision` (auto, fp32, bf16, fp16) on `device` to one of the last three."""
     if precision != "auto":
         return precision
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -198,6 +198,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 def refuse_tf32(settings: FitSettings, device: torch.device) -> None:
-    """Raise GrowkitError where --tf32 is asked of a device that cannot multiply so."""
+    """Raise GrowkitError if --tf32 is given for a device without TF32."""
     if settings.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise GrowkitError(f"--tf32: {device} does not multiply in TF32, GPUs from Ampere on do; leave it out here")

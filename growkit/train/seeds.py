@@ -1,4 +1,4 @@
-"""Random draws that are functions of what they are for."""
+"""Random draws that depend only on what they are for."""
 
 import hashlib
 import random
@@ -11,9 +11,9 @@ import torch
 
 @contextmanager
 def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, every random draw is a function of `parts` alone; afterwards all is as before.
+    """Inside, every random draw is a function of `parts` alone; on exit all generators are restored.
 
-    Covers the generators of Python, NumPy, torch on the CPU and, given a CUDA `device`, there.
+    Covers the generators of Python, NumPy, torch on the CPU and, if given, torch on a CUDA `device`.
     """
     with random_kept(device):
         seed_all(*parts, device=device)
@@ -22,7 +22,7 @@ def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[No
 
 @contextmanager
 def random_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Afterwards the generators that `seeded` covers are as before."""
+    """On exit, restore the generators that `seeded` covers."""
     on_gpu = device is not None and device.type == "cuda"
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -34,13 +34,13 @@ def random_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 def number_of(*parts: int | str) -> int:
-    """A seed that is a function of `parts`."""
+    """Derive a seed from `parts`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # torch wants it below 2**63
 
 
 def seed_all(*parts: int | str, device: torch.device | None = None) -> None:
-    """Have every draw from here on be a function of `parts`."""
+    """Make every draw from here on a function of `parts`."""
     seed = number_of(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)

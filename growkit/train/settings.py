@@ -1,4 +1,4 @@
-"""What can be set about a training run; the command line makes its options from this."""
+"""The settings of a training run, from which the command line makes its options."""
 
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ class FitSettings:
     """Probability of a horizontal flip."""
 
     scale_min: float = 0.08
-    """Smallest share of the image's area that a random crop keeps; 1 keeps all but the ends of one longer than 4:3."""
+    """Smallest share of the image's area that a random crop keeps; 1 cuts only the ends of images longer than 4:3."""
 
     color_jitter: float = 0.4
     """Strength of colour jitter; 0 is off."""
@@ -87,7 +87,7 @@ class FitSettings:
     """auto, fp32, bf16 or fp16; auto is bf16 on GPUs that have it and fp32 elsewhere."""
 
     tf32: bool = False
-    """Let CUDA multiply with 10 bits of each mantissa while training: TF32, scaled float16 in an operator's ring."""
+    """Let CUDA multiply with 10-bit mantissas in training: TF32, and scaled float16 in an operator's ring."""
 
     compile: str | None = None
     """Compile the network with torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune."""
@@ -144,7 +144,7 @@ class FitSettings:
         refuse_outside(self, "scale_min", above=0, most=1)
         for name in ("mixup", "cutmix"):
             refuse_outside(self, name, least=0)
-            if getattr(self, name):  # of a smaller alpha the draws are NaN
+            if getattr(self, name):  # a smaller alpha makes the draws NaN
                 refuse_outside(self, name, least=0.001)
         if not self.val_split:
             raise GrowkitError("--val-split '': expected the name of a split, or of a folder beside train/")

@@ -1,4 +1,4 @@
-"""How far work is, told to whoever shows it."""
+"""Progress of work, reported to whoever shows it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,14 +11,14 @@ T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
 class Done(Protocol):
-    """Is told how many of `total` images, or updates, are done, and of their rate, loss or score in a few words."""
+    """Receives how many of `total` images, or updates, are done, with a short note on their rate, loss or score."""
 
     def __call__(self, done: float, total: int, note: str = "") -> None: ...
 
 
 Say = Callable[[str], None]  # a line for the user
-Tell = Callable[[str], Done]  # what is done, as in "scoring the source" -> what is told of it
-Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, runs in all -> what is told of it
+Tell = Callable[[str], Done]  # name of the work, as in "scoring the source" -> what receives its progress
+Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, total runs -> what receives its progress
 
 
 def unheard(done: float, total: int, note: str = "") -> None:
@@ -40,12 +40,12 @@ def unfollowed(title: str, finished: int, runs: int) -> Done:
 
 
 def rate(done: float, seconds: float) -> str:
-    """How fast images are worked on, as a note."""
+    """Return images per second, as a note."""
     return f"{done / seconds:.0f} images/s" if done and seconds else ""
 
 
 def each(items: Sequence[S], progress: Done) -> Iterator[S]:
-    """The items; `progress` is told how many are done."""
+    """Yield the items; `progress` is told how many are done."""
     for done, item in enumerate(items):
         progress(done, len(items))
         yield item
@@ -53,7 +53,7 @@ def each(items: Sequence[S], progress: Done) -> Iterator[S]:
 
 
 def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
-    """The batches, labels last in each; `progress` is told how many of `total` images are done."""
+    """Yield the batches, labels last in each; `progress` is told how many of `total` images are done."""
     done, began = 0, time.perf_counter()
     progress(0, total)
     for batch in batches:

@@ -1,4 +1,4 @@
-"""The model with all that changes it, and one update of it."""
+"""The model with its optimizer, schedule, loss scaler and moving average, and one update of it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -30,14 +30,14 @@ from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 
 SGD = ("sgd", "momentum", "nesterov")
-UNSHARDED = ("adafactor", "kron", "novograd")  # mix in what is no DTensor, or ask for what one does not have
+UNSHARDED = ("adafactor", "kron", "novograd")  # their updates fail on torch's DTensor
 FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
-SMALLEST_SCALE = 2**-8  # of the loss in float16: 24 halvings from where it starts, one for each update that is skipped
+SMALLEST_SCALE = 2**-8  # loss scale in float16: 24 halvings below its start, one for each skipped update
 
 
 class Training:
-    """The model with all that changes it, and one update of it."""
+    """The model with its optimizer, schedule, loss scaler and moving average, and one update of it."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Training:
             num_epochs=updates - warmup,
             warmup_epochs=warmup,
             warmup_prefix=True,
-            warmup_lr=settings.lr / (warmup + 1),  # the first update moves already
+            warmup_lr=settings.lr / (warmup + 1),  # the first update already moves
             min_lr=settings.min_lr,
             step_on_epochs=False,
             updates_per_epoch=1,  # timm's epoch is our update
@@ -87,14 +87,14 @@ class Training:
         self.flops_per_step = flops * processes
         keep_what_fits(model, batch[0].shape, precision_on(device, settings.precision))
         self.network = distributed.together(model, device)
-        # Training alone runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
+        # Only training runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
         if settings.compile is not None:
             made_weights.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
     def _try_one_batch(self, data: Data) -> tuple[Tensor, Tensor]:
-        """Find how many outputs the model has, and give a batch as the network and its loss take it."""
+        """Find how many outputs the model has, and return a batch as the network and its loss take it."""
         images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
         with seeded("outputs", device=self.device):
             logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
@@ -131,7 +131,7 @@ class Training:
                     loss += self._add_gradients(*next(batches), last=not left)
                     if left and left == accumulate - 1 and self.settings.compile in CUDA_GRAPHS:
                         _own_gradients(leaves)
-                del leaves  # of weights that were made the gradients alone are needed from here on
+                del leaves  # of made weights, only the gradients are needed from here on
             if self.settings.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 dispatch_clip_grad(self.trained, self.settings.clip_grad)
@@ -143,7 +143,7 @@ class Training:
         return loss
 
     def _add_gradients(self, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
-        """Run one batch forward and backward; its share of the update's loss."""
+        """Run one batch forward and backward; return its share of the update's loss."""
         require_labels(targets, self.outputs)
         images = images.to(self.device, non_blocking=True)
         targets = sent(targets, self.device)
@@ -156,12 +156,12 @@ class Training:
         return share.detach()
 
     def refuse_broken(self, step: int, kept: str) -> None:
-        """Raise GrowkitError where weights are not finite after update `step`, or float16 holds no gradient any more.
+        """Raise GrowkitError if weights are not finite after update `step`, or float16 gradients keep overflowing.
 
-        A loss is that of the weights before its update: a gradient that is not finite shows in the next one.
+        A loss belongs to the weights before its update: a gradient that is not finite shows only in the next loss.
         """
         own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.trained]
-        # waits for the GPU once, not for each tensor; a share of a sharded one may be empty
+        # waits for the GPU once, not for each tensor; a process's part of a sharded one may be empty
         largest = get_total_norm([tensor for tensor in own if tensor.numel()], norm_type=math.inf)
         (broken,) = distributed.anywhere(not math.isfinite(largest))
         if broken:
@@ -173,7 +173,7 @@ class Training:
             )
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes; the schedule is a function of the step and needs none."""
+        """Return what `load` takes; the schedule depends only on the step and has no state."""
         return {
             "model": resuming.trainable_state(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -182,7 +182,7 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to where `state` was taken."""
+        """Restore what `state()` returned."""
         resuming.load_trainable(self.model, state["model"])
         resuming.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -191,9 +191,9 @@ class Training:
 
 
 def _own_gradients(leaves: Iterable[Tensor]) -> None:
-    """Move gradients out of memory that a CUDA graph writes to at its next run: autograd keeps the first it is given.
+    """Copy gradients out of memory that a CUDA graph overwrites at its next run: autograd keeps the first it is given.
 
-    Further ones are added to what it keeps (pytorch/pytorch#169545: an error, or a wrong sum).
+    Later gradients are added to that one (pytorch/pytorch#169545: an error, or a wrong sum).
     """
     for leaf in leaves:
         if leaf.grad is not None:
@@ -201,18 +201,18 @@ def _own_gradients(leaves: Iterable[Tensor]) -> None:
 
 
 def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
-    """What moves the parameters of `model` that require a gradient.
+    """Make the optimizer for the parameters of `model` that require a gradient.
 
     Raises:
-        GrowkitError: no optimizer of timm's, one of second order, or one that cannot move sharded parameters.
+        GrowkitError: timm has no such optimizer, it is of second order, or it cannot update sharded parameters.
     """
     if settings.shard and any(name in settings.opt.lower() for name in UNSHARDED):
-        raise GrowkitError(f"--opt {settings.opt}: it cannot move sharded weights; leave out --shard, or give adamw")
+        raise GrowkitError(f"--opt {settings.opt}: it cannot update sharded weights; leave out --shard, or give adamw")
     # timm's models name what must not decay
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
     groups = [group for group in groups if group["params"]]
-    # torch's DTensor knows no fused SGD, and that leaves momentum unset where float16 skips the first update
+    # torch's DTensor has no fused SGD, and fused SGD reads momentum it never wrote if float16 skips the first update
     plain = settings.opt in SGD and (settings.shard or settings.precision == "fp16")
     fused = {"fused": True} if settings.opt in FUSED and not plain else {}
     try:
@@ -230,7 +230,7 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
 
 
 def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:
-    """The loss, and what mixes a batch before it (or None)."""
+    """Return the loss, and the mixing applied to a batch before it (or None)."""
     if settings.mixup or settings.cutmix:
         mix = Mixup(
             settings.mixup,

@@ -16,9 +16,9 @@ from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
 log = logging.getLogger(__name__)
-ANSWERED = 0.5  # seconds after which a signal is answered, where the run has not ended by then
+ANSWERED = 0.5  # seconds after which a signal is answered if the run has not ended
 ANSWER = (
-    "ending when the batch or the scoring at hand is done, with its state saved; asked again, at once, with the state"
+    "ending after the current batch or evaluation, with the state saved; a second signal ends at once, with the state"
     " that was saved last"
 )
 
@@ -27,9 +27,8 @@ ANSWER = (
 class StepRecord:
     """A moment of a run: `step` of `total` updates are done. A line of metrics.jsonl.
 
-    loss is that of this update, lr the one it used; images_per_second covers the updates since the
-    record before, and is 0 where a resumed run made up for a scoring alone; scores are there where the model was
-    evaluated.
+    loss and lr are those of this update; images_per_second covers the updates since the previous
+    record, and is 0 if a resumed run only made up for a missed evaluation; scores are there if the model was evaluated.
     """
 
     step: int
@@ -42,7 +41,7 @@ class StepRecord:
 
 
 class Stop:
-    """A signal handler that asks for a stop; asked again, it stops at once."""
+    """A signal handler that requests a stop; a second signal stops at once."""
 
     asked = False
     number: int | None = None  # of the signal
@@ -55,14 +54,14 @@ class Stop:
         if at_once:
             raise interruption(number)
         if distributed.leads():
-            # by a thread: what this came into may be writing just then
+            # in a thread: the interrupted code may be in the middle of writing
             self.answer = threading.Timer(ANSWERED, log.warning, [ANSWER])
             self.answer.daemon = True
             self.answer.start()
 
     @contextmanager
     def raising(self, at_once: bool) -> Iterator[None]:
-        """Inside, a signal raises, where `at_once`; outside it asks for a stop."""
+        """Inside, a signal raises if `at_once`; otherwise it requests a stop."""
         self._raises = at_once
         try:
             yield
@@ -71,13 +70,13 @@ class Stop:
 
 
 def interruption(number: int | None) -> KeyboardInterrupt:
-    """What a signal that asks for an end is raised as."""
+    """Return the exception for a signal that ends a run."""
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a request; only the main thread can."""
+    """Turn Ctrl-C and SIGTERM into a stop request; only the main thread can."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -85,7 +84,7 @@ def stop_signals() -> Iterator[Stop]:
     before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except RuntimeError:  # perhaps of a process that is gone: torchrun ends those that are left, and they say why first
+    except RuntimeError:  # perhaps from a lost process: torchrun ends the rest, which first say why
         if distributed.size() > 1:
             before[signal.SIGTERM] = signal.SIG_IGN
         raise
@@ -98,7 +97,7 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextmanager
 def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Callable[[StepRecord], None]]:
-    """Yield what shows a record in TensorBoard, or does nothing when that was not asked for."""
+    """Yield a function that writes a record to TensorBoard, or does nothing if that is off."""
     if not settings.tensorboard or folder is None:
         yield lambda record: None
         return

@@ -163,7 +163,7 @@ def test_all_unreadable_images_for_evaluation_are_named_at_once(folder: Path, wo
         cut(folder / "val" / name, 0.8)
     said = refusal(folder, settings)
     assert said.startswith(f"{folder}/val/cat/0.png: not a readable picture (")
-    assert said.endswith(f"; so it is with {folder}/val/cat/1.png, {folder}/val/dog/1.png")
+    assert said.endswith(f"; also unreadable: {folder}/val/cat/1.png, {folder}/val/dog/1.png")
 
 
 def test_name_with_control_characters_cannot_steer_the_terminal(folder: Path) -> None:

@@ -276,8 +276,8 @@ def test_update_that_float16_skips_leaves_the_optimizer_as_it_was(opt: str) -> N
 
 
 @pytest.mark.parametrize("opt", ["adafactor", "lookahead_novograd", "kronw"])
-def test_optimizers_that_cannot_move_sharded_weights_are_refused(opt: str) -> None:
-    with pytest.raises(GrowkitError, match=f"--opt {opt}: it cannot move sharded weights; leave out --shard"):
+def test_optimizers_that_cannot_update_sharded_weights_are_refused(opt: str) -> None:
+    with pytest.raises(GrowkitError, match=f"--opt {opt}: it cannot update sharded weights; leave out --shard"):
         optimizer_of(Net(), replace(PLAIN, opt=opt, shard=True))
     optimizer_of(Net(), replace(PLAIN, opt=opt))
 
