@@ -11,8 +11,8 @@ from growkit.core.contract import SPARE, Path, cheapest_orders
 
 # Elements of the largest intermediate of one slice: a share of the result's, so that slices take little memory beside
 # the result, but at least 1 MB in float32, because smaller slices make the matrix products thin; above 128 MB (on a GPU
-# 256 MB) only if no plan stays below.
-SLICE_SHARE = 1 / 8
+# 256 MB) and half the result only if no plan stays below.
+SLICE_SHARE, MOST_SHARE = 1 / 8, 1 / 2
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
 FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
 SHARE_ON_GPU = 0.8  # but at most this share of the result: beside a small model even one such slice would be large
@@ -53,21 +53,22 @@ def contraction_plan(
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
     DeiT-S -> DeiT-B at rank 4). So training arithmetic comes first, among plans whose intermediates have at most
-    MOST_ELEMENTS (or `fewest`) elements, if there are any. Of those within SPARE of the cheapest, those with
-    intermediates of at most SLICE_SHARE of the result (or `fewest` elements) are taken, else those with the smallest.
+    MOST_ELEMENTS (or `fewest`, or MOST_SHARE of the result) elements, if there are any. Of those within SPARE of the
+    cheapest, those with intermediates of at most SLICE_SHARE of the result (or `fewest` elements) are taken, else those
+    with the smallest.
     If `parts` divides no grown axis, the plan has one part.
     """
     positions = [position for position, core in enumerate(cores) if core[2] % parts == 0]
     if not positions:
         positions, parts = list(range(len(cores))), 1
     plans = [plan for position in positions for plan in _plans_along(position, equation, x, cores, order, parts)]
-    most = max(SLICE_SHARE * prod(core[2] for core in cores), fewest)
-    able = _at_most(max(MOST_ELEMENTS, fewest), plans)
+    grown = prod(core[2] for core in cores)
+    able = _at_most(max(MOST_ELEMENTS, fewest, MOST_SHARE * grown), plans)
     whole = cheapest_orders(equation, x, cores)[0]
     for cost in (attrgetter("training_flops"), attrgetter("flops")):
         enough = max(SPARE * cost(whole), min(map(cost, able)))
         able = [plan for plan in able if cost(plan) <= enough]
-    able = _at_most(most, able)
+    able = _at_most(max(SLICE_SHARE * grown, fewest), able)
     return min(able, key=lambda plan: (plan.flops, plan.slices))
 
 
