@@ -1,7 +1,7 @@
-"""A source made to fit other images or other classes, the way timm's own loading makes published weights fit.
+"""Adapt a source to other images or other classes, the way timm's own loading adapts published weights.
 
-timm.models.vision_transformer.checkpoint_filter_fn and timm.models._builder.load_pretrained say what that is. timm has
-no way to keep part of a head; the rows of the classes that are still wanted are kept here by their labels.
+That way is timm.models.vision_transformer.checkpoint_filter_fn and timm.models._builder.load_pretrained. timm cannot
+keep part of a head; here the rows of the classes that are still wanted are kept, matched by label.
 """
 
 import shlex
@@ -28,13 +28,13 @@ HEADS = ("head.", "head_dist.")
 
 
 def with_input(source: Source, sets: Sequence[str]) -> Source:
-    """The source for images of another size, cut into other patches or of other channels, where `--set` asks for it.
+    """Adapt the source to another image size, patch size or number of channels, where `--set` asks for it.
 
-    Position embeddings are resampled on their grid, class, distillation and register tokens kept; kernels of patches
+    Position embeddings are resampled on their grid; class, distillation and register tokens are kept. Patch kernels
     are resampled by the pseudo-inverse of resizing; channels are summed into one, or repeated and scaled down.
 
     Raises:
-        GrowkitError: a size that is no whole number above 0, or images that the patches do not fit.
+        GrowkitError: a size that is not a whole number above 0, or images that the patches do not fit.
     """
     old = build(source.architecture.name, source.architecture.arguments, device="meta")
     own, chosen = vit.input_arguments(old), parse_sets(sets)
@@ -79,19 +79,19 @@ def _whole_number(key: str, value: Any, least: int = 1) -> int:
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A mean or deviation for each channel, as `adapt_input_conv` treats channels: one for all, or repeated."""
+    """Return one mean or standard deviation per channel, averaged or repeated as `adapt_input_conv` does channels."""
     if channels == len(values):
         return tuple(values)
     return (sum(values) / len(values),) if channels == 1 else tuple(values[at % len(values)] for at in range(channels))
 
 
 def _done(key: str, old: VisionTransformer, new: VisionTransformer, asked: dict[str, int]) -> str:
-    """What adapting one argument meant, in words."""
+    """Say in words what adapting one argument did."""
     if key == "in_chans":
         return "channels of the patch kernels " + ("summed" if asked[key] == 1 else "repeated and scaled")
     (was, _), (now, _) = old.patch_embed.grid_size, new.patch_embed.grid_size
     told = ["patch kernels resampled"] if key == "patch_size" else []
-    if key == "img_size" or "img_size" not in asked:  # of the two, one tells of the grid
+    if key == "img_size" or "img_size" not in asked:  # where both change, only img_size reports the grid
         if was == now:
             told.append(f"the grid of {now} x {now} patches stays")
         elif old.pos_embed is None:
@@ -109,16 +109,17 @@ def unread_pixels(model: VisionTransformer) -> str:
 
 
 def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str] = (), *, seed: int) -> Source:
-    """The source for the classes of the data, or for as many as `--set num_classes=N` asks for.
+    """Adapt the source to the classes of the data, or to the number that `--set num_classes=N` asks for.
 
-    A head whose labels hold all of `names` keeps the rows of these, in their order. One that only fits by its count
-    is kept as it is, any other is made anew by `seed`, as timm does; both heads of a distilled model alike.
+    A head whose labels include all of `names` keeps their rows, in the order of `names`. A head that matches only in
+    the number of classes is kept unchanged; any other is reinitialized from `seed`, as timm does. Both heads of a
+    distilled model are treated alike.
 
     Args:
-        names: the data's class names; empty where it does not tell them, None where there is no data.
+        names: the data's class names; empty if the data does not name them, None if there is no data.
 
     Raises:
-        GrowkitError: another number of classes than the data's was asked for, or nothing says how many there are.
+        GrowkitError: `--set num_classes` differs from the data, or nothing says how many classes there are.
     """
     own = source.architecture.classes
     chosen = parse_sets(sets)
@@ -139,12 +140,12 @@ def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str
 
 
 def _distinct(labels: Sequence[str] | None, count: int) -> bool:
-    """Whether there is one label for each class, and each names one."""
+    """Whether there is exactly one label per class, all different."""
     return labels is not None and len(set(labels)) == len(labels) == count
 
 
 def _with_rows(source: Source, names: Sequence[str]) -> Source:
-    """The source with the head's rows of these classes alone, in this order."""
+    """Keep only the head's rows of these classes, in this order."""
     labels = source.labels or ()
     if tuple(names) == labels:
         return source
@@ -157,7 +158,7 @@ def _with_rows(source: Source, names: Sequence[str]) -> Source:
 
 
 def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
-    """The source with its own head, and the names that its classes go by from now on."""
+    """Keep the source's own head, with `names` as its class names from now on."""
     kept = replace(source, labels=tuple(names) if names else None)
     if not names or not source.labels or tuple(names) == source.labels:
         return kept
@@ -194,14 +195,14 @@ def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] |
 
 
 def head_is_new(source: Source, data: str) -> str:
-    """What is said before a source is grown on data whose classes it never learned."""
+    """Return the warning for growing a source on data whose classes it never learned."""
     tune = shlex.join(["growkit", "finetune", source.path, *source.loading.words, "--data", data, "--run", "OTHER"])
     return (
-        "warning: the new head guesses, so scores say nothing of the source; let it learn these classes first: "
+        "warning: the new head is untrained, so scores say nothing about the source; train it on these classes first: "
         f"{tune}, and take OTHER/finetuned"
     )
 
 
 def _counting(architecture: Architecture, count: int) -> Architecture:
-    """The architecture with a head for `count` classes."""
+    """Return the architecture with a head for `count` classes."""
     return find(architecture.name, {**architecture.arguments, "num_classes": count})

@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoints of every common kind, never unpickled, and timm's own model folders."""
+"""Read and write weights: checkpoints of every common kind, without running pickled code, and timm model folders."""
 
 import argparse
 import warnings
@@ -25,37 +25,37 @@ WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "growkit.json",
     "operator.safetensors",
 )
-LARGEST_HISTORY, LONGEST_WORD = 64 * 2**20, 10_000  # bytes and characters: what growkit.json never reaches
+LARGEST_HISTORY, LONGEST_WORD = 64 * 2**20, 10_000  # bytes and characters; growkit.json stays below
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "module", "net")
-WRAPPERS = ("model.", "backbone.", "module.", "_orig_mod.")  # what Lightning, DDP and compile put before every name
-PICKLED = "pytorch_model.bin"  # the weights of model folders before there was safetensors
-STEM = "patch_embed.proj.weight"  # what every ViT of timm has, so that what stands before it shows where one lies
-# What a model expects of its images; it goes with the weights, from the source to the grown model.
+WRAPPERS = ("model.", "backbone.", "module.", "_orig_mod.")  # prefixes by Lightning, DDP and torch.compile
+PICKLED = "pytorch_model.bin"  # the weights file of model folders from before safetensors
+STEM = "patch_embed.proj.weight"  # in every timm ViT, so its prefix shows where one lies
+# How a model expects its images; passed on with the weights, from the source to the grown model.
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by checkpoint name, float32, and what the file said besides."""
+    """Weights by checkpoint name, float32, and what else the file contained."""
 
     path: Path
     state: dict[str, Tensor] = field(repr=False)
     sha256: str
-    config: dict[str, Any] | None  # timm's config.json, where it is a model folder
+    config: dict[str, Any] | None  # timm's config.json, of a model folder
     history: dict[str, Any] | None  # growkit.json, where growkit wrote the folder
-    notes: tuple[str, ...]  # to be said to the user
+    notes: tuple[str, ...]  # for the user
 
 
 def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     """Read a .pth/.pt/.bin, a .safetensors or a timm model folder.
 
-    `ema` takes averaged weights where the file holds both, as timm does. Of a file that holds more than one network,
-    as with a loss or a text tower, the tensors of its ViT are taken, and a note says what was left out.
+    With `ema`, averaged weights are preferred where the file holds both, as in timm. If the file also holds other
+    modules, such as a loss or a text tower, only the tensors of its ViT are taken, and a note says what was left out.
 
     Raises:
-        GrowkitError: no such file, a folder that is no model, a damaged file, a pickle that needs more than
-            tensors (nothing of it is run), a file without weights, or one that says to hold more than it does.
+        GrowkitError: no such file, a folder that is not a model, a damaged file, a pickle that needs more than
+            tensors (none of it is run), a file without weights, or one that claims to hold more than it does.
     """
     if not path.exists():
         raise GrowkitError(f"{path}: no such file or folder")
@@ -91,7 +91,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         if not value.is_floating_point():
             raise GrowkitError(f"{path}: {key} is {value.dtype}; expected floating-point weights")
         if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise GrowkitError(f"{path}: {key} of shape {tuple(value.shape)} is not stored number by number")
+            raise GrowkitError(f"{path}: {key} of shape {tuple(value.shape)} is sparse or lacks values")
     if any(value.dtype is not torch.float32 for value in state.values()):
         kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
         notes = (*notes, f"weights are {', '.join(kinds)}; read as float32")
@@ -102,9 +102,9 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
 
 
 def _read_history(path: Path, sha256: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """growkit.json, where there is one that tells of these weights, else what is to be said to the user.
+    """Return growkit.json if it describes these weights, else None and a note for the user.
 
-    It decides nothing about the weights, so a damaged one does not stop anybody.
+    It does not affect the weights, so a damaged one is no error.
     """
     if not path.exists():
         return None, ()
@@ -121,7 +121,7 @@ def _read_history(path: Path, sha256: str) -> tuple[dict[str, Any] | None, tuple
 
 
 def _sound(value: object, levels: int = 16) -> bool:
-    """Whether JSON is no deeper and its words no longer than growkit writes them, so that it may be passed on."""
+    """Whether JSON is no deeper and its strings no longer than growkit writes, so that it can safely be passed on."""
     if isinstance(value, dict):
         return levels > 0 and all(_sound(key) and _sound(entry, levels - 1) for key, entry in value.items())
     if isinstance(value, list):
@@ -139,7 +139,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     with path.open("rb") as stream:
         start = stream.read(2)
-    # torch.load takes any text for a pickle; a Git LFS pointer or an error page deserves to be called that.
+    # torch.load takes any text for a pickle; say plainly that a Git LFS pointer or an error page is no checkpoint.
     if start != b"PK" and start[:1] != b"\x80":
         raise GrowkitError(f"{path}: not readable as a torch checkpoint (neither a zip archive nor a pickle)")
     packed = zipfile.is_zipfile(path)
@@ -173,9 +173,9 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
 
 
 def _refuse_damaged(path: Path) -> None:
-    """Raise GrowkitError where a zip archive is not as torch writes it, or its contents do not match their checksums.
+    """Raise GrowkitError if a zip archive is not as torch writes it, or its contents do not match their checksums.
 
-    torch reads a flipped bit as it is, and what somebody packed it unpacks, however large it becomes.
+    torch does not notice a flipped bit, and decompresses an archive however large it becomes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -191,17 +191,17 @@ def _refuse_damaged(path: Path) -> None:
 
 
 def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries without the wrappers that stand before every name."""
+    """Strip the wrapper prefixes that every name has."""
     while wrapper := next((w for w in WRAPPERS if state and all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
 def _network(path: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of the ViT in a file that holds others beside it, as a loss or a text tower, and a note on these.
+    """Pick the ViT's tensors from a file that may also hold a loss or a text tower; with a note on what is left out.
 
     Raises:
-        GrowkitError: it holds several.
+        GrowkitError: the file holds several ViTs.
     """
     prefixes = [key.removesuffix(STEM) for key in state if key.endswith(f".{STEM}")]
     if STEM in state or not prefixes:
@@ -224,7 +224,7 @@ def write_model(
     labels: Sequence[str] | None,
     history: dict[str, Any],
 ) -> None:
-    """Write a timm model folder with growkit.json into `folder`, which exists (see files.whole_folder).
+    """Write a timm model folder with growkit.json into the existing `folder` (see files.whole_folder).
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it bit for bit.
     """
@@ -234,7 +234,7 @@ def write_model(
     with _readable(folder / WEIGHTS):
         save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
     config = read_json(folder / CONFIG)
-    # Where the weights came from is growkit.json's to say; timm's tag would name other weights.
+    # growkit.json says where the weights came from; timm's tag would name other weights.
     config["pretrained_cfg"].pop("tag", None)
     write_json(folder / CONFIG, config)
     told = without_folders({**history, "weights_sha256": sha256_of(folder / WEIGHTS)})
@@ -242,9 +242,9 @@ def write_model(
 
 
 def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
-    """As write_model, into a folder that is in use: each file is swapped in whole, the weights last.
+    """Like write_model, but into a folder in use: each file is swapped in whole, the weights last.
 
-    So a folder that has weights is a model, whatever ended the one who wrote it.
+    So a folder that has weights is a complete model, even if the writer was killed.
     """
     with whole_files(folder, CONFIG, HISTORY, WEIGHTS) as staged:
         write_model(staged, model, **described)
@@ -258,7 +258,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Give a file that safetensors writes the permissions of any other new file; its own are the owner's alone."""
+    """Give a file that safetensors writes the usual permissions of a new file; by itself it is owner-only."""
     path.touch()
     mode = path.stat().st_mode
     yield

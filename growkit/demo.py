@@ -1,4 +1,4 @@
-"""The whole way in small: scikit-learn's digits as an image folder, and the page that tells how it went."""
+"""The whole workflow in miniature: scikit-learn's digits as an image folder, and a page with the results."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from growkit.report.run import run_report
 INPUT = ("--set", "img_size=8", "--set", "patch_size=2", "--set", "in_chans=1")
 SMALL = ("--set", "embed_dim=32", "--set", "depth=2", "--set", "num_heads=2")
 LARGE = ("--set", "embed_dim=64", "--set", "depth=4", "--set", "num_heads=4")
-# Digits are not mirrored and fill their image; two workers start slower than they read.
+# Digits must not be mirrored and fill their image; starting workers takes longer than reading the images.
 AUGMENTATION = (
     "--hflip",
     "0",
@@ -63,9 +63,9 @@ def write_digits(folder: Path) -> int:
 
 
 def equal_compute(run: RunFolder) -> int:
-    """Updates of the bigger model from scratch that cost what operator training and fine-tuning cost together.
+    """Updates from scratch that cost the bigger model as much as operator training and fine-tuning together.
 
-    The bigger model's plain update is fine-tuning's own.
+    An update of the bigger model costs the same from scratch as in fine-tuning.
     """
     grown, tuned = figures(run, "grow"), figures(run, "finetune")
     spent = grown["operator"]["flops"] + tuned["flops"]
@@ -78,7 +78,7 @@ def figures(run: RunFolder, command: str) -> dict[str, Any]:
 
 
 def demo_report(run: RunFolder, baseline: RunFolder) -> Report:
-    """The run's own page, and on it the same model trained from scratch for the same compute."""
+    """The run's own report, with a comparison to the same model trained from scratch for the same compute."""
     rows, plot = comparison(run, baseline)
     story = Section(
         title="What growing gave",

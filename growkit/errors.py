@@ -1,4 +1,4 @@
-"""The errors a user can mend: one line that names the thing and the remedy."""
+"""Errors that a user can fix: one line that names the problem and the remedy."""
 
 MEMORY_IS_FULL = (
     *("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory"),
@@ -17,11 +17,11 @@ class UnwritableError(GrowkitError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM asked for an end, as Ctrl-C does by KeyboardInterrupt."""
+    """SIGTERM asked the process to end; handled like Ctrl-C's KeyboardInterrupt."""
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Whether an error means that memory is used up: torch says so in a dozen words, under a general name."""
+    """Whether an error means out of memory; torch has a dozen wordings for it, under general exception types."""
     if isinstance(error, RuntimeError | ImportError):  # torch itself is not loaded here
         said = str(error).lower()
         return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in MEMORY_IS_FULL)
@@ -29,5 +29,5 @@ def is_memory_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:
-    """What an error of somebody else says first, up to `most` characters; its kind where it says nothing."""
+    """First line of another library's error, at most `most` characters; its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -1,4 +1,4 @@
-"""Models held against labelled images, and against each other: model folders, checkpoints and ONNX files."""
+"""Evaluate models on labelled images and against each other: model folders, checkpoints and ONNX files."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ from growkit.train.telling import Done, followed, unheard
 
 @dataclass(frozen=True)
 class Answering:
-    """A model that answers images, from torch or from an ONNX file, and how they are prepared for it."""
+    """A model that classifies images, in torch or from an ONNX file, and its preprocessing."""
 
     path: str
     predict: Predict
@@ -40,7 +40,7 @@ class Answering:
 
 
 def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size: int | None = None) -> Data:
-    """Data as `source` takes it, its images `image_size` wide and high where that is not the source's own.
+    """Open data with the preprocessing of `source`; `image_size` replaces its image size, width and height.
 
     Raises:
         GrowkitError: unusable data.
@@ -52,21 +52,21 @@ def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size
 
 
 def refuse_unjudgeable(source: Source, data: str, classes: Sequence[str]) -> None:
-    """Raise GrowkitError where `source` cannot be judged on the labels of `data`: no classifier, or other classes."""
+    """Raise GrowkitError if `source` cannot be scored on the labels of `data`: no classifier, or other classes."""
     outputs = source.architecture.classes
     _refuse_headless(source.path, outputs)
     _refuse_other_data(data, classes, outputs, source.labels)
 
 
 def labelled(data: str, source: Source, settings: FitSettings, *, image_size: int | None = None) -> Data:
-    """Data to judge `source` on as it is; arguments and errors are those of the two above."""
+    """Open data to score `source` on, unchanged; arguments and errors are those of the two functions above."""
     opened = prepared_for(source, data, settings, image_size=image_size)
     refuse_unjudgeable(source, data, opened.classes)
     return opened
 
 
 def _refuse_headless(path: str, outputs: int) -> None:
-    """Raise GrowkitError where a model has no classifier: its features are no answers."""
+    """Raise GrowkitError if a model has no classifier: its features are not predictions."""
     if outputs == 0:
         raise GrowkitError(f"{path} has no classifier to judge; `growkit finetune {shlex.quote(path)}` gives it one")
 
@@ -74,7 +74,7 @@ def _refuse_headless(path: str, outputs: int) -> None:
 def _refuse_other_data(
     data: str, classes: Sequence[str], outputs: int, labels: Sequence[str] | None, whose: str = "the model's"
 ) -> None:
-    """Raise GrowkitError where data has other classes, by number or name: every figure would be of wrong answers."""
+    """Raise GrowkitError if the data's classes differ in number or name: every figure would be wrong."""
     told = ""
     if classes and len(classes) != outputs:
         told = f"{len(classes)} classes are not {whose} {outputs}"
@@ -88,7 +88,7 @@ def _refuse_other_data(
 def evaluate_model(
     source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
 ) -> Scores:
-    """Scores of a model on the validation images of `data`."""
+    """Score a model on the validation images of `data`."""
     chosen = pick_device(device)
     opened = labelled(data, source, settings)
     return score_model(source.model(), opened, settings, chosen, progress=progress)
@@ -97,10 +97,10 @@ def evaluate_model(
 def evaluate_onnx(
     path: Path, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
 ) -> Scores:
-    """Scores of an ONNX file on the validation images, prepared as the file's metadata says.
+    """Score an ONNX file on the validation images, prepared as the file's metadata says.
 
     Raises:
-        GrowkitError: no such file, none that ONNX Runtime reads, or it does not say how images are prepared.
+        GrowkitError: no such file, not readable by ONNX Runtime, or its metadata has no preprocessing.
     """
     answering = _answering_onnx(path, device)
     opened = open_data(data, answering.preprocessing, settings)
@@ -115,7 +115,7 @@ def _answering_onnx(path: Path, device: str) -> Answering:
     try:
         subject = onnx_subject(path, provider=providers[device])
         prepared = subject.identity.preprocessing
-        # the network inside says how many classes there are, whatever the file makes of them
+        # the network inside gives the number of classes, whatever outputs the file adds
         blank = np.zeros((1, *prepared["input_size"]), np.float32) if prepared else None
         outputs = subject.run(blank).shape[1] if blank is not None else 0
     except GrowkitError:
@@ -163,13 +163,13 @@ def evaluate_against(
     say: Callable[[str], None] = lambda line: None,
     progress: Done = unheard,
 ) -> tuple[Agreement, bool]:
-    """How a model's answers on the validation images of `data` differ from those of the source it came from.
+    """Compare a model's predictions on the validation images of `data` with those of the source it came from.
 
     `model` and `against` are each a model folder, a checkpoint, timm:NAME or an .onnx file; each gets the images
-    prepared its own way. Of `loading`, --no-ema is for both, the rest for the one that is a bare checkpoint.
+    with its own preprocessing. Of `loading`, --no-ema applies to both, the rest to the one that is a bare checkpoint.
 
-    A model that lies in the run folder is the run's own, and the run's record gets a step "evaluate"; of another
-    nothing is written. The second value tells which.
+    If the model lies in the run folder, a step "evaluate" is added to the run's record; otherwise nothing is written.
+    The second value tells whether it was recorded.
 
     Raises:
         GrowkitError: a model or the data cannot be read, or the models and the data have different classes.
@@ -229,7 +229,7 @@ def evaluate_against(
 
 
 def _is_bare(path: str) -> bool:
-    """Whether this is a checkpoint file, for which --from and --from-set were made."""
+    """Whether this is a bare checkpoint file, which --from and --from-set are for."""
     return not path.startswith(FETCHED) and Path(path).suffix != ".onnx" and Path(path).is_file()
 
 
@@ -239,7 +239,7 @@ def _prepares_alike(old: Answering, new: Answering) -> bool:
 
 
 def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new: Answering) -> None:
-    """Raise GrowkitError where the two models do not answer the same classes, or the data has others."""
+    """Raise GrowkitError if the two models have different classes, or the data has others."""
     made = f"`growkit finetune SOURCE --data {shlex.quote(data)} --run OTHER` makes one"
     remedy = f"compare with a source of the model's classes; {made}"
     if old.outputs != new.outputs:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and the hashes that identify them."""
+"""Atomic writes of files and folders, and the hashes that identify them."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ REMEDIES = {
     errno.ENOSPC: ("the disk is full", f"free some space there and try again; {KEPT}"),
     errno.EDQUOT: ("your quota is used up", f"free some space there and try again; {KEPT}"),
     errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f) or name another place"),
-    errno.EIO: ("the disk reports an error", f"see to the disk; {KEPT}"),
+    errno.EIO: ("the disk reports an error", f"check the disk; {KEPT}"),
     errno.EROFS: ("read-only file system", ELSEWHERE),
     errno.EACCES: ("permission denied", "allow it or name another place"),
     errno.EPERM: ("not permitted", "allow it or name another place"),
@@ -39,10 +39,10 @@ _open: set[str] = set()  # hidden names this process is writing under
 def refuse_existing(
     path: Path, force: bool, *known: str, resumable: bool = False, elsewhere: str = "--run writes elsewhere"
 ) -> None:
-    """Raise GrowkitError when `path` exists and `force` was not given, or is a folder that holds nothing `known`.
+    """Raise GrowkitError if `path` exists without `force`, or is a folder that holds none of the `known` names.
 
-    `resumable` says that --resume would go on with what lies there. --force replaces what growkit wrote, not whatever
-    lies there. Called before the work starts, so that nobody waits an hour for a refusal.
+    `resumable` means that --resume could continue what is there. --force replaces only what growkit wrote. Called
+    before the work starts, so that nobody waits an hour for a refusal.
     """
     clear_left(path.parent, path.name)  # it may lie under a hidden name
     if not path.exists():
@@ -56,16 +56,16 @@ def refuse_existing(
 
 
 def refuse_both(force: bool, resume: bool) -> None:
-    """Raise GrowkitError where a run is to go on and to begin anew at once."""
+    """Raise GrowkitError if a run is to be both resumed and started anew."""
     if force and resume:
         raise GrowkitError("--resume goes on with a run and --force begins it anew: give one of them")
 
 
 def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
-    """Raise UnwritableError where `path` could not be written; leaves nothing behind.
+    """Raise UnwritableError if `path` could not be written; leaves nothing behind.
 
-    It is a file where a `suffix` is given, and a folder where not. A file that is there is replaced if it has that
-    suffix, for a slip of the hand may name a model.
+    With a `suffix`, `path` is a file, else a folder. An existing file may only be replaced if it has that suffix, since
+    a typo may name a model.
     """
     if suffix is not None and path.is_dir():
         raise _unwritable(path, *REMEDIES[errno.EISDIR])
@@ -85,14 +85,14 @@ def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
 
 
 def _unwritable(path: Path, reason: str, remedy: str) -> UnwritableError:
-    # by the name that it was to have, not the hidden one
+    # by its final name, not the hidden one
     path = Path(*(found["name"] if (found := LEFT.fullmatch(part)) else part for part in path.parts))
     return UnwritableError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says of a write that failed into UnwritableError: one line with `path` and the remedy.
+    """Turn a system error of a failed write into UnwritableError: one line with `path` and the remedy.
 
     Errors about other files pass as they are.
     """
@@ -108,14 +108,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
-    """Why `path` was not written, and the remedy; None where `error` tells of something else."""
+    """Return why `path` was not written, and the remedy; None if `error` is about something else."""
     if isinstance(error, OSError):
         name = error.filename2 or error.filename
         inside = name is None or Path(os.fsdecode(name)).absolute().is_relative_to(path.parent.absolute())
-        # making parents and renaming tell of folders above
+        # errors of mkdir and rename name folders above
         inside = inside or path.absolute().is_relative_to(Path(os.fsdecode(name)).absolute())
         return REMEDIES.get(error.errno or 0) if inside else None
-    told = re.search(r"os error (\d+)", str(error))  # as Rust says it
+    told = re.search(r"os error (\d+)", str(error))  # Rust's wording
     if told is not None:
         return REMEDIES.get(int(told[1]))
     under = error.__context__
@@ -124,9 +124,9 @@ def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it when the block ends without error.
+    """Yield a temporary name beside `path`; rename it to `path` when the block ends without error.
 
-    The file is on the disk before it gets its name: after a power cut `path` is the old one or the new one.
+    The file is synced to disk before it is renamed: after a power cut `path` is the old file or the new one.
 
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
@@ -146,7 +146,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path, *names: str) -> Iterator[Path]:
-    """Yield a temporary folder in `folder`; swap its files `names` in, whole and in this order, when the block ends.
+    """Yield a temporary folder in `folder`; when the block ends, move its files `names` in, whole and in this order.
 
     Raises:
         UnwritableError: the disk is full, or `folder` cannot be written.
@@ -171,8 +171,8 @@ def whole_files(folder: Path, *names: str) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; swap it in when the block ends without error.
 
-    Where `path` is a link it stays one. A process killed between the two renames of a swap leaves the old folder beside
-    `path`, under a hidden name that ends in .old; `clear_left` gives it back its own.
+    If `path` is a link it stays one. A process killed between the two renames of a swap leaves the old folder beside
+    `path`, under a hidden name that ends in .old; `clear_left` restores its name.
 
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
@@ -200,10 +200,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def clear_left(folder: Path, name: str | None = None, *, alone: bool = False) -> None:
-    """Clear away in `folder` what writers of `name`, or of anything, left when they were killed.
+    """Clean up in `folder` what killed writers of `name`, or of anything, left there.
 
-    An unfinished file or folder goes; an old folder that was to be replaced comes back where the new one is not there.
-    Whatever a process that lives on this machine writes stays, and what other machines wrote too, unless no other
+    Unfinished files and folders are removed; an old folder that was being replaced is restored if the new one is
+    missing. What a live process on this machine is writing stays, and so do files of other machines, unless no other
     process can be writing there (`alone`).
     """
     try:
@@ -219,14 +219,14 @@ def clear_left(folder: Path, name: str | None = None, *, alone: bool = False) ->
                 os.rename(entry, target)
             else:
                 _remove(entry)
-    except OSError:  # unreadable or read-only; whoever writes there is told
+    except OSError:  # unreadable or read-only: whoever writes there gets the error
         return
 
 
 def _lives(entry: Path, pid: int) -> bool:
-    if pid == os.getpid():  # in a container the next process often gets the number of the one before
+    if pid == os.getpid():  # in a container the next process often gets the same process ID
         return entry.name in _open
-    if os.name == "nt":  # os.kill would end it
+    if os.name == "nt":  # where os.kill would kill it
         return True
     try:
         os.kill(pid, 0)
@@ -238,7 +238,7 @@ def _lives(entry: Path, pid: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Wait until `path` is on the disk, where the file system can tell."""
+    """Wait until `path` is on disk, where the file system supports that."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -261,14 +261,14 @@ def _remove(path: Path) -> None:
 
 
 def _beside(path: Path, kind: str = "partial") -> Path:
-    """A hidden name beside `path` that says who writes there."""
+    """Return a hidden name beside `path` that tells who is writing."""
     beside = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
     _open.add(beside.name)
     return beside
 
 
 def _host() -> str:
-    """This machine in six digits: process numbers mean nothing on another."""
+    """This machine as six hex digits: process IDs mean nothing on another machine."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
@@ -279,7 +279,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def without_folders(value: object) -> object:
-    """`value` with absolute paths cut to their last part: a served file tells no machine's."""
+    """`value` with absolute paths cut to their last part: a served file must not reveal this machine's folders."""
     if isinstance(value, dict):
         return {key: without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -291,7 +291,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        GrowkitError: the file is missing, is none, or is not JSON.
+        GrowkitError: the file is missing, is not a regular file, or is not JSON.
     """
     refuse_no_file(path)
     try:
@@ -303,7 +303,7 @@ def read_json(path: Path) -> Any:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise GrowkitError where `path` is not there or is no file: reading a pipe or a device might never end."""
+    """Raise GrowkitError if `path` is missing or not a regular file: reading a pipe or a device might never end."""
     try:
         if path.is_file():
             return

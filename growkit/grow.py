@@ -1,4 +1,4 @@
-"""Growing: the target network with weights method(source weights), and how far it stands from the source."""
+"""Growing: the target network with weights method(source weights), and how far its outputs are from the source's."""
 
 import re
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ _IN_BLOCK = re.compile(r"^(blocks\.\d+\.)")
 
 
 class _Recomputed(nn.Module):
-    """A block computed again in the backward pass, with the weights that the forward pass gave it.
+    """A block recomputed in the backward pass, with the weights that the forward pass used.
 
-    timm's own checkpointing would find the skeleton's, for functional_call takes back what it lends.
+    timm's own checkpointing would see the skeleton's weights, since functional_call restores them after the forward.
     """
 
     def __init__(self, block: nn.Module):
@@ -43,15 +43,15 @@ class _Recomputed(nn.Module):
 class GrownModel(nn.Module):
     """The target network with weights method(source). Its trainable parameters are the method's.
 
-    The network itself is a skeleton without storage; the source's weights are buffers, so both the method
-    and they move with `.to()`. `method.state_dict()` is what is worth saving.
+    The network itself is a skeleton without storage. The source's weights are buffers, so `.to()` moves them and the
+    method. Only `method.state_dict()` needs saving.
     """
 
     def __init__(self, target: Architecture, method: GrowthMethod, source: Weights):
         super().__init__()
         self.target = target
         self.method = method.to(next(iter(source.values())).dtype)
-        # Not a registered child: nothing of it is to be moved, saved or optimised.
+        # Not a registered submodule: it must not be moved, saved or optimised.
         self._skeleton = (build(target.name, target.arguments, device="meta"),)
         self._kept: dict[str, Tensor] | None = None  # the weights while `weights_once` keeps them
         self._weights_of = GrownModel._current_weights
@@ -60,17 +60,17 @@ class GrownModel(nn.Module):
             self.register_buffer(f"source_{index}", source[slot].detach(), persistent=False)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, of the skeleton's dropout too."""
+        """Set training mode, also for the skeleton's dropout."""
         self.network.train(mode)
         return super().train(mode)
 
     @property
     def network(self) -> VisionTransformer:
-        """What runs with the grown weights; its own have no storage."""
+        """The network that runs with the grown weights; its own have no storage."""
         return self._skeleton[0]
 
     def weights(self) -> dict[str, Tensor]:
-        """The target's weights by checkpoint name, with gradients to the method's parameters."""
+        """Compute the target's weights by checkpoint name, differentiable in the method's parameters."""
         source = {slot: getattr(self, f"source_{index}") for index, slot in enumerate(self._slots)}
         with without_autocast(next(iter(source.values())).device.type):
             return self.target.join(self.method(source))
@@ -80,9 +80,9 @@ class GrownModel(nn.Module):
 
     @contextmanager
     def weights_once(self) -> Iterator[list[Tensor]]:
-        """Make the weights once for all that runs forward and backward inside.
+        """Compute the weights once for every forward and backward pass inside.
 
-        Gradients add up at the weights, which it gives, and go back through the method on leaving, all together.
+        Yields the weights. Their gradients accumulate, and go back through the method in one pass on leaving.
         """
         made = self.weights()
         ways = {name: get_gradient_edge(weight) for name, weight in made.items() if weight.requires_grad}
@@ -94,12 +94,12 @@ class GrownModel(nn.Module):
         finally:
             self._kept = None
         found = {name: weight.grad for name, weight in kept.items() if weight.grad is not None}
-        del kept  # of the weights the gradients alone are needed from here on
+        del kept  # only their gradients are needed from here on
         torch.autograd.backward([ways[name] for name in found], list(found.values()))
 
     @contextmanager
     def weights_shared(self, processes: int) -> Iterator[None]:
-        """Inside, rings are computed by all `processes` of torch.distributed together: see `RingOperator`."""
+        """Split the computation of rings among the `processes` of torch.distributed inside: see `RingOperator`."""
         for ring in self._rings:
             ring.processes = processes
         try:
@@ -109,7 +109,7 @@ class GrownModel(nn.Module):
                 ring.processes = 1
 
     def keep_intermediates(self, size: int) -> None:
-        """Have rings keep intermediates of at most `size` bytes for the backward pass, which makes the others again."""
+        """Have rings keep at most `size` bytes of intermediates for the backward pass, which recomputes the rest."""
         for ring in self._rings:
             ring.room = size // len(self._rings)
 
@@ -118,18 +118,18 @@ class GrownModel(nn.Module):
         return [part for part in self.method.modules() if isinstance(part, RingOperator)]
 
     def leave_weights_uncompiled(self) -> None:
-        """Have torch.compile pass `weights` over: it would trace a ring's planning, and compile each of its slices."""
+        """Exclude `weights` from torch.compile: it would trace a ring's planning, and compile each of its slices."""
         self._weights_of = torch.compiler.disable(GrownModel._current_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass, as timm's models do under this name."""
+        """Recompute each block in the backward pass, as timm's method of this name does."""
         blocks = self.network.blocks
         for index, block in enumerate(blocks):
             inner = block.block if isinstance(block, _Recomputed) else block
             blocks[index] = _Recomputed(inner) if enable else inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The target network's forward, through the grown weights."""
+        """Run the target network with the grown weights."""
         weights = self._weights_of(self)
         if isinstance(self.network.blocks[0], _Recomputed):
             weights = {_IN_BLOCK.sub(r"\1block.", name): tensor for name, tensor in weights.items()}
@@ -137,7 +137,7 @@ class GrownModel(nn.Module):
 
     @torch.no_grad()
     def materialize(self) -> VisionTransformer:
-        """A plain target network in eval mode with the grown weights, all trainable, on the method's device."""
+        """Return a plain target network with the grown weights: eval mode, all trainable, on the method's device."""
         model = build(self.target.name, self.target.arguments, device="meta")
         grown = self.weights()
         weights = {name: grown.pop(name).clone(memory_format=torch.contiguous_format) for name in list(grown)}
@@ -146,13 +146,13 @@ class GrownModel(nn.Module):
 
 
 def grow(source: Architecture, target: Architecture, state: StateDict, settings: GrowSettings) -> GrownModel:
-    """Grow a checkpoint: its weights through a fresh method, ready to train or to `materialize`.
+    """Grow a checkpoint by a new method, ready to train or to `materialize`.
 
         small = load_source("deit_small.pth")
         target, notes = find_target(small.architecture, "deit_base")
         big = grow(small.architecture, target, small.state, GrowSettings(rank=4)).materialize()  # timm's network
 
-    `load_source` is of growkit.source, `find_target` of growkit.arch, `GrowSettings` of growkit.settings; `state` has
+    `load_source` is in growkit.source, `find_target` in growkit.arch, `GrowSettings` in growkit.settings; `state` uses
     the names of timm's state dict.
 
     Raises:
@@ -167,7 +167,7 @@ def grow(source: Architecture, target: Architecture, state: StateDict, settings:
 
 
 def make_method(source: Architecture, target: Architecture, settings: GrowSettings) -> GrowthMethod:
-    """The method of the settings for a pair, in two stages where they say so and both width and depth grow.
+    """Build the method that the settings name for a pair, in two stages if they ask for it and width and depth grow.
 
     Raises:
         GrowkitError: unknown method, variant or stages, or sizes that it cannot grow.
@@ -185,8 +185,8 @@ def make_method(source: Architecture, target: Architecture, settings: GrowSettin
 def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: int, images: int = 4) -> float:
     """Largest absolute difference of the two networks' logits on `images` standard-normal inputs.
 
-    Both are used in eval mode, on the device and in the precision of their own parameters. Where they have no head
-    and give features, the source's are held against the first of the grown ones, which are their copies.
+    Both run in eval mode, on the device and in the precision of their own parameters. Without a head they give
+    features; then the source's are compared with the first of the grown ones, which are their copies.
     """
     first = next(source.parameters())
     config = source.patch_embed

@@ -1,4 +1,4 @@
-"""What growkit.json and the run's record tell of how a model came to be."""
+"""The provenance that growkit.json and the run's record keep of a model."""
 
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +17,7 @@ CURVES = ("losses", "history", "training")
 
 
 def origin_of(source: Source) -> dict[str, Any]:
-    """Where weights come from: names, hashes and versions; nothing that tells of this machine, for it is served."""
+    """Return where weights come from: names, hashes and versions; nothing about this machine, since it is served."""
     return {
         "growkit": __version__,
         "source": {
@@ -35,14 +35,14 @@ def origin_of(source: Source) -> dict[str, Any]:
 
 
 def _training(source: Source) -> dict[str, Any] | None:
-    """What growkit knows of the source's own training, with its curve; of those before it, `ancestors` has the sums."""
+    """What growkit knows of the source's own training, with its curve; `ancestors` has totals for earlier models."""
     history = source.history or {}
     trained = next((key for key in ("fit", "operator") if isinstance(history.get(key), dict)), None)
     return {"stage": history.get("stage"), trained: in_short(history[trained])} if trained else None
 
 
 def sizes(architecture: Architecture) -> dict[str, int]:
-    """What grows, whether an argument says it or the architecture's name."""
+    """The sizes that can grow, whether arguments or the architecture's name set them."""
     attention = architecture.spaces["attn"]
     return {
         "embed_dim": architecture.spaces["embed"].size,
@@ -53,14 +53,14 @@ def sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def served_settings(settings: FitSettings) -> dict[str, Any]:
-    """Settings as growkit.json has them: they are served, and the folder of a data set is of this machine."""
+    """Settings as growkit.json has them: without the data set's folder, since they are served and it is local."""
     return {name: value for name, value in asdict(settings).items() if name != "data_dir"}
 
 
 def fit_figures(
     fitted: FitResult | None, settings: FitSettings | None, start: Scores | None = None
 ) -> dict[str, Any] | None:
-    """What a fit did, as JSON, with the scores it started from; None where there was none."""
+    """Return what a fit did, as JSON, with the scores it started from; None if there was no fit."""
     if fitted is None or settings is None:
         return None
     return {
@@ -83,7 +83,7 @@ def fit_figures(
 
 
 def in_short(fit: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a fit the run's record holds: the options stand there already, and a curve needs few points."""
+    """Shorten a fit for the run's record, which has the options already and needs few points of the loss curve."""
     if fit is None:
         return None
     losses = fit["losses"] if isinstance(fit.get("losses"), list) else []
@@ -94,7 +94,7 @@ def in_short(fit: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def without_curves(history: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A model's history without what training measured on its way: whoever is served the model needs none of it."""
+    """Remove training curves from a model's history: serving does not need them."""
     if history is None:
         return None
     kept = {key: value for key, value in history.items() if key not in CURVES or not isinstance(value, list)}

@@ -1,4 +1,4 @@
-"""How a piece of work is asked for: in which run, on what device, what may be replaced, and who hears of it."""
+"""What a job needs besides its settings: run folder, device, what may be replaced, and who is told of progress."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from growkit.train.telling import Follow, Say, Tell, silent, unfollowed, unsaid
 
 @dataclass(frozen=True)
 class Job:
-    """Growing, training or comparing in a run folder, as the commands of those names ask for it.
+    """Growing, training or comparing in a run folder, as the commands of those names request it.
 
     device   auto, cpu, cuda or cuda:N
-    force    replace what is there
-    resume   go on with what was stopped
-    say      gets lines for the user
-    tell     is told how far long work is
-    follow   is told how far one of several runs is
+    force    replace existing output
+    resume   continue stopped work
+    say      receives lines for the user
+    tell     receives the progress of long work
+    follow   receives the progress of one of several runs
 
     Raises:
         GrowkitError: both `force` and `resume`.

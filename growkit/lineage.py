@@ -1,4 +1,4 @@
-"""What a model was made from: every model before it, as growkit.json keeps it under "ancestors"."""
+"""What a model was made from: every earlier model, as growkit.json lists them under "ancestors"."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 from growkit.source import FETCHED, Source
 
-MOST = 100  # ancestors that are kept, the latest
+MOST = 100  # ancestors kept, the latest ones
 LONGEST = 200  # characters of a name
-LARGEST = 1e100  # numbers; infinity is above it, and NaN is not below
+LARGEST = 1e100  # of numbers; rejects infinity and NaN too
 KEYS = (
-    "stage",  # trained, grown or finetuned by growkit; given where it comes from elsewhere
+    "stage",  # trained, grown or finetuned by growkit; given for any other origin
     "name",  # of its file or folder, or timm:NAME
     "sha256",  # of its weights; empty for timm:NAME
-    "source",  # the sha256 of what it was made from; empty where that were random weights
+    "source",  # the sha256 of the weights it was made from; empty for random weights
     "architecture",
     "width",
     "layers",
-    "adapted",  # how what it was made from was made to fit
+    "adapted",  # how the model it was made from was adapted
     "method",
     "rank",
     "seed",
-    "steps",  # of its training, the operator's where it was grown
+    "steps",  # of its training; for a grown model, of operator training
     "images",
     "flops",
 )
@@ -29,14 +29,14 @@ Entry = dict[str, Any]  # some of KEYS
 
 
 def name_of(source: Source) -> str:
-    """What a source goes by in records: no folder of this machine, for they are served with the model."""
+    """Name of a source in records: without local folders, since records are served with the model."""
     return source.path if source.path.startswith(FETCHED) else Path(source.path).name
 
 
 def ancestors(source: Source) -> list[Entry]:
-    """The models that whatever is made from `source` comes from: oldest first, `source` itself last.
+    """List the ancestors of a model made from `source`: oldest first, `source` itself last.
 
-    None are there where `source` is random weights. What is not known of one is left out.
+    Empty if `source` is random weights. Unknown facts are left out of an entry.
     """
     history = source.history or {}
     if not (history or source.sha256 or source.path.startswith(FETCHED)):
@@ -47,10 +47,10 @@ def ancestors(source: Source) -> list[Entry]:
 
 
 def flops_of(source: Source) -> float | None:
-    """FLOPs that went into a model that growkit trained, through everything it was grown from; None where unknown."""
+    """Total training FLOPs of a model that growkit trained, including everything it was grown from; None if unknown."""
     line = ancestors(source)
     if not line or line[0].get("stage") != "trained" or line[0].get("source"):
-        return None  # it does not begin with random weights, as far as is known
+        return None  # not known to begin with random weights
     spent = [entry["flops"] for entry in line if "flops" in entry]
     return float(sum(spent)) if len(spent) == len(line) else None
 
@@ -91,7 +91,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _plain(entry: Mapping[str, Any]) -> Entry:
-    """An entry with nothing in it but short text and numbers under known names, whoever wrote it."""
+    """Reduce an entry, whoever wrote it, to short text and numbers under known names."""
     found: Entry = {}
     for key in KEYS:
         value = entry.get(key)

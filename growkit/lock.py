@@ -1,4 +1,4 @@
-"""Two commands on one run folder are told apart: the first holds its lock, the second says who does."""
+"""A lock on a run folder: the first command holds it, a second one fails and says who does."""
 
 import errno
 import json
@@ -15,16 +15,16 @@ LOCK = ".growkit.lock"
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems call a lock that another process holds
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TRIES = 100  # to make a folder that others may be removing
-_held: set[Path] = set()  # by this process, to which the system would give its own lock again
+_held: set[Path] = set()  # by this process; the system would grant it its own lock again
 
 
 @contextmanager
 def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: None) -> Iterator[bool]:
-    """Hold `folder` for this process, making it where it is not there; yield whether it could be.
+    """Lock `folder` for this process, creating it if missing; yield whether it could be locked.
 
-    The system lets go when the process ends, however it ends. Its children, as those that read images, never hold it.
-    Where the file system has no locks, `say` gets a line and work goes on; so it does where nothing can be written,
-    for then the command has to say so.
+    The system releases the lock when the process ends, however it ends. Child processes, such as data-loader workers,
+    never hold it. If the file system has no locks, `say` gets a line and work goes on. It also goes on if nothing can
+    be written, since the command itself then reports that.
 
     Raises:
         GrowkitError: another process holds it; the message says which.
@@ -46,14 +46,14 @@ def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: N
             "command": command,
             "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         }
-        with suppress(OSError):  # on a full disk the lock holds all the same
+        with suppress(OSError):  # even on a full disk the lock holds
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(holder).encode())
         yield True
     finally:
         _held.discard(path)
         with suppress(OSError):
-            path.unlink()  # before it is let go: who gets it then sees that it has no name any more
+            path.unlink()  # before it is released: whoever gets it then sees that it no longer has a name
         os.close(descriptor)
         for place in made:
             with suppress(OSError):  # something was written there
@@ -61,13 +61,13 @@ def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: N
 
 
 def _take(path: Path, say: Callable[[str], None]) -> int | None:
-    """The open, locked file; None where there can be no lock."""
+    """Return the open, locked file descriptor; None if locking is impossible."""
     tries = 0
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one before let go and removed the folder, or none can be made there
+        except FileNotFoundError:  # the previous holder removed the folder, or none can be made there
             if (tries := tries + 1) > TRIES:
                 return None
             continue
@@ -96,7 +96,7 @@ def _lock(descriptor: int) -> None:
     if os.name == "nt":
         import msvcrt
 
-        os.lseek(descriptor, 2**20, os.SEEK_SET)  # past what it says, which others may read
+        os.lseek(descriptor, 2**20, os.SEEK_SET)  # past its content, which others may read
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
         os.lseek(descriptor, 0, os.SEEK_SET)
     else:

@@ -12,25 +12,25 @@ from growkit.text import visible
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL knows more, and starts Ghostscript for one of them
 NOT_READABLE = ": not a readable picture "  # between a file's name and the reason
-LONGEST = 1000  # times the short side: resizing that to 224 pixels makes 150 MB of the long one
+LONGEST = 1000  # times the short side; resizing the short side to 224 pixels then takes 150 MB
 
 
 class UnreadablePictureError(GrowkitError):
-    """A file that gives no picture; the message is one line with its name and the reason."""
+    """A file that cannot be read as a picture; the message is one line with its name and the reason."""
 
 
 def unreadable(name: str, reason: str) -> str:
-    """What is said of it."""
+    """The message about an unreadable picture."""
     return f"{visible(name)}{NOT_READABLE}({visible(reason)}); replace it or take it away"
 
 
 def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:
-    """The picture in an open file, in PIL's colour `mode` (L, RGB or RGBA); whoever opened the file closes it.
+    """Read the picture in an open file, in PIL's colour `mode` (L, RGB or RGBA); the caller closes the file.
 
-    Everything is as PIL's own `convert` makes it, and so as timm and torchvision see it: the first frame of an
-    animation, transparency left out, a palette and CMYK in their colours, EXIF orientation not applied. What the file
-    is called does not matter, what is inside does. Where `convert` would ruin a picture it is refused: more than 8 bits
-    of grey are cut off at 255, which leaves it white (or black, of floats).
+    The result is that of PIL's own `convert`, and so what timm and torchvision see: the first frame of an animation,
+    transparency dropped, palettes and CMYK converted, EXIF orientation not applied. The content decides the format, not
+    the file name. A picture that `convert` would ruin is refused: grey levels of more than 8 bits are clipped at 255,
+    which leaves it white (or black, for floats).
 
     Memory is bounded: PIL refuses more than 179 million pixels (1.4 GB while they are converted) from the header, and
     a shape that resizing would blow up is refused as well.
@@ -47,7 +47,7 @@ def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:
             picture = Image.open(file, formats=FORMATS)
             reason = _unfit(picture)
             if reason is None:
-                picture.load()  # decodes: an error after this line is no error of the file
+                picture.load()  # decodes: later errors are not the file's fault
                 return picture if picture.mode == mode else picture.convert(mode)
     except UnidentifiedImageError:
         empty = file.seek(0, os.SEEK_END) == 0

@@ -1,4 +1,4 @@
-"""Growing, training and fine-tuning, each as one function: source in, files and figures of a run folder out."""
+"""Growing, training and fine-tuning, one function each: from a source to files and figures in a run folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,14 +32,14 @@ from growkit.train.score import Scores, read_through, refuse_tf32, score_model, 
 from growkit.train.settings import AUTO, FitSettings
 from growkit.train.telling import Say
 
-OPERATOR_RUN = "operator"  # inside a run: what resuming operator training needs
-LAST = "last"  # inside a trained folder: what resuming needs, and the last weights beside the best
+OPERATOR_RUN = "operator"  # inside a run: the state to resume operator training
+LAST = "last"  # inside a trained folder: the state to resume, and the last weights, beside the best
 START = "start.json"  # in there: the scores before fine-tuning
 
 
 @dataclass(frozen=True)
 class Grown:
-    """What `grow_model` did. With data, `scores` on its validation images: source, step 0, after operator training."""
+    """Result of `grow_model`. With data, `scores` on its validation images: source, step 0, after operator training."""
 
     folder: Path
     target: Architecture
@@ -52,7 +52,7 @@ class Grown:
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train_model` and `finetune_model` did."""
+    """Result of `train_model` and `finetune_model`."""
 
     folder: Path
     fitted: FitResult
@@ -60,7 +60,7 @@ class Trained:
 
 
 def _tell_stale_export(job: Job, folder: Path) -> None:
-    """Say that the run's ONNX file is of other weights, where `folder` is the model that would be exported now."""
+    """Warn if `folder` is the model that would be exported now and the run's ONNX file has other weights."""
     run = job.run
     if not leads() or not run.onnx_file.exists() or run.furthest() != folder:
         return
@@ -69,9 +69,9 @@ def _tell_stale_export(job: Job, folder: Path) -> None:
 
 
 def _goes_on(job: Job, output: Path, state: Path | None) -> bool:
-    """Whether to go on from `state`: as asked, or because torchrun started this very job anew after a failure.
+    """Whether to resume from `state`: on request, or because torchrun restarted this job after a failure.
 
-    A run that ended before it saved anything is begun anew.
+    A run that ended before it saved anything starts anew.
 
     Raises:
         GrowkitError: the run cannot be written, or `output` or `state` exists and is neither replaced nor resumed.
@@ -98,7 +98,7 @@ def _goes_on(job: Job, output: Path, state: Path | None) -> bool:
 
 
 def _only_begun(output: Path) -> bool:
-    """Whether a run that was killed before it saved anything left this folder: there is nothing to lose in it."""
+    """Whether this folder is from a run killed before it saved anything, so that nothing in it can be lost."""
     return output.is_dir() and {path.name for path in output.rglob("*")} <= {LAST, METRICS, START}
 
 
@@ -112,10 +112,10 @@ def grow_model(
     data: str | None = None,
     operator: FitSettings | None = None,
 ) -> Grown:
-    """Grow `source` into `to`, train the operator where there is data, and write run/grown.
+    """Grow `source` into `to`, train the operator if data is given, and write run/grown.
 
     Raises:
-        GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and is not to be replaced.
+        GrowkitError: sizes that cannot be grown, unusable data, or run/grown exists and must not be replaced.
     """
     run, say = job.run, job.say
     if job.resume and data is None:
@@ -142,7 +142,7 @@ def grow_model(
         say(f"warning: {option} means nothing to {settings.method}")
     if data is None and operator not in (None, FitSettings(**OPERATOR_DEFAULTS)):
         say("warning: options of operator training mean nothing without --data")
-    if opened is not None:  # only the same operator goes on
+    if opened is not None:  # resuming requires the same operator
         growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
         opened = replace(opened, identity={**opened.identity, **growth})
     small = source.model()
@@ -199,7 +199,7 @@ def grow_model(
                 "parameters": result.parameters,
                 "operator_parameters": operator_parameters,
                 "operator": in_short(history["operator"]),
-                # of an operator that is to be trained on nothing is said: what was scored is not what was written
+                # None while operator training is unfinished: the scored weights are not the written ones
                 "scores": {name: asdict(found) for name, found in scores.items()} if scores and complete else None,
                 "adapted": list(source.adapted),
                 "unreadable": list(opened.unreadable) if opened is not None else [],
@@ -215,7 +215,7 @@ def grow_model(
 
 
 def _refuse_mistyped(source: Source, to: str, sets: Sequence[str], settings: GrowSettings) -> None:
-    """Raise GrowkitError for words that no growing takes, before anything is said of what lies in the run."""
+    """Raise GrowkitError for options that cannot work, before complaining about what is in the run folder."""
     adapted = with_classes(source, None, sets, seed=settings.seed)
     check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)
 
@@ -229,15 +229,15 @@ def _train_operator(
     operator: FitSettings,
     device: torch.device,
 ) -> tuple[FitResult | None, FitSettings, dict[str, Scores]]:
-    """Train what the method has to train on the data; what came out, with which settings, and scores.
+    """Train the method's parameters on the data; return the fit, the settings used, and scores.
 
-    Scores are of `models`, the source and the grown model, which are let go, and of what training gave where it was
-    not stopped.
+    Scores are of `models`, the source and the grown model, which are freed, and of the trained model if training
+    finished.
     """
     folder, learns = job.run.path / OPERATOR_RUN, any(p.requires_grad for p in grown.parameters())
     if learns:
         operator = _sized(grown, opened, operator, device, job.say, folder if goes_on else None)
-    elif operator.batch_size == AUTO:  # which only training can look for
+    elif operator.batch_size == AUTO:  # only training can search for it
         operator = replace(operator, batch_size=FitSettings.batch_size)
     refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None)
     if learns and goes_on:
@@ -281,7 +281,7 @@ def _train_operator(
 
 
 def _below(harm: str, before: Scores, after: Scores, remedy: str) -> str:
-    """What is said of a top-1 that fell: `harm` and the remedy where chance does not explain it."""
+    """The line about a drop in top-1: `harm` and the remedy if chance does not explain it."""
     if worse(before, after):
         return f"warning: {harm}: {remedy}"
     fell = f"top-1 fell from {before.top1:.2%} to {after.top1:.2%} on {counted(after.count, 'image')}"
@@ -297,7 +297,7 @@ def train_model(
     sets: Sequence[str] = (),
 ) -> Trained:
     """Train timm's `name` from scratch and write run/trained: a source for experiments, or the baseline."""
-    drafted, preprocessing = named(name, sets)  # what it takes, before the data says how many classes there are
+    drafted, preprocessing = named(name, sets)  # its preprocessing, before the data gives the number of classes
     opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
@@ -312,7 +312,7 @@ def finetune_model(
     data: str,
     settings: FitSettings,
 ) -> Trained:
-    """Train a model on and write run/finetuned: the best by validation, and last/ to resume from."""
+    """Fine-tune a model and write run/finetuned: the best weights by validation, and last/ to resume from."""
     opened = open_data(data, source.preprocessing, settings, tell=job.tell)
     adapted = with_classes(source, opened.classes, seed=settings.seed)
     for note in adapted.adapted:
@@ -349,7 +349,7 @@ def _fit_into(
     model.train()
 
     def plain(trained: nn.Module) -> nn.Module:
-        """`trained`, put together in the leading process where it is sharded; all take part."""
+        """Return `trained`, gathered in the leading process if it is sharded; a collective call."""
         if not sharded(trained):
             return trained
         state = whole(trained.state_dict())
@@ -410,7 +410,7 @@ def _fit_into(
 
 
 def _kept_scores(path: Path) -> Scores | None:
-    """Scores that a run kept for when it is resumed; None where they are lost, for they only tell."""
+    """Read the starting scores of a resumed run; None if they are lost, since they are only reported."""
     try:
         kept = Scores(**read_json(path))
     except (GrowkitError, TypeError):
@@ -421,10 +421,10 @@ def _kept_scores(path: Path) -> Scores | None:
 def _sized(
     model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say, resumed: Path | None
 ) -> FitSettings:
-    """The settings with the batch size that was asked for, or found: once for a run, whose state is in `resumed`.
+    """Settle the batch size: as given, or found automatically once per run and then read from the state in `resumed`.
 
     Raises:
-        GrowkitError: not a single image fits, or the device cannot do what the settings ask of it.
+        GrowkitError: not even one image fits in memory, or the device does not support the settings.
     """
     refuse_tf32(settings, device)
     if resumed is not None and settings.batch_size == AUTO:
@@ -436,8 +436,8 @@ def _sized(
         say(f"--batch-size {settings.batch_size}: there are {images} training images, and a batch takes them all")
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"
-        takes_all = sized.batch_size > images - STEP * size()  # it is rounded down
-        found = f"takes as good as all {images:,} training images" if takes_all else f"is the largest that fits {where}"
+        takes_all = sized.batch_size > images - STEP * size()  # the size found is rounded down
+        found = f"takes nearly all {images:,} training images" if takes_all else f"is the largest that fits {where}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 

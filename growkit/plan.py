@@ -1,6 +1,6 @@
-"""What growing would give and cost: starts are made of the real weights, FLOPs counted on tensors without storage.
+"""What growing would give and cost, without training or writing anything.
 
-Nothing is trained or written.
+Starts are computed from the real weights; FLOPs are counted on meta tensors.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class RankCost:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """A method on this pair: why it cannot, or whether it keeps the function and what there is to train."""
+    """A method on this pair: why it cannot grow it, or whether it preserves the function and its trainable size."""
 
     name: str
     cannot: str | None
@@ -70,7 +70,7 @@ class Plan:
     sizes: tuple[Size, ...]
     parameters: tuple[int, int]
     flops_per_step: tuple[int, int]
-    ranks: tuple[RankCost, ...]  # empty where Mango cannot
+    ranks: tuple[RankCost, ...]  # empty where Mango cannot grow the pair
     methods: tuple[MethodCost, ...]
 
 
@@ -91,7 +91,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
     methods = tuple(_method_cost(str(name), source, target, batch_size) for name in islice(counted, len(METHODS)))
     small, ranks = source.model(), list[RankCost]()
     for rank in counted:
-        # the start is the same whatever the rank, but for one path at rank 1 and two above
+        # the start depends on the rank only in that rank 1 has one path and higher ranks have two
         ranks.append(_rank_cost(int(rank), source, target, batch_size, ranks[-1].gap if int(rank) > 2 else small))
     both = (source.architecture, target)
     return Plan(
@@ -112,7 +112,7 @@ def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int
 def _rank_cost(
     rank: int, source: Source, target: Architecture, batch_size: int, start: VisionTransformer | float
 ) -> RankCost:
-    """What Mango costs at a rank, and how far it starts from the network `start`, or that distance where known."""
+    """Cost of Mango at a rank, and its gap to the network `start` at step 0; a float `start` is that gap, known."""
     grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
     assert isinstance(grown.method, Mango)
     gap = start if isinstance(start, float) else lossless_gap(start, grown.materialize(), seed=0)
@@ -131,7 +131,7 @@ def _rank_cost(
 
 
 def _method_cost(name: str, source: Source, target: Architecture, batch_size: int) -> MethodCost:
-    """What a method's defaults give for a pair."""
+    """Cost of a method with its default settings on a pair."""
     settings = GrowSettings(method=name)
     reason = METHODS[name].cannot(source.architecture, target, settings)
     if reason is not None:

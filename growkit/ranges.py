@@ -1,11 +1,11 @@
-"""The numbers that settings and labels may hold; one outside its range is refused by its name."""
+"""Ranges of the numbers in settings and labels; one outside is refused, and the error names it."""
 
 from typing import Any
 
 from growkit.errors import GrowkitError
 
-MOST = 10**9  # of anything: steps, batches, seconds; larger ones overflow in libraries, and are mistyped
-SEEDS = 2**31 - 1  # NumPy takes 32 bits, and some of them go into counting on
+MOST = 10**9  # of anything: steps, batches, seconds; larger numbers are typos, and overflow in libraries
+SEEDS = 2**31 - 1  # NumPy takes 32 bits; the rest leaves room for adding to a seed
 
 
 def refuse_outside(
@@ -17,9 +17,9 @@ def refuse_outside(
     below: float | None = None,
     prefix: str = "",
 ) -> None:
-    """Hold fields of `settings` to a range: from `least` or above `above`, up to `most` or below `below`.
+    """Check that fields of `settings` are in a range: from `least` or above `above`, up to `most` or below `below`.
 
-    A field that is None was left out, and passes. `prefix` goes before the option's name, as with_settings has it.
+    A field that is None was left out, and passes. `prefix` goes before the option's name, as in with_settings.
 
     Raises:
         GrowkitError: a field is outside, or not a number (NaN).
@@ -38,7 +38,7 @@ def refuse_number(
     most: float = MOST,
     below: float | None = None,
 ) -> None:
-    """The same for the one value of an option.
+    """Check one option's value in the same way.
 
     Raises:
         GrowkitError: it is outside, or not a number (NaN).
@@ -53,17 +53,17 @@ def refuse_number(
     words += [] if above is None else [f"more than {above:g}"]
     if below is not None:
         words.append(f"less than {below:g}")
-    elif most != MOST or low:  # nobody asks for what is above a number that is never meant, until they exceed it
+    elif most != MOST or low:  # MOST is far above any real value, so mention it only to those who exceed it
         words.append(f"at most {most}")
     told = value if isinstance(value, int) else f"{value:g}"
     raise GrowkitError(f"{option} {told}: expected {', and '.join(words)}")
 
 
 def refuse_labels(lowest: int, highest: int, outputs: int) -> None:
-    """Hold labels to the classes that a model answers with: 0 up to `outputs`.
+    """Check that labels are among the model's classes: 0 up to, not including, `outputs`.
 
     Raises:
-        GrowkitError: one has no logit.
+        GrowkitError: a label has no logit.
     """
     if lowest < 0 or highest >= outputs:
         raise GrowkitError(

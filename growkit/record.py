@@ -1,4 +1,4 @@
-"""A run folder: where each stage lies, and record.json, which says how each file came to be."""
+"""A run folder: the place of each stage, and record.json, which says how each file was made."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ class RunFolder:
     """The folder that every command reads and writes; `run/` unless --run says otherwise."""
 
     def __init__(self, path: Path, *, command_line: str = ""):
-        """The run at `path`; `command_line` is what was typed of the command that writes it, for the record."""
+        """The run at `path`; `command_line` is the command that writes to it, as typed, for the record."""
         self.path = path
         self.command_line = command_line
         self.trained = path / "trained"
@@ -78,7 +78,7 @@ class RunFolder:
         raise GrowkitError(f"{self.path} holds no {what}; run `growkit grow` first, or name a model or --run")
 
     def refuse_unusable(self) -> None:
-        """Raise GrowkitError where the run cannot be written to its end, before the work starts."""
+        """Raise GrowkitError if the run folder cannot be written, before the work starts."""
         if self.path.exists() and not self.path.is_dir():
             raise GrowkitError(f"{self.path} is a file; --run names a folder")
         for stage in STAGES:
@@ -91,7 +91,7 @@ class RunFolder:
         self.steps()
 
     def clear_left(self) -> None:
-        """Clear away what killed commands left; nobody else may be writing here (`lock.held`)."""
+        """Clean up what killed commands left; no other process may be writing here (`lock.held`)."""
         clear_left(self.path.absolute().parent, self.path.name)
         clear_left(self.path, alone=True)
         for stage in STAGES:
@@ -120,7 +120,7 @@ class RunFolder:
         figures: dict[str, Any],
         hashes: dict[str, str] | None = None,
     ) -> None:
-        """Append a step: what was typed, settings, seeds included, and SHA-256 of files by name."""
+        """Append a step: the command as typed, settings and seeds, figures, and SHA-256 of files by name."""
         step = {
             "command": command,
             "command_line": self.command_line or None,
@@ -135,7 +135,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, growkit and what decides a result, by distribution name."""
+    """Versions of Python, growkit and the packages that affect results, by distribution name."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -146,7 +146,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were measured on: processor, cores, and the GPU where torch sees one."""
+    """The hardware that figures were measured on: processor, cores, and the GPU if torch sees one."""
     import torch
 
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

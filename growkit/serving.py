@@ -1,4 +1,4 @@
-"""What goes into serving: a model exported, and a file verified, each as one function into a run folder."""
+"""Export a model and verify a file for serving, one function each, with results in a run folder."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -44,12 +44,12 @@ from growkit.train.batches import unaugmented, val_batches
 from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Say, unheard
 
-CALIBRATION = 256  # images that int8-static takes its ranges from
+CALIBRATION = 256  # images to calibrate int8-static on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A Triton model repository that an export goes into, too; without a name, under the architecture's."""
+    """A Triton model repository to write the export into as well; its name defaults to the architecture's."""
 
     folder: Path
     settings: TritonSettings
@@ -69,14 +69,14 @@ def export_model(
     say: Say = lambda line: None,
     show: Callable[[Exported], None] = lambda exported: None,
 ) -> Exported:
-    """Write a model as ONNX into `out`, or RUN/onnx, and hold the finished file against it.
+    """Write a model as ONNX into `out`, or RUN/onnx, and compare the finished file with the model.
 
-    One that answers otherwise, of which `Exported.parity` tells, does not appear. `model` and `loading` are what
-    `load_source` takes; `data`, read by `reading`, is for accuracy, and for the ranges of int8-static. `show` is given
-    what was made before any of it goes into the Triton repository.
+    A file whose outputs differ is discarded; `Exported.parity` tells. `model` and `loading` are what `load_source`
+    takes; `data`, read as `reading` says, is for measuring accuracy and calibrating int8-static. `show` is given the
+    export before it goes into the Triton repository.
 
     Raises:
-        GrowkitError: a model that cannot be loaded, a folder that cannot be written or is taken and `force` is not set,
+        GrowkitError: a model that cannot be loaded, a folder that cannot be written or exists without `force`,
             settings or data that do not fit the model.
     """
     run.refuse_unusable()
@@ -139,13 +139,13 @@ def export_model(
 
 
 class _UnfaithfulError(Exception):
-    """The file does not answer like the model: its folder is not to appear."""
+    """The file's outputs differ from the model's: its folder must not be created."""
 
 
 def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> None:
-    """Raise GrowkitError where an export cannot be written to its end."""
+    """Raise GrowkitError if an export could not be written."""
     if target.resolve() == Path.cwd():
-        raise GrowkitError(f"--out {target}: the folder you stand in cannot be replaced; name another")
+        raise GrowkitError(f"--out {target}: the current folder cannot be replaced; name another")
     refuse_unwritable(target.absolute().parent)
     refuse_existing(target, force, "export.json", elsewhere="--out writes elsewhere")
     if triton is not None and triton.folder.resolve().is_relative_to(target.resolve()):
@@ -157,7 +157,7 @@ def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> Non
 def _calibrating(
     source: Source, settings: ExportSettings, data: str | None, reading: FitSettings, say: Say
 ) -> tuple[np.ndarray | None, Iterable[tuple[Tensor, Tensor]] | None]:
-    """Images for the ranges of int8-static (N, C, H, W), and labelled batches for accuracy, where there are any."""
+    """Return calibration images for int8-static (N, C, H, W) and labelled batches for accuracy, None if unused."""
     calibrates = settings.precision == "int8-static"
     if data is None:
         if calibrates:
@@ -172,12 +172,12 @@ def _calibrating(
     except GrowkitError as error:
         if not calibrates or settings.max_accuracy_drop is not None:
             raise
-        say(f"accuracy is not judged: {error}")  # ranges need no labels
+        say(f"accuracy is not judged: {error}")  # calibration needs no labels
     return unaugmented(opened, CALIBRATION, seed=settings.seed).numpy() if calibrates else None, batches
 
 
 def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
-    """What was written, and how near it is to the model."""
+    """Say what was written, and how close it is to the model."""
     made, figures = exported.export, exported.parity.figures
     for choice in exported.choices:
         say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
@@ -195,16 +195,16 @@ def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
         scores = figures["accuracy"]
         say(f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images")
     elif made.form.precision != "fp32" and data is None:
-        say("what that does to accuracy was not looked at: give --data, here or to `growkit verify`")
+        say("its effect on accuracy was not measured: give --data, here or to `growkit verify`")
 
 
 def _served(triton: Repository) -> dict[str, Any]:
-    """Where a file is to be served, as the record has it."""
+    """The Triton settings of an export, for the record."""
     return {"repository": str(triton.folder), **asdict(triton.settings), "version": triton.settings.version or 1}
 
 
 def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -> None:
-    """Write the exported folder into a model repository; the folder stays whatever becomes of it."""
+    """Write the exported folder into a model repository; the folder stays even if that fails."""
     try:
         model = write_model_repository(target, triton.folder, triton.settings, force=force)
     except (GrowkitError, OSError) as error:
@@ -220,7 +220,7 @@ def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The folder of a golden reference: answers are held against it, or where `update` become it."""
+    """The folder of a golden reference: outputs are compared with it, or with `update` become it."""
 
     folder: Path
     update: bool = False
@@ -228,11 +228,11 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Images of the user, beside the made ones, that a file and its model are held against each other on."""
+    """The user's images on which a file and its model are compared, beside the generated ones."""
 
     data: str | None = None  # labelled, for accuracy
     reading: FitSettings = field(default_factory=FitSettings)  # how they are read
-    pictures: Path | None = None  # a folder with some
+    pictures: Path | None = None  # a folder of unlabelled images
 
 
 def verify_run(
@@ -249,15 +249,15 @@ def verify_run(
     progress: Done = unheard,
     show: Callable[[Verification], None] = lambda verification: None,
 ) -> Verification:
-    """Hold an ONNX `file` against the model it came from, or one of the two alone against a reference.
+    """Compare an ONNX `file` with the model it came from, or one of the two alone with a reference.
 
-    Writes its report as report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py where answers
-    differ; where the run has an ONNX file and this is another, or the model another, into RUN/verify/other. What passes
-    becomes the reference, where that is to be updated. `model` and `loading` are what `load_source`
-    takes; `show` is given what was checked before any of it is written.
+    Writes the report as report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py if outputs
+    differ; into RUN/verify/other if the run has an ONNX file and this is another, or the model is of another run. With
+    `reference.update`, what passes becomes the reference. `model` and `loading` are what `load_source` takes; `show` is
+    given the verification before anything is written.
 
     Raises:
-        GrowkitError: nothing to hold against, a model that cannot be loaded, a missing file, a provider that does not
+        GrowkitError: nothing to compare with, a model that cannot be loaded, a missing file, a provider that does not
             run here, a reference or data that cannot be read or do not fit.
     """
     started, clock = datetime.now(UTC), time.monotonic()
@@ -308,7 +308,7 @@ def verify_run(
     }
     if reference is not None and updating and verified.verdict != "fail":
         if golden is None or held is None:
-            assert file is not None  # a model alone was held against its own
+            assert file is not None  # a model alone has made its golden above
             held = onnx_subject(file, provider=report["provider"]["used"])
             golden = make_golden(held, seed=settings.seed)
         report["reference_update"] = update_golden(reference.folder, golden, held)
@@ -342,10 +342,10 @@ def _tell_less(path: Path, verified: Verification, say: Say) -> None:
 
 
 def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updating: bool) -> VerifySettings:
-    """The settings as far as they mean something: nothing is timed `alone`, nor where a reference is written.
+    """Turn timing off for a file or model `alone`, and when a reference is written.
 
     Raises:
-        GrowkitError: they ask for what is then not done.
+        GrowkitError: the settings ask for something that is then not done.
     """
     timed = settings.max_latency_ratio is not None or settings.compiled
     if settings.max_accuracy_drop is not None and evidence.data is None:
@@ -395,7 +395,7 @@ def _with_file(
     say: Say,
     progress: Done,
 ) -> Verification:
-    """The ONNX file against its model: answers, a reference, accuracy on data, times."""
+    """Verify the ONNX file against its model: outputs, a reference, accuracy on data, latency."""
     network, form = source.model(), form_in(file)
     prepared = preprocessing(at_image_size(network, form.image_size))
     pictures = None
@@ -425,14 +425,14 @@ def _with_file(
 
 
 def _data_sets_beside(file: Path) -> Path | None:
-    """The folder of a file's own reference data, where `growkit export` left them."""
+    """The folder of a file's own reference data, if `growkit export` wrote them beside it."""
     return file.parent if (file.parent / "test_data_set_0").is_dir() else None
 
 
 def _leave_script(
     folder: Path, verified: Verification, source: Source, file: Path, settings: VerifySettings, say: Say
 ) -> None:
-    """Write reproduce.py into `folder` where a file answers unlike its model; one of an earlier run goes."""
+    """Write reproduce.py into `folder` if a file's outputs differ from its model's; remove an earlier one."""
     script = folder / "reproduce.py"
     script.unlink(missing_ok=True)
     if verified.parity is None or verified.parity.passed:

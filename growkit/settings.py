@@ -1,4 +1,4 @@
-"""Settings of reading a source, of growing it, and of training around it, free of torch so that --help stays fast."""
+"""Settings for reading a source, growing it, and training around it; imports no torch, so that --help stays fast."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ STAGES = ("both", "width-first", "depth-first")
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a checkpoint is read; of a model folder its config.json says the most."""
+    """How a checkpoint is read; a model folder's config.json already says most of it."""
 
     from_: str | None = None
-    """Architecture of the source where its shapes cannot tell (head count)."""
+    """Architecture of the source, where its shapes leave it open (head count)."""
     from_set: list[str] | None = None
-    """Override an argument of the source's architecture, as --from-set num_heads=3; repeatable."""
+    """Override an argument of the source's architecture, as in --from-set num_heads=3; repeatable."""
     ema: bool = True
-    """Of a checkpoint that holds averaged weights beside the plain ones, take those."""
+    """Take the averaged (EMA) weights of a checkpoint that holds both them and the plain ones."""
 
     @property
     def words(self) -> list[str]:
@@ -47,9 +47,9 @@ class GrowSettings:
     stages: str = "both"
     """Grow width and depth at once or one after the other: both, width-first or depth-first."""
     noise: float = 1.0
-    """Noise that parts duplicated units, relative to the weights; what a method keeps exactly, it still keeps."""
+    """Symmetry-breaking noise on duplicated units, relative to the weights; exact methods stay exact."""
     seed: int = 0
-    """Seed of every draw of the method, of the data order and of the augmentation."""
+    """Seed of the method's random draws, the data order and the augmentation."""
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a number that no method can use, naming the option."""
@@ -58,7 +58,7 @@ class GrowSettings:
         refuse_outside(self, "seed", least=0, most=SEEDS)
 
 
-# Where training an operator or a grown model differs from training from scratch.
+# Defaults that differ from training from scratch, for training an operator and a grown model.
 OPERATOR_DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "lr": 1e-4,

@@ -1,4 +1,4 @@
-"""SOURCE and MODEL arguments: a file, a model folder, timm:NAME or hf-hub:OWNER/NAME as architecture with weights."""
+"""Load SOURCE and MODEL arguments, a file, a model folder, timm:NAME or hf-hub:OWNER/NAME, as a Source."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from growkit.settings import Loading
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 TIMM, HUB = "timm:", "hf-hub:"
-FETCHED = (TIMM, HUB)  # what these begin is fetched from the network, and nothing else is
+FETCHED = (TIMM, HUB)  # only names with these prefixes are fetched from the network
 
 
 AS_IT_IS = Loading()
@@ -29,7 +29,7 @@ AS_IT_IS = Loading()
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it lies on disk: what it is, its weights, and what to tell the user about it."""
+    """A loaded model: its architecture, its weights, and what to tell the user about it."""
 
     path: str
     architecture: Architecture
@@ -39,9 +39,9 @@ class Source:
     labels: tuple[str, ...] | None
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
     notes: tuple[str, ...]
-    adapted: tuple[str, ...] = ()  # what was changed so that it fits (see adapt.py), a line each
+    adapted: tuple[str, ...] = ()  # what was changed to make it fit (see adapt.py), one line each
     loading: Loading = AS_IT_IS  # how it was loaded
-    own_head: bool = True  # else its classifier was made anew, and its answers mean nothing before it is trained
+    own_head: bool = True  # False: its classifier is new, and its predictions mean nothing before training
 
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
@@ -56,7 +56,7 @@ def load_source(
 ) -> Source:
     """Load a .pth/.pt, a .safetensors, a model folder, `timm:NAME` or `hf-hub:OWNER/NAME[@REVISION]`.
 
-    `say` gets the source's notes: how its architecture was told, which of several weights were taken.
+    `say` gets the source's notes: how its architecture was recognized, which of several weights were taken.
 
     Raises:
         GrowkitError: the file cannot be read safely, or its weights fit no known architecture.
@@ -111,7 +111,7 @@ def _load(path: str, loading: Loading) -> Source:
 
 
 def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
-    """A network with timm's random weights, for training from scratch.
+    """Build a network with timm's random weights, for training from scratch.
 
     Raises:
         GrowkitError: unknown name or argument.
@@ -122,7 +122,7 @@ def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -
 
 
 def named(name: str, sets: Sequence[str], classes: int = 1) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture of a name and how it takes images; it has so many `classes` unless `sets` says otherwise.
+    """Return the named architecture and its preprocessing; it has `classes` classes unless `sets` says otherwise.
 
     Raises:
         GrowkitError: unknown name or argument.
@@ -132,7 +132,7 @@ def named(name: str, sets: Sequence[str], classes: int = 1) -> tuple[Architectur
 
 
 def untrained(architecture: Architecture, *, seed: int) -> dict[str, Tensor]:
-    """timm's random weights, the same for the same seed."""
+    """Return timm's random weights, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build(architecture.name, architecture.arguments).state_dict()
@@ -143,7 +143,7 @@ def _load_timm(path: str) -> Source:
     architecture = find(name)
     _ask_quietly()
     try:
-        # a tag, as in deit_small_patch16_224.fb_in1k, picks among published weights
+        # a tag, as in deit_small_patch16_224.fb_in1k, selects among published weights
         model = timm.create_model(name if "." in name else architecture.name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
         reason = first_line(error)
@@ -162,9 +162,9 @@ def _load_timm(path: str) -> Source:
 
 
 def _from_hub(path: str) -> Path:
-    """The model folder of `hf-hub:OWNER/NAME[@REVISION]`: config.json and safetensors, both of one commit.
+    """Fetch the model folder of `hf-hub:OWNER/NAME[@REVISION]`: config.json and safetensors, from one commit.
 
-    Nothing else of the repository is fetched, a pickle least of all.
+    Nothing else in the repository is fetched, above all no pickle.
     """
     from huggingface_hub import hf_hub_download
 
@@ -181,17 +181,17 @@ def _from_hub(path: str) -> Path:
 
 
 def _ask_quietly() -> None:
-    """Let the hub's client ask for files alone: it would also tell torch's version and look up what it runs under."""
+    """Turn off the hub client's telemetry: it would also send torch's version and look up its environment."""
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def _prepared_as(path: str, config: object) -> dict[str, Any]:
-    """What a config.json says of how images are prepared.
+    """Read the preprocessing from a config.json.
 
     Raises:
-        GrowkitError: it is no object, or says what no image can be prepared by; the message names the entry.
+        GrowkitError: it is not an object, or an entry has an impossible value; the message names the entry.
     """
     if not isinstance(config, dict):
         raise GrowkitError(f"{path}: pretrained_cfg in its config.json is no object; expected timm's config.json")
@@ -221,7 +221,7 @@ def _numbers(value: object) -> bool:
 
 
 def _preprocessing(architecture: Architecture, given: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config of the architecture with `given` on top; small images are not cropped."""
+    """timm's data config for the architecture, overridden by `given`; small images are not cropped."""
     model = build(architecture.name, architecture.arguments, device="meta")
     config = {**resolve_model_data_config(model), **given}
     for what, (height, width) in (("images", model.patch_embed.img_size), ("patches", model.patch_embed.patch_size)):

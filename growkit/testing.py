@@ -1,4 +1,4 @@
-"""For test suites of your own: a grown model, a fine-tuned one or an ONNX file must answer like its reference.
+"""For your test suite: assert that a grown model, a fine-tuned one or an ONNX file matches its reference.
 
 from growkit.testing import assert_matches_reference
 
@@ -27,7 +27,7 @@ def assert_matches_reference(
     tolerance  relative RMS difference of the logits; that of the reference when left out
 
     Raises:
-        AssertionError: with one line for each check that said no.
+        AssertionError: with one line for each check that did not pass.
         GrowkitError: a model or a reference that is missing or cannot be read.
     """
     __tracebackhide__ = True  # pytest shows the caller's line

@@ -1,9 +1,9 @@
-"""Text that came from files, made fit to be shown: on a terminal, on a page, in XML, in a script."""
+"""Make text from files safe to show: on a terminal, on a page, in XML, in a script."""
 
 import re
 from collections.abc import Sequence
 
-# What moves a cursor, ends a line, turns writing around, or is no character at all; XML 1.0 cannot hold most of it.
+# Cursor control, line ends, bidirectional overrides and non-characters; XML 1.0 cannot hold most of them.
 HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
@@ -12,7 +12,7 @@ HIDDEN = re.compile(
 def visible(text: object) -> str:
     """`text` on one line, whatever it holds: control characters and the like spelled out, as in '\\x1b' and '\\n'.
 
-    A name cannot hide another, forge a line of its own, or give a terminal orders.
+    So a name cannot hide another, forge a line, or control the terminal.
     """
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -34,5 +34,5 @@ def short(sha256: object) -> str:
 
 
 def clipped(text: str, most: int) -> str:
-    """At most `most` characters, an ellipsis the last where some are left out."""
+    """At most `most` characters, ending in an ellipsis if some are left out."""
     return text if len(text) <= most else text[: most - 1] + "…"

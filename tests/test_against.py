@@ -225,13 +225,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "ONNX model on another GPU": (("run/onnx/model.onnx", "--device", "cuda:1"), "CUDA_VISIBLE_DEVICES picks one"),
     "ONNX model in a precision": (
         ("run/onnx/model.onnx", "--precision", "fp16"),
-        "run/onnx/model.onnx is what it is: leave out --from, --from-set, --no-ema and --precision",
+        "run/onnx/model.onnx is an ONNX file: leave out --from, --from-set, --no-ema and --precision",
     ),
     "ONNX models against each other in a precision": (
         ("run/onnx/model.onnx", "--against", "run/onnx/model.onnx", "--precision", "fp16"),
-        "run/onnx/model.onnx is what it is",
+        "run/onnx/model.onnx is an ONNX file",
     ),
-    "--from of an ONNX model": (("run/onnx/model.onnx", "--from", "vit_tiny"), "model.onnx is what it is: leave out"),
+    "--from of an ONNX model": (("run/onnx/model.onnx", "--from", "vit_tiny"), "model.onnx is an ONNX file: leave out"),
     "--from of two bare checkpoints": (
         ("bare.pth", "--against", "bare.pth", "--from-set", "num_heads=2"),
         "both bare checkpoints",

@@ -404,7 +404,7 @@ def test_grow_records_what_made_the_model(here: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("auto", "--batch-size {eights} takes as good as all {images} training images; --lr 0.0001 is not scaled"),
+        ("auto", "--batch-size {eights} takes nearly all {images} training images; --lr 0.0001 is not scaled"),
         ("1000", "--batch-size 1000: there are {images} training images, and a batch takes them all"),
     ],
 )
@@ -831,7 +831,7 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     status, out, err = growkit(capsys, *GROW, *DATA, "--steps", "1", *QUICK, "--run", tmp_path)
     assert status == 0, err
     assert "the source has 7 classes, the data 3: a new head starts from scratch" in out
-    assert "learn these classes first: growkit finetune small --data images --run OTHER, and take" in out
+    assert "train it on these classes first: growkit finetune small --data images --run OTHER, and take" in out
     config = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "elk"])
     history = json.loads((tmp_path / "grown" / "growkit.json").read_text())

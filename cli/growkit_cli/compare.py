@@ -46,7 +46,7 @@ def compare(
     """Compare growth methods with training from scratch: same images, same order, same compute, several seeds.
 
     The full budget is what training the target from scratch costs for --epochs. Results, plots and report.html go
-    into run/compare; a stopped comparison goes on with --resume, which may also ask for more methods or seeds.
+    into run/compare; --resume continues a stopped comparison, and may also add methods or seeds.
 
     Example: growkit compare deit_small.pth --to deit_base --data images/ --methods mango,ligo,bert2bert --seeds 3
     """
@@ -69,4 +69,4 @@ def compare(
     console.say(f"wrote {compared.folder}: report.html, results.json, plots/")
     console.result(compared.content)
     if any(arm.budgets[-1].top1 is None for arm in compared.arms):
-        raise typer.Exit(1)  # an arm of which nothing came out
+        raise typer.Exit(1)  # an arm without any result

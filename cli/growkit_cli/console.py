@@ -1,4 +1,4 @@
-"""What the commands print: tables and progress for people, one JSON object for programs."""
+"""Output of the commands: tables and progress for people, one JSON object for programs."""
 
 import json
 import math
@@ -28,17 +28,17 @@ from rich.text import Text
 
 from growkit.text import visible
 
-QUICK = 1.0  # seconds of work that leave nothing to show
+QUICK = 1.0  # seconds; shorter work leaves no trace on the screen
 SOON = 5.0  # seconds until a log's first line about work that takes long
-RARELY = 30.0  # seconds without a line that a log is left for after it
-SPEED = 600.0  # seconds that the time left is estimated from: an update of a large model may take minutes
-LOG_WIDTH = 160  # columns of tables in pipes and logs, where nothing says how wide they are
+RARELY = 30.0  # seconds a log may go without a line after that
+SPEED = 600.0  # window in seconds for estimating the time left: an update of a large model may take minutes
+LOG_WIDTH = 160  # columns of tables in pipes and logs, whose width is unknown
 
 
 class Console:
-    """Prints for people on stdout; with `as_json` people's lines go to stderr and stdout gets one JSON object.
+    """Prints for people on stdout; with `as_json` those lines go to stderr and stdout gets one JSON object.
 
-    With `quiet` nothing is printed: of several processes one speaks.
+    With `quiet` nothing is printed: of several processes only one prints.
     """
 
     def __init__(self, as_json: bool = False, *, quiet: bool = False):
@@ -48,7 +48,7 @@ class Console:
             self.rich.width = LOG_WIDTH
 
     def say(self, line: str) -> None:
-        """Print one plain line; names from files smuggle in no markup, no order to the terminal, no second line."""
+        """Print one plain line; names from files cannot add markup, terminal control codes or a second line."""
         self.rich.print(visible(line), markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -59,7 +59,7 @@ class Console:
         for row in rows:
             table.add_row(*map(_cell, row))
         if Measurement.get(self.rich, self.rich.options.update(max_width=10**4), table).minimum > self.rich.width:
-            self._blocks(title, columns, rows)  # a cut number is worse than a long page
+            self._blocks(title, columns, rows)  # a truncated number is worse than long output
         else:
             self.rich.print(table, soft_wrap=False)
 
@@ -80,9 +80,9 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, *, rarely: bool = False) -> Iterator[Callable[[int], "Bar"]]:
-        """Yield `bar(total)`, which shows a bar from its first call on: rate, time left, a note.
+        """Yield `bar(total)`, which shows a bar from its first call on, with rate, time left and a note.
 
-        Plain lines now and then, or `rarely`, where there is no terminal. Of what took less than QUICK nothing stays.
+        Without a terminal it prints plain lines now and then, or `rarely`. Work shorter than QUICK leaves no trace.
         """
         shown: list[Bar] = []
         columns = (
@@ -112,7 +112,7 @@ class Console:
 
     @contextmanager
     def working(self, title: str) -> Iterator[None]:
-        """Show on a terminal how long work takes that cannot tell how far it is."""
+        """Show on a terminal the time spent on work whose progress is unknown."""
         if not self.rich.is_interactive:
             yield
             return
@@ -123,24 +123,24 @@ class Console:
 
 
 def _clock(seconds: float) -> str:
-    """As rich writes a time: 1:02:03."""
+    """Format a time as rich does: 1:02:03."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def _cell(content: object) -> str:
-    """What rich shows as `content`, letter for letter."""
+    """Escape `content` so that rich shows it literally."""
     return escape(visible(content))
 
 
 class Bar:
-    """What long work reports to: `update(done, note)`; `note` holds loss, score, rate."""
+    """Receives the progress of long work: `update(done, note)`; `note` holds loss, score, rate."""
 
     def update(self, done: float, note: str = "") -> None:
         """Show that `done` of the total is done."""
 
 
 class Noted(Progress):
-    """Bars, each with its note below, where it takes no room from the numbers."""
+    """Bars, each with its note below, where it takes no space from the numbers."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         for task in self.tasks:
@@ -161,9 +161,9 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """A line for each twentieth of the work, at least SOON after the one before, and for RARELY without one.
+    """Prints a line for each twentieth of the work, at least SOON after the last, and whenever RARELY has passed.
 
-    With `rarely` there are lines of the latter kind alone.
+    With `rarely` only the latter.
     """
 
     def __init__(self, console: Console, title: str, total: int, *, rarely: bool = False):
@@ -171,8 +171,8 @@ class PlainBar(Bar):
         self.every, self.rarely = max(1, total // 20), rarely
         self.patience = RARELY if rarely else SOON
         self.next: float = self.every
-        self.before: float | None = None  # what was done at the beginning
-        self.first: tuple[float, float] | None = None  # when more was done, and how much: what is done once is no rate
+        self.before: float | None = None  # progress at the first update
+        self.first: tuple[float, float] | None = None  # time and progress of the first advance: rates count from there
         self.began = self.said = math.inf  # times of the beginning and of the last line
 
     def update(self, done: float, note: str = "") -> None:

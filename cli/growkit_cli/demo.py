@@ -1,4 +1,4 @@
-"""growkit demo: the whole way on scikit-learn's digits, by the commands a user would type."""
+"""growkit demo: the whole workflow on scikit-learn's digits, by the commands a user would type."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
 
 INTERRUPTED = (130, 143)
-OWN = ("digits", "run", "from-scratch", "report.html", LOCK)  # in the folder that it writes
+OWN = ("digits", "run", "from-scratch", "report.html", LOCK)  # names that the demo writes in its folder
 
 
 def demo(
@@ -36,7 +36,7 @@ def demo(
             raise GrowkitError(f"{foreign[0]} is not the demo's to replace; move it, or name another folder")
         olds = [out / name for name in OWN if name != LOCK]
         for run in filter(Path.is_dir, olds):
-            with holding(run):  # nothing goes while a command is at work in one of them
+            with holding(run):  # remove nothing while a command is using one of them
                 pass
         for old in olds:
             if old.is_dir() and not old.is_symlink():
@@ -75,7 +75,7 @@ def _demo(console: Console, out: Path) -> None:
     def growkit(*arguments: str) -> None:
         console.say("")
         console.say(f"$ growkit {shlex.join(arguments)}")
-        # what the commands say is for people, too
+        # the commands' output is for people, so it goes to stderr too
         with redirect_stdout(sys.stderr) if console.as_json else nullcontext():
             status = app([*arguments], standalone_mode=False)
         if status in INTERRUPTED:

@@ -25,7 +25,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--against",
-            help="Source to hold the model against, image by image: a folder, a checkpoint, timm:NAME, "
+            help="Source to compare the model with, image by image: a folder, a checkpoint, timm:NAME, "
             "hf-hub:OWNER/NAME or an .onnx.",
             show_default=False,
         ),
@@ -36,8 +36,8 @@ def evaluate(
 ) -> None:
     """Score a model folder, a checkpoint or an .onnx file on the validation images.
 
-    With --against it also tells which answers changed: turned wrong, turned right, class by class. Of a model that
-    lies in the run folder, this goes into the run's record and RUN/report.html.
+    With --against it also tells which answers changed: turned wrong, turned right, class by class. If the model lies in
+    the run folder, this is added to the run's record and RUN/report.html.
 
     Example: growkit evaluate --data images/ --against deit_small.pth
     """
@@ -55,7 +55,7 @@ def evaluate(
     path = model or folder.furthest()
     files = all(Path(name).suffix == ".onnx" for name in (path, against or path))
     if files and (loading != Loading() or settings.precision != FitSettings.precision):
-        raise GrowkitError(f"{path} is what it is: leave out --from, --from-set, --no-ema and --precision")
+        raise GrowkitError(f"{path} is an ONNX file: leave out --from, --from-set, --no-ema and --precision")
     if against is not None:
         console.say(f"evaluating {path} against {against}")
         with telling(console) as tell:

@@ -30,7 +30,7 @@ def export(
         typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),
     ] = None,
     triton: Annotated[
-        Path | None, typer.Option("--triton", help="Triton model repository to write the file into, too.")
+        Path | None, typer.Option("--triton", help="Triton model repository to write the file into as well.")
     ] = None,
     data: Data = None,
     run: Run = Path("run"),
@@ -39,10 +39,10 @@ def export(
 ) -> None:
     """Write a model as ONNX, with reference inputs and outputs beside it.
 
-    The finished file is held against PyTorch first: one that answers differently never appears. With --data its
-    accuracy is held against the model's, too, and int8-static takes its ranges from the training images.
+    The finished file is compared with PyTorch first: one that answers differently is discarded. With --data its
+    accuracy is also compared with the model's, and int8-static takes its ranges from the training images.
 
-    With --triton it goes into a model repository too, checked against Triton's published schema.
+    With --triton it also goes into a model repository, checked against Triton's published schema.
 
     Example: growkit export --onnx --precision int8 --data images/
     """

@@ -1,4 +1,4 @@
-"""growkit finetune: train a grown model on."""
+"""growkit finetune: fine-tune a grown model."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def finetune(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a grown model on; the best by validation is kept, and the last to resume from.
+    """Fine-tune a grown model; the best weights by validation are kept, and the last ones to resume from.
 
     Example: growkit finetune --data images/ --epochs 20
     """

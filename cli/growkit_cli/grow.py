@@ -54,8 +54,8 @@ def grow(
 ) -> None:
     """Grow a small trained transformer into a bigger one.
 
-    The weights are made of the source's alone; with --data, what the method has to train (mango, ligo) is trained then.
-    Whether they answer as the source does depends on --method; `growkit plan` says so.
+    The weights are made from the source's alone; with --data, learned methods (mango, ligo) then train their operator.
+    Whether the grown model starts out answering like the source depends on --method; `growkit plan` says so.
 
     Example: growkit grow deit_small.pth --to deit_base --rank 4
     """

@@ -1,4 +1,4 @@
-"""Around every command: its run folder is held, and Ctrl-C and SIGTERM end it with a line that says what was kept."""
+"""A guard around every command: it locks the run folder, and on Ctrl-C or SIGTERM prints a line on what was kept."""
 
 import os
 import signal
@@ -18,18 +18,18 @@ from growkit.lock import held
 from growkit_cli.processes import speaks
 from growkit_cli.typed import command_line
 
-STATES = {  # where a stopped command goes on from, inside the run folder
+STATES = {  # the state that a stopped command resumes from, inside the run folder
     "train": "trained/last/state.pt",
     "finetune": "finetuned/last/state.pt",
     "grow": "operator/state.pt",
     "compare": "compare/begun.json",
     "sweep": "sweep/begun.json",
 }
-_at_work: list[str] = []  # commands of this process; the demo runs others
+_at_work: list[str] = []  # running commands of this process; the demo runs others inside its own
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, alone in the run folder it writes, and with a last line when it is interrupted."""
+    """Wrap a command: it locks the run folder it writes, and prints a last line when interrupted."""
 
     @wraps(command)
     def run(*args: Any, **given: Any) -> Any:
@@ -49,18 +49,18 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def written(command: str, given: Mapping[str, Any]) -> Path | None:
-    """The run folder that a command with these arguments writes; None where it only reads."""
+    """The run folder that a command with these arguments writes; None if it only reads."""
     reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
-    if reads or not speaks():  # torchrun's processes share a run: the first one holds it
+    if reads or not speaks():  # torchrun's processes share a run: only the first locks it
         return None
     run = given.get("run")
-    # a report of a run that is not there has to say so, and holding it would make it
+    # a report of a missing run must say so, and locking it would create it
     return None if command == "report" and run is not None and not run.exists() else run
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a run folder, cleared of what killed commands left there.
+    """Lock a run folder, and clean up what killed commands left there.
 
     Raises:
         GrowkitError: another process holds it.
@@ -74,7 +74,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def left(command: str, given: Mapping[str, Any]) -> str:
-    """What an interrupted command leaves, and how to go on."""
+    """Say what an interrupted command leaves, and how to continue."""
     learning = command in STATES and not (command == "grow" and given["data"] is None)
     state = given["run"] / STATES[command] if learning else None
     if state is not None and state.exists():
@@ -85,7 +85,7 @@ def left(command: str, given: Mapping[str, Any]) -> str:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported there."""
+    """Whether a module is being imported in this frame or above it."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
@@ -95,7 +95,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM raises as Ctrl-C does, so that what is half-written is cleared away; a second ends at once."""
+    """Inside, SIGTERM raises as Ctrl-C does, so that half-written files are removed; a second signal ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,7 +106,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if not asked and _importing(frame):  # libraries catch whatever an import of theirs raises
+        if not asked and _importing(frame):  # libraries swallow exceptions of their imports
             again(number)
             return
         if asked:
@@ -123,9 +123,9 @@ def stoppable() -> Iterator[None]:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def lost(what: Any) -> None:
-        """An interrupt that came while Python ran what cannot raise, as its callbacks around a fork: it comes again.
+        """Send an interrupt again that came where Python cannot raise, such as in its callbacks around a fork.
 
-        After it, what was half made may complain of that when it goes, as torch's loaders do: nobody needs to know.
+        After it, half-built objects may complain when they are deleted, as torch's loaders do; that is not reported.
         """
         nonlocal asked
         if os.getpid() != process or not isinstance(what.exc_value, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The growkit program: its commands, and errors as one line each."""
+"""The growkit program: its commands, and one-line errors."""
 
 import os
 import sys
@@ -45,7 +45,7 @@ def show_version(wanted: bool) -> None:
 
 
 LONGEST_LINE = 1000  # of an error
-ON_PROCESSES = ("grow", "train", "finetune")  # commands that torchrun may start
+ON_PROCESSES = ("grow", "train", "finetune")  # commands that torchrun may run
 
 
 @app.callback()
@@ -67,7 +67,7 @@ def growkit(
 
 
 def prompt(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with a line on stderr before anything else: torch takes seconds to load."""
+    """Wrap a command to print a line on stderr before anything else, since torch takes seconds to load."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def main() -> None:
     try:
         with stoppable():
             app()
-    except (GrowkitError, OSError) as error:  # a full disk or a read-only folder is the user's to mend, too
+    except (GrowkitError, OSError) as error:  # a full disk or a read-only folder is for the user to fix, too
         if os.environ.get("GROWKIT_DEBUG"):
             raise
         _tell(str(error))
@@ -124,6 +124,6 @@ def _tell(message: str) -> None:
     from growkit.text import visible
 
     line = f"error: {visible(message)}"
-    if len(line) > LONGEST_LINE:  # somebody gave a file instead of its name
+    if len(line) > LONGEST_LINE:  # the user probably gave a file's content instead of its name
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)

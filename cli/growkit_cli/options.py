@@ -17,9 +17,9 @@ from growkit.train.settings import FitSettings
 
 
 def _run_folder(text: object) -> Path:
-    """A shell's variable that was never set would scatter files where the user stands."""
+    """Refuse an empty --run: with an unset shell variable it would scatter files in the current folder."""
     if text == "":
-        raise typer.BadParameter("it is empty; give a folder, or . for the one you stand in")
+        raise typer.BadParameter("it is empty; give a folder, or . for the current one")
     return Path(str(text))
 
 
@@ -29,7 +29,7 @@ Run = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the command would otherwise refuse to touch.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda if there is one.")]
 _IMAGES = typer.Option(
     "--data", help="ImageFolder directory (train/, val/) or a timm dataset string such as torch/cifar10."
 )
@@ -55,16 +55,16 @@ SourceArgument = Annotated[
         metavar="SOURCE", help="A .pth, .pt or .safetensors, a model folder, timm:NAME, or hf-hub:OWNER/NAME."
     ),
 ]
-To = Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, as deit_base.")]
+To = Annotated[str, typer.Option("--to", help="Target: a timm name or a short one, such as deit_base.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override an argument of the architecture, as --set depth=8; repeatable."),
+    typer.Option("--set", help="Override an argument of the architecture, as in --set depth=8; repeatable."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped or killed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped or killed.")]
 
 
 def field_docs(settings: type) -> dict[str, str]:
-    """The string under each field of a settings dataclass, by field name."""
+    """Return the string under each field of a settings dataclass, by field name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
     docs = {}
@@ -93,10 +93,10 @@ def with_settings(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of `settings`, collected into its argument `name`.
 
-    The help of an option is the string under its field, its default the field's own unless `defaults` says otherwise;
-    fields in `skip`, or not in `only` where that is given, get no option. `prefix` goes before each option's name,
-    `panel` is the heading in --help, `docs` the help of fields that mean something else to this command. Options named
-    in `auto` also take that word, for the number given there.
+    An option's help is the string under its field; its default is the field's, unless `defaults` overrides it. Fields
+    in `skip`, or not in `only` if that is given, get no option. `prefix` goes before each option's name, `panel` is the
+    heading in --help, and `docs` overrides the help of fields that mean something else to this command. Options named
+    in `auto` also accept the word auto, which stands for the number given there.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,22 +132,22 @@ def with_settings(
 
 
 def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how a checkpoint is read, collected into its argument `loading`."""
+    """Give a command the options for reading a checkpoint, collected into its argument `loading`."""
     return with_settings(Loading, name="loading", panel="How a checkpoint is read")(command)
 
 
 def with_recipe(panel: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command that trains many models the options of how each is trained, collected into its `recipe`."""
+    """Give a command that trains many models the options for training each, collected into its argument `recipe`."""
     return with_settings(FitSettings, name="recipe", panel=panel, skip=("lr", "eval_every", "tensorboard", "shard"))
 
 
 def _flag(name: str) -> tuple[str, ...]:
-    """What the option is called where its field cannot be: `for_` is --for."""
+    """Option name for a field that would otherwise be a Python keyword: `for_` is --for."""
     return (f"--{name.rstrip('_')}",) if name.endswith("_") else ()
 
 
 def _told(name: str, docs: dict[str, str], auto: dict[str, int] | None) -> dict[str, Any]:
-    """The help of an option, and what makes one of whole numbers take the word auto."""
+    """The help of an option, and the parser that lets an integer option accept the word auto."""
     if not auto or name not in auto:
         return {"help": docs[name]}
     meant = auto[name]

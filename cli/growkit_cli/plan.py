@@ -59,7 +59,7 @@ def plan(
         ],
     )
     whole = all(size.target % size.source == 0 for size in planned.sizes if size.name == "embed")
-    exactly = "yes" if whole else "nearly"  # but for LayerNorm's eps, which mixed widths feel
+    exactly = "yes" if whole else "nearly"  # up to LayerNorm's eps, which matters if widths are not whole multiples
     console.table(
         "methods",
         ("method", "starts where the source stands", "operator", "x plain target per update", "why not"),

@@ -1,4 +1,4 @@
-"""Commands that torchrun may start in several processes, and which of these speaks."""
+"""Commands that torchrun may start in several processes, only one of which prints."""
 
 import functools
 import os
@@ -10,12 +10,12 @@ import typer
 
 
 def speaks() -> bool:
-    """Whether this is the one of torchrun's processes that says what all do; alone, it is."""
+    """Whether this process prints: the first of torchrun's, or the only one."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the processes that torchrun started join before `command` and leave after it; of one error, one tells."""
+    """Join torchrun's processes before `command` and leave after it; an error that all share is printed once."""
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> Any:
@@ -29,11 +29,11 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
             with joined(pick_device(given["device"])):
                 try:
                     return command(**given)
-                except typer.Exit as left:  # all processes leave so: no error
+                except typer.Exit as left:  # all processes exit this way: no error
                     leaving = left
             raise leaving
         except (GrowkitError, OSError) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left; they say why first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; let them print why first
             if first_to_say(str(error)):
                 raise
             raise typer.Exit(2) from None

@@ -1,4 +1,4 @@
-"""Progress as a person reads it: rate, loss, score, time left."""
+"""Progress for people: rate, loss, score, time left."""
 
 import signal
 import sys
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
-    """Yield `tell(what)`, which begins a bar, or lines in a log, and returns what is told how far that work is.
+    """Yield `tell(what)`, which starts a bar, or lines in a log, and returns a callback for that work's progress.
 
-    `rarely` makes the lines few. The same title again closes the bar that a failure left open.
+    `rarely` prints fewer lines. A repeated title closes the bar that a failure left open.
     """
     begun: dict[str, ExitStack] = {}
     with ExitStack() as shown:
@@ -44,9 +44,9 @@ def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
 
 @contextmanager
 def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Done"]]:
-    """Yield `follow(name, finished, total)`, which returns what is told how far one of many runs is.
+    """Yield `follow(name, finished, runs)`, which returns a callback for the progress of one of many runs.
 
-    All share a bar; in a log each has lines, but few.
+    All share one bar; in a log each run prints a few lines.
     """
     with console.progress(title) as show:
 
@@ -57,7 +57,7 @@ def following(console: Console, title: str) -> Iterator[Callable[[str, int, int]
                 if console.rich.is_interactive:
                     show(runs).update(finished + done / total, f"{name}: {note}" if note else name)
                     return
-                if not lines or lines[0].total != total:  # operator training comes before
+                if not lines or lines[0].total != total:  # a new total: operator training came before
                     lines[:] = [PlainBar(console, name, total, rarely=True)]
                 lines[0].update(done, note)
 
@@ -67,7 +67,7 @@ def following(console: Console, title: str) -> Iterator[Callable[[str, int, int]
 
 
 def tell_trained(console: Console, trained: "Trained") -> None:
-    """Print what a training run ended with, and its JSON."""
+    """Print the result of a training run, and its JSON."""
     from dataclasses import asdict
 
     fitted = trained.fitted
@@ -95,7 +95,7 @@ def tell_trained(console: Console, trained: "Trained") -> None:
 
 
 def ended(console: Console, fitted: "FitResult | None") -> None:
-    """Leave with status 130, or 143 after SIGTERM, when training was interrupted: all that was learned is saved."""
+    """Exit with status 130, or 143 after SIGTERM, if training was interrupted; its state is saved."""
     if fitted is not None and fitted.interrupted:
         if not console.rich.quiet:
             sys.stderr.write("interrupted; what was learned is saved, --resume goes on\n")

@@ -1,4 +1,4 @@
-"""growkit report: the whole way of a run as one page."""
+"""growkit report: a whole run as one page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +20,9 @@ def report(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the whole way of a run as one page: may it ship, and what every step did.
+    """Write one page about a whole run: may it ship, and what every step did.
 
-    The page is made from the run folder alone, written anew each time, and needs neither network nor scripts.
+    The page is made from the run folder alone, rewritten each time, and needs neither network nor scripts.
 
     Example: growkit report --run run
     """
@@ -38,7 +38,7 @@ def report(
     folder = RunFolder(run)
     page = out or folder.report
     if page.is_dir():
-        raise GrowkitError(f"--out {page} is a folder; name a file, as {page / 'report.html'}")
+        raise GrowkitError(f"--out {page} is a folder; name a file, such as {page / 'report.html'}")
     refuse_unwritable(page, suffix=".html")
     made = run_report(folder)
     write_report(page, made)

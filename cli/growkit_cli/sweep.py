@@ -1,4 +1,4 @@
-"""growkit sweep: a pilot that recommends how to grow, before the full run is paid for."""
+"""growkit sweep: a pilot that recommends how to grow, before paying for the full run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""growkit train: a model from scratch, as a source for experiments or as the baseline."""
+"""growkit train: train a model from scratch, as a source for experiments or as the baseline."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ from growkit_cli.typed import command_line
 @with_settings(FitSettings, auto={"batch_size": AUTO})
 @on_processes
 def train(
-    architecture: Annotated[str, typer.Argument(help="A timm name or a short one, as deit_tiny.")],
+    architecture: Annotated[str, typer.Argument(help="A timm name or a short one, such as deit_tiny.")],
     data: NeededData,
     settings: FitSettings,
     sets: Sets = None,

@@ -1,4 +1,4 @@
-"""The command that is at work, as it was typed."""
+"""The running command, as it was typed."""
 
 import os
 import shlex
@@ -15,12 +15,12 @@ class Typed(TyperCommand):
     """A command that keeps its words for `command_line`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Keep the words before they are taken apart."""
+        """Keep the words before they are parsed."""
         ctx.meta[__name__] = (str(ctx.info_name), *args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run it; a command that it runs itself, as the demo does, has words of its own."""
+        """Run it; a command run from within it, as in the demo, has its own words."""
         token = _words.set(ctx.meta[__name__])
         try:
             return super().invoke(ctx)
@@ -29,15 +29,15 @@ class Typed(TyperCommand):
 
 
 def command_line() -> str:
-    """Its words, quoted for a shell; options that stood before its name are left out, torchrun's but the numbers."""
+    """The command as typed, shell-quoted; options before its name are dropped, of torchrun's only the counts kept."""
     return shlex.join([*_program(), *_words.get()])
 
 
 def _program() -> list[str]:
-    """What starts the command as this process was started: growkit, or torchrun, which tells by the environment."""
+    """The program that started this process: growkit, or torchrun, recognized by its environment variables."""
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if "LOCAL_RANK" not in os.environ:
         return ["growkit"]
     hosts = ["--nnodes", str(everywhere // here)] if everywhere > here else []
-    # without the --, torchrun would take --run for its own
+    # without the --, torchrun would take --run as its own option
     return ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "--", "growkit_cli"]

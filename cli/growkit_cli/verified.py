@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from growkit.text import counted
 from growkit_cli.console import Console
 
-LINES = 5  # findings of a group
+LINES = 5  # findings printed per group
 
 if TYPE_CHECKING:
     from growkit.deploy.checks import Check
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show(console: Console, verified: "Verification") -> None:
-    """The checks in short and the times as tables, what went wrong as lines, and the verdict last."""
+    """Print a summary of the checks and the times as tables, failures as lines, and the verdict last."""
     if verified.report["provider"]["note"]:
         console.say(verified.report["provider"]["note"])
     by_group = {group: [c for c in verified.checks if c.group == group] for group in (c.group for c in verified.checks)}
@@ -45,13 +45,13 @@ def show(console: Console, verified: "Verification") -> None:
             ],
         )
         for batch, seconds in verified.latency.compile_seconds.items():
-            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, which is in none of the times")
+            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, not included in the times")
         for note in verified.latency.notes:
             console.say(f"warning: {note}")
     if verified.throughput:
         console.table(
             f"throughput on {verified.throughput.provider}, {counted(verified.throughput.threads, 'thread')}, "
-            "spinning as by ONNX Runtime's default",
+            "spinning, as is ONNX Runtime's default",
             ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
             [
                 (
@@ -77,7 +77,7 @@ def show(console: Console, verified: "Verification") -> None:
         )
     diagnosis = (verified.report["numerics"] or {}).get("diagnosis")
     for group, checks in by_group.items():
-        # what is wrong where comes before all that is wrong because of it
+        # the diagnosed cause comes before its consequences
         noes = sorted((c for c in checks if c.verdict != "pass"), key=lambda c: c.line != diagnosis)
         for c in noes[:LINES]:
             console.say(f"{'FAILED' if c.verdict == 'fail' else 'warning:'} {c.group}: {c.line}")
@@ -89,14 +89,14 @@ def show(console: Console, verified: "Verification") -> None:
 
 
 def _nearest(checks: "Sequence[Check]") -> str:
-    """Of the checks that passed, the one that came nearest to what is allowed, where they are of numbers."""
+    """The numeric check that passed closest to its limit."""
     from growkit.deploy.checks import shown
 
     shares = [
         (c.measured / c.limit, c)
         for c in checks
         if c.verdict == "pass" and not isinstance(c.measured, str) and not isinstance(c.limit, str)
-        if 0 <= c.measured <= c.limit and c.limit > 0  # of a cosine the limit is the least
+        if 0 <= c.measured <= c.limit and c.limit > 0  # the limit of a cosine is a minimum
     ]
     if not shares:
         return ""

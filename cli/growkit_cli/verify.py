@@ -46,25 +46,26 @@ def verify(
         ),
     ] = False,
     model_only: Annotated[
-        bool, typer.Option("--model-only", help="Hold the model against the reference; no ONNX file is looked for.")
+        bool, typer.Option("--model-only", help="Compare the model alone with the reference; no ONNX file is used.")
     ] = False,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder with pictures of yours, compared beside the made ones.", show_default=False),
+        typer.Option(help="Folder of your own pictures, compared beside the generated ones.", show_default=False),
     ] = None,
     data: Data = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail too what noise or lack of data leaves open.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Also fail what noise or lack of data leaves open.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", show_default=False)] = None,
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
     """Check that an ONNX file answers like its model, and as fast as the architecture allows.
 
-    MODEL may be an .onnx file: it is then held against --reference alone.
+    MODEL may be an .onnx file: it is then only compared with --reference.
 
-    Writes RUN/verify/report.json anew, or held-model.json or held-file.json where one alone is held against
-    --reference; where answers differ, reproduce.py beside it shows it again. What is verified of another file than the
-    run's own goes into RUN/verify/other.
+    Rewrites RUN/verify/report.json, or held-model.json or held-file.json if one alone is compared with --reference;
+    if answers differ, reproduce.py beside it reproduces that. If the file is not the run's own, or the model is of
+    another run, all this goes into RUN/verify/other, which the run's report leaves out.
+
     Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
@@ -112,10 +113,10 @@ def verify(
 def file_of(
     chosen: Path, run: "RunFolder", onnx_file: Path | None, *, model_only: bool, more: bool, update: bool
 ) -> Path | None:
-    """The ONNX file to verify: `chosen` where that is one, none with --model-only; `more` needs model and file.
+    """The ONNX file to verify: `chosen` if it is one, none with --model-only; `more` needs model and file.
 
     Raises:
-        GrowkitError: options that do not go together.
+        GrowkitError: incompatible options.
     """
     if chosen.suffix == ".onnx":
         if onnx_file or model_only or more or update:
@@ -132,6 +133,6 @@ def file_of(
 
 
 def reference_of(chosen: Path, run: "RunFolder", *, model_only: bool) -> Path:
-    """Where a reference goes that is given no folder: by the model's stage, or that of the run's file."""
+    """Default folder of a reference: named after the model's stage, or onnx for a file."""
     stage = chosen.resolve().name if chosen.is_dir() else chosen.stem.replace(":", "-")
     return run.path / "reference" / (stage if model_only else "onnx")

@@ -18,12 +18,12 @@ OPTIONS = {f.name: f.type for f in fields(GrowSettings) if f.name not in ("metho
 class Arm:
     """One way to a trained model.
 
-    name             what tables call it
+    name             its name in tables
     grow             how the target is grown; None for training from scratch and for the source trained longer
-    operator_steps   updates of operator training, where the method has something to train; None for the default
+    operator_steps   updates of operator training, if the method has something to train; None for the default
     operator_lr      its learning rate; None for the best of the grid
     fresh_source     grow a source with random weights instead
-    control          there to be beaten
+    control          a baseline that methods should beat
     """
 
     name: str
@@ -35,14 +35,14 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name as a file's name; distinct for distinct arms."""
+        """The name as a file name; distinct for distinct arms."""
         return re.sub(r"[^a-z0-9.=]+", "-", self.name.lower()).strip("-")
 
 
 def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], bool]) -> list[Arm]:
-    """Every arm of a comparison, training from scratch first.
+    """List every arm of a comparison, training from scratch first.
 
-    `learned` tells whether a method has something to train, for the control without that training.
+    `learned` tells whether a method has something to train, for the control with an untrained operator.
 
     Raises:
         GrowkitError: an option that no method has, or the same arm twice.
@@ -69,9 +69,9 @@ def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], b
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from `method[:option=value]...`, where options are those of `growkit grow`, `steps` and `lr`.
+    """Parse an arm from `method[:option=value]...`; options are those of `growkit grow`, `steps` and `lr`.
 
-    Bond ranks are written with x, as in mango:ranks=4x4x1x4, since commas part the methods.
+    Bond ranks are joined by x, as in mango:ranks=4x4x1x4, since commas separate the methods.
 
     Raises:
         GrowkitError: an unknown option or a value of the wrong kind.
@@ -97,7 +97,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def in_words(options: Mapping[str, Any]) -> str:
-    """Options with their values; those that were left out are None."""
+    """Options with their values; None means left out and is skipped."""
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 

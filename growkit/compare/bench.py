@@ -36,17 +36,17 @@ from growkit.train.settings import FitSettings
 from growkit.train.telling import Done, Tell, silent, unheard
 from growkit.train.watch import StepRecord, interruption
 
-UNREADABLE = "unreadable.json"  # lines about training images that could not be read, for when it is resumed
+UNREADABLE = "unreadable.json"  # lines about unreadable training images, kept for resuming
 Watch = Callable[[StepRecord], None]
 
 
 class RunFailedError(Exception):
-    """One run failed, for the reason that this says in a line; others may do better."""
+    """One run failed, for the reason in the message; other runs may succeed."""
 
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Raise what goes wrong inside as RunFailedError, but for what no run would fare better with."""
+    """Turn errors inside into RunFailedError, except those that every other run would hit too."""
     try:
         yield
     except (UnreadablePictureError, UnwritableError):
@@ -57,10 +57,10 @@ def failing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Start:
-    """A model before its training proper. Scores are on the held-out images; operator figures where one was trained."""
+    """A model before its main training. Scores are on held-out images; operator figures only if one was trained."""
 
     model: nn.Module
-    step0: Scores | None  # None for what has nothing to start from
+    step0: Scores | None  # None for training from scratch
     after_operator: Scores | None
     flops: int  # of operator training
     seconds: float
@@ -70,11 +70,11 @@ class Start:
 class Bench:
     """Source, target, images and recipe that all arms share.
 
-    data       training images, and the held-out ones that are chosen by, as validation images
+    data       training images, with the held-out images used for selection as validation images
     test       the images scored once, as validation images
     recipe     how the full budget is spent from scratch
     operator   how operators are trained
-    tell       what is told how many images are scored
+    tell       receives the progress of scoring
     """
 
     source: Source
@@ -86,11 +86,11 @@ class Bench:
     device: torch.device
     folder: Path
     tell: Tell = silent
-    _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # what `learned` said
+    _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # results of `learned`
     _prices: dict[GrowSettings | Literal["source", "target"], int] = field(default_factory=dict, repr=False)
 
     def refuse_unusable(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
-        """Raise GrowkitError where no run could use the recipe at one of `rates`, or no operator its own at its."""
+        """Raise GrowkitError if the recipe is unusable at one of `rates`, or the operator's at `operator_rates`."""
         for settings, tried in ((self.recipe, rates), (self.operator, operator_rates)):
             refuse_tf32(settings, self.device)
             for lr in tried:
@@ -100,17 +100,17 @@ class Bench:
         """Read every validation image once.
 
         Raises:
-            GrowkitError: one cannot be read; the message names it.
+            GrowkitError: an image cannot be read; the message names it.
         """
         for part in (self.data, self.test):
             read_through(part, self.recipe, self.device, progress=self.tell("reading the validation images"))
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Done = unheard) -> Start:
-        """The arm's model before training proper; what is kept in the folder, operator training too, is not done twice.
+        """Make the arm's model before its main training; starts kept in the folder, trained operators too, are reused.
 
         Raises:
             GrowkitError: the method cannot grow this pair, or its operator's loss is not finite.
-            KeyboardInterrupt: operator training was stopped; it goes on from there the next time.
+            KeyboardInterrupt: operator training was stopped; the next call resumes it.
         """
         if arm.name == LONGER:
             return Start(self.source.model(), self.source_score(), None, 0, 0.0)
@@ -122,7 +122,7 @@ class Bench:
         rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
         kept, figures = folder / WEIGHTS, folder / "start.json"
-        if kept.exists() and figures.exists():  # a kill may have come between them
+        if kept.exists() and figures.exists():  # a kill may have left only one of them
             model = self.fresh(arm)
             model.load_state_dict(load_file(kept))
         else:
@@ -157,7 +157,7 @@ class Bench:
         progress: Done,
         watch: Watch | None = None,
     ) -> FitResult:
-        """fit() that goes on where it was stopped, and clears its state away when it is done."""
+        """Call fit(), resuming where it was stopped, and remove its state when it is done."""
         state, known = None if folder is None else folder / STATE, len(self.data.unreadable)
         resume = state is not None and state.exists()
         try:
@@ -182,17 +182,17 @@ class Bench:
         return fitted
 
     def let_starts_go(self) -> None:
-        """Remove the weights of starts, once every run from there is made; another one makes them again."""
+        """Remove the weights of starts, once every run from them is done; a later run recomputes them."""
         for weights in (self.folder / "starts").glob(f"*/{WEIGHTS}"):
             weights.unlink()
 
     @property
     def full(self) -> Length:
-        """How long the full budget is, from scratch."""
+        """Length of training from scratch for the full budget."""
         return length_of(self.data, self.recipe)
 
     def operator_steps(self, arm: Arm) -> int:
-        """Updates of the arm's operator training; 0 for fixed rules and untrained operators."""
+        """Number of updates of the arm's operator training; 0 for fixed rules and untrained operators."""
         if arm.grow is None or not self.learned(arm.grow):
             return 0
         steps = self.operator.steps if arm.operator_steps is None else arm.operator_steps
@@ -211,24 +211,24 @@ class Bench:
         return self._known[settings]
 
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
-        """Scores on the held-out images, or on the test images."""
+        """Score a model on the held-out images, or on the test images."""
         progress = self.tell(f"scoring the {'test' if test else 'held-out'} images")
         return score_model(model, self.test if test else self.data, self.recipe, self.device, progress=progress)
 
     def source_score(self) -> Scores:
-        """Scores of the source on the held-out images, made once for a comparison."""
+        """Scores of the source on the held-out images, computed once per comparison."""
         path = self.folder / "source.json"
         if not path.exists():
             write_json(path, asdict(self.score(self.source.model())))
         return Scores(**read_json(path))
 
     def fresh(self, arm: Arm) -> nn.Module:
-        """The network that the arm trains, with weights yet to be loaded."""
+        """Build the network that the arm trains, with weights yet to be loaded."""
         trained = self.trained(arm)
         return build(trained.name, trained.arguments)
 
     def trained(self, arm: Arm) -> Architecture:
-        """What the arm trains: the target, but for the control that trains the source on."""
+        """Architecture that the arm trains: the target, or the source for the control that trains it longer."""
         return self.source.architecture if arm.name == LONGER else self.target
 
     def operator_flops(self, arm: Arm) -> int:
@@ -236,14 +236,14 @@ class Bench:
         steps = self.operator_steps(arm)
         if not steps or arm.grow is None:
             return 0
-        priced = replace(arm.grow, noise=0.0)  # which costs nothing
+        priced = replace(arm.grow, noise=0.0)  # noise costs nothing
         if priced not in self._prices:
             grown = grow(self.source.architecture, self.target, self.source.state, priced).to("meta")
             self._prices[priced] = self._priced(grown, self.target)
         return steps * self._prices[priced]
 
     def flops_per_step(self, arm: Arm) -> int:
-        """FLOPs of one update of the arm's training proper."""
+        """FLOPs of one update of the arm's main training."""
         priced: Literal["source", "target"] = "source" if arm.name == LONGER else "target"
         if priced not in self._prices:
             trained = self.trained(arm)
@@ -258,19 +258,19 @@ class Bench:
         return step_flops(model, architecture, images, self.recipe.grad_accum_steps)
 
     def steps_left(self, arm: Arm, flops: float, spent: float) -> int:
-        """Updates of training proper that `flops` pays for, `spent` of which went into the operator; maybe none."""
+        """Updates of main training that `flops` pays for after `spent` FLOPs on the operator; possibly none."""
         return max(0, round((flops - spent) / self.flops_per_step(arm)))
 
     def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
-        """The same, where there must be some.
+        """Like `steps_left`, but at least one.
 
         Raises:
-            GrowkitError: not a single one.
+            GrowkitError: the budget does not pay for one update.
         """
         steps = self.steps_left(arm, flops, spent)
         if steps < 1 and not spent:
             raise GrowkitError(
-                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP pays for not one update; train for more "
+                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP does not pay for one update; train for more "
                 "--epochs, or leave out the smallest of --budgets"
             )
         if steps < 1:
@@ -297,14 +297,14 @@ class Bench:
         progress: Done = unheard,
         watch: Watch | None = None,
     ) -> dict[str, Any]:
-        """Spend what is left of `flops` on the start, with a schedule that ends there; what came out, as JSON.
+        """Train the start for what is left of `flops`, with a schedule that ends there; return the results as JSON.
 
         The model of `start` is trained in place; with a moving average it ends with the averaged weights, which are
-        those that were scored. The curve holds (FLOPs, top-1, loss) on held-out images.
+        the ones scored. The curve holds (FLOPs, top-1, loss) on held-out images.
 
         Raises:
             GrowkitError: nothing is left to spend, or the loss is not finite.
-            KeyboardInterrupt: stopped, with the state saved in `folder`; the next call goes on from there.
+            KeyboardInterrupt: stopped, with the state saved in `folder`; the next call resumes from it.
         """
         steps = self.steps_within(arm, flops, start.flops)
         full, warmup = self.full, self.recipe.warmup_epochs
@@ -349,7 +349,7 @@ def bench_of(
     operator_steps: int = OPERATOR_DEFAULTS["steps"],
     sets: Sequence[str] = (),
 ) -> Bench:
-    """What all arms share: the source adapted to `sets` and the data, the target, and the images split by `split`."""
+    """Build what all arms share: the source adapted to `sets` and the data, the target, and the split images."""
     adapted = with_input(source, sets)
     opened = open_data(data, adapted.preprocessing, recipe, tell=job.tell)
     adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)

@@ -48,7 +48,7 @@ class Cell:
 
 
 class Comparison:
-    """A folder of runs. What is there already is not run again."""
+    """A folder of runs. Runs already on file are not repeated."""
 
     def __init__(self, job: Job, bench: Bench, settings: CompareSettings):
         self.job, self.bench, self.settings = job, bench, settings
@@ -64,11 +64,11 @@ class Comparison:
         self._rates: dict[str, float] = {}  # of operator training, by arm
 
     def prepare(self) -> None:
-        """Refuse what cannot work before anything runs, and note what this comparison is.
+        """Refuse what cannot work before anything runs, and record what is compared.
 
         Raises:
-            GrowkitError: an arm's operator leaves nothing of the smallest budget, or the folder holds a comparison
-                with other settings or of another version.
+            GrowkitError: an arm's operator uses up the smallest budget, or the folder holds a comparison with other
+                settings or of another version.
         """
         own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
         self.bench.refuse_unusable(self.lrs, [*self.operator_lrs, *own_rates])
@@ -78,17 +78,17 @@ class Comparison:
         begin(self.job, self.bench, own, free=EXTENDABLE)
 
     def run(self) -> list[dict[str, Any]]:
-        """Make every run that is missing, then score the chosen ones on the test images; all results.
+        """Make every missing run and score the chosen ones on the test images; return all results.
 
         Raises:
-            KeyboardInterrupt: stopped; what is finished is kept, and the run at hand goes on the next time.
+            KeyboardInterrupt: stopped; finished runs are kept, and the current one resumes the next time.
         """
         self.run_some(self.arms)
         self.bench.let_starts_go()
         return self.results()
 
     def run_some(self, arms: Sequence[Arm]) -> None:
-        """Make the runs of some arms; processes that share the folder may each take others.
+        """Make the runs of some arms; processes that share the folder may each take different arms.
 
         Raises:
             KeyboardInterrupt: as `run`.
@@ -99,11 +99,11 @@ class Comparison:
                     self._cell_of(arm, budget, seed)
 
     def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
-        """The runs of one arm, budget and seed: the whole grid on the first seed, the best of it on the others."""
+        """Make the runs of one arm, budget and seed: the whole grid on the first seed, its best rate on the others."""
         grid = self.lrs
         best = self.best(arm, budget)
         if best is not None and (seed != self.seeds[0] or best["test"] is not None):
-            grid = (best["lr"],)  # what was chosen stays so: a rate that failed then is not tried again
+            grid = (best["lr"],)  # a choice is final: a rate that failed then is not tried again
         elif seed != self.seeds[0]:
             self.finished += 1
             return  # every rate failed; the reasons are on file
@@ -116,11 +116,11 @@ class Comparison:
             return
         if chosen["test"] is None:
             self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
-        for lr in self.lrs:  # where a process died before it came to that, too
+        for lr in self.lrs:  # also those left by a process that died before removing them
             (self.runs / Cell(arm, budget, seed, lr).slug / WEIGHTS).unlink(missing_ok=True)
 
     def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
-        """The first seed's run that the test images scored, else the best one so far; None when there is none."""
+        """The first seed's run that was scored on the test images, else the best one so far; None if there is none."""
         made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
         finished = [found for found in made if found is not None and "failed" not in found]
         sign = sign_of(self.settings.metric)
@@ -142,7 +142,7 @@ class Comparison:
         return [found for cell in cells if (found := self._result(cell)) is not None]
 
     def left_out(self) -> list[str]:
-        """Methods, budgets and seeds on file that this comparison was not asked for."""
+        """Methods, budgets and seeds on file that the settings do not ask for."""
         made = [read_own(path) for path in sorted(self.runs.glob("*/result.json"))]
         arms = {found["arm"] for found in made} - {arm.name for arm in self.arms}
         budgets = {found["budget"] for found in made} - set(self.budgets)
@@ -195,14 +195,14 @@ class Comparison:
         return self.job.follow(title, self.finished - 1, self.total)
 
     def _operator_lr(self, arm: Arm) -> float | None:
-        """The arm's rate of operator training: its own, or the one with the lowest held-out loss on the first seed."""
+        """The arm's operator learning rate: its own, or the one with the lowest held-out loss on the first seed."""
         if not self.bench.operator_steps(arm):
             return None
         if arm.operator_lr is not None or len(self.operator_lrs) == 1:
             return arm.operator_lr or self.operator_lrs[0]
         made = (self._result(Cell(arm, budget, self.seeds[0], lr)) for budget in self.budgets for lr in self.lrs)
         used = [found["operator_lr"] for found in made if found is not None and "failed" not in found]
-        if used or arm.slug in self._rates:  # what was chosen stays so
+        if used or arm.slug in self._rates:  # a choice is final
             return float(used[0]) if used else self._rates[arm.slug]
         tried: dict[float, float] = {}
         for lr in self.operator_lrs:
@@ -235,7 +235,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Compared:
-    """What `compare_methods` did: where it lies, figures of each arm, and everything as JSON."""
+    """Result of `compare_methods`: its folder, the figures of each arm, and everything as JSON."""
 
     folder: Path
     arms: tuple[ArmFigures, ...]
@@ -254,12 +254,12 @@ def compare_methods(
 ) -> Compared:
     """Compare methods on growing `source` into `to`, in run/compare.
 
-    `recipe` says what the full budget is: the target trained from scratch for its epochs or steps.
+    `recipe` sets the full budget: the target trained from scratch for its epochs or steps.
 
     Raises:
-        GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, or a
-            comparison that is there already (and the job neither resumes nor forces) or is another one.
-        KeyboardInterrupt: stopped; a job that resumes goes on.
+        GrowkitError: a method that cannot grow this pair, a budget below an operator's cost, unusable data, a
+            comparison that exists (and the job neither resumes nor forces), or resuming a different one.
+        KeyboardInterrupt: stopped; a job with `resume` continues it.
     """
     folder, say = job.run.compare, job.say
     refuse_begun(job, folder)
@@ -298,6 +298,6 @@ def compare_methods(
 
 
 def _ends_below_start(arm: ArmFigures, metric: str) -> bool:
-    """Whether training did harm, on held-out images and in the mean over seeds."""
+    """Whether training worsened the mean score over seeds on held-out images."""
     scores = [score.mean for _, score in arm.curve]
     return bool(scores) and sign_of(metric) * (scores[-1] - scores[0]) < 0

@@ -18,7 +18,7 @@ class BudgetFigures:
     """An arm's fully decayed runs at one share of the full budget; scores on the test images."""
 
     budget: float
-    seeds: int  # that were to run; estimates count those that did, and have no interval where some failed
+    seeds: int  # requested; estimates count those that ran, and have no interval if some failed
     lr: float | None
     top1: Estimate | None
     loss: Estimate | None
@@ -28,9 +28,9 @@ class BudgetFigures:
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """What an arm gave. Step 0 and after the operator are top-1 on held-out images; FLOPs are per seed, in seed order.
+    """Results of an arm. step0 and after_operator are top-1 on held-out images; FLOPs are per seed, in seed order.
 
-    flops_to_target counts operator training, and is None where the target was never reached.
+    flops_to_target includes operator training, and is None where the target was never reached.
     """
 
     name: str
@@ -57,15 +57,15 @@ def arm_figures(
     metric: str,
     source_flops: float | None,
 ) -> tuple[ArmFigures, ...]:
-    """Figures of every arm, from runs that were scored on the test images.
+    """Compute the figures of every arm, from runs that were scored on the test images.
 
     Args:
         runs: every run of the comparison.
-        arms: every arm, training from scratch among them.
+        arms: every arm, including training from scratch.
         seeds: every seed; one whose run failed counts as never having reached the target.
-        budgets: shares of the full budget, the largest of which savings are measured along.
-        metric: top1 or loss, on held-out images, whose final value from scratch is the target.
-        source_flops: what training the source took; None where nobody knows.
+        budgets: shares of the full budget; savings are measured along the largest.
+        metric: top1 or loss, on held-out images; its final value from scratch is the target.
+        source_flops: FLOPs of training the source; None if unknown.
     """
     chosen = [run for run in runs if run.get("test") is not None]
     full = max(budgets)
@@ -104,7 +104,7 @@ def arm_figures(
 
 
 def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
-    """Figures of every arm, from the results.json of a comparison."""
+    """Compute the figures of every arm from the results.json of a comparison."""
     settings, first = content["settings"], content["recipe"]["seed"]
     return arm_figures(
         content["runs"],
@@ -143,7 +143,7 @@ def _mean(runs: Sequence[Run], scores: str, name: str) -> Estimate | None:
 
 
 def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate], ...]:
-    """The mean over seeds at each evaluation; seeds evaluate at the same places."""
+    """The mean over seeds at each evaluation; all seeds evaluate at the same updates."""
     points = []
     for places in zip(*(curve_of(run, metric) for run in runs), strict=False):
         found = estimate([score for _, score in places])

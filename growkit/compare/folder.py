@@ -1,4 +1,4 @@
-"""What a folder of runs was begun with, so that results of two comparisons, or of two versions, are never mixed."""
+"""The settings that a folder of runs began with, so that results of two comparisons or versions are never mixed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ SCHEMA = 3  # of every file a comparison writes
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
-    """What must be the same for runs to be compared."""
+    """What must be identical for runs to be comparable."""
     recipe, operator = (
         {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
         for settings in (bench.recipe, bench.operator)
@@ -46,7 +46,7 @@ def identity_of(bench: Bench) -> dict[str, Any]:
 
 
 def described(bench: Bench, settings: CompareSettings | SweepSettings, command: str | None) -> dict[str, Any]:
-    """What results.json says of where its figures come from."""
+    """The provenance part of results.json."""
     return {
         **identity_of(bench),
         "adapted": bench.source.adapted,
@@ -60,20 +60,20 @@ def described(bench: Bench, settings: CompareSettings | SweepSettings, command: 
 
 
 def refuse_begun(job: Job, folder: Path) -> None:
-    """Raise GrowkitError where the run cannot be written, or `folder` is taken and is neither resumed nor replaced."""
+    """Raise GrowkitError if the run cannot be written, or `folder` exists and is neither resumed nor replaced."""
     job.run.refuse_unusable()
     if not job.resume:
         refuse_existing(folder, job.force, BEGUN, resumable=(folder / BEGUN).exists())
 
 
 def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -> None:
-    """Note in the folder what is measured there; a folder that is begun anew is emptied first.
+    """Record in the folder what is measured there; a folder that starts anew is emptied first.
 
-    All validation images are read before: no run would be scored where one of them cannot be.
+    All validation images are read first, since one that cannot be read would make every run fail at scoring.
 
     Raises:
-        GrowkitError: it is resumed, but the folder holds results of another version or of other settings than `own`,
-            those in `free` excepted, or something else; or an image cannot be read.
+        GrowkitError: on resuming, the folder holds results of another version, of settings other than `own` (those in
+            `free` may differ), or something else; or an image cannot be read.
     """
     folder = bench.folder
     path = folder / BEGUN
@@ -85,7 +85,7 @@ def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -
             raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
     elif job.resume:
         if folder.exists() and any(folder.iterdir()):
-            raise GrowkitError(f"{folder}: nothing that could go on; --force replaces it, --run writes elsewhere")
+            raise GrowkitError(f"{folder}: nothing to resume; --force replaces it, --run writes elsewhere")
         job.say(f"{folder}: nothing was begun there before, it begins now")
     bench.read_through()
     if goes_on and (folder / UNREADABLE).exists():
@@ -103,10 +103,10 @@ def _described(architecture: Architecture) -> dict[str, Any]:
 
 
 def read_own(path: Path) -> dict[str, Any]:
-    """A file this version of growkit wrote.
+    """Read a file that this version of growkit wrote.
 
     Raises:
-        GrowkitError: it is damaged or another version's; it is left as it is.
+        GrowkitError: it is damaged or from another version; it is left unchanged.
     """
     content = read_json(path)
     made = (content.get("schema"), content.get("growkit")) if isinstance(content, dict) else None
@@ -120,7 +120,7 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def _first_difference(before: Any, now: Any, free: Sequence[str], name: str = "") -> tuple[str, Any, Any] | None:
-    """Name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
+    """Return name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return None if before == now else (name, before, now)
     keys = sorted(key for key in before.keys() | now.keys() if key not in free)

@@ -17,5 +17,5 @@ def curve_of(run: Mapping[str, Any], metric: str) -> list[Point]:
 
 
 def cost_of(run: Mapping[str, Any], target: float, metric: str) -> float | None:
-    """FLOPs after which a run first had the score `target`; None where it never had."""
+    """FLOPs after which a run first reached the score `target`; None if it never did."""
     return flops_to(curve_of(run, metric), target, higher=sign_of(metric) > 0)

@@ -20,7 +20,7 @@ Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns, rows
 
 
 def main_table(arms: Sequence[ArmFigures], metric: str = "top1") -> Rows:
-    """What each arm gave: scores on the test images at each budget, and what it saved."""
+    """Scores of each arm on the test images at each budget, and its saving."""
     budgets = [found.budget for found in arms[0].budgets]
     columns = (
         "method",
@@ -54,7 +54,7 @@ def main_table(arms: Sequence[ArmFigures], metric: str = "top1") -> Rows:
 
 
 def cost_table(arms: Sequence[ArmFigures]) -> Rows:
-    """What each arm cost, and the learning rates it was given."""
+    """What each arm cost, and its learning rates."""
     columns: tuple[str, ...] = (
         "method",
         "operator TFLOP",
@@ -82,7 +82,7 @@ def cost_table(arms: Sequence[ArmFigures]) -> Rows:
 
 
 def _costs(flops: Sequence[float | None]) -> str:
-    """TFLOP to the target: the mean with its interval, or each seed's where some never got there."""
+    """TFLOP to the target: the mean with its interval, or each seed's if some never reached it."""
     reached = [cost / 1e12 for cost in flops if cost is not None]
     if len(reached) == len(flops):
         return with_half(estimate(reached), "{:.3g}")
@@ -90,7 +90,7 @@ def _costs(flops: Sequence[float | None]) -> str:
 
 
 def with_half(found: Estimate | None, form: str) -> str:
-    """A number with half its 95 % interval where there is one."""
+    """A number with half its 95 % interval, if it has one."""
     if found is None:
         return "–"
     text = form.format(found.mean)
@@ -98,7 +98,7 @@ def with_half(found: Estimate | None, form: str) -> str:
 
 
 def points(found: Estimate | None, *, signed: bool = False) -> str:
-    """A share as percentage points, with half its 95 % interval where there is one: 59.3 ± 0.8."""
+    """A share as percentage points, with half its 95 % interval if it has one: 59.3 ± 0.8."""
     if found is None:
         return "–"
     text = f"{100 * found.mean:{'+' if signed else ''}.1f}"
@@ -106,7 +106,7 @@ def points(found: Estimate | None, *, signed: bool = False) -> str:
 
 
 def share(found: Saving | None) -> str:
-    """A saving in per cent; an upper bound where some seed never reached the target."""
+    """A saving in per cent; an upper bound if some seed never reached the target."""
     if found is None:
         return "–"
     saved = f"{round(100 * found.mean)}%"
@@ -210,7 +210,7 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
 
 
 def savings_section(content: Mapping[str, Any]) -> Section:
-    """What a comparison found, as one section of another page; `content` is its results.json."""
+    """A comparison as one section of another page; `content` is its results.json."""
     arms = figures_of(content)
     report = comparison_report(content, arms)
     gave, cost, *_ = report.sections
@@ -220,7 +220,7 @@ def savings_section(content: Mapping[str, Any]) -> Section:
 
 
 def _settings(content: Mapping[str, Any], *titles: str) -> list[Section]:
-    """A table for each of these parts of a results.json, and the command."""
+    """One table for each of these parts of a results.json, and the command."""
     tables = [
         Section(title.capitalize(), table=Table(("name", "value"), [(n, cell(v)) for n, v in content[title].items()]))
         for title in titles
@@ -253,7 +253,7 @@ def _markdown_table(rows: Rows) -> str:
 
 
 def _in_markdown(text: str) -> str:
-    """Text that no reader of Markdown takes for a column, a link, emphasis, code or HTML."""
+    """Escape text so that Markdown shows it literally: no columns, links, emphasis, code or HTML."""
     return re.sub(r"[\\|`\[\]*~]|\b_|_\b|(?<=_)_", r"\\\g<0>", visible(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
@@ -273,7 +273,7 @@ def _size(architecture: Mapping[str, Any]) -> str:
 
 def trials_table(tried: Sequence[Tried]) -> Rows:
     """Trials of a sweep, one row each."""
-    never = {"finished": "never", "stopped early": "–", "failed": "–"}  # who was stopped might have got there
+    never = {"finished": "never", "stopped early": "–", "failed": "–"}  # one that was stopped might have reached it
     columns = ("trial", "options", "score", "step 0", "operator TFLOP", "TFLOP spent", "TFLOP to scratch", "state")
     rows = [
         (

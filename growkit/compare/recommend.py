@@ -1,4 +1,4 @@
-"""What a sweep recommends: the trial, the reasons, and the commands of the full run."""
+"""A sweep's recommendation: the trial, the reasons, and the commands of the full run."""
 
 import math
 import shlex
@@ -21,12 +21,12 @@ from growkit.train.settings import FitSettings
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found: trials best first, what training from scratch gave, and what to do."""
+    """Result of a sweep: trials best first, the saving, the reasons, and the commands to run."""
 
     folder: Path
     tried: tuple[Tried, ...]
     best: Tried
-    saving: float | None  # of the best over training from scratch, on the pilot; None where it never got there
+    saving: float | None  # of the best over training from scratch, on the pilot; None if it never reached that score
     reasons: tuple[str, ...]
     commands: tuple[str, ...]
     content: dict[str, Any]
@@ -34,7 +34,7 @@ class Swept:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The best trial, and those that are as good within the standard error of the best score."""
+    """The best trial, and all trials within one standard error of the best score."""
 
     best: Tried
     equal: tuple[Tried, ...]
@@ -56,11 +56,11 @@ def conclude(
     """Recommend one of the trials, and write results.json and report.html.
 
     Args:
-        scratch: what training from scratch gave.
+        scratch: the result of training from scratch.
         budget: FLOPs of a trial.
         left_out: lines on what was not tried.
-        what: source and target as the recommended commands name them; they read `data`.
-        command: what the sweep was started with.
+        what: arguments for source and target in the recommended commands, which read `data`.
+        command: the command that started the sweep.
 
     Raises:
         GrowkitError: no trial finished.
@@ -98,7 +98,7 @@ def _goodness(one: Tried, metric: str) -> float:
 
 
 def _choose(tried: Sequence[Tried], metric: str, *, count: int) -> _Choice:
-    """Equal within the error of the score on `count` images, the one with the cheaper operator is the better buy."""
+    """Choose the trial with the cheapest operator among those within the error of the best score on `count` images."""
     finished = [one for one in tried if one.state == "finished"]
     if not finished:
         reason = next((one.reason for one in tried if one.reason), "every score was not a number")
@@ -112,7 +112,7 @@ def _choose(tried: Sequence[Tried], metric: str, *, count: int) -> _Choice:
 def _reasons(
     choice: _Choice, tried: Sequence[Tried], scratch: Mapping[str, Any], metric: str, saving: float | None
 ) -> list[str]:
-    """Why the best is recommended, and how far that can be trusted."""
+    """Say why the best is recommended, and how far that can be trusted."""
     best, count, target = choice.best, scratch["final"]["count"], scratch["final"][metric]
     lines = [
         f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from scratch for the same FLOPs",
@@ -152,8 +152,8 @@ def _reasons(
         lines.append("on the pilot it reached that score no sooner: do not expect a saving")
     else:
         lines.append(
-            f"on the pilot it reached that score with {saving:.0%} less compute; expect no more than that of the full "
-            "run, and that if more data changes both alike: one seed on a share is a hint"
+            f"on the pilot it reached that score with {saving:.0%} less compute; expect at most that of the full "
+            "run, and only if more data changes both alike: one seed on a share is a hint"
         )
     return lines
 
@@ -167,7 +167,7 @@ def _commands(
     data: str,
     where: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """The `grow` and `finetune` commands that do on all images what the trial did.
+    """The `grow` and `finetune` commands that repeat the trial on all images.
 
     `what` names source and target, `where` the run folder.
     """
@@ -178,7 +178,7 @@ def _commands(
         absent = ("epochs", "seed", "model_ema", "model_ema_decay")
         trained = {"data": data, "steps": steps, "lr": operator_lr}
         grow |= trained | _differing(bench.operator, FitSettings(**OPERATOR_DEFAULTS), but=(*trained, *absent))
-    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, of more
+    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, out of a larger budget
     length = {"epochs": f"{recipe.epochs * left:g}"}
     if recipe.steps is not None:
         length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
@@ -191,7 +191,7 @@ def _commands(
 
 
 def _differing(settings: FitSettings, plain: FitSettings, *, but: Sequence[str]) -> dict[str, Any]:
-    """Settings that are not the default of the command that takes them."""
+    """Settings that differ from the defaults of the command that takes them."""
     return {n: value for n, value in asdict(settings).items() if value != getattr(plain, n) and n not in but}
 
 

@@ -1,8 +1,8 @@
 """What growth saved, from curves of score over FLOPs: pure arithmetic on numbers that were measured elsewhere.
 
-saving = 1 - C / C_scratch, where C is the compute to reach the score that training from scratch ends with, operator
-training included. A run that never gets there is censored: its true cost is more than what it spent, so its saving is
-at most what spending all that gives, and it counts as that.
+saving = 1 - C / C_scratch, where C is the compute to reach the final score of training from scratch, operator training
+included. A run that never reaches it is censored: its true cost exceeds what it spent, so its spending is used for C
+and gives an upper bound on its saving.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Point = tuple[float, float]  # FLOPs so far, score
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` paired seeds with its 95 % interval (Student's t); none for a single seed."""
+    """A mean over `count` paired seeds with its 95 % interval (Student's t); no interval for a single seed."""
 
     mean: float
     low: float | None
@@ -24,7 +24,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Saving:
-    """A share of training from scratch's compute; where `reached` < `seeds`, the mean is an upper bound."""
+    """A share of the compute of training from scratch; if `reached` < `seeds`, the mean is an upper bound."""
 
     mean: float
     low: float | None
@@ -34,7 +34,7 @@ class Saving:
 
     @property
     def bound(self) -> bool:
-        """Whether some seed never got there, so that the true saving is at most the mean."""
+        """Whether some seed never reached the target, so that the true saving is at most the mean."""
         return self.reached < self.seeds
 
 
@@ -54,7 +54,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def flops_to(curve: Sequence[Point], target: float, *, higher: bool) -> float | None:
-    """FLOPs at which a curve first reaches `target`, between its points by a straight line; None where it never does.
+    """FLOPs at which a curve first reaches `target`, linearly interpolated; None if it never does.
 
     `higher` says that a higher score is better.
     """
@@ -75,10 +75,10 @@ def saving(
     """The saving over paired seeds; None without any.
 
     Args:
-        costs: FLOPs to the target of each seed, None where it was never reached.
-        spent: FLOPs that each seed's run took in all.
-        scratch: FLOPs that training from scratch took to the same target.
-        source: FLOPs of training the source, where they are to count.
+        costs: FLOPs to the target for each seed, None where it was never reached.
+        spent: total FLOPs of each seed's run.
+        scratch: FLOPs of training from scratch to the same target.
+        source: FLOPs of training the source, if they are to count.
     """
     values = [
         1 - ((used if cost is None else cost) + source) / alone

@@ -1,4 +1,4 @@
-"""What can be set about a comparison and a sweep; the command line makes its options from this."""
+"""Settings of a comparison and a sweep; the command line makes its options from these."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class CompareSettings:
     """How methods are compared. The full budget is what training the target from scratch costs, in FLOPs."""
 
     methods: str = "mango,ligo,bert2bert,bert2bert:variant=aki,lemon,net2net"
-    """Methods, with options of their own after colons, as in mango,mango:rank=4:steps=200,bert2bert:variant=aki."""
+    """Methods, each with its options after colons, as in mango,mango:rank=4:steps=200,bert2bert:variant=aki."""
 
     controls: str = ",".join(CONTROLS)
     """Controls to run beside them: random-pad, untrained-source, untrained-operator, source-longer; or none."""
@@ -27,7 +27,7 @@ class CompareSettings:
     """Paired repetitions: with one seed, every arm sees the same images in the same order."""
 
     budgets: str = "0.25,0.5,1"
-    """Shares of the full budget that every arm is trained for, each with a schedule of its own."""
+    """Shares of the full budget to train every arm for, each with its own schedule."""
 
     lrs: str = "5e-4,1e-3,2e-3"
     """Learning rates; each arm and budget gets the best of them on held-out images, found on the first seed."""
@@ -36,16 +36,16 @@ class CompareSettings:
     """Updates of operator training for learned methods; they come out of the budget."""
 
     operator_lrs: str = "1e-4,1e-3"
-    """Learning rates of operator training; each learned method gets that of the lowest held-out loss after it."""
+    """Learning rates of operator training; each learned method gets the one with the lowest held-out loss after it."""
 
     hold_out: float = 0.5
-    """Share of the validation images to choose by; the others are the test images, scored once, at the end."""
+    """Share of the validation images used for selection; the others are the test images, scored once, at the end."""
 
     share: float = 1.0
     """Share of the training images to use."""
 
     metric: str = "top1"
-    """What is chosen by and what savings are measured on: top1 or loss."""
+    """Metric for selection and for savings: top1 or loss."""
 
     evals: int = 20
     """Evaluations on held-out images along a run of the full budget."""
@@ -97,16 +97,16 @@ class SweepSettings:
     """Share of the training images the pilot uses."""
 
     hold_out: float = 0.5
-    """Share of the validation images to score trials on; the others are not touched."""
+    """Share of the validation images to score trials on; the others are not used."""
 
     trials: int = 24
-    """Different trials at most; all combinations are tried where there are no more than that."""
+    """Maximum number of different trials; if there are no more combinations than that, all are tried."""
 
     methods: str = "mango"
-    """Methods to try, as in mango,bert2bert:variant=aki; an option that a method names is not tried with others."""
+    """Methods to try, as in mango,bert2bert:variant=aki; an option given there is fixed for that method."""
 
     rank_choices: str = "1,2,4"
-    """Ranks of Mango's ring to try; of each bond alone with x, as in 1,4,4x4x1x4."""
+    """Ranks of Mango's ring to try; x joins one rank per bond, as in 1,4,4x4x1x4."""
 
     ring_orders: str = "BOLI,BIOL"
     """Ring orders to try, above rank 1."""

@@ -1,4 +1,4 @@
-"""What a sweep may try: the choices of a trial, and the arm and options that answers make."""
+"""The search space of a sweep: the choices of a trial, and the arm and options that its answers give."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,22 +18,22 @@ from growkit.settings import GrowSettings
 
 
 class Space:
-    """The choices of a trial; what cannot matter for this pair or at this rank is not asked."""
+    """The choices of a trial; choices that cannot matter for this pair or at this rank are skipped."""
 
     def __init__(self, bench: Bench, settings: SweepSettings):
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = LAYERS in grown and len(grown) > 1
         self.learned: dict[str, bool] = {}
-        # Answers that come to the same, as 1e-3 and 0.001 do, are one combination.
+        # Equivalent answers, such as 1e-3 and 0.001, are one combination.
         self.combinations = {self.key(one): one for one in self._all({})}
 
     def key(self, answers: dict[str, str]) -> str:
-        """The same for answers that come to the same."""
+        """A key that is equal for equivalent answers."""
         return repr(self.combine(answers)[1])
 
     def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-        """What is to be chosen and from what; each answer must be in `answers` before the next question.
+        """Yield each choice's name and options; its answer must be in `answers` before the next one.
 
         Raises:
             GrowkitError: a method that cannot grow this pair, or an option that it does not have.
@@ -68,14 +68,14 @@ class Space:
         yield answers
 
     def draw(self, trial: Trial) -> dict[str, str]:
-        """Optuna's answers; where there is one choice, Optuna is not asked."""
+        """Draw answers from Optuna; it is not asked where there is only one option."""
         answers: dict[str, str] = {}
         for name, choices in self.questions(answers):
             answers[name] = trial.suggest_categorical(name, choices) if len(choices) > 1 else choices[0]
         return answers
 
     def combine(self, answers: dict[str, str]) -> tuple[Arm, dict[str, Any]]:
-        """The arm that answers make, and its options by name: those that were chosen and those of the method's text."""
+        """The arm for some answers, and its options by name: those chosen and those fixed in the method's text."""
         grow, given = self._grow(answers)
         steps = int(answers.get("operator_steps", 0))
         rate = float(answers["operator_lr"]) if steps else None
@@ -86,7 +86,7 @@ class Space:
         return arm, {**options, "steps": steps, "operator_lr": rate, "lr": float(answers["lr"])}
 
     def _grow(self, answers: dict[str, str]) -> tuple[GrowSettings, dict[str, Any]]:
-        """Settings of growing by the answers so far, and those of them that were chosen."""
+        """Growth settings for the answers so far, and those of them that were chosen."""
         grow = parse_arm(answers["method"]).grow
         assert grow is not None
         given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
@@ -102,10 +102,10 @@ def _listed(text: str) -> list[str]:
 
 
 def _fixed(method: str) -> set[str]:
-    """Names of the options that a method's text settles.
+    """Names of the options that a method's text fixes.
 
     Raises:
-        GrowkitError: one of them is not of growing.
+        GrowkitError: one of them is steps or lr, which have options of their own.
     """
     fixed = {part.partition("=")[0].replace("-", "_") for part in method.split(":")[1:]}
     for name, instead in (("steps", "--operator-steps"), ("lr", "--operator-lrs")):

@@ -31,9 +31,9 @@ from growkit.train.telling import Done, each
 from growkit.train.watch import StepRecord
 
 FROM_SCRATCH = "from-scratch"  # a folder for each rate
-STUDY = "study.log"  # Optuna's journal of the trials that ended; they survive a killed process
-HALVE = 2  # successive halving lets the better one of so many trials go on
-REPEATS = 20  # so often Optuna may ask for what was tried before chance picks a trial
+STUDY = "study.log"  # Optuna's journal of finished trials, which survives a killed process
+HALVE = 2  # successive halving: the best of this many trials continues
+REPEATS = 20  # after so many repeats by Optuna a trial is picked at random
 
 
 def sweep_settings(
@@ -48,14 +48,14 @@ def sweep_settings(
 ) -> Swept:
     """Find how to grow `source` into `to` by trials on a share of the data, in run/sweep.
 
-    Every trial spends what training the target from scratch on that share costs for the recipe's epochs; so an
-    expensive operator pays with fewer updates of fine-tuning.
+    Every trial spends the FLOPs of training the target from scratch on that share for the recipe's epochs, so an
+    expensive operator leaves fewer updates for fine-tuning.
 
     Raises:
         GrowkitError: a method that cannot grow this pair, operators that all cost more than a trial may spend, unusable
-            data, every trial failed, or a sweep that is there already (and the job neither resumes nor forces) or is
-            another one.
-        KeyboardInterrupt: stopped; a job that resumes goes on.
+            data, every trial failed, a sweep that exists (and the job neither resumes nor forces), or resuming a
+            different one.
+        KeyboardInterrupt: stopped; a job with `resume` continues it.
     """
     refuse_begun(job, job.run.sweep)
     bench = bench_of(job, job.run.sweep, source, to, data, recipe, split=settings, sets=sets)
@@ -80,14 +80,14 @@ def sweep_settings(
 
 
 class Pilot:
-    """A folder of trials. What has ended is not run again, and what was broken off begins anew."""
+    """A folder of trials. Finished ones are not repeated; an interrupted one starts anew."""
 
     def __init__(self, job: Job, bench: Bench, settings: SweepSettings):
         self.job, self.bench, self.settings = job, bench, settings
         self.space = Space(bench, settings)
         self.sign = sign_of(settings.metric)
         self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full.total
-        self.left_out: list[str] = []  # a line on what `prepare` found too dear
+        self.left_out: list[str] = []  # a line on what `prepare` found too expensive
 
     @property
     def total(self) -> int:
@@ -95,10 +95,10 @@ class Pilot:
         return min(self.settings.trials, len(self.space.combinations))
 
     def prepare(self) -> None:
-        """Refuse what cannot work before anything runs, and note what this sweep is.
+        """Refuse what cannot work before anything runs, and record what is swept.
 
         Raises:
-            GrowkitError: no operator leaves anything of the budget, or the folder holds another sweep.
+            GrowkitError: every operator uses up the budget, or the folder holds another sweep.
         """
         rates = numbers("--lrs", self.settings.lrs), numbers("--operator-lrs", self.settings.operator_lrs)
         self.bench.refuse_unusable(*rates)
@@ -107,7 +107,7 @@ class Pilot:
         begin(self.job, self.bench, own, free=("trials",))
 
     def _leave_out_what_is_too_dear(self) -> None:
-        """Raise GrowkitError where nothing else is left."""
+        """Drop combinations whose operator uses up the budget; raise GrowkitError if none is left."""
         combinations = self.space.combinations
         arms = {key: self.space.combine(answers)[0] for key, answers in combinations.items()}
         told = self.bench.tell("counting what trials cost")
@@ -115,7 +115,7 @@ class Pilot:
         dear = [key for key, arm in arms.items() if not self.bench.steps_left(arm, self.budget, costs[key])]
         if len(dear) == len(arms):
             cheapest = min(costs, key=costs.__getitem__)
-            self.bench.steps_within(arms[cheapest], self.budget, costs[cheapest])  # which says why it cannot
+            self.bench.steps_within(arms[cheapest], self.budget, costs[cheapest])  # raises, and says why
         if dear:
             for key in dear:
                 del combinations[key]
@@ -127,14 +127,14 @@ class Pilot:
             self.job.say(self.left_out[0])
 
     def from_scratch(self) -> dict[str, Any]:
-        """The target from scratch on the same share, at the best of its rates; what is there is not run again.
+        """Train the target from scratch on the same share, at the best of its learning rates; runs on file are reused.
 
         Raises:
             GrowkitError: it failed at every rate.
-            KeyboardInterrupt: stopped; the run at hand goes on the next time.
+            KeyboardInterrupt: stopped; the current run resumes the next time.
         """
         rates = numbers("--lrs", self.settings.lrs)
-        # Growing is judged by this, so a grid that was made for grown models must not hold it back.
+        # This is the baseline for growing, so a grid chosen for grown models must not limit it.
         made = [self._at_rate(lr) for lr in (*rates, 2 * rates[-1])]
         finished = [found for found in made if "failed" not in found]
         if not finished:
@@ -147,7 +147,7 @@ class Pilot:
         return best
 
     def _at_rate(self, lr: float) -> dict[str, Any]:
-        """The result of training from scratch at a rate, or why it failed."""
+        """Result of training from scratch at a learning rate, or why it failed."""
         folder = self.bench.folder / FROM_SCRATCH / f"lr{lr:g}"
         path = folder / "result.json"
         if path.exists() and "failed" not in (kept := read_own(path)):
@@ -173,13 +173,13 @@ class Pilot:
         return result
 
     def run(self, scratch: dict[str, Any]) -> list[FrozenTrial]:
-        """Make every trial that is missing; all of them.
+        """Make every missing trial; return all trials.
 
         Raises:
-            KeyboardInterrupt: stopped; the trials that ended are kept.
+            KeyboardInterrupt: stopped; finished trials are kept.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        # of a killed process: Optuna would wait for it; who lives is told apart by the lock of the run folder
+        # left by a killed process, and Optuna would wait for it; the run folder's lock rules out a live one
         (self.bench.folder / f"{STUDY}.lock").unlink(missing_ok=True)
         kept = self._study(
             seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
@@ -213,10 +213,10 @@ class Pilot:
         )
 
     def _next(self, ended: Sequence[FrozenTrial]) -> tuple[optuna.Study, Trial, dict[str, str]]:
-        """A trial of what was not tried yet, in a study in memory, and its answers.
+        """Return the next untried combination as an in-memory study, a trial and its answers.
 
-        It is Optuna's choice, or any where Optuna goes on repeating itself. What it is depends on the trials that
-        ended alone, so that a sweep that was stopped goes on as it would have gone.
+        Optuna chooses it, or chance if Optuna keeps repeating itself. The choice depends only on the finished trials,
+        so that a stopped sweep continues as it would have without the stop.
         """
         seed = self.bench.recipe.seed + len(ended)
         study = self._study(seed=seed)
@@ -235,10 +235,10 @@ class Pilot:
         return study, trial, self.space.draw(trial)
 
     def _score_of(self, trial: Trial, arm: Arm, lr: float, scratch: dict[str, Any], progress: Done) -> float:
-        """Train a trial; its final score.
+        """Train a trial and return its final score.
 
         Raises:
-            optuna.TrialPruned: others were better at the same place.
+            optuna.TrialPruned: other trials were better at the same evaluation.
         """
         settings, seed = self.settings, self.bench.recipe.seed
         start = self.bench.start(arm, seed, arm.operator_lr, progress)

@@ -1,4 +1,4 @@
-"""A trial of a sweep that ended."""
+"""A finished trial of a sweep."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early", T
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial: options as `growkit grow` and `finetune` call them; the score on held-out images where it ended."""
+    """One trial: options as `growkit grow` and `finetune` name them; its last score on held-out images."""
 
     number: int  # from 1
     options: dict[str, Any]
@@ -19,8 +19,8 @@ class Tried:
     score: float | None
     step0: float | None
     operator_flops: float
-    flops: float  # spent in all, up to where it ended or was stopped
-    flops_to_scratch: float | None  # to what training from scratch ends the pilot with; None where never
+    flops: float  # spent in total, until it ended or was stopped
+    flops_to_scratch: float | None  # to the pilot's final score from scratch; None if never reached
 
 
 def tried_of(trial: FrozenTrial) -> Tried:

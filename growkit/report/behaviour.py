@@ -1,17 +1,18 @@
-"""What changed in a model's answers against its source, as sections of a page."""
+"""How a model's predictions differ from its source's, as sections of a page."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from growkit.report.page import Section, Table
 
-CLASSES, WORST, BEST = 20, 10, 5  # classes shown in full; of more, those that changed most
+CLASSES, WORST, BEST = 20, 10, 5  # classes shown in full; of more, only those that changed most
 
 
 def agreement_sections(figures: Mapping[str, Any]) -> list[Section]:
-    """What changed from a source to its model: scores, predictions, classes; `figures` is an Agreement as a dict.
+    """Sections on what changed from a source to its model: scores, predictions, classes.
 
-    Of more than 20 classes only the 10 with the worst change and the 5 with the best are shown, and the text says so.
+    `figures` is an Agreement as a dict. Of more than 20 classes only the 10 with the worst change and the 5 with the
+    best are shown, and the text says so.
     """
     source, model, classes = figures["source_scores"], figures["model_scores"], figures["classes"]
     scores = [
@@ -51,7 +52,7 @@ def agreement_sections(figures: Mapping[str, Any]) -> list[Section]:
     ]
     wrong, right = figures["turned_wrong"]["count"], figures["turned_right"]["count"]
     verdict = f"{wrong:,} turned wrong and {right:,} turned right: exact McNemar p = {figures['mcnemar_p']:.2g}."
-    meaning = "p is how likely so uneven a split is, or a more uneven one, where both ways are equally likely."
+    meaning = "p is the probability of a split at least this uneven if both directions were equally likely."
     shown = f"The {WORST} classes with the worst change and the {BEST} with the best, of {len(ranked):,}."
     return [
         Section(f"{source['count']:,} validation images", table=Table(("score", "source", "model", "change"), scores)),

@@ -1,14 +1,14 @@
-"""The commands of a run as they were typed, for whoever does it again."""
+"""The commands of a run as they were typed, for repeating it."""
 
 import re
 import shlex
 
 WIDTH = 86  # characters of a command in one line
-ONCE = ("--force", "--resume", "--json")  # what says nothing of the result
+ONCE = ("--force", "--resume", "--json")  # options that do not affect the result
 
 
 def command_line(typed: object) -> str:
-    """A command on record, as one would type it to make the run anew; empty where there is none, or a damaged one."""
+    """A recorded command, as one would type it to repeat the run; empty if it is missing or damaged."""
     if not isinstance(typed, str):
         return ""
     try:
@@ -19,9 +19,9 @@ def command_line(typed: object) -> str:
 
 
 def in_lines(command: str) -> str:
-    """A long command over several lines, broken before options, so that it can still be copied."""
+    """Break a long command into lines before options, so that it can still be copied."""
     lines = [""]
-    # never inside quotes, where the backslash of a broken line would be a part of the word
+    # never inside quotes, where the backslash of a line break would be part of the word
     for part in re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*"|['"]|\s(?!--))+""", command):
         if lines[-1] and len(lines[-1]) + len(part) > WIDTH:
             lines.append(f"    {part}")

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for its report: whatever is missing or damaged is left out and named."""
+"""Read a run folder for its report: whatever is missing or damaged is left out, and what is damaged is named."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def finished(self) -> str:
-        """When, in UTC; empty where the record does not say."""
+        """Time it finished, in UTC; empty if the record does not say."""
         return str(self.content.get("finished") or "").replace("T", " ").replace("+00:00", " UTC")
 
     @property
@@ -58,7 +58,7 @@ class Facts:
     config: Content  # config.json of the furthest model
     export: Content
     verify: Content
-    held: tuple[Content, ...]  # of the model alone and of an ONNX file alone, against a reference
+    held: tuple[Content, ...]  # checks of the model alone and of an ONNX file alone, against a reference
     comparison: Content
     damaged: tuple[str, ...]  # one line for each file that could not be read
 
@@ -67,7 +67,7 @@ class Facts:
         return tuple(step for step in self.steps if step.command == command)
 
     def latest(self, command: str) -> Step | None:
-        """The step of a command that counts."""
+        """The last step of a command, the one that counts."""
         return next(reversed(self.all(command)), None)
 
     @property
@@ -90,7 +90,7 @@ def read_facts(run: RunFolder) -> Facts:
     """Read a run folder.
 
     Raises:
-        GrowkitError: there is no such folder, or nothing in it that a run writes.
+        GrowkitError: there is no such folder, or it holds nothing that a run writes.
     """
     if not run.path.is_dir():
         raise GrowkitError(f"{run.path}: no such run folder; `growkit grow` makes one, --run names another")
@@ -138,36 +138,36 @@ def read_facts(run: RunFolder) -> Facts:
 
 
 def mapping(value: object) -> Content:
-    """`value` where it is a mapping, else an empty one."""
+    """`value` if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def rows(value: object) -> list[Content]:
-    """The mappings in `value`, a list; none where it is no list."""
+    """The mappings in the list `value`; none if it is not a list."""
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def texts(value: object) -> list[str]:
-    """The words in `value`, a list; none where it is no list."""
+    """The strings in the list `value`; none if it is not a list."""
     return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
 
 
 def number(value: object) -> float | None:
-    """`value` where it is a number, be it spelled out as 'nan' or 'inf'; else None."""
+    """`value` as a float if it is a number, also one spelled 'nan' or 'inf'; else None."""
     if isinstance(value, bool) or not (isinstance(value, int | float) or value in ("nan", "inf", "-inf")):
         return None
     try:
         return float(value)
-    except OverflowError:  # of more digits than a float has room for
+    except OverflowError:  # an integer too large for a float
         return None
 
 
 def words(key: object) -> str:
-    """A key as people write it."""
+    """A key with spaces for underscores."""
     return str(key).replace("_", " ")
 
 
 def percent(share: object) -> str:
-    """A share of 1 in per cent; a dash where there is none."""
+    """A fraction in per cent; a dash if there is none."""
     value = number(share)
     return "–" if value is None else f"{100 * value:.1f}%"

@@ -1,4 +1,4 @@
-"""The questions of someone who decides on rollout, each with a verdict, and the verdict that follows."""
+"""The gates that decide on rollout, each a question with a verdict, and the overall verdict."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from growkit.report.page import Gate, Mark, cell
 from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
 from growkit.text import counted, short
 
-CHANCE = 0.05  # p below which a change of answers is no chance
-LINES = 3  # checks of a group that are quoted
+CHANCE = 0.05  # p below which a change of predictions is not chance
+LINES = 3  # checks quoted per group
 
 
 def shipping(gates: Sequence[Gate]) -> Gate:
-    """May it ship: no where a gate says no, not yet where one is open."""
+    """May it ship: no if a gate failed, not yet if one is open."""
     failed = [gate.name for gate in gates if gate.mark == "fail"]
     unsure = [gate.name for gate in gates if gate.mark in ("inconclusive", "not done")]
     if not gates:
@@ -27,7 +27,7 @@ def shipping(gates: Sequence[Gate]) -> Gate:
 
 
 def gates_of(facts: Facts) -> list[Gate]:
-    """Start, accuracy against the source, every group of checks, and whether the files belong together."""
+    """Gates on the start, end of training, accuracy against the source, each group of checks, and matching files."""
     models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify, *facts.held)
     if not any(models) and not any(files) and not facts.all("evaluate") and not facts.damaged:
         return []
@@ -43,7 +43,7 @@ def gates_of(facts: Facts) -> list[Gate]:
 
 def _start(facts: Facts) -> Iterator[Gate]:
     gap = gap_of(facts)
-    if gap is not None:  # what came of the start is for the next gate to say
+    if gap is not None:  # a poor start is only a note: the accuracy gate judges the result
         line = start_line(facts)
         yield Gate(
             "It starts where the source stands", Mark("pass" if gap <= EXACT else "note"), line[0].upper() + line[1:]
@@ -51,7 +51,7 @@ def _start(facts: Facts) -> Iterator[Gate]:
 
 
 def _ended(facts: Facts) -> Iterator[Gate]:
-    """Whether training of the model that ships came to its end."""
+    """A gate if training of the model that ships was stopped before its end."""
     history = facts.tuned or facts.grown or facts.trained
     fit = mapping(history.get("fit") or history.get("operator"))
     killed = history is not facts.grown and bool(history) and "fit" not in history
@@ -64,7 +64,7 @@ def _ended(facts: Facts) -> Iterator[Gate]:
 
 
 def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
-    """The comparison with the source that counts, and a line where it is of another model than the shipped one."""
+    """The comparison with the source that counts, and a line if it is not of the shipped model and its source."""
     steps = facts.all("evaluate")
     if not steps:
         return None, ""
@@ -75,11 +75,11 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     }
     source = mapping(facts.grown.get("source")).get("sha256")
     own = [step for step in steps if step.hashes.get("model") in known]
-    if _new_head(facts):  # held against a model of its classes, but not a stage of this run, whose head guesses
+    if _new_head(facts):  # judge by another run's model: this run's own heads began untrained
         made = (*facts.all("grow"), *facts.all("finetune"))
         stages = {str(sha256) for step in made for sha256 in step.hashes.values()}
         others = [step for step in own if str(step.hashes.get("source")) not in stages]
-        return (others[-1], "") if others else (steps[-1], "It is of no model that learned these classes elsewhere.")
+        return (others[-1], "") if others else (steps[-1], "No other run's model of these classes was compared.")
     against = [step for step in own if source and step.hashes.get("source") == source]
     if against:
         return against[-1], ""
@@ -90,12 +90,12 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
 
 
 def _new_head(facts: Facts) -> bool:
-    """Whether the classifier was made anew on the way: the source has other classes, and nothing to be held to."""
+    """Whether the classifier was replaced on the way: the source has other classes, so no comparable accuracy."""
     return any(mapping(model.get("source")).get("own_head") is False for model in (facts.grown, facts.tuned))
 
 
 def _accuracy(facts: Facts) -> Gate:
-    """Against the source, image by image where that was done, else by the two scores."""
+    """Accuracy against the source, image by image if that was evaluated, else by the two scores."""
     name = "It is at least as accurate as its source"
     step, stale = behaviour_step(facts)
     figures = step.figures if step and not stale else {}
@@ -125,12 +125,12 @@ def _accuracy(facts: Facts) -> Gate:
         return Gate(name, Mark("not done"), f"Not measured here: {remedy}")
     line = f"Top-1 {percent(source['top1'])} → {percent(model['top1'])} on validation images; {remedy}"
     if source.get("count") != model.get("count"):
-        return Gate(name, Mark("inconclusive"), f"Measured on unlike images: {remedy}")
+        return Gate(name, Mark("inconclusive"), f"Measured on different images: {remedy}")
     return Gate(name, Mark("pass" if model["top1"] >= source["top1"] else "inconclusive"), line)
 
 
 def _checks(facts: Facts) -> Iterator[Gate]:
-    """One gate for each group of checks, and one for each that a rollout needs and nobody made."""
+    """One gate for each group of checks, and one for each group that a rollout needs and that is missing."""
     content = checked(facts)
     groups = checks_of(content)
     golden = [*groups.pop("golden", ()), *_held_alone(facts)]
@@ -155,7 +155,7 @@ def _checks(facts: Facts) -> Iterator[Gate]:
 
 
 def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
-    """The checks of model or file alone against a reference, where they are of those that there are now."""
+    """The checks of the model or file alone against a reference, if they are of the current ones."""
     now = {facts.shipped[1] if facts.shipped else None, facts.export.get("sha256")}
     return [
         one
@@ -166,7 +166,7 @@ def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
 
 
 def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
-    """What went wrong, or that nothing did."""
+    """Say what went wrong, or that nothing did."""
     wrong = [str(one.get("line") or one.get("name")) for one in checks if one.get("verdict") != "pass"]
     if wrong:
         return "; ".join(wrong[:LINES]) + (f"; and {len(wrong) - LINES} more" if len(wrong) > LINES else "") + "."
@@ -182,7 +182,7 @@ def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str,
 
 
 def _together(facts: Facts) -> Iterator[Gate]:
-    """Whether what was fine-tuned, exported and verified is one and the same model; steps may have run twice."""
+    """Whether the same model was fine-tuned, exported and verified; steps may have run more than once."""
     name = "The files belong together"
     tune, grow, export = (facts.latest(command) for command in ("finetune", "grow", "export"))
     verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
@@ -201,7 +201,7 @@ def _together(facts: Facts) -> Iterator[Gate]:
             f"The ONNX file was made of other weights than {run}/{shipped[0]}: run `growkit export` and `verify` again."
         )
     elif tune and grow and _differ(tune.hashes.get("source"), grow.hashes.get("grown")):
-        line = "The fine-tuned model began from another than the one grown last: run `growkit finetune` again."
+        line = "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
     elif verified and weights and shipped:
         yield Gate(
             name, Mark("pass"), f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…."

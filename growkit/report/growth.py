@@ -9,14 +9,14 @@ from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
 from growkit.text import counted, short
 
-SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # what grows, first
+SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # sizes that can grow, listed first
 SMOOTH = 50  # points of a curve of training losses
-NEAR = 1e-2  # up to which it may be off by the eps of norms and by rounding, where a method keeps the function
-EXACT = 1e-5  # step-0 difference of logits up to which the start is the source's own, in float32
+NEAR = 1e-2  # gap that norms' eps and rounding explain, if a method preserves the function
+EXACT = 1e-5  # step-0 difference of logits up to which the start equals the source in float32
 
 
 def source_section(facts: Facts) -> Section:
-    """What was grown: its kind, size, training and file."""
+    """What was grown: its architecture, size, training and file."""
     origin = mapping(facts.grown.get("source"))
     if not origin:
         return _trained(facts) if facts.trained else Section("Source", "Nothing was grown in this run.")
@@ -53,7 +53,7 @@ def _ancestors(line: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _trained(facts: Facts) -> Section:
-    """A run that trained a model from scratch and grew none."""
+    """The section for a run that trained a model from scratch and grew none."""
     fit = mapping(facts.trained.get("fit"))
     name = mapping(facts.trained.get("source")).get("architecture", "a model")
     return Section(
@@ -62,7 +62,7 @@ def _trained(facts: Facts) -> Section:
 
 
 def sizes_in(facts: Facts) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Arguments of source and target, as far as they are on record; sizes also where the name alone says them."""
+    """Recorded arguments of source and target; with sizes even if only the architecture's name sets them."""
     sizes = mapping(facts.grown.get("sizes"))
     old, new = ({k: v for k, v in mapping(sizes.get(side)).items() if k in SIZES} for side in ("source", "target"))
     origin = {**old, **mapping(mapping(facts.grown.get("source")).get("arguments"))}
@@ -97,12 +97,12 @@ def _sizes(facts: Facts) -> Table:
 
 
 def _many(count: float) -> str:
-    """A count as people say it."""
+    """A count in words, such as 22.1 million."""
     return f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,.0f}"
 
 
 def _plain(value: object) -> object:
-    """A square size as one number, as both sides may write it."""
+    """A square size as one number: records have either [16, 16] or 16."""
     return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
@@ -134,7 +134,7 @@ def growth_section(facts: Facts) -> Section:
 
 
 def start_line(facts: Facts) -> str:
-    """How far the grown model starts from the source."""
+    """Say how far the grown model starts from the source."""
     gap, claimed = gap_of(facts), facts.grown.get("lossless")
     if gap is None:
         return "how far the grown model starts from the source is not on record."
@@ -142,7 +142,7 @@ def start_line(facts: Facts) -> str:
 
 
 def start_in_words(gap: float, claimed: bool | None, shown: str) -> str:
-    """How far a start is from the source; `claimed` is whether its method keeps the function, None where unknown."""
+    """Say how far a start is from the source; `claimed`: whether the method preserves the function, None if unknown."""
     if gap <= EXACT:
         return f"starts where the source stands: logits differ by at most {shown}"
     if gap <= (NEAR if claimed else 100 * EXACT) and claimed is not False:
@@ -160,7 +160,7 @@ def gap_of(facts: Facts) -> float | None:
 
 
 def tuning_section(facts: Facts) -> Section:
-    """Fine-tuning: its cost, its best evaluation, and the score against the source."""
+    """Fine-tuning: its cost, its best evaluation, and its score compared with the source."""
     step = facts.latest("finetune")
     fit = mapping(facts.tuned.get("fit")) or (step.figures if step else {})
     if not fit:
@@ -182,7 +182,7 @@ def tuning_section(facts: Facts) -> Section:
 
 
 def scores_of(facts: Facts) -> dict[str, Mapping[str, Any]]:
-    """Scores on the validation images by stage: source, step0, operator, tuned; those on record."""
+    """Recorded scores on the validation images by stage: source, step0, operator, tuned."""
     grow, tune = facts.latest("grow"), facts.latest("finetune")
     found = {name: mapping(one) for name, one in mapping(grow.figures.get("scores") if grow else None).items()}
     if tune is not None:
@@ -209,7 +209,7 @@ def _scores(facts: Facts, *stages: tuple[str, str]) -> Table | None:
 
 
 def _spent(what: str, fit: Mapping[str, Any]) -> str:
-    """What a training cost: updates, compute, time."""
+    """Say what a training run cost: updates, compute, time."""
     steps, flops, seconds, rate = (number(fit.get(key)) for key in ("steps", "flops", "seconds", "images_per_second"))
     told = [
         *([f"{cell(flops / 1e12)} TFLOP"] if flops else []),
@@ -222,14 +222,14 @@ def _spent(what: str, fit: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever a reader wants."""
+    """A duration in seconds, minutes or hours, whichever reads best."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _curves(fit: Mapping[str, Any], what: str, source: Mapping[str, Any] | None = None) -> list[Plot]:
-    """Loss over updates, in training and on validation images, and top-1; the source's own as levels."""
+    """Plots of loss, in training and on validation images, and of top-1 over updates; the source's top-1 as a level."""
     losses = fit.get("losses")
     each = [{"step": at, "loss": loss} for at, loss in enumerate(losses, 1)] if isinstance(losses, list) else []
     training = _smoothed(points(each or rows(fit.get("training")), "step", "loss"))
@@ -251,7 +251,7 @@ def _curves(fit: Mapping[str, Any], what: str, source: Mapping[str, Any] | None 
 
 
 def _smoothed(found: Sequence[Point]) -> Series:
-    """Training losses as means of as many updates as leave about 50 points; single ones are mostly noise."""
+    """Training losses averaged over blocks, about 50 points in all; single losses are mostly noise."""
     many = max(1, len(found) // SMOOTH)
     blocks = [found[at : at + many] for at in range(0, len(found) - many + 1, many)]
     means = [(block[-1][0], sum(loss for _, loss in block) / many) for block in blocks]
@@ -259,12 +259,12 @@ def _smoothed(found: Sequence[Point]) -> Series:
 
 
 def _earlier(facts: Facts, command: str) -> list[str]:
-    """A line where a command ran more than once: the last counts."""
+    """A line if a command ran more than once: the last run counts."""
     return earlier_line(facts.all(command))
 
 
 def earlier_line(steps: Sequence[Step], shown: Step | None = None) -> list[str]:
-    """A line that names the steps beside the one `shown`, the last where it is left out; none where there is one."""
+    """A line naming the steps other than `shown`, by default the last; no line for a single step."""
     if len(steps) < 2:
         return []
     shown = shown or steps[-1]

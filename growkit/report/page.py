@@ -1,4 +1,4 @@
-"""Reports as one HTML page that needs nothing else: no network, no script, no other file."""
+"""Reports as one self-contained HTML page: no network, no script, no other file."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from growkit.files import whole_file
 from growkit.report.plot import Chart, draw, scientific
 from growkit.text import visible
 
-WIDE = 9  # columns above which a table is set small in print
-WORD = 20  # letters above which print may break a word
-CONTENTS = 4  # sections from which on a page has a list of them
+WIDE = 9  # columns above which a table is printed smaller
+WORD = 20  # letters above which a printed word may be broken
+CONTENTS = 4  # number of sections from which a page lists them
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -34,7 +34,7 @@ SIGNS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Text and numbers. Columns after the first are set right when they hold a number."""
+    """Text and numbers. Columns after the first are right-aligned if they hold a number."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -44,7 +44,7 @@ class Table:
 class Section:
     """A heading with text (one paragraph a line), code, a table, plots and smaller sections; all may be absent.
 
-    A folded one, if it is part of another, shows its heading alone until it is opened, and everything in print.
+    A folded part of another section shows only its heading until it is opened, and everything in print.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Gate:
-    """A question that was decided, the verdict, and a line that says why."""
+    """A question, its verdict, and a line that says why."""
 
     name: str
     mark: Mark
@@ -67,7 +67,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows: a title, lines that sum it up, a verdict with the gates it follows from, and sections."""
+    """Content of a page: a title, summary lines, a verdict with the gates behind it, and sections."""
 
     title: str
     summary: Sequence[str]
@@ -154,7 +154,7 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """The page. All text is escaped, and a browser is told to load, run and send nothing."""
+    """Render the page. All text is escaped, and its policy forbids a browser to load, run or send anything."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -176,12 +176,12 @@ def render(report: Report) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as it stands on the page; no part of it is markup, none is invisible."""
+    """Escape text for the page: none of it is markup or invisible."""
     return escape_markup(visible(text))
 
 
 def cell(value: object) -> str:
-    """A value as a reader wants it: four digits, thousands apart, yes and no; not yet escaped."""
+    """Format a value for reading: four digits, thousands separators, yes and no; not yet escaped."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -274,7 +274,7 @@ def _table(table: Table) -> str:
 
 
 def _alignment(value: object, right: bool) -> str:
-    """The class of a cell: where it is set, and whether print may break its words."""
+    """CSS classes of a cell: its alignment, and whether its words may be broken in print."""
     longest = max(map(len, cell(value).split()), default=0)
     return ("number" if right else "text") + (" long" if longest > WORD else "")
 

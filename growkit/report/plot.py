@@ -1,6 +1,6 @@
-"""Line charts and bars by matplotlib: inline SVG for a page, in its colours, and PNG and SVG files.
+"""Line charts and bars by matplotlib: inline SVG in a page's colours, and PNG and SVG files.
 
-Readable on a phone, in print, in light and dark, and without colour: lines differ in dash and marker as well.
+Readable on a phone, in print, in light and dark mode, and without colour: lines also differ in dash and marker.
 """
 
 import io
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.8, 3.1  # inches, of which SVG makes 72 units each; small, so that text stays readable on a phone
+WIDTH, HEIGHT = 4.8, 3.1  # inches, 72 SVG units each; small, so that text stays readable on a phone
 POINTS = 400  # per series; more would only make the page heavy
 DPI = 250  # of PNG files
-TICK = 36  # characters beside a bar, or along the height
+TICK = 36  # characters of a label beside a bar, or on the y axis
 TEXT = 80  # characters of any other text
-# The page's --line-0 to --line-5, --ink, --soft and --grid in light.
+# The page's --line-0 to --line-5, --ink, --soft and --grid in light mode.
 COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
 VARIABLES = {colour: f"var(--line-{index})" for index, colour in enumerate(COLOURS)} | {
@@ -37,7 +37,7 @@ DASHES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))
 MARKERS = "os^Dv<>PX*hp"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "growkit",  # the same bytes twice
+    "svg.hashsalt": "growkit",  # reproducible bytes
     "font.size": 10,
     "text.parse_math": False,  # a name may hold a dollar sign
     "text.color": INK,
@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
 }
-TAG = re.compile(r"<[^>]*>")  # in text and attributes matplotlib writes < and > as entities
+TAG = re.compile(r"<[^>]*>")  # safe, since matplotlib writes < and > in text and attributes as entities
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
@@ -62,7 +62,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: its (x, y) points, not finite ones being gaps, and perhaps a band from low to high."""
+    """One line of a plot: (x, y) points, non-finite ones are gaps, and optionally a band from low to high."""
 
     name: str
     points: Sequence[Point]
@@ -84,7 +84,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, its interval where there is one, and words beside it; without a value the words alone."""
+    """One bar, with an optional interval and a note beside it; without a value only the note."""
 
     name: str
     value: float | None
@@ -104,7 +104,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Dots:
-    """Dots with their intervals, one a row, the first on top, beside a named level."""
+    """Dots with intervals, one per row, the first on top, and a line at a named level."""
 
     title: str
     rows: Sequence[Bar]
@@ -116,7 +116,7 @@ Chart = Plot | Bars | Dots
 
 
 def scientific(value: float, digits: int) -> str:
-    """1.2e-07 as 1.2×10⁻⁷; what is not finite as it is."""
+    """1.2e-07 as 1.2×10⁻⁷; non-finite values unchanged."""
     if not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
@@ -124,12 +124,12 @@ def scientific(value: float, digits: int) -> str:
 
 
 def _power(value: float) -> str:
-    """A tick on a log axis: plain near one, else as a power of ten."""
+    """A tick on a log axis: plain near one, else a power of ten."""
     return f"{value:g}" if 1e-3 <= value < 1e4 else scientific(value, 0).removeprefix("1×")
 
 
 def draw(plot: Chart) -> str:
-    """The chart as an <svg> element in the page's colours; a sentence where there is nothing finite to show."""
+    """Draw a chart as an <svg> element in the page's colours; a sentence if there is nothing finite to show."""
     plot = _legible(plot)
     if not _finite(plot):
         return f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
@@ -137,12 +137,12 @@ def draw(plot: Chart) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would hold for the whole page
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would apply to the whole page
     prefix = "p" + sha256(svg.encode()).hexdigest()[:8]
     used = {name for tag in TAG.findall(svg) for name in re.findall(r'(?:url\(#|href="#)([^)"]+)', tag)}
 
     def adapted(tag: str) -> str:
-        """A tag in the page's font and colours; ids only where something refers to them, unlike any other plot's."""
+        """A tag in the page's font and colours; only referenced ids are kept, with a prefix unique to this plot."""
         tag = tag.replace("xlink:href", "href")
         tag = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1system-ui, sans-serif", tag)
         for colour, variable in VARIABLES.items():
@@ -150,7 +150,7 @@ def draw(plot: Chart) -> str:
         tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", tag)
         return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", tag)
 
-    svg = TAG.sub(lambda found: adapted(found[0]), svg)  # words between tags stay as they are
+    svg = TAG.sub(lambda found: adapted(found[0]), svg)  # text between tags is unchanged
     head = re.search(r'viewBox="[^"]*"', svg)
     assert head is not None
     style = "stroke-linejoin: round; stroke-linecap: butt"
@@ -159,7 +159,7 @@ def draw(plot: Chart) -> str:
 
 
 def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
-    """Write `name`.svg and `name`.png into the folder, on white; nothing where there is nothing finite to show."""
+    """Write `name`.svg and `name`.png into the folder, on white; no files if there is nothing finite to show."""
     plot = _legible(plot)
     if not _finite(plot):
         return ()
@@ -171,7 +171,7 @@ def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def _legible(drawn: Any) -> Any:
-    """A chart, or a part of one, whose words can be drawn whatever file they came from."""
+    """A chart, or a part of one, with its text cleaned and clipped, whatever file it came from."""
     if isinstance(drawn, str):
         return clipped(visible(drawn), TEXT)
     if isinstance(drawn, list | tuple):
@@ -189,7 +189,7 @@ def _finite(plot: Chart) -> bool:
 
 
 def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -> bytes:
-    """The chart as a file of this kind; nothing global is touched."""
+    """Render the chart as a file of this kind, without changing global matplotlib settings."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -255,7 +255,7 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
 
 
 def _thinned(series: Series, log_x: bool) -> list[int]:
-    """Places of the points to draw: few enough, the last among them."""
+    """Indices of the points to draw: few enough, and always the last."""
     count = len(series.points)
     every = max(1, math.ceil(count / POINTS))
     kept = sorted({*range(0, count, every), count - 1} if count else ())
@@ -318,15 +318,15 @@ def _dots(axes: "Axes", plot: Dots) -> None:
 
 
 def _tick(name: str) -> str:
-    """A name or a note that leaves room for its bar."""
+    """A name or note clipped to leave room for its bar."""
     return clipped(name, TICK)
 
 
 def _digits(value: float) -> str:
-    """One digit after the point, or three in all where that says more."""
+    """One decimal, or three significant digits below 10."""
     return f"{value:.1f}" if abs(value) >= 10 or value == 0 else f"{value:.3g}"
 
 
 def _shown(bar: Bar) -> float | None:
-    """The value of a bar where there is one that can be drawn."""
+    """The value of a bar if it can be drawn, else None."""
     return bar.value if bar.value is not None and math.isfinite(bar.value) else None

@@ -1,4 +1,4 @@
-"""The report of a run, from its folder alone: the whole way of a model, for whoever decides on its rollout."""
+"""The report of a run, from its folder alone: a model's whole history, for whoever decides on its rollout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,17 +22,17 @@ from growkit.report.serving import latency_section, parity_section
 from growkit.report.steps import hashes, machines, step_sections
 from growkit.text import short
 
-# what damaged records lead to
+# exceptions that damaged records cause
 ODD = (ArithmeticError, AttributeError, GrowkitError, LookupError, TypeError, ValueError)
 
 
 def run_report(run: RunFolder) -> Report:
-    """The page of a run: the verdict, then source, growth, fine-tuning and so on to provenance.
+    """Build the page of a run: the verdict, then sections from source, growth and fine-tuning to provenance.
 
-    A step that is missing or damaged is a line in its section; of a step made twice the last counts.
+    A step that is missing or damaged is a line in its section; of a repeated step the last counts.
 
     Raises:
-        GrowkitError: there is no such folder, or nothing in it that a run writes.
+        GrowkitError: there is no such folder, or it holds nothing that a run writes.
     """
     facts = read_facts(run)
     sections = [
@@ -59,7 +59,7 @@ def run_report(run: RunFolder) -> Report:
 
 
 def _guarded(title: str, make: Callable[[Facts], Section], facts: Facts) -> Section:
-    """The section, or a line where what it is made of is damaged."""
+    """Make a section; only a line if its records are damaged."""
     try:
         return make(facts)
     except ODD as error:
@@ -67,7 +67,7 @@ def _guarded(title: str, make: Callable[[Facts], Section], facts: Facts) -> Sect
 
 
 def _head(facts: Facts) -> tuple[str, list[str]]:
-    """Title and summary: what was grown from what into what, and what became of its score."""
+    """Title and summary: what was grown into what, and how its score changed."""
     origin, name = mapping(facts.grown.get("source")), facts.path.resolve().name
     if not origin:
         ran = ", ".join(step.name for step in facts.steps) or "no steps on record"
@@ -115,12 +115,12 @@ def _savings(facts: Facts) -> Section:
 
 
 def _provenance(facts: Facts) -> Section:
-    """How to do it again, on what it ran, and what identifies each file."""
+    """How to repeat the run, what it ran on, and the hashes of its files."""
     steps = facts.steps
     licence = mapping(facts.config.get("pretrained_cfg")).get("license")
     lines = []
     typed = (command_line(step.content.get("command_line")) for step in steps)
-    commands = list(dict.fromkeys(line for line in typed if line))  # what was resumed is one command
+    commands = list(dict.fromkeys(line for line in typed if line))  # a resumed command is listed once
     if steps:
         kept = f"As they were typed, in order, but for {', '.join(ONCE)}."
         lines.append(kept if commands else "How the steps were started is not on record.")

@@ -10,26 +10,26 @@ from growkit.report.plot import Bar, Bars, Chart, Dots
 from growkit.report.steps import figure_sections
 from growkit.text import clipped, counted
 
-GROUPS = {  # the groups of checks known by now, as a reader asks
+GROUPS = {  # the known groups of checks, as statements for a reader
     "structure": "The ONNX file is well formed",
     "weights": "It holds the model's weights",
     "numbers": "It gives the model's numbers",
     "predictions": "It gives the model's answers",
     "pixels": "It prepares pictures as the model was trained",
     "answers": "Its answers follow from its logits",
-    "pictures": "It agrees on pictures of yours",
+    "pictures": "It agrees on your own pictures",
     "accuracy": "It scores like the model",
     "reference": "It reproduces its reference data",
     "golden": "It answers as when it was accepted",
     "provider": "It runs where it was asked to",
     "latency": "It is as fast as its architecture allows",
 }
-TOLD = {"comparisons", "checks", "provider", "threads"}  # of the latency report
+TOLD = {"comparisons", "checks", "provider", "threads"}  # parts of the latency report shown elsewhere
 COMPARED = {"subject", "baseline", "batch", "ratio", "low", "high", "sessions", "pairs", "subject_ms", "baseline_ms"}
 
 
 def group_name(group: str) -> str:
-    """A group of checks as a reader asks; one that is not known goes by its own name."""
+    """A group of checks as a statement for a reader; an unknown group goes by its own name."""
     return GROUPS.get(group, words(group).capitalize())
 
 
@@ -42,13 +42,13 @@ def checks_of(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def mark_of(checks: Iterable[Mapping[str, Any]]) -> Mark:
-    """The verdict of several: the worst of theirs; a word that is not known counts as inconclusive."""
+    """The worst verdict of several checks; an unknown verdict counts as inconclusive."""
     verdicts = {str(one.get("verdict")) for one in checks}
     return Mark("fail" if "fail" in verdicts else "pass" if verdicts <= {"pass"} else "inconclusive")
 
 
 def checked(facts: Facts) -> Mapping[str, Any]:
-    """What holds the checks: the verification, else the export's own."""
+    """The record that holds the checks: the verification, else the export's own."""
     return facts.verify if rows(facts.verify.get("checks")) else mapping(facts.export.get("parity"))
 
 
@@ -88,19 +88,19 @@ def parity_section(facts: Facts) -> Section:
             f"and {cell(accuracy.get('n10'))} wrong against PyTorch."
         )
     steps = facts.all("verify" if content is facts.verify else "export")
-    # those that held a model or a file alone against a reference gave other checks
+    # comparisons of a model or file alone with a reference have other checks
     lines += earlier_line([step for step in steps if step.command == "export" or _is_whole(step)])
     parts = [_group(group, checks) for group, checks in groups.items()]
     return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
 
 
 def _is_whole(step: Step) -> bool:
-    """Whether this verification held a file against its model."""
+    """Whether this verification compared a file with its model."""
     return bool(step.options.get("model")) and bool(step.options.get("onnx"))
 
 
 def _allowed(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:
-    """What the checks of that name allow, as the end of a sentence."""
+    """The limit of the checks of that name, as the end of a sentence."""
     limits = [one.get("limit") for one in groups.get("numbers", ()) if str(one.get("name")).endswith(name)]
     limit = number(limits[0]) if limits else None
     return f", allowed {limit:.3g}" if limit is not None else ""
@@ -132,7 +132,7 @@ def _group(group: str, checks: Sequence[Mapping[str, Any]]) -> Section:
 
 
 def _short(check: Mapping[str, Any], key: str) -> str:
-    """A number with three digits; of a long text the beginning, for its check's line quotes it."""
+    """A number with three digits; long text is clipped, since its check's line quotes it in full."""
     value = number(check.get(key))
     text = f"{value:.3g}" if value is not None else str(check.get(key))
     return clipped(text, 40)
@@ -147,8 +147,8 @@ def latency_section(facts: Facts) -> Section:
     threads = number(timed.get("threads"))
     where = str(timed.get("provider")) + (f", {counted(threads, 'thread')}" if threads is not None else "")
     lines = [
-        f"On {where}: time of the file / time of what it is held against, timed in turns; below 1 the file is faster.",
-        "Against itself shows how far this machine can tell; bars are 95 % intervals.",
+        f"On {where}: time of the file / time of what it is compared with, timed in turns; below 1 the file is faster.",
+        "The ratio against itself shows how small a difference this machine can resolve; bars are 95 % intervals.",
     ]
     names = [f"batch {cell(one.get('batch'))}, {one.get('baseline')}" for one in compared]
     ratios = [
@@ -203,7 +203,7 @@ def _throughput(facts: Facts) -> list[Section]:
 
 
 def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
-    """Every comparison in a row; figures that are not known here get a column each."""
+    """One row per comparison; figures not known here get a column each."""
     more = list(dict.fromkeys(key for one in compared for key in one if key not in COMPARED))
     body = []
     for one in compared:
@@ -224,7 +224,7 @@ def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _digits(value: object) -> str:
-    """Three digits, a dash where there is no number."""
+    """Three digits, or a dash if there is no number."""
     found = number(value)
     return "–" if found is None else f"{found:.3g}"
 

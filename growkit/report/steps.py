@@ -1,4 +1,4 @@
-"""The steps of a record as they stand there, whatever they are called: options, figures, curves, machines, hashes."""
+"""The steps of a record as recorded, whatever they are called: options, figures, curves, machines, hashes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from growkit.report.facts import Step, mapping, number, words
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Series
 
-CLOCKS = ("step", "epoch", "images", "flops", "seconds")  # what a curve may run along, best first
+CLOCKS = ("step", "epoch", "images", "flops", "seconds")  # possible x axes of a curve, best first
 LOSSES = ("loss",)
 SCORES = ("score", "accuracy", "top1", "top5", "top-1", "top-5")
 LISTED = 8  # items of a list shown in a cell
 
 
 def step_sections(step: Step, *, figures: bool = True) -> list[Section]:
-    """When a step finished and its options; with its figures and curves, and a section for each other list of rows."""
+    """A step's finishing time, options, figures and curves, and a section for each other list of rows."""
     first, *others = figure_sections(step.name, step.figures if figures else {})
     lines = [f"Finished {step.finished}."] if step.finished else []
     options = [
@@ -42,7 +42,7 @@ def figure_sections(title: str, figures: Mapping[str, Any]) -> list[Section]:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of unlike keys as one table."""
+    """Rows with different keys as one table."""
     flat = [dict(_flat(row)) for row in rows]
     columns = list(dict.fromkeys(column for row in flat for column in row))
     return Table(
@@ -88,7 +88,7 @@ def _flat(figures: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, An
 
 
 def _item(value: object) -> object:
-    """What one cell shows; a list becomes its first items."""
+    """The content of one cell; of a list its first items."""
     if isinstance(value, list | tuple):
         more = f", … ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(cell, value[:LISTED])) + more
@@ -96,14 +96,14 @@ def _item(value: object) -> object:
 
 
 def _rows(value: object) -> list[Mapping[str, Any]] | None:
-    """`value` as rows when it is a list of mappings."""
+    """`value` as rows if it is a list of mappings."""
     if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
         return value
     return None
 
 
 def _charts(key: str, rows: Sequence[Mapping[str, Any]]) -> list[Plot] | None:
-    """Charts of losses and of scores, else of every number; None when the rows are no curve."""
+    """Charts of losses and of scores, else of every number; None if the rows are not a curve."""
     clock = next((clock for clock in CLOCKS if _runs(rows, clock)), None)
     if clock is None:
         return None
@@ -122,7 +122,7 @@ def _charts(key: str, rows: Sequence[Mapping[str, Any]]) -> list[Plot] | None:
 
 
 def _runs(rows: Sequence[Mapping[str, Any]], clock: str) -> bool:
-    """Whether the rows have this clock, and it never goes back."""
+    """Whether the rows have this clock, and it never decreases."""
     read = [at for row in rows if (at := number(row.get(clock))) is not None]
     return bool(read) and read == sorted(read)
 

@@ -527,7 +527,7 @@ def test_arm_of_which_nothing_came_out_fails_the_command(source, digits, tmp_pat
 def test_resume_leaves_a_folder_alone_that_it_did_not_make(source, digits, tmp_path):
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "precious.txt").write_text("mine")
-    with pytest.raises(GrowkitError, match="nothing that could go on; --force replaces it"):
+    with pytest.raises(GrowkitError, match="nothing to resume; --force replaces it"):
         run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
     assert (tmp_path / "compare" / "precious.txt").read_text() == "mine"
 

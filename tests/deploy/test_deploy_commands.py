@@ -342,7 +342,7 @@ def test_force_replaces_only_what_growkit_wrote(run: Path, tmp_path: Path, monke
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.chdir(tmp_path / "own")
     result = call("export", run / "grown", "-o", ".", "--force", "--run", tmp_path / "run")
-    assert "the folder you stand in" in str(result.exception)
+    assert "the current folder" in str(result.exception)
 
 
 def test_version_served_is_recorded_and_one_prepared_otherwise_is_refused_before_the_work(
