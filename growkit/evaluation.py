@@ -22,9 +22,9 @@ from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
+from growkit.train.progress import Progress, followed, no_progress
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, followed, unheard
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _refuse_other_data(
 
 
 def evaluate_model(
-    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
+    source: Source, data: str, settings: FitSettings, *, device: str = "auto", progress: Progress = no_progress
 ) -> Scores:
     """Score a model on the validation images of `data`."""
     chosen = pick_device(device)
@@ -95,7 +95,7 @@ def evaluate_model(
 
 
 def evaluate_onnx(
-    path: Path, data: str, settings: FitSettings, *, device: str = "auto", progress: Done = unheard
+    path: Path, data: str, settings: FitSettings, *, device: str = "auto", progress: Progress = no_progress
 ) -> Scores:
     """Score an ONNX file on the validation images, prepared as the file's metadata says.
 
@@ -161,7 +161,7 @@ def evaluate_against(
     loading: Loading = AS_IT_IS,
     device: str = "auto",
     say: Callable[[str], None] = lambda line: None,
-    progress: Done = unheard,
+    progress: Progress = no_progress,
 ) -> tuple[Agreement, bool]:
     """Compare a model's predictions on the validation images of `data` with those of the source it came from.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from growkit.files import refuse_both
 from growkit.record import RunFolder
-from growkit.train.telling import Follow, Say, Tell, silent, unfollowed, unsaid
+from growkit.train.progress import FollowRun, Say, StartProgress, follow_nothing, say_nothing, start_nothing
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Job:
     device: str = "auto"
     force: bool = False
     resume: bool = False
-    say: Say = unsaid
-    tell: Tell = silent
-    follow: Follow = unfollowed
+    say: Say = say_nothing
+    tell: StartProgress = start_nothing
+    follow: FollowRun = follow_nothing
 
     def __post_init__(self) -> None:
         refuse_both(self.force, self.resume)

@@ -24,7 +24,7 @@ from growkit.ranges import refuse_number
 from growkit.settings import GrowSettings
 from growkit.source import Source
 from growkit.train.flops import count_step
-from growkit.train.telling import Done, each, unheard
+from growkit.train.progress import Progress, each, no_progress
 
 RANKS = (1, 2, 4, 8)
 
@@ -74,7 +74,9 @@ class Plan:
     methods: tuple[MethodCost, ...]
 
 
-def plan_growth(source: Source, to: str, sets: Sequence[str], *, batch_size: int, progress: Done = unheard) -> Plan:
+def plan_growth(
+    source: Source, to: str, sets: Sequence[str], *, batch_size: int, progress: Progress = no_progress
+) -> Plan:
     """Sizes, parameters, exactness of the start and cost of growing `source` into `to` at several ranks.
 
     `progress` is told how many methods and ranks are done.

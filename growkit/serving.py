@@ -41,8 +41,8 @@ from growkit.settings import Loading
 from growkit.source import AS_IT_IS, Source, load_source
 from growkit.text import counted
 from growkit.train.batches import unaugmented, val_batches
+from growkit.train.progress import Progress, Say, no_progress
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Say, unheard
 
 CALIBRATION = 256  # images to calibrate int8-static on
 
@@ -246,7 +246,7 @@ def verify_run(
     evidence: Evidence = Evidence(),
     junit: Path | None = None,
     say: Say = lambda line: None,
-    progress: Done = unheard,
+    progress: Progress = no_progress,
     show: Callable[[Verification], None] = lambda verification: None,
 ) -> Verification:
     """Compare an ONNX `file` with the model it came from, or one of the two alone with a reference.
@@ -393,7 +393,7 @@ def _with_file(
     golden: Golden | None,
     evidence: Evidence,
     say: Say,
-    progress: Done,
+    progress: Progress,
 ) -> Verification:
     """Verify the ONNX file against its model: outputs, a reference, accuracy on data, latency."""
     network, form = source.model(), form_in(file)

@@ -45,7 +45,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "evaluation": "errors settings record checkpoint source train deploy",
     "serving": "errors settings text files record source train deploy evaluation history",
     "history": "record arch source lineage train",
-    "job": "files record train.telling",
+    "job": "files record train.progress",
     "pipeline": f"{ALL} history job",
     "demo": f"{ALL} pipeline",
 }

@@ -14,11 +14,11 @@ from growkit_cli.console import Console, PlainBar
 if TYPE_CHECKING:
     from growkit.pipeline import Trained
     from growkit.train.loop import FitResult
-    from growkit.train.telling import Done, Tell
+    from growkit.train.progress import Progress, StartProgress
 
 
 @contextmanager
-def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
+def telling(console: Console, *, rarely: bool = False) -> Iterator["StartProgress"]:
     """Yield `tell(what)`, which starts a bar, or lines in a log, and returns a callback for that work's progress.
 
     `rarely` prints fewer lines. A repeated title closes the bar that a failure left open.
@@ -26,7 +26,7 @@ def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
     begun: dict[str, ExitStack] = {}
     with ExitStack() as shown:
 
-        def tell(what: str) -> "Done":
+        def tell(what: str) -> "Progress":
             if what in begun:
                 begun[what].close()
             own = begun[what] = shown.enter_context(ExitStack())
@@ -43,14 +43,14 @@ def telling(console: Console, *, rarely: bool = False) -> Iterator["Tell"]:
 
 
 @contextmanager
-def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Done"]]:
+def following(console: Console, title: str) -> Iterator[Callable[[str, int, int], "Progress"]]:
     """Yield `follow(name, finished, runs)`, which returns a callback for the progress of one of many runs.
 
     All share one bar; in a log each run prints a few lines.
     """
     with console.progress(title) as show:
 
-        def follow(name: str, finished: int, runs: int) -> "Done":
+        def follow(name: str, finished: int, runs: int) -> "Progress":
             lines: list[PlainBar] = []
 
             def progress(done: float, total: int, note: str = "") -> None:

@@ -34,8 +34,8 @@ from growkit.job import Job
 from growkit.pipeline import LAST, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
+from growkit.train.progress import Progress, say_nothing
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, unsaid
 
 PAIRS = {"width": "6,384,6", "depth": "12,192,3", "both": "12,384,6", "odd": "6,256,4"}
 METHODS = {
@@ -53,7 +53,7 @@ class Deadline:
     def __init__(self, seconds: float):
         self.ends = time.monotonic() + seconds
 
-    def tell(self) -> Done:
+    def tell(self) -> Progress:
         """One run's progress callback, which interrupts once: a second signal would end training with nothing saved."""
         asked = False
 
@@ -65,7 +65,7 @@ class Deadline:
 
         return progress
 
-    def follow(self, title: str, finished: int, total: int) -> Done:
+    def follow(self, title: str, finished: int, total: int) -> Progress:
         """For compare_methods(follow=...)."""
         return self.tell()
 
@@ -177,7 +177,8 @@ def prepared(
     data: str,
 ) -> Comparison:
     """The comparison, started in its folder if it was not yet."""
-    quiet, steps = replace(job, say=unsaid), settings.operator_steps  # the process that started it printed these lines
+    quiet = replace(job, say=say_nothing)  # the process that started it printed these lines
+    steps = settings.operator_steps
     bench = bench_of(
         quiet, job.run.compare, source, "deit_tiny", data, recipe, split=settings, operator_steps=steps, sets=sets
     )

@@ -30,10 +30,10 @@ from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
+from growkit.train.progress import Progress, StartProgress, no_progress, start_nothing
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, read_through, refuse_tf32, score_model
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, Tell, silent, unheard
 from growkit.train.watch import StepRecord, interruption
 
 UNREADABLE = "unreadable.json"  # lines about unreadable training images, kept for resuming
@@ -85,7 +85,7 @@ class Bench:
     operator: FitSettings
     device: torch.device
     folder: Path
-    tell: Tell = silent
+    tell: StartProgress = start_nothing
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # results of `learned`
     _prices: dict[GrowSettings | Literal["source", "target"], int] = field(default_factory=dict, repr=False)
 
@@ -105,7 +105,7 @@ class Bench:
         for part in (self.data, self.test):
             read_through(part, self.recipe, self.device, progress=self.tell("reading the validation images"))
 
-    def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Done = unheard) -> Start:
+    def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Progress = no_progress) -> Start:
         """Make the arm's model before its main training; starts kept in the folder, trained operators too, are reused.
 
         Raises:
@@ -154,7 +154,7 @@ class Bench:
         recipe: FitSettings,
         folder: Path | None,
         evaluate: Callable[[nn.Module], Scores] | None,
-        progress: Done,
+        progress: Progress,
         watch: Watch | None = None,
     ) -> FitResult:
         """Call fit(), resuming where it was stopped, and remove its state when it is done."""
@@ -294,7 +294,7 @@ class Bench:
         lr: float,
         evals: int,
         folder: Path | None = None,
-        progress: Done = unheard,
+        progress: Progress = no_progress,
         watch: Watch | None = None,
     ) -> dict[str, Any]:
         """Train the start for what is left of `flops`, with a schedule that ends there; return the results as JSON.

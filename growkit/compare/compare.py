@@ -21,8 +21,8 @@ from growkit.files import whole_file, write_json
 from growkit.job import Job
 from growkit.lineage import flops_of
 from growkit.source import Source
+from growkit.train.progress import Progress, each
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, each
 
 EXTENDABLE = ("methods", "controls", "seeds", "budgets", "source_flops")  # a resumed comparison may ask for more
 
@@ -191,7 +191,7 @@ class Comparison:
             f"loss {trained['final']['loss']:.4f} in {trained['seconds']:.0f} s"
         )
 
-    def _progress(self, title: str) -> Done:
+    def _progress(self, title: str) -> Progress:
         return self.job.follow(title, self.finished - 1, self.total)
 
     def _operator_lr(self, arm: Arm) -> float | None:

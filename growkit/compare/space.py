@@ -17,7 +17,7 @@ from growkit.methods.mango import bond_ranks
 from growkit.settings import GrowSettings
 
 
-class Space:
+class SearchSpace:
     """The choices of a trial; choices that cannot matter for this pair or at this rank are skipped."""
 
     def __init__(self, bench: Bench, settings: SweepSettings):

@@ -19,15 +19,15 @@ from growkit.compare.folder import SCHEMA, begin, identity_of, read_own, refuse_
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
 from growkit.compare.settings import SweepSettings, numbers
-from growkit.compare.space import Space
+from growkit.compare.space import SearchSpace
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError
 from growkit.files import write_json
 from growkit.job import Job
 from growkit.source import Source
 from growkit.text import some
+from growkit.train.progress import Progress, each
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, each
 from growkit.train.watch import StepRecord
 
 FROM_SCRATCH = "from-scratch"  # a folder for each rate
@@ -84,7 +84,7 @@ class Pilot:
 
     def __init__(self, job: Job, bench: Bench, settings: SweepSettings):
         self.job, self.bench, self.settings = job, bench, settings
-        self.space = Space(bench, settings)
+        self.space = SearchSpace(bench, settings)
         self.sign = sign_of(settings.metric)
         self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full.total
         self.left_out: list[str] = []  # a line on what `prepare` found too expensive
@@ -234,7 +234,7 @@ class Pilot:
         trial = study.ask()
         return study, trial, self.space.draw(trial)
 
-    def _score_of(self, trial: Trial, arm: Arm, lr: float, scratch: dict[str, Any], progress: Done) -> float:
+    def _score_of(self, trial: Trial, arm: Arm, lr: float, scratch: dict[str, Any], progress: Progress) -> float:
         """Train a trial and return its final score.
 
         Raises:

@@ -23,10 +23,10 @@ from growkit.train.erasing import Erasing
 from growkit.train.folders import FolderReader, Pictures, open_folders
 from growkit.train.loading import STAND_INS, in_order
 from growkit.train.normalise import Normalisation
+from growkit.train.progress import StartProgress, start_nothing
 from growkit.train.resident import Decoded, Resident
 from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Tell, silent
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
 
@@ -68,7 +68,9 @@ class Data:
         ]
 
 
-def open_data(data: str, data_config: Mapping[str, Any], settings: FitSettings, *, tell: Tell = silent) -> Data:
+def open_data(
+    data: str, data_config: Mapping[str, Any], settings: FitSettings, *, tell: StartProgress = start_nothing
+) -> Data:
     """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
 
     Lists the files, reads no image. Training images are augmented as `settings` says, those for

@@ -19,9 +19,9 @@ from growkit.train.batch_size import telling_what_fits
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.length import Length, length_of
+from growkit.train.progress import Progress, no_progress, rate
 from growkit.train.score import Scores, precision_on, refuse_tf32
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, rate, unheard
 from growkit.train.training import REMEDY, Training, optimizer_of
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
@@ -65,7 +65,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     on_best: Callable[[nn.Module, Scores], None] | None = None,
-    progress: Done = unheard,
+    progress: Progress = no_progress,
 ) -> FitResult:
     """Train the parameters of `model` that require a gradient, in place.
 
@@ -126,7 +126,7 @@ class _Run:
         evaluate: Callable[[nn.Module], Scores] | None,
         on_step: Callable[[StepRecord], None] | None,
         on_best: Callable[[nn.Module, Scores], None] | None,
-        progress: Done,
+        progress: Progress,
     ):
         self.began = time.perf_counter()
         self.data, self.settings, self.length = data, settings, length

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from growkit.errors import GrowkitError
 from growkit.train.free_memory import free_bytes
 from growkit.train.normalise import Normalisation, sent
-from growkit.train.telling import Done, rate
+from growkit.train.progress import Progress, rate
 
 ROOM = 0.8  # of the free memory that images may take
 
@@ -34,7 +34,7 @@ class Decoded:
         read: Callable[[], Iterator[Any]],
         size: Sequence[int],
         cache: str,
-        begin: Callable[[], Done],
+        begin: Callable[[], Progress],
     ):
         assert isinstance(dataset, Sized)
         self.dataset, self.read, self.cache, self.begin = dataset, read, cache, begin

@@ -14,9 +14,9 @@ from growkit.ranges import refuse_labels
 from growkit.train.batches import read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
+from growkit.train.progress import Progress, followed, no_progress
 from growkit.train.resident import Resident
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done, followed, unheard
 
 ECE_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4
 
@@ -121,7 +121,7 @@ def score_model(
     settings: FitSettings,
     device: torch.device,
     *,
-    progress: Done = unheard,
+    progress: Progress = no_progress,
 ) -> Scores:
     """Score a torch model on the validation images of `data`; the model is moved to the device."""
     predict = predictor(model.to(device), device, settings.precision)
@@ -129,7 +129,7 @@ def score_model(
     return evaluate(predict, followed(batches, -(-size_of(data.val) // size()), progress))
 
 
-def read_through(data: Data, settings: FitSettings, device: torch.device, *, progress: Done = unheard) -> None:
+def read_through(data: Data, settings: FitSettings, device: torch.device, *, progress: Progress = no_progress) -> None:
     """Read the validation images once, only to find unreadable ones now.
 
     Raises:

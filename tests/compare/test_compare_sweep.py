@@ -25,7 +25,7 @@ from growkit.compare.bench import Bench, Start, bench_of
 from growkit.compare.page import trials_table
 from growkit.compare.recommend import _commands
 from growkit.compare.settings import SweepSettings
-from growkit.compare.space import Space
+from growkit.compare.space import SearchSpace
 from growkit.compare.sweep import sweep_settings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
@@ -35,9 +35,9 @@ from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
 from growkit.source import load_source
+from growkit.train.progress import follow_nothing
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
-from growkit.train.telling import unfollowed
 from growkit_cli.main import app
 
 QUICK = {
@@ -54,7 +54,7 @@ QUICK = {
 }
 
 
-def run_sweep(folder, source, digits, *, resume=False, say=print, follow=unfollowed, **given):
+def run_sweep(folder, source, digits, *, resume=False, say=print, follow=follow_nothing, **given):
     run, settings = RunFolder(folder, command_line="growkit sweep ..."), SweepSettings(**{**QUICK, **given})
     job = Job(run, "cpu", resume=resume, say=say, follow=follow)
     return sweep_settings(job, source, "deit_tiny", digits, settings, RECIPE, sets=LARGE)
@@ -372,7 +372,7 @@ class Asking:
         settings = SweepSettings(**{**QUICK, **given})
         job = Job(RunFolder(folder), "cpu", say=print)
         bench = bench_of(job, folder, source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE)
-        space = Space(bench, settings)
+        space = SearchSpace(bench, settings)
         self.made = [space.combine(answers) for answers in space.combinations.values()]
         self.options = [options for _, options in self.made]
 

@@ -40,9 +40,9 @@ from growkit.train.data import _timm_dataset, open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import joined
 from growkit.train.loop import FitResult, fit
+from growkit.train.progress import Progress
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done
 from growkit.train.watch import StepRecord
 from growkit_cli.processes import on_processes
 
@@ -147,7 +147,7 @@ def stop_at(step: int, *, of_rank: int = 0) -> Callable[[StepRecord], None]:
     return watch
 
 
-def strike_at(done: float, *, of_rank: int) -> Done:
+def strike_at(done: float, *, of_rank: int) -> Progress:
     """What sends a signal to one process, before the batch with which `done` updates are done."""
 
     def progress(now: float, total: int, note: str = "") -> None:

@@ -21,9 +21,9 @@ from growkit.train.augment import _crops, crop_and_flip
 from growkit.train.batches import _Places, train_batches, val_batches
 from growkit.train.data import Data, hold_out, open_data
 from growkit.train.loop import FREE_TO_CHANGE, fit
+from growkit.train.progress import Progress
 from growkit.train.resident import Decoded, Resident
 from growkit.train.settings import FitSettings
-from growkit.train.telling import Done
 from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]
@@ -225,7 +225,7 @@ def test_images_are_decoded_once_for_all_runs_and_splits(opened: Open, decodings
 def test_decoding_is_told_as_it_goes(images: Path) -> None:
     told: list[tuple[str, float, int, bool]] = []
 
-    def tell(what: str) -> Done:
+    def tell(what: str) -> Progress:
         return lambda done, total, note="": told.append((what, done, total, note.endswith(" images/s")))
 
     data = open_data(str(images), CONFIG, RESIDENT, tell=tell)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.train.data import Data
+from growkit.train.progress import followed
 from growkit.train.score import Scores, evaluate, predictor, read_through, refuse_tf32
 from growkit.train.settings import FitSettings
-from growkit.train.telling import followed
 
 
 def by_hand(logits: np.ndarray, labels: np.ndarray) -> Scores:

@@ -10,33 +10,33 @@ S = TypeVar("S")
 T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
-class Done(Protocol):
+class Progress(Protocol):
     """Receives how many of `total` images, or updates, are done, with a short note on their rate, loss or score."""
 
     def __call__(self, done: float, total: int, note: str = "") -> None: ...
 
 
 Say = Callable[[str], None]  # a line for the user
-Tell = Callable[[str], Done]  # name of the work, as in "scoring the source" -> what receives its progress
-Follow = Callable[[str, int, int], Done]  # title of a run, runs finished, total runs -> what receives its progress
+StartProgress = Callable[[str], Progress]  # name of the work, as in "scoring the source" -> what receives its progress
+FollowRun = Callable[[str, int, int], Progress]  # title of a run, runs finished, runs in all -> the same
 
 
-def unheard(done: float, total: int, note: str = "") -> None:
-    """A Done that nobody listens to."""
+def no_progress(done: float, total: int, note: str = "") -> None:
+    """A Progress that nobody listens to."""
 
 
-def unsaid(line: str) -> None:
+def say_nothing(line: str) -> None:
     """A Say that nobody reads."""
 
 
-def silent(what: str) -> Done:
-    """A Tell that tells nobody."""
-    return unheard
+def start_nothing(what: str) -> Progress:
+    """A StartProgress that tells nobody."""
+    return no_progress
 
 
-def unfollowed(title: str, finished: int, runs: int) -> Done:
-    """A Follow that tells nobody."""
-    return unheard
+def follow_nothing(title: str, finished: int, runs: int) -> Progress:
+    """A FollowRun that tells nobody."""
+    return no_progress
 
 
 def rate(done: float, seconds: float) -> str:
@@ -44,7 +44,7 @@ def rate(done: float, seconds: float) -> str:
     return f"{done / seconds:.0f} images/s" if done and seconds else ""
 
 
-def each(items: Sequence[S], progress: Done) -> Iterator[S]:
+def each(items: Sequence[S], progress: Progress) -> Iterator[S]:
     """Yield the items; `progress` is told how many are done."""
     for done, item in enumerate(items):
         progress(done, len(items))
@@ -52,7 +52,7 @@ def each(items: Sequence[S], progress: Done) -> Iterator[S]:
     progress(len(items), len(items))
 
 
-def followed(batches: Iterable[T], total: int, progress: Done) -> Iterator[T]:
+def followed(batches: Iterable[T], total: int, progress: Progress) -> Iterator[T]:
     """Yield the batches, labels last in each; `progress` is told how many of `total` images are done."""
     done, began = 0, time.perf_counter()
     progress(0, total)
