@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -498,13 +498,19 @@ QUICK = ["--opt", "sgd", "--lr", "0.01", "--batch-size", "8", "--workers", "0", 
 
 
 def torchrun(
-    place: Path, images: Path, *words: object, restarts: int = 0, kill: bool = True, end: str = ""
+    place: Path,
+    images: Path,
+    *words: object,
+    asked: Sequence[object] | None = None,
+    restarts: int = 0,
+    kill: bool = True,
+    end: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """growkit train on two processes."""
+    """The command that is `asked`, or growkit train, on two processes."""
     script = place / "driver.py"
     script.write_text(DRIVER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "--", str(script), *training(images), *map(str, words)]
+    command += ["--max-restarts", str(restarts), "--", str(script), *map(str, (*(asked or training(images)), *words))]
     return subprocess.run(
         command,
         cwd=place,
@@ -577,6 +583,26 @@ def test_restarted_workers_go_on_from_the_saved_state(tmp_path: Path, images: Pa
     refused = torchrun(tmp_path, images, "--run", tmp_path / "killed", restarts=1)
     assert refused.returncode != 0
     assert refused.stderr.count("killed/trained already exists; --resume goes on with it, --force replaces it") == 2
+
+
+@pytest.mark.slow  # five starts of growkit
+def test_growing_and_fine_tuning_on_two_processes_give_what_one_gives_though_a_worker_was_killed(
+    tmp_path: Path, images: Path
+) -> None:
+    growkit(*training(images), "--run", tmp_path / "small")
+    bigger = [word for key in ("embed_dim=32", "depth=2", "num_heads=4") for word in ("--set", key)]
+    common = ["--data", images, "--device", "cpu", *QUICK]
+    steps = (
+        (["grow", tmp_path / "small" / "trained", "--to", "vit_tiny", *bigger, *common], "grown"),
+        (["finetune", *common], "finetuned/last"),
+    )
+    for asked, stage in steps:
+        growkit(*asked, "--run", tmp_path / "one")
+        done = torchrun(tmp_path, images, "--run", tmp_path / "two", asked=asked, restarts=1)
+        assert done.returncode == 0, done.stderr
+        assert "goes on after update 3" in done.stdout
+        found, expected = (load_file(tmp_path / run / stage / WEIGHTS) for run in ("two", "one"))
+        assert furthest(found, expected) < 1e-5
 
 
 @pytest.mark.slow  # two starts of torchrun
