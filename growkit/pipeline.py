@@ -145,10 +145,14 @@ def grow_model(
     if opened is not None:  # resuming requires the same operator
         growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
         opened = replace(opened, identity={**opened.identity, **growth})
-    small = source.model()
+    small, progress = source.model(), job.tell("growing")
+    progress(0, 3, "making the method")
     grown = grow(source.architecture, target, source.state, settings)
+    progress(1, 3, "making the weights")
     model = grown.materialize()
+    progress(2, 3, "comparing with the source")
     gap = lossless_gap(small, model, seed=settings.seed)
+    progress(3, 3)
     say(start_in_words(gap, grown.method.lossless, f"{gap:.1e}"))
 
     fitted = scores = None

@@ -41,10 +41,12 @@ from growkit.settings import Loading
 from growkit.source import AS_IT_IS, Source, load_source
 from growkit.text import counted
 from growkit.train.batches import unaugmented, val_batches
-from growkit.train.progress import Progress, Say, no_progress
+from growkit.train.data import size_of
+from growkit.train.progress import Say, StartProgress, followed, say_nothing, start_nothing
 from growkit.train.settings import FitSettings
 
 CALIBRATION = 256  # images to calibrate int8-static on
+COMPARING = "comparing on the validation images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ def export_model(
     data: str | None = None,
     reading: FitSettings | None = None,
     force: bool = False,
-    say: Say = lambda line: None,
+    say: Say = say_nothing,
+    tell: StartProgress = start_nothing,
     show: Callable[[Exported], None] = lambda exported: None,
 ) -> Exported:
     """Write a model as ONNX into `out`, or RUN/onnx, and compare the finished file with the model.
@@ -91,7 +94,7 @@ def export_model(
         triton = replace(triton, settings=replace(triton.settings, name=name))
         prepared = None if settings.form().pixels else source.preprocessing
         refuse_taken(triton.folder, name, triton.settings, force, prepared)
-    calibration, batches = _calibrating(source, settings, data, reading or FitSettings(), say)
+    calibration, batches = _calibrating(source, settings, data, reading or FitSettings(), say, tell)
     provenance = {
         "weights_sha256": source.sha256 or None,
         "architecture": source.architecture.name,
@@ -155,7 +158,7 @@ def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> Non
 
 
 def _calibrating(
-    source: Source, settings: ExportSettings, data: str | None, reading: FitSettings, say: Say
+    source: Source, settings: ExportSettings, data: str | None, reading: FitSettings, say: Say, tell: StartProgress
 ) -> tuple[np.ndarray | None, Iterable[tuple[Tensor, Tensor]] | None]:
     """Return calibration images for int8-static (N, C, H, W) and labelled batches for accuracy, None if unused."""
     calibrates = settings.precision == "int8-static"
@@ -168,7 +171,7 @@ def _calibrating(
     opened, batches = prepared_for(source, data, reading, image_size=settings.image_size), None
     try:
         refuse_unjudgeable(source, data, opened.classes)
-        batches = val_batches(opened, reading)
+        batches = followed(val_batches(opened, reading), size_of(opened.val), tell(COMPARING))
     except GrowkitError as error:
         if not calibrates or settings.max_accuracy_drop is not None:
             raise
@@ -245,8 +248,8 @@ def verify_run(
     reference: Reference | None = None,
     evidence: Evidence = Evidence(),
     junit: Path | None = None,
-    say: Say = lambda line: None,
-    progress: Progress = no_progress,
+    say: Say = say_nothing,
+    tell: StartProgress = start_nothing,
     show: Callable[[Verification], None] = lambda verification: None,
 ) -> Verification:
     """Compare an ONNX `file` with the model it came from, or one of the two alone with a reference.
@@ -283,7 +286,7 @@ def verify_run(
     source, held = None if model is None else load_source(model, loading, say=say), None
     if source is not None and file is not None:
         folder = run.verify if _of_the_run(run, source, file) else run.verify / "other"
-        path, verified = folder / "report.json", _with_file(source, file, settings, golden, evidence, say, progress)
+        path, verified = folder / "report.json", _with_file(source, file, settings, golden, evidence, say, tell)
         _leave_script(folder, verified, source, file, settings, say)
         if folder == run.verify:
             _tell_less(path, verified, say)
@@ -393,7 +396,7 @@ def _with_file(
     golden: Golden | None,
     evidence: Evidence,
     say: Say,
-    progress: Progress,
+    tell: StartProgress,
 ) -> Verification:
     """Verify the ONNX file against its model: outputs, a reference, accuracy on data, latency."""
     network, form = source.model(), form_in(file)
@@ -405,9 +408,9 @@ def _with_file(
     batches = None
     if evidence.data is not None:
         judged = labelled(evidence.data, source, evidence.reading, image_size=form.image_size)
-        batches = val_batches(judged, evidence.reading)
+        batches = followed(val_batches(judged, evidence.reading), size_of(judged.val), tell(COMPARING))
     say("comparing answers" + (", then times" if settings.latency else ""))
-    total = timing_steps(settings, form)
+    total, progress = timing_steps(settings, form), tell("latency")
     return verify_onnx(
         network,
         file,

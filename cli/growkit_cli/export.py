@@ -11,6 +11,7 @@ from growkit.settings import Loading
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, Force, Model, Run, with_loading, with_settings
+from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
 
 
@@ -55,7 +56,7 @@ def export(
     if triton is None and serving != TritonSettings():
         raise GrowkitError("the --triton-... options describe a model repository: give --triton DIR")
     console.say(f"exporting {chosen}")
-    with console.working("exporting"):
+    with console.working("exporting"), telling(console) as tell:
         exported = export_model(
             folder,
             str(chosen),
@@ -67,6 +68,7 @@ def export(
             reading=reading,
             force=force,
             say=console.say,
+            tell=tell,
             show=lambda made: console.result(made.content),
         )
     if not exported.parity.passed:

@@ -69,7 +69,7 @@ def grow(
 
     console = Console(as_json, quiet=not leads())
     loaded = load_source(source, loading, say=console.say)
-    with console.working("growing"), telling(console) as tell:
+    with telling(console) as tell:
         job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell)
         grown = grow_model(job, loaded, to, settings, sets=sets or (), data=data, operator=operator)
     console.say(

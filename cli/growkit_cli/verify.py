@@ -95,7 +95,7 @@ def verify(
             evidence=Evidence(data=data, reading=reading, pictures=images),
             junit=junit,
             say=console.say,
-            progress=tell("latency"),
+            tell=tell,
             show=partial(show, console),
         )
     if update_reference:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,16 @@ from growkit.deploy import verify as verify_module
 from growkit.deploy.form import Form
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
 from growkit.deploy.runtime import Assignment, Node
-from growkit.deploy.settings import VerifySettings
+from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.subject import onnx_subject
 from growkit.deploy.throughput import Rate, Throughput
 from growkit.deploy.truth import Preprocessing, noise_images
 from growkit.errors import GrowkitError
 from growkit.evaluation import _answering_onnx
 from growkit.files import without_folders
+from growkit.record import RunFolder
+from growkit.serving import Evidence, export_model, verify_run
+from growkit.train.settings import FitSettings
 from growkit_cli.export import export
 from growkit_cli.verify import verify
 
@@ -122,6 +126,28 @@ def test_ranges_of_int8_need_images_and_no_labels(classes: int, why: str, tmp_pa
         refused = call(*words, *more, "--out", tmp_path / "other")
         assert why in str(refused.exception)
         assert not (tmp_path / "other").exists()
+
+
+def test_how_many_images_are_compared_is_told(run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "abcdefg")
+    model, data, reading = str(run / "grown"), str(tmp_path / "data"), FitSettings(batch_size=4, workers=0)
+    told: list[tuple[str, float, int]] = []
+
+    def tell(what: str) -> Callable[..., None]:
+        return lambda done, total, note="": told.append((what, done, total))
+
+    own = RunFolder(tmp_path / "run")
+    exported = export_model(own, model, ExportSettings(precision="int8"), data=data, reading=reading, tell=tell)
+    assert exported.parity.figures["accuracy"]["samples"] == 14
+    verify_run(
+        own,
+        VerifySettings(latency=False),
+        model,
+        own.onnx_file,
+        evidence=Evidence(data=data, reading=reading),
+        tell=tell,
+    )
+    assert told == 2 * [("comparing on the validation images", done, 14) for done in (0, 4, 8, 12, 14)]
 
 
 def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Path) -> None:
