@@ -16,11 +16,11 @@ from growkit.arch import build, halfway
 from growkit.arch.spec import Architecture, StateDict, Weights
 from growkit.core.ring import RingOperator
 from growkit.core.ring_slices import without_autocast
-from growkit.errors import GrowkitError
 from growkit.methods import check
 from growkit.methods.base import GrowthMethod, whole
 from growkit.methods.expand import even_scales
 from growkit.methods.staged import Staged
+from growkit.ranges import refuse_choice
 from growkit.settings import STAGES, GrowSettings
 
 _IN_BLOCK = re.compile(r"^(blocks\.\d+\.)")
@@ -172,8 +172,7 @@ def make_method(source: Architecture, target: Architecture, settings: GrowSettin
     Raises:
         GrowkitError: unknown method, variant or stages, or sizes that it cannot grow.
     """
-    if settings.stages not in STAGES:
-        raise GrowkitError(f"--stages {settings.stages}: choose {', '.join(STAGES)}")
+    refuse_choice("--stages", settings.stages, STAGES)
     method = check(source, target, settings)
     middle = None if settings.stages == "both" else halfway(source, target, depth=settings.stages == "depth-first")
     if middle is None:

@@ -1,5 +1,6 @@
-"""Ranges of the numbers in settings and labels; one outside is refused, and the error names it."""
+"""Numbers and words that settings and labels may hold; any other is refused, and the error names it."""
 
+from collections.abc import Collection
 from typing import Any
 
 from growkit.errors import GrowkitError
@@ -57,6 +58,17 @@ def refuse_number(
         words.append(f"at most {most}")
     told = value if isinstance(value, int) else f"{value:g}"
     raise GrowkitError(f"{option} {told}: expected {', and '.join(words)}")
+
+
+def refuse_choice(option: str, value: object, choices: Collection[str]) -> None:
+    """Check that one option's value is among its choices.
+
+    Raises:
+        GrowkitError: it is not.
+    """
+    if value not in choices:
+        *others, last = choices
+        raise GrowkitError(f"{option} {value}: unknown; choose {', '.join(others)} or {last}")
 
 
 def refuse_labels(lowest: int, highest: int, outputs: int) -> None:

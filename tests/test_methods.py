@@ -340,7 +340,7 @@ def test_what_cannot_be_grown_is_refused_with_what_would_work(source, target, sa
         ({"method": "mongo"}, "nearest: mango"),
         ({"variant": "fpi"}, "--variant fpi: not a variant of mango; choose lossless or noisy or random"),
         ({"method": "lemon", "variant": "fpi"}, "not a variant of lemon; it has none"),
-        ({"stages": "depth"}, "--stages depth: choose both, width-first, depth-first"),
+        ({"stages": "depth"}, "--stages depth: unknown; choose both, width-first or depth-first"),
         ({"noise": -1.0}, "--noise"),
     ],
 )

@@ -80,7 +80,7 @@ def evaluate(
             write_report(folder.report, run_report(folder))
             console.say(f"recorded in {folder.record}; report: {folder.report}")
         else:
-            console.say(f"not recorded: {path} is no model of the run {folder.path}")
+            console.say(f"not recorded: {path} is not in {folder.path}/")
         console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
         return
     console.say(f"evaluating {path}")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
-from growkit.ranges import MOST, refuse_outside
+from growkit.ranges import MOST, refuse_choice, refuse_outside
 from growkit.settings import STAGES, GrowSettings
 
 METRICS = ("top1", "loss")
@@ -59,7 +59,7 @@ class CompareSettings:
         refuse_outside(self, "hold_out", above=0, below=1)
         refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
         refuse_outside(self, "source_flops", least=0, most=1e30)
-        _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
+        refuse_choice("--metric", self.metric, METRICS)
         shares = numbers("--budgets", self.budgets)
         _require(max(shares) == 1, f"--budgets {self.budgets}: the largest must be 1, the full budget")
         numbers("--lrs", self.lrs)
@@ -137,7 +137,7 @@ class SweepSettings:
         refuse_outside(self, "hold_out", above=0, below=1)
         refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
         refuse_outside(self, "trials", "evals", least=1)
-        _require(self.metric in METRICS, f"--metric {self.metric}: choose {' or '.join(METRICS)}")
+        refuse_choice("--metric", self.metric, METRICS)
         for name in ("operator_lrs", "lrs"):
             numbers("--" + name.replace("_", "-"), getattr(self, name))
         try:

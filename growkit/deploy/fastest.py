@@ -20,6 +20,7 @@ from growkit.deploy.parity import check_parity
 from growkit.deploy.runtime import open_session
 from growkit.deploy.truth import preprocessing
 from growkit.errors import GrowkitError
+from growkit.ranges import refuse_choice
 
 PLACES = ("cpu", "cuda", "tensorrt")
 
@@ -44,8 +45,7 @@ def candidates(form: Form, place: str) -> tuple[Form, ...]:
     Raises:
         GrowkitError: an unknown place.
     """
-    if place not in PLACES:
-        raise GrowkitError(f"--for {place}: unknown; choose {', '.join(PLACES[:-1])} or {PLACES[-1]}")
+    refuse_choice("--for", place, PLACES)
     if form.exporter != "dynamo" or form.precision not in ("fp32", "fp16"):
         return ()
     kinds = ["standard"] if form.opset >= 23 else []

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from growkit.errors import GrowkitError
+from growkit.ranges import refuse_choice
 
 KEY = "growkit.form"  # in the file's metadata
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
@@ -62,8 +63,7 @@ class Form:
             ("--exporter", self.exporter, EXPORTERS),
             ("attention", self.attention, ATTENTIONS),
         ):
-            if value not in known:
-                raise GrowkitError(f"{option} {value}: unknown; choose {', '.join(known[:-1])} or {known[-1]}")
+            refuse_choice(option, value, known)
         if self.batch is not None and not 1 <= self.batch <= LARGEST_BATCH:
             raise GrowkitError(f"--batch {self.batch}: expected 1 to {LARGEST_BATCH}; leave it out for any batch size")
         if self.image_size is not None and not 1 <= self.image_size <= LARGEST_IMAGE:

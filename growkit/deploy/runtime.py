@@ -19,6 +19,7 @@ import torch
 
 from growkit.deploy import libraries
 from growkit.errors import GrowkitError
+from growkit.ranges import refuse_choice
 from growkit.record import hardware, versions
 
 PROVIDERS = {
@@ -135,8 +136,7 @@ def open_session(
         except GrowkitError as error:
             why = str(error).partition(ELSE_CPU)[0]
             return replace(open_session(file, provider="cpu", **given), note=f"provider auto: the CPU; {why}")
-    if provider not in PROVIDERS:
-        raise GrowkitError(f"provider {provider}: unknown; choose {', '.join(PROVIDERS)} or auto")
+    refuse_choice("provider", provider, (*PROVIDERS, "auto"))
     # get_available_providers() says what the wheel was compiled for, not what runs (ort#17801)
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise _not_running(

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from growkit.deploy.form import LARGEST_BATCH, PRECISIONS, Form
-from growkit.errors import GrowkitError
-from growkit.ranges import SEEDS, refuse_outside
+from growkit.ranges import SEEDS, refuse_choice, refuse_outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +88,8 @@ class VerifySettings:
     """Largest batch size at which images per second are measured; --max-batch when left out."""
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
-            known = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
-            raise GrowkitError(f"--precision {self.precision}: unknown; choose {known}")
+        if self.precision is not None:
+            refuse_choice("--precision", self.precision, PRECISIONS)
         _refuse_numbers(self)
         refuse_outside(self, "latency_margin", "throughput_seconds", least=0)
         refuse_outside(self, "max_latency_ratio", above=0)

@@ -35,6 +35,7 @@ from growkit.deploy.triton_check import (
 )
 from growkit.errors import GrowkitError
 from growkit.files import refuse_existing, refuse_unwritable, whole_folder, write_json
+from growkit.ranges import refuse_choice
 from growkit.text import clipped, some, visible
 
 LABELS = "labels.txt"
@@ -107,8 +108,7 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
     schema()
     if not LEGAL_NAME.fullmatch(name):
         raise GrowkitError(f"{name!r} is no Triton model name: --triton-name takes letters, digits, '.', '_' and '-'")
-    if settings.kind not in KINDS:
-        raise GrowkitError(f"--triton-kind {settings.kind}: choose one of {', '.join(KINDS)}")
+    refuse_choice("--triton-kind", settings.kind, KINDS)
     target = repository / name
     refuse_unwritable(target)
     there = versions_in(target)

@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from growkit.errors import GrowkitError
+from growkit.ranges import refuse_choice
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
@@ -20,8 +20,7 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     Raises:
         GrowkitError: no such precision.
     """
-    if precision not in ("fp32", "fp16", "bf16", "int8"):
-        raise GrowkitError(f"precision {precision}: unknown; choose fp32, fp16, bf16 or int8")
+    refuse_choice("precision", precision, ("fp32", "fp16", "bf16", "int8"))
     copied = copy.deepcopy(model).cpu().eval()
     copied.register_forward_hook(lambda module, inputs, logits: logits.float())
     if precision in ("fp16", "bf16"):

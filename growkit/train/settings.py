@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
-from growkit.ranges import SEEDS, refuse_outside
+from growkit.ranges import SEEDS, refuse_choice, refuse_outside
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -149,16 +149,12 @@ class FitSettings:
         if not self.val_split:
             raise GrowkitError("--val-split '': expected the name of a split, or of a folder beside train/")
         for name, choices in (("sched", SCHEDULES), ("precision", PRECISIONS), ("cache", CACHES)):
-            self._require(name, choices)
+            refuse_choice(f"--{name}", getattr(self, name), choices)
         if self.compile is not None:
-            self._require("compile", COMPILE_MODES)
+            refuse_choice("--compile", self.compile, COMPILE_MODES)
         if self.shard and self.compile in CUDA_GRAPHS and self.grad_accum_steps > 1:
             # sharding adds gradients up where the loop cannot move them out of the graphs' memory
             raise GrowkitError(
                 f"--compile {self.compile} with --shard cannot add up gradients of --grad-accum-steps"
                 f" {self.grad_accum_steps}; give --compile default"
             )
-
-    def _require(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise GrowkitError(f"--{name} {getattr(self, name)}: must be one of {', '.join(choices)}")

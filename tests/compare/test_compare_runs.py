@@ -360,7 +360,7 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"methods": "mangoo"}, {}, "unknown method 'mangoo'; nearest: mango"),
         ({"methods": "bert2bert:variant=akki"}, {}, "--variant akki: not a variant of bert2bert; choose fpi or aki"),
         ({"methods": "lemon,stackbert"}, {}, "stackbert: embed grows .* methods that can: mango"),
-        ({"operator_steps": 500}, {}, "mango: its operator takes .* all of a budget .*at most"),
+        ({"operator_steps": 500}, {}, "mango: its operator takes .* leaves nothing of a budget .*at most"),
         ({"hold_out": 0.9999}, {}, "too few validation images"),
         ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected 0 or more"),
         ({"methods": "mango:lr=1e-5"}, {"min_lr": 1e-4}, "--min-lr 0.0001: expected at most the learning rate, 1e-05"),

@@ -481,7 +481,7 @@ def test_optuna_has_nothing_to_warn_of(source, digits, tmp_path):
         ({"rank_choices": "0"}, "--rank-choices 0"),
         ({"methods": "mango:steps=1"}, "--methods mango:steps=1: .* steps from --operator-steps"),
         ({"methods": "mango,mango:lr=1e-4"}, "--methods mango:lr=1e-4: .* lr from --operator-lrs"),
-        ({"operator_steps": "1900,2000"}, "steps=1900: its operator takes .* all of a budget of .* --operator-steps"),
+        ({"operator_steps": "1900,2000"}, "steps=1900: its operator takes .* leaves nothing of .* --operator-steps"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(source, digits, tmp_path, monkeypatch, given, says):

@@ -428,7 +428,7 @@ def test_name_is_the_architectures_when_left_out(tmp_path: Path) -> None:
     [
         ({"name": "a/b"}, "'a/b' is no Triton model name"),
         ({"name": ".hidden"}, "no Triton model name"),
-        ({"name": "m", "kind": "tpu"}, "--triton-kind tpu: choose one of cpu, gpu"),
+        ({"name": "m", "kind": "tpu"}, "--triton-kind tpu: unknown; choose cpu or gpu"),
         ({"name": "m", "max_batch": 0}, "--triton-max-batch 0: expected 1 or more"),
         ({"name": "m", "instances": 0}, "--triton-instances 0"),
         ({"name": "m", "version": 0}, "--triton-version 0"),

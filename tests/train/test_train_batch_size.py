@@ -169,13 +169,13 @@ def test_loop_refuses_a_size_still_to_be_found() -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_running_out_of_memory_says_what_fits_and_makes_the_same_update(
+def test_running_out_of_memory_says_what_fits_for_the_same_images(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = Full(20, error), images()
     free = (peak(model.net, 20) + 0.5) / batch_size.ROOM
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
-    says = "out of memory on cpu with 32 images a batch; --batch-size 16 --grad-accum-steps 2 fits and makes the same"
+    says = "out of memory on cpu with 32 images a batch; --batch-size 16 --grad-accum-steps 2 fits and takes the same"
     with pytest.raises(GrowkitError, match=says):
         fit(model, data, SETTINGS)
     assert fit(model, data, replace(SETTINGS, batch_size=16, grad_accum_steps=2)).steps == 1
@@ -300,7 +300,7 @@ def test_one_of_several_processes_says_what_should_fit_and_runs_nothing(monkeypa
     asked: list[bool] = []
     monkeypatch.setattr(batch_size, "largest_batch", lambda *_, tried: asked.append(tried) or 20)
     monkeypatch.setattr(batch_size.distributed, "size", lambda: 2)
-    says = "out of memory on cpu with 48 images of each batch; --batch-size 32 --grad-accum-steps 6 should fit and"
+    says = "out of memory on cpu with 48 images of each batch; --batch-size 32 --grad-accum-steps 6 should fit,"
     with (
         pytest.raises(GrowkitError, match=says),
         batch_size.telling_what_fits(vit(), images(512), replace(SETTINGS, batch_size=96, grad_accum_steps=2), CPU),
