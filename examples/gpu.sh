@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one step after the other; about a quarter of an hour on one H200.
 #   examples/gpu.sh IMAGES OUT [STEP ...]     IMAGES holds train/CLASS/*.jpg and val/CLASS/*.jpg, 32 x 32
-# Steps, all unless some are named: tests operator batches latency throughput reading savings several. What each prints
+# Steps, all unless some are named: tests operator rank10 batches latency throughput reading savings several. What each prints
 # goes to OUT/STEP.log, its figures to OUT/STEP.json, of savings to OUT/savings. A step that fails or takes too long does not
 # stop the others; the exit status is then 1. `python` is that of the environment growkit is installed in.
 set -uo pipefail
@@ -11,7 +11,7 @@ images=$(realpath "$1") root=$(realpath "$(dirname "$0")/..")
 mkdir -p "$2" && out=$(realpath "$2")
 shift 2
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests operator batches latency throughput reading savings several)
+[ ${#steps[@]} -gt 0 ] || steps=(tests operator rank10 batches latency throughput reading savings several)
 gpus=$(python -c 'import torch; print(max(torch.cuda.device_count(), 2 * (not torch.cuda.is_available())))')
 benchmarks=$root/examples/benchmarks failed=0
 
@@ -30,13 +30,14 @@ for name in "${steps[@]}"; do
       mapfile -t files < <(grep -rlw mark.gpu tests --include '*.py')  # others may need what is not installed
       step tests 400 python -m pytest -m gpu "${files[@]}" ;;
     operator) step operator 300 python "$benchmarks/operator_cost.py" --ranks 1,4 --rounds 8 "${figures[@]}" ;;
+    rank10) step rank10 200 python "$benchmarks/operator_cost.py" --ranks 10 --rounds 2 "${figures[@]}" ;;
     batches)
       step batches 300 python "$benchmarks/operator_cost.py" --ranks 1,4 --rounds 4 --grad-accum-steps 4 "${figures[@]}" ;;
     latency)
       step latency 200 python "$benchmarks/latency.py" --provider cuda --seconds 8 --compiled "${figures[@]}" ;;
     throughput)
-      step throughput 200 python "$benchmarks/throughput.py" --data "$images" --batch-size 256 --workers 12 \
-        --rounds 3 --with cache-device,compile "${figures[@]}" ;;
+      step throughput 300 python "$benchmarks/throughput.py" --data "$images" --batch-size 256 --workers 12 \
+        --rounds 3 --with cache-device,cache-ram,compile,cuda-graphs "${figures[@]}" ;;
     reading)
       step reading 200 python "$benchmarks/throughput.py" --data "$images" --batch-size 256 --workers 12 \
         --rounds 3 --read-only --aa rand-m9-mstd0.5 --reprob 0.25 "${figures[@]}" ;;

@@ -338,17 +338,21 @@ def _fit_into(
     model = source.model()
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
     refuse_unusable(opened, settings, chosen, resumed=folder / LAST if goes_on else None)
-    start, scored = None, folder / LAST / START
+    start: Scores | None = None
+    scored = folder / LAST / START
     if goes_on:
         start = _kept_scores(scored)
         say(f"goes on after update {updates_of(folder / LAST)}")
-    elif command == "finetune":
-        start = score_model(model, opened, settings, chosen, progress=tell("scoring the start"))
+    elif command == "train":
+        read_through(opened, settings, chosen, progress=tell("reading the validation images"))
+
+    def score_start(judged: nn.Module) -> None:
+        nonlocal start
+        start = score_model(judged, opened, settings, chosen, progress=tell("scoring the start"))
         say(f"starts at top-1 {start.top1:.2%}, loss {start.loss:.4f} on the validation images")
         figures = asdict(start)
         by_leader(lambda: write_json(scored, figures))
-    else:
-        read_through(opened, settings, chosen, progress=tell("reading the validation images"))
+
     history = {"stage": folder.name, **origin_of(source), "settings": served_settings(settings)}
     model.train()
 
@@ -375,6 +379,7 @@ def _fit_into(
         evaluate=lambda judged: score_model(judged, opened, settings, chosen, progress=tell(scoring)),
         folder=folder / LAST,
         resume=goes_on,
+        on_start=score_start if command == "finetune" else None,
         on_best=keep,
         progress=tell("fine-tuning" if command == "finetune" else training),
     )

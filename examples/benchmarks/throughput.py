@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed updates in a segment, after as many warm-up ones")
     parser.add_argument("--rounds", type=int, default=5, help="segments of each kind")
     parser.add_argument("--aa", help="timm's AutoAugment policy, as in rand-m9-mstd0.5; not for images in a cache")
-    parser.add_argument("--reprob", type=float, default=0.0, help="probability of erasing; not for images in a cache")
+    parser.add_argument("--reprob", type=float, default=0.0, help="probability of erasing")
+    parser.add_argument("--color-jitter", type=float, default=0.0, help="strength of colour jitter")
     parser.add_argument("--read-only", action="store_true", help="time the reading of batches, without a model")
     parser.add_argument("--with", dest="more", help=f"{WITH_HELP}; left out, both caches where they can be compared")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +88,7 @@ def main() -> None:
         device = pick_device(options.device)
     except GrowkitError as error:
         parser.error(str(error))
-    left_out = "none" if options.aa or options.reprob or options.read_only else "cache-ram,cache-device"
+    left_out = "none" if options.aa or options.read_only else "cache-ram,cache-device"
     more = options.more or left_out
     asked = [] if more == "none" else more.split(",")
     if unknown := {part for name in asked for part in name.split("+")} - set(WITH):
@@ -186,7 +187,7 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
         precision=options.precision,
         seed=options.seed,
         eval_every=0,
-        color_jitter=0,
+        color_jitter=options.color_jitter,
         aa=options.aa,
         reprob=options.reprob,
     )

@@ -63,6 +63,7 @@ def fit(
     evaluate: Callable[[nn.Module], Scores] | None = None,
     folder: Path | None = None,
     resume: bool = False,
+    on_start: Callable[[nn.Module], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_best: Callable[[nn.Module, Scores], None] | None = None,
     progress: Progress = no_progress,
@@ -88,6 +89,7 @@ def fit(
         evaluate: scores the model it is given: `model`, or the moving average with model_ema.
         folder: where state and metrics.jsonl go; nothing is written without it.
         resume: go on from the state in `folder`.
+        on_start: called before the first update, but not of a resumed run, with the model that `evaluate` would get.
         on_step: called every log_every updates, after each evaluation and at the end.
         on_best: called with the evaluated model whenever it is the best so far.
         progress: told before every batch how many of the run's updates are done, fractions included.
@@ -106,6 +108,9 @@ def fit(
     identity = _identity(data, settings, device)
     state = _state_of(folder, identity) if resume else None
     run = _Run(model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, progress)
+    if state is None and on_start is not None:
+        on_start(run.training.judged)
+        run.training.model.train()
     run.begin(state)
     run.go()
     return run.result()

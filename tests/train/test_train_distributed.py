@@ -613,6 +613,12 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
     for stage in ("", "last"):
         found, expected = (load_file(tmp_path / run / "trained" / stage / WEIGHTS) for run in ("shards", "whole"))
         assert furthest(found, expected) < 1e-5
+    tune = ["finetune", tmp_path / "whole" / "trained", "--data", images, "--device", "cpu", *QUICK]
+    done = torchrun(tmp_path, images, "--run", tmp_path / "shards", "--shard", asked=tune, kill=False)
+    assert done.returncode == 0, done.stderr
+    growkit(*tune, "--run", tmp_path / "whole")
+    starts = [json.loads((tmp_path / run / "finetuned/last/start.json").read_text()) for run in ("shards", "whole")]
+    assert starts[0] == pytest.approx(starts[1], rel=1e-5)
     words = ("grow", tmp_path / "whole/trained", "--to", "vit_tiny", *NETWORK, "--data", images, "--shard")
     with pytest.raises(GrowkitError, match="--shard: every process holds the whole target"):
         growkit(*words, "--run", tmp_path / "grown")

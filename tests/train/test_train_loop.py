@@ -258,6 +258,40 @@ def test_moving_average_is_what_is_judged_and_kept() -> None:
     assert not torch.allclose(model.head.weight, average, atol=1e-6)
 
 
+@pytest.mark.parametrize("model_ema", [False, True])
+def test_start_is_shown_what_will_be_judged_once_and_before_anything_is_cleared(
+    tmp_path: Path, model_ema: bool
+) -> None:
+    settings = replace(PLAIN, steps=2, model_ema=model_ema)
+    seen: list[nn.Module] = []
+
+    def judge(model: nn.Module) -> Scores:
+        seen.append(model.eval())
+        return Scores(1.0, 1.0, 0.0, 0.0, 1)
+
+    model = Net()
+    fit(model, blobs(), settings, folder=tmp_path, evaluate=judge, on_start=lambda started: seen.append(started.eval()))
+    assert len(seen) > 1
+    assert {id(one) for one in seen} == {id(seen[0])}
+    assert (seen[0] is model) != model_ema
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def fail(_: nn.Module) -> None:
+        raise GrowkitError("an image cannot be read")
+
+    fit(Net(), blobs(), settings, folder=tmp_path, resume=True, evaluate=judge, on_start=fail)
+    with pytest.raises(GrowkitError, match="an image cannot be read"):
+        fit(Net(), blobs(), settings, folder=tmp_path, evaluate=judge, on_start=fail)
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_start_that_was_scored_changes_nothing_of_training() -> None:
+    fit(plain := Net(), blobs(), PLAIN)
+    fit(shown := Net(), blobs(), PLAIN, on_start=lambda started: started.eval())
+    assert shown.drop.p > 0
+    assert torch.equal(plain.head.weight, shown.head.weight)
+
+
 @pytest.mark.parametrize("opt", ["sgd", "momentum", "nesterov", "adamw"])
 def test_update_that_float16_skips_leaves_the_optimizer_as_it_was(opt: str) -> None:
     """torch's fused SGD would go on with momentum from memory that nobody has written to."""
