@@ -27,9 +27,10 @@ from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
+from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
 from growkit.train.resume import METRICS, STATE, batch_size_of, updates_of
-from growkit.train.score import Scores, read_through, refuse_tf32, score_model, worse
+from growkit.train.score import Scores, read_through, score_model, worse
 from growkit.train.settings import AUTO, FitSettings
 
 OPERATOR_RUN = "operator"  # inside a run: the state to resume operator training

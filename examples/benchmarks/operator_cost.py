@@ -45,7 +45,7 @@ from growkit.settings import GrowSettings
 from growkit.train.device import pick_device
 from growkit.train.made_weights import made_once
 from growkit.train.memory import Alive, keep_what_fits, step_peak
-from growkit.train.score import autocast
+from growkit.train.precision import autocast
 
 try:
     import tensorly

@@ -41,7 +41,7 @@ from growkit.train.batches import train_batches
 from growkit.train.data import open_data
 from growkit.train.device import pick_device
 from growkit.train.loop import fit
-from growkit.train.score import amp_dtype, autocast
+from growkit.train.precision import amp_dtype, autocast
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord
 

@@ -30,9 +30,10 @@ from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_unusable
+from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Progress, StartProgress, no_progress, start_nothing
 from growkit.train.resume import STATE
-from growkit.train.score import Scores, read_through, refuse_tf32, score_model
+from growkit.train.score import Scores, read_through, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, interruption
 

@@ -17,7 +17,7 @@ from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
 from growkit.record import hardware, versions
 from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.score import amp_dtype
+from growkit.train.precision import amp_dtype
 
 BEGUN = "begun.json"
 SCHEMA = 3  # of every file a comparison writes

@@ -16,7 +16,8 @@ from growkit.train.data import Data, size_of
 from growkit.train.free_memory import free_bytes, limited
 from growkit.train.made_weights import made_once
 from growkit.train.memory import keep_what_fits, step_peak, without_storage
-from growkit.train.score import autocast, mode_kept, precision_on
+from growkit.train.precision import autocast, precision_on
+from growkit.train.score import mode_kept
 from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # share of the free memory that a step may take: kernels and the allocator need some too

@@ -19,8 +19,9 @@ from growkit.train.batch_size import telling_what_fits
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.length import Length, length_of
+from growkit.train.precision import precision_on, refuse_tf32
 from growkit.train.progress import Progress, no_progress, rate
-from growkit.train.score import Scores, precision_on, refuse_tf32
+from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 from growkit.train.training import REMEDY, Training, optimizer_of
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from growkit.train.made_weights import MakesWeights, made_once
-from growkit.train.score import autocast
+from growkit.train.precision import autocast
 
 # Memory that making the weights may keep, as a share of what the network holds for its backward pass. Where all of a
 # ring's intermediates fit, an update of its operator at rank 4 peaks at most a fifth above one of the network.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from growkit.ranges import refuse_labels
 from growkit.train.batches import read_to_evaluate, val_batches
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import sharded, size, summed
+from growkit.train.precision import autocast
 from growkit.train.progress import Progress, followed, no_progress
 from growkit.train.resident import Resident
 from growkit.train.settings import FitSettings
@@ -174,30 +175,3 @@ def mode_kept(model: nn.Module) -> Iterator[None]:
         model.train(modes[0][1])  # a model may hold modules that modules() does not list
         for module, mode in modes:
             module.training = mode
-
-
-def precision_on(device: torch.device, precision: str) -> str:
-    """Resolve `precision` (auto, fp32, bf16, fp16) on `device` to one of the last three."""
-    if precision != "auto":
-        return precision
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
-
-
-def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that `precision` (auto, fp32, bf16, fp16) means on `device`."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes[precision_on(device, precision)]
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision for forward passes on `device`; does nothing for fp32."""
-    dtype = amp_dtype(precision, device)
-    enabled = dtype is not torch.float32
-    return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
-
-
-def refuse_tf32(settings: FitSettings, device: torch.device) -> None:
-    """Raise GrowkitError if --tf32 is given for a device without TF32."""
-    if settings.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise GrowkitError(f"--tf32: {device} does not multiply in TF32, GPUs from Ampere on do; leave it out here")

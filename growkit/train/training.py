@@ -25,7 +25,8 @@ from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.memory import keep_what_fits, without_storage
 from growkit.train.normalise import sent
-from growkit.train.score import amp_dtype, autocast, precision_on, predictor, require_labels
+from growkit.train.precision import amp_dtype, autocast, precision_on
+from growkit.train.score import predictor, require_labels
 from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.train.data import Data
+from growkit.train.precision import refuse_tf32
 from growkit.train.progress import followed
-from growkit.train.score import Scores, evaluate, predictor, read_through, refuse_tf32
+from growkit.train.score import Scores, evaluate, predictor, read_through
 from growkit.train.settings import FitSettings
 
 
