@@ -20,7 +20,7 @@ from growkit.arch import build, find, parse_sets, vit
 from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
 from growkit.source import Source
-from growkit.text import some
+from growkit.text import counted, some
 
 INPUT = ("img_size", "patch_size", "in_chans")
 KERNELS, POSITIONS = "patch_embed.proj.weight", "pos_embed"
@@ -104,8 +104,9 @@ def _done(key: str, old: VisionTransformer, new: VisionTransformer, asked: dict[
 
 def unread_pixels(model: VisionTransformer) -> str:
     """A line on what lies beyond the last patch of an image; empty where nothing does."""
-    unread = model.patch_embed.img_size[0] % model.patch_embed.patch_size[0]
-    return f"the last {unread} pixels of rows and columns fill no patch and are not read" if unread else ""
+    patches = model.patch_embed
+    unread = 0 if patches.dynamic_img_pad else patches.img_size[0] % patches.patch_size[0]
+    return f"the last {counted(unread, 'pixel')} of rows and columns fill no patch and are not read" if unread else ""
 
 
 def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str] = (), *, seed: int) -> Source:

@@ -287,7 +287,7 @@ def verify_run(
     if source is not None and file is not None:
         folder = run.verify if _of_the_run(run, source, file) else run.verify / "other"
         path, verified = folder / "report.json", _with_file(source, file, settings, golden, evidence, say, tell)
-        _leave_script(folder, verified, source, file, settings, say)
+        _leave_script(run, folder, verified, source, file, settings, say)
         if folder == run.verify:
             _tell_less(path, verified, say)
         else:
@@ -328,8 +328,9 @@ def _of_the_run(run: RunFolder, source: Source, file: Path) -> bool:
     """Whether file and model are what `growkit report` judges: the run's own, or any where it has no ONNX file."""
     if not run.onnx_file.exists():
         return True
-    inside = Path(source.path).resolve().is_relative_to(run.path.resolve())
-    return run.onnx_file.samefile(file) and (inside or source.sha256 == run.exported_weights())
+    model = Path(source.path)
+    inside = model.exists() and model.resolve().is_relative_to(run.path.resolve())
+    return run.onnx_file.samefile(file) and (inside or (source.sha256 or None) == run.exported_weights())
 
 
 def _tell_less(path: Path, verified: Verification, say: Say) -> None:
@@ -433,7 +434,13 @@ def _data_sets_beside(file: Path) -> Path | None:
 
 
 def _leave_script(
-    folder: Path, verified: Verification, source: Source, file: Path, settings: VerifySettings, say: Say
+    run: RunFolder,
+    folder: Path,
+    verified: Verification,
+    source: Source,
+    file: Path,
+    settings: VerifySettings,
+    say: Say,
 ) -> None:
     """Write reproduce.py into `folder` if a file's outputs differ from its model's; remove an earlier one."""
     script = folder / "reproduce.py"
@@ -443,6 +450,7 @@ def _leave_script(
     text = reproduction(
         verified.parity,
         folder,
+        run=run.path,
         model=source.path,
         file=file,
         settings=settings,

@@ -760,8 +760,10 @@ def test_pixels_that_training_from_scratch_does_not_read_are_named(
     words = ("train", "vit_tiny", *(word for size in sizes for word in ("--set", size)), *DATA, *QUICK, "--steps", "1")
     status, out, _ = growkit(capsys, *words, "--run", tmp_path)
     assert (status, "the last 7 pixels of rows and columns fill no patch and are not read\n" in out) == (0, True)
-    status, out, _ = growkit(capsys, *words, "--set", "img_size=16", "--run", tmp_path, "--force")
-    assert (status, "not read" in out) == (0, False)
+    for more in ("img_size=16",), ("dynamic_img_size=true", "dynamic_img_pad=true"):
+        sets = (word for size in more for word in ("--set", size))
+        status, out, _ = growkit(capsys, *words, *sets, "--run", tmp_path, "--force")
+        assert (status, "not read" in out) == (0, False)
 
 
 def test_training_is_not_resumed_with_another_model(

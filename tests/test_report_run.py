@@ -206,6 +206,14 @@ def killed(run: RunFolder) -> None:
     write_json(run.finetuned / "growkit.json", content | {"scores": scores(0.85)})
 
 
+def test_comparison_of_another_version_is_not_read_as_an_empty_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", compared=True)
+    results = run.compare / "results.json"
+    assert "Another version of growkit made the comparison" not in text(run)
+    write_json(results, read_json(results) | {"schema": 2})
+    assert "Another version of growkit made the comparison: run `growkit compare` again." in text(run)
+
+
 GOLDEN = "It answers as when it was accepted"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
     "a number is off": (one_check("numbers", "fail"), NUMBERS, "fail", "no"),

@@ -109,6 +109,17 @@ def test_deit_small_to_base_counts_the_best_order_where_that_takes_larger_slices
     assert forward + backward <= 1.05 * (best + gradients + again)
 
 
+@pytest.mark.parametrize(("wide", "deep"), [((1024, 1280), (24, 32)), ((1024, 1408), (24, 40))])
+def test_larger_slices_are_for_rings_that_need_them_alone(wide, deep, monkeypatch):
+    old, new = ({"B": 12, "O": wide[n], "L": deep[n], "I": wide[n]} for n in (0, 1))
+    ring, x = on_meta(old, new, (1, 1, 1, 1), "BOLI")
+    asked = (ring.equation, tuple(x.shape), tuple(tuple(ring.cores[axis].shape) for axis in ring.order), ring.order)
+    plan = contraction_plan.__wrapped__(*asked)
+    monkeypatch.setattr(ring_plan, "MOST_SHARE", 0)
+    assert plan == contraction_plan.__wrapped__(*asked)
+    assert plan.largest_elements <= ring_plan.MOST_ELEMENTS
+
+
 @given(sizes, sizes, st.lists(st.integers(1, 4), min_size=4, max_size=4), st.permutations(AXES))
 @settings(max_examples=60, deadline=None)
 def test_any_ring_counts_the_best_order_and_its_gradients(old, new, ranks, order):

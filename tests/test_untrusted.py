@@ -251,6 +251,7 @@ def script(text: str, folder: Path) -> str:
     return reproduction(
         parity,
         folder,
+        run=folder.parent,
         model=str(path),
         file=path,
         settings=VerifySettings(),

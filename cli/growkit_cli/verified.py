@@ -19,7 +19,7 @@ def show(console: Console, verified: "Verification") -> None:
         console.say(verified.report["provider"]["note"])
     by_group = {group: [c for c in verified.checks if c.group == group] for group in (c.group for c in verified.checks)}
     console.table(
-        f"{counted(len(verified.checks), 'check')}; the JSON file in RUN/verify has each",
+        f"{counted(len(verified.checks), 'check')}; the JSON file in or below RUN/verify has each",
         ("of", "passed", "nearest to what is allowed"),
         [
             (group, f"{sum(c.verdict == 'pass' for c in checks)} of {len(checks)}", _nearest(checks))

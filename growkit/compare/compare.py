@@ -12,10 +12,10 @@ from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures
-from growkit.compare.folder import SCHEMA, begin, described, identity_of, read_own, refuse_begun
+from growkit.compare.folder import begin, described, identity_of, read_own, refuse_begun
 from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
-from growkit.compare.settings import CompareSettings, numbers
+from growkit.compare.settings import SCHEMA, CompareSettings, numbers
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, write_json
 from growkit.job import Job

@@ -11,7 +11,7 @@ import torch
 from growkit import __version__
 from growkit.arch.spec import Architecture
 from growkit.compare.bench import UNREADABLE, Bench
-from growkit.compare.settings import CompareSettings, SweepSettings
+from growkit.compare.settings import SCHEMA, CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
@@ -20,7 +20,6 @@ from growkit.train.loop import FREE_TO_CHANGE
 from growkit.train.precision import amp_dtype
 
 BEGUN = "begun.json"
-SCHEMA = 3  # of every file a comparison writes
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:

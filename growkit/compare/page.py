@@ -9,7 +9,7 @@ from typing import Any
 from growkit.compare.arms import in_words
 from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of
 from growkit.compare.savings import Estimate, Saving, estimate
-from growkit.compare.settings import numbers
+from growkit.compare.settings import SCHEMA, numbers
 from growkit.compare.trials import Tried
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
@@ -211,6 +211,8 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
 
 def savings_section(content: Mapping[str, Any]) -> Section:
     """A comparison as one section of another page; `content` is its results.json."""
+    if content.get("schema") != SCHEMA:
+        return Section("Savings", "Another version of growkit made the comparison: run `growkit compare` again.")
     arms = figures_of(content)
     report = comparison_report(content, arms)
     gave, cost, *_ = report.sections

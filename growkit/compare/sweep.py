@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, in_words
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
-from growkit.compare.folder import SCHEMA, begin, identity_of, read_own, refuse_begun
+from growkit.compare.folder import begin, identity_of, read_own, refuse_begun
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
-from growkit.compare.settings import SweepSettings, numbers
+from growkit.compare.settings import SCHEMA, SweepSettings, numbers
 from growkit.compare.space import SearchSpace
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError

@@ -11,7 +11,7 @@ from growkit.core.contract import SPARE, Path, cheapest_orders
 
 # Elements of the largest intermediate of one slice: a share of the result's, so that slices take little memory beside
 # the result, but at least 1 MB in float32, because smaller slices make the matrix products thin; above 128 MB (on a GPU
-# 256 MB) and half the result only if no plan stays below.
+# 256 MB) only if no plan below is near the least arithmetic, and then up to half the result, or if none stays below.
 SLICE_SHARE, MOST_SHARE = 1 / 8, 1 / 2
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**18, 2**25
 FEWEST_ON_GPU = 2**26  # 256 MB: smaller slices leave a GPU waiting for the next
@@ -53,18 +53,19 @@ def contraction_plan(
     Slicing along the axis whose core the best order takes first repeats nothing; slicing along L, layer
     by layer, repeats the contraction with the first core for every layer (1.9 times the arithmetic for
     DeiT-S -> DeiT-B at rank 4). So training arithmetic comes first, among plans whose intermediates have at most
-    MOST_ELEMENTS (or `fewest`, or MOST_SHARE of the result) elements, if there are any. Of those within SPARE of the
-    cheapest, those with intermediates of at most SLICE_SHARE of the result (or `fewest` elements) are taken, else those
-    with the smallest.
+    MOST_ELEMENTS (or `fewest`) elements, or MOST_SHARE of the result if none of those is within SPARE of the best order
+    in one piece. Of the plans within SPARE of the cheapest, those with intermediates of at most SLICE_SHARE of the
+    result (or `fewest` elements) are taken, else those with the smallest.
     If `parts` divides no grown axis, the plan has one part.
     """
     positions = [position for position, core in enumerate(cores) if core[2] % parts == 0]
     if not positions:
         positions, parts = list(range(len(cores))), 1
     plans = [plan for position in positions for plan in _plans_along(position, equation, x, cores, order, parts)]
-    grown = prod(core[2] for core in cores)
-    able = _at_most(max(MOST_ELEMENTS, fewest, MOST_SHARE * grown), plans)
-    whole = cheapest_orders(equation, x, cores)[0]
+    grown, whole = prod(core[2] for core in cores), cheapest_orders(equation, x, cores)[0]
+    able = _at_most(max(MOST_ELEMENTS, fewest), plans)
+    if not any(one.training_flops <= SPARE * whole.training_flops and one.flops <= SPARE * whole.flops for one in able):
+        able = _at_most(max(MOST_ELEMENTS, fewest, MOST_SHARE * grown), plans)
     for cost in (attrgetter("training_flops"), attrgetter("flops")):
         enough = max(SPARE * cost(whole), min(map(cost, able)))
         able = [plan for plan in able if cost(plan) <= enough]

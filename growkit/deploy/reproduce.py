@@ -106,6 +106,7 @@ def reproduction(
     parity: Parity,
     folder: Path,
     *,
+    run: Path,
     model: str,
     file: Path,
     settings: VerifySettings,
@@ -114,6 +115,7 @@ def reproduction(
 ) -> str:
     """Return the text of a script in `folder` that reproduces the failures in `parity`; other paths can be given to it.
 
+    run      the run folder that `folder` is in
     model    as source.load_source takes it
     loading  its other argument as Python source: the repr of a settings.Loading
     """
@@ -123,9 +125,9 @@ def reproduction(
     return _SCRIPT.substitute(
         # it goes into a docstring
         findings=findings.replace("\\", "/").replace('"""', "'''"),
-        model=repr(_seen_from(folder, Path(model)) if os.path.exists(model) else model),
-        file=repr(_seen_from(folder, file)),
-        data_sets=repr(_seen_from(folder, data_sets) if data_sets is not None else None),
+        model=repr(_seen_from(folder, run, Path(model)) if os.path.exists(model) else model),
+        file=repr(_seen_from(folder, run, file)),
+        data_sets=repr(_seen_from(folder, run, data_sets) if data_sets is not None else None),
         failing=repr(parity.figures.get("failing")),
         provider=repr(parity.provider if parity.provider != "none" else settings.provider),
         loading=loading,
@@ -135,7 +137,7 @@ def reproduction(
     )
 
 
-def _seen_from(folder: Path, path: Path) -> str:
-    """Return `path` relative to `folder` where both lie in one run folder, which may move as a whole."""
-    path, folder = path.resolve(), folder.resolve()
-    return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)
+def _seen_from(folder: Path, run: Path, path: Path) -> str:
+    """Return `path` relative to `folder` where both lie in the run folder, which may move as a whole."""
+    path = path.resolve()
+    return os.path.relpath(path, folder.resolve()) if path.is_relative_to(run.resolve()) else str(path)

@@ -1,5 +1,6 @@
 """`growkit export` and `growkit verify` on a run folder, as a user meets them."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from typer.testing import CliRunner, Result
 
+from growkit import serving
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
 from growkit.deploy.form import Form
@@ -215,6 +217,34 @@ def test_verification_of_what_is_not_the_runs_own_leaves_what_the_report_judges(
     assert json.loads((own / "verify" / "other" / "report.json").read_text())["onnx"] == str(file)
     assert (own / "verify" / "other" / "reproduce.py").exists() == (what != "file")
     assert {path.name: path.read_bytes() for path in (own / "verify").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("what", ["a copy of the model", "a model without a hash"])
+def test_verification_of_the_runs_file_and_what_it_was_made_of_is_what_the_report_judges(
+    what: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = RunFolder(tmp_path / "run")
+    shutil.copytree(run / "grown", tmp_path / "copy")
+    if what == "a model without a hash":  # as timm:NAME
+        load = serving.load_source
+        monkeypatch.setattr(
+            serving, "load_source", lambda *given, **more: dataclasses.replace(load(*given, **more), sha256="")
+        )
+    export_model(own, str(tmp_path / "copy"), ExportSettings())
+    verify_run(own, VerifySettings(latency=False), str(tmp_path / "copy"), own.onnx_file)
+    assert (own.verify / "report.json").exists()
+    assert not (own.verify / "other").exists()
+
+
+def test_script_of_another_file_works_in_a_run_that_was_moved(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("verify"))
+    write_source(own / "other", 8)
+    shutil.copy(run / "onnx" / "model.onnx", own / "copy.onnx")
+    assert call("verify", own / "other", "--onnx-file", own / "copy.onnx", "--no-latency", "--run", own).exit_code == 1
+    text = (own / "verify" / "other" / "reproduce.py").read_text()
+    assert "MODEL = '../../other'" in text
+    assert "'../../copy.onnx'" in text
 
 
 def test_verification_that_tells_less_than_the_one_it_replaces_says_so(run: Path, tmp_path: Path) -> None:
