@@ -89,9 +89,11 @@ def _goes_on(job: Job, output: Path, state: Path | None) -> bool:
                 refuse_existing(state.parent, job.force, STATE, resumable=True)
         if state is None:
             return False
-        begun = state.parent.is_dir() or (output.is_dir() and not (output / WEIGHTS).exists())
-        if job.resume and begun and not state.exists():
-            job.say("nothing was saved before it ended: it begins anew")
+        if job.resume and not state.exists() and not (output / WEIGHTS).exists():
+            begun = state.parent.is_dir() or output.is_dir()
+            job.say(
+                "nothing was saved before it ended: it begins anew" if begun else "nothing to resume: it begins now"
+            )
             return False
         return job.resume or (anew and state.exists())
 

@@ -62,6 +62,8 @@ class RunFolder:
         Raises:
             GrowkitError: the run holds neither.
         """
+        if self.finetuned.is_dir() and not self.grown.is_dir() and not self.trained.is_dir():
+            raise GrowkitError(f"{self.path} holds no grown model; name the one that {self.finetuned} was started from")
         return self._first("grown model", self.grown, self.trained)
 
     def exported_weights(self) -> object:

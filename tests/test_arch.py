@@ -494,3 +494,11 @@ def test_set_that_contradicts_the_source_is_refused(item: str) -> None:
 def build_tiny() -> torch.nn.Module:
     architecture = tiny(64, 2, 1)
     return build(architecture.name, architecture.arguments, device="meta")
+
+
+def test_width_that_timm_refuses_is_refused_with_the_heads_that_fit_the_source() -> None:
+    source = find("deit_tiny", {"embed_dim": 32, "num_heads": 2})
+    with pytest.raises(GrowkitError, match=r"num_heads; the source's heads are 16 wide: --set num_heads=4$"):
+        find_target(source, "deit_tiny", ["embed_dim=64"])
+    with pytest.raises(GrowkitError, match=r"by num_heads$"):
+        find_target(source, "deit_tiny", ["embed_dim=65"])

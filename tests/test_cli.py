@@ -766,6 +766,20 @@ def test_pixels_that_training_from_scratch_does_not_read_are_named(
         assert (status, "not read" in out) == (0, False)
 
 
+def test_resuming_where_nothing_was_begun_begins_and_says_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    words = ("finetune", "small", *DATA, *QUICK, "--steps", "2", "--resume", "--run", tmp_path)
+    status, out, _ = growkit(capsys, *words)
+    assert (status, "nothing to resume: it begins now\n" in out) == (0, True)
+    shutil.rmtree(tmp_path / "finetuned" / "last")
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, *words)  # a model that could be lost
+    assert (status, "no state to resume from; start without --resume" in err) == (2, True)
+    assert listing(tmp_path) == before
+
+
 def test_training_is_not_resumed_with_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:

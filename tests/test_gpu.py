@@ -313,4 +313,10 @@ def test_damaged_weight_is_found_on_the_gpu_too(whole_way: Any) -> None:
 
 def test_faster_graph_for_the_gpu_is_chosen_by_measurement(whole_way: Any) -> None:
     exported = whole_way("export", "run/trained", "--onnx", "--for", "cuda")
-    assert {choice["verdict"] for choice in exported["choices"]} <= {"kept", "slower", "no faster"}
+    assert {choice["verdict"] for choice in exported["choices"]} <= {
+        "kept",
+        "faster",
+        "slower",
+        "no faster",
+        "not decided",
+    }

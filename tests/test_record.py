@@ -85,3 +85,10 @@ def test_run_that_cannot_be_made_is_refused_by_its_option(place: str, tmp_path: 
 def test_looking_whether_a_run_can_be_made_leaves_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new" / "run").refuse_unusable()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_resumes_without_the_model_is_told_which_one_is_missing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    (run.finetuned / "last").mkdir(parents=True)
+    with pytest.raises(GrowkitError, match=r"holds no grown model; name the one that .*finetuned was started from"):
+        run.startable()

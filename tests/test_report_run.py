@@ -206,6 +206,11 @@ def killed(run: RunFolder) -> None:
     write_json(run.finetuned / "growkit.json", content | {"scores": scores(0.85)})
 
 
+def half_an_operator(run: RunFolder) -> None:
+    content = read_json(run.grown / "growkit.json")
+    write_json(run.grown / "growkit.json", content | {"operator": content["operator"] | {"interrupted": True}})
+
+
 def test_comparison_of_another_version_is_not_read_as_an_empty_one(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", compared=True)
     results = run.compare / "results.json"
@@ -268,6 +273,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "fine-tuning was killed": (killed, "It was trained to its end", "inconclusive", "not yet"),
     "fine-tuning was killed and the rest was done of what it left": (killed, TOGETHER, "pass", "not yet"),
+    "operator training was stopped, and fine-tuning was not": (
+        half_an_operator,
+        "It was trained to its end",
+        "note",
+        "yes",
+    ),
     "fine-tuning was stopped": (
         lambda run: write_json(run.finetuned / "growkit.json", stopped(run)),
         "It was trained to its end",
@@ -294,7 +305,7 @@ def test_gate_and_verdict_follow_from_what_happened(happened: str, tmp_path: Pat
     change(run)
     assert gates(run)[gate] == mark
     assert verdict(run).mark == ships
-    assert (gate in verdict(run).line) is (mark != "pass")
+    assert (gate in verdict(run).line) is (mark not in ("pass", "note"))
 
 
 def test_model_that_was_held_alone_and_is_no_more_decides_nothing(tmp_path: Path) -> None:

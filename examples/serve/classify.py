@@ -93,7 +93,10 @@ class Classifier:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: classify.py MODEL.onnx PHOTO...")
-    classifier = Classifier(Path(sys.argv[1]))
+    try:
+        classifier = Classifier(Path(sys.argv[1]))
+    except Exception as error:  # ONNX Runtime's own are of many kinds
+        sys.exit(f"{sys.argv[1]}: ONNX Runtime does not open it ({str(error).splitlines()[0]}); give a model.onnx")
     for photo in sys.argv[2:]:
         try:
             image = Image.open(photo)

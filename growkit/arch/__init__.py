@@ -215,7 +215,14 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
     taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
     remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
     said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
-    return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
+    try:
+        target = find(name, {**taken, **chosen})
+    except GrowkitError as error:
+        width, head = chosen.get("embed_dim"), source.spaces["attn"].group
+        if "num_heads" not in str(error) or not isinstance(width, int) or width % head:
+            raise
+        raise GrowkitError(f"{error}; the source's heads are {head} wide: --set num_heads={width // head}") from None
+    return target, [f"target takes the source's {said}"] if taken else []
 
 
 def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:

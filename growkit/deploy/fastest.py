@@ -27,7 +27,10 @@ PLACES = ("cpu", "cuda", "tensorrt")
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one candidate: kept, slower, no faster, not faithful, or not measured; `why` as a sentence."""
+    """The outcome for one candidate; `why` is a sentence.
+
+    The verdict is kept, faster, slower, no faster, not faithful, not decided or not measured.
+    """
 
     attention: str
     verdict: str
@@ -129,7 +132,7 @@ def fastest(
             if choice.verdict == "kept" and ratio < best_ratio:
                 best, best_ratio = one, ratio
     choices = [
-        replace(c, verdict="no faster", why=f"{c.why}; another is faster still")
+        replace(c, verdict="faster", why=f"{c.why}; another is faster still")
         if c.verdict == "kept" and c.attention != best.attention
         else c
         for c in choices
@@ -144,7 +147,7 @@ def judged(attention: str, found: tuple[Comparison, ...], noise: float) -> Choic
     """
     told = ", ".join(f"batch {c.batch}: {c.ratio:.3f} x [{c.low:.3f}, {c.high:.3f}]" for c in found)
     if noise > NOISY:
-        return Choice(attention, "not measured", f"the machine is too noisy: {noise:.1%} against itself; {told}", found)
+        return Choice(attention, "not decided", f"the machine is too noisy: {noise:.1%} against itself; {told}", found)
     if any(c.low > 1 for c in found):
         return Choice(attention, "slower", told, found)
     # sessions of the same file differ by up to a percent: an interval that ends within that says nothing

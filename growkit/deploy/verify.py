@@ -107,7 +107,7 @@ def verify_onnx(
     if settings.latency and not emulated and not any(c.verdict == "fail" for c in (*parity.checks, *held)):
         latency, throughput = _timed(model, file, settings, stock, parity, progress)
     checks = (
-        *([provider_check(placed)] if placed else []),
+        *([provider_check(placed, emulated=emulated)] if placed else []),
         *parity.checks,
         *held,
         *(latency.checks if latency else ()),
@@ -201,10 +201,13 @@ def _provider(
     }
 
 
-def provider_check(placed: Assignment) -> Check:
-    """Check that at least one node runs on the provider that was asked for."""
-    running = placed.nodes.get(placed.provider, 0)
-    return check("provider", f"nodes on {placed.provider}", running > 0, running, "1 or more", placed.line)
+def provider_check(placed: Assignment, *, emulated: bool = False) -> Check:
+    """Check that at least one node runs on the provider that was asked for; nothing can be said of `emulated` ones."""
+    running, name = placed.nodes.get(placed.provider, 0), f"nodes on {placed.provider}"
+    if emulated:
+        line = f"bfloat16 was emulated: ONNX Runtime does not run it on {placed.provider}; verify with --provider cuda"
+        return Check("provider", name, "inconclusive", running, "1 or more", line)
+    return check("provider", name, running > 0, running, "1 or more", placed.line)
 
 
 def verify_alone(

@@ -61,6 +61,9 @@ def _ended(facts: Facts) -> Iterator[Gate]:
         yield Gate(
             "It was trained to its end", Mark("inconclusive"), f"It was stopped{after}: the same command with --resume."
         )
+    elif facts.tuned and mapping(facts.grown.get("operator")).get("interrupted"):
+        line = "Training its growth operator was stopped, and fine-tuning went on from there."
+        yield Gate("It was trained to its end", Mark("note"), line)
 
 
 def behaviour_step(facts: Facts) -> tuple[Step | None, str]:

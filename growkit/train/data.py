@@ -174,7 +174,7 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
     if keep < 1:
         by_class = _by_class(data.train, seed, "keep")
         train = _part(train, sorted(place for _, own in by_class for place in own[: max(1, round(keep * len(own)))]))
-    identity = {**data.identity, "hold_out": f"share {share}, keep {keep}, seed {seed}"}
+    identity = {**data.identity, "hold_out": share, "share": keep, "split_seed": seed}
     by, on = (
         replace(data, train=train, val=_part(data.val, sorted(part)), identity=identity) for part in (chosen, tested)
     )

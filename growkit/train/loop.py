@@ -395,6 +395,7 @@ def _refuse_rates(settings: FitSettings) -> None:
 def _identity(data: Data, settings: FitSettings, device: torch.device) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     chosen = {name: v for name, v in asdict(settings).items() if name not in FREE_TO_CHANGE}
+    chosen["cache"] = "none" if settings.cache == "none" else "ram or device"  # which give the same bits
     chosen["precision"] = precision_on(device, settings.precision)  # auto is another one elsewhere
     sizes = {"training images": size_of(data.train), "validation images": size_of(data.val)}
     return {**chosen, **sizes, "classes": data.classes, **data.identity}

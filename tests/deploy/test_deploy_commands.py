@@ -130,6 +130,32 @@ def test_ranges_of_int8_need_images_and_no_labels(classes: int, why: str, tmp_pa
         assert not (tmp_path / "other").exists()
 
 
+def test_file_that_the_cpu_does_not_run_is_not_said_to_run_there(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    exported = call("export", run / "grown", "--precision", "bf16", "--run", own)
+    assert exported.exit_code == 0
+    assert "ONNX Runtime has no bfloat16 on the CPU, where this was emulated" in exported.output.replace("\n", " ")
+    verified = call("verify", run / "grown", "--onnx-file", own / "onnx" / "model.onnx", "--run", own, "--no-latency")
+    assert verified.exit_code == 0
+    report = json.loads((own / "verify" / "report.json").read_text())
+    assert [c["line"] for c in report["checks"] if c["verdict"] != "pass"] == [
+        "bfloat16 was emulated: ONNX Runtime does not run it on cpu; verify with --provider cuda"
+    ]
+    assert report["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_export_tells_an_error_with_the_limit_it_was_held_to(precision: str, run: Path, tmp_path: Path) -> None:
+    result = call("export", run / "grown", "--precision", precision, "--run", tmp_path)
+    told = re.search(r"relative error (\S+) \(allowed (\S+)\)", result.output.replace("\n", " "))
+    assert told is not None
+    checks = json.loads((tmp_path / "onnx" / "export.json").read_text())["parity"]["checks"]
+    held = [(c["measured"], c["limit"]) for c in checks if re.search(r"^batch \d+: relative RMS error$", c["name"])]
+    assert len(held) > 1
+    assert tuple(told.groups()) in [(f"{measured:.1e}", f"{limit:.2g}") for measured, limit in held]
+    assert float(told[1]) <= float(told[2])
+
+
 def test_how_many_images_are_compared_is_told(run: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "data", "abcdefg")
     model, data, reading = str(run / "grown"), str(tmp_path / "data"), FitSettings(batch_size=4, workers=0)

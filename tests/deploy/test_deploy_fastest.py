@@ -28,7 +28,7 @@ def measured(ratio: float, low: float, high: float, batch: int = 1) -> Compariso
         ([measured(0.95, 0.88, 1.01)], 0.01, "no faster"),
         # sessions of one file differ by that much
         ([measured(0.985, 0.98, 0.99)], 0.02, "no faster"),
-        ([measured(0.9, 0.88, 0.92)], 0.06, "not measured"),
+        ([measured(0.9, 0.88, 0.92)], 0.06, "not decided"),
     ],
 )
 def test_verdict_follows_the_whole_interval(found: list[Comparison], noise: float, verdict: str) -> None:
@@ -128,4 +128,4 @@ def test_noise_at_one_batch_size_leaves_everything_open(model: nn.Module, monkey
 
     monkeypatch.setattr(module, "compare", compare)
     form, (choice,) = fastest(model, Form(), "cpu", batches=(1, 2))
-    assert (form, choice.verdict) == (Form(), "not measured")
+    assert (form, choice.verdict) == (Form(), "not decided")

@@ -213,3 +213,16 @@ def test_bad_upload_gets_a_plain_answer(body: bytes, status: int, said: str, cli
 def test_upload_without_a_length_is_bounded_too(client: Any) -> None:
     response = client.post("/classify", content=iter([b"x" * 10_000] * 10))
     assert response.status_code == 413
+
+
+def test_example_says_in_a_line_what_it_cannot_open(exported: Path, tmp_path: Path) -> None:
+    drawing(16, 16, seed=0).save(tmp_path / "photo.png")
+    for model, photo, said in (
+        (exported.parent, "photo.png", f"{exported.parent}: ONNX Runtime does not open it ("),
+        (exported, "none.png", "none.png: no readable picture ("),
+    ):
+        command = [sys.executable, SERVE / "classify.py", model, photo]
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(said)
+        assert done.stderr.count("\n") == 1
