@@ -195,7 +195,7 @@ def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
         f"{figures['noise_ratio']:.2f} x PyTorch's own, {len(exported.parity.checks)} checks passed"
     )
     if made.form.precision == "bf16":
-        say("ONNX Runtime has no bfloat16 on the CPU, where this was emulated: the file runs on GPUs")
+        say("ONNX Runtime has no bfloat16 on the CPU, where this was emulated; `verify --provider cuda` tries a GPU")
     if "accuracy" in figures:
         scores = figures["accuracy"]
         say(f"top-1 {scores['top1']:.2%} against PyTorch's {scores['torch_top1']:.2%} on {scores['samples']} images")
