@@ -171,7 +171,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--precision unknown": (("finetune", "small", *DATA, "--precision", "fp8"), "--precision fp8"),
     "finetune without a model": (("finetune", *DATA), "growkit grow"),
     "finetune of nothing": (("finetune", "nowhere", *DATA), "nowhere: no such file"),
-    "resume of nothing": (("finetune", "small", *DATA, "--resume", *QUICK), "start without --resume"),
     "train of no architecture": (("train", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "train on images below a patch": (
         ("train", "vit_tiny", *DATA, "--set", "img_size=8"),

@@ -60,7 +60,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override an argument of the architecture, as in --set depth=8; repeatable."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that was stopped or killed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped or killed run, if anything was saved.")]
 
 
 def field_docs(settings: type) -> dict[str, str]:
