@@ -78,9 +78,9 @@ def crop_and_flip(
 
 
 def jittered(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Images (N, C, H, W) between 0 and 1 with other brightness, contrast and saturation, as torchvision's ColorJitter.
+    """Change brightness, contrast and saturation of images (N, C, H, W) between 0 and 1, as torchvision's ColorJitter.
 
-    Each is a blend of the image with black, with its mean grey and with its grey image.
+    Each blends the image with black, with its mean grey or with its grey image, in place.
 
     Args:
         factors: (N, 3), how much of the image is left, of brightness, contrast and saturation.
@@ -92,15 +92,15 @@ def jittered(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         grey = _grey(images)
         other = torch.where(kind == CONTRAST, grey.mean((1, 2, 3), keepdim=True), grey)
         other = torch.where(kind == BRIGHTNESS, 0.0, other)
-        images = torch.lerp(other, images, factor).clamp_(0, 1)
+        images.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
     return images
 
 
 def _grey(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
-    weights = sent(torch.tensor(GREY), images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def _centres(start: Tensor, length: Tensor, pixels: int) -> Tensor:

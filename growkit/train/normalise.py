@@ -25,9 +25,9 @@ class Normalisation:
         return images.to(torch.float32, copy=True).div_(full).sub_(mean).div_(std)
 
     def changed(self, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Normalised images (N, C, H, W) after a `change` of their values between 0 and 1."""
+        """Apply `change` to the values between 0 and 1 of normalised images (N, C, H, W), in place."""
         mean, std = _per_channel(images.device, self.mean, self.std)
-        return change(images * std + mean).sub_(mean).div_(std)
+        return change(images.mul_(std).add_(mean)).sub_(mean).div_(std)
 
 
 def _per_channel(device: torch.device, *numbers: Sequence[float]) -> list[Tensor]:

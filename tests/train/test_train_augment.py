@@ -39,7 +39,7 @@ def lone(images: Tensor, settings: FitSettings, number: int = 0, *, whole: int |
 def test_jitter_is_torchvisions_in_every_order(channels: int) -> None:
     orders = list(itertools.permutations(range(3)))
     images, factors = batch(6, channels=channels), torch.rand(6, 3, generator=torch.Generator().manual_seed(2)) * 3
-    found = jittered(images, factors, torch.tensor(orders))
+    found = jittered(images.clone(), factors, torch.tensor(orders))
     for image, own, order, result in zip(images, factors, orders, found, strict=True):
         for kind in order:
             image = ADJUST[kind](image, own[kind].item())
@@ -55,7 +55,7 @@ def test_normalised_images_are_jittered_in_their_values_between_0_and_1(monkeypa
     normalised = NORMALISED((images * 255).byte())
 
     def noted(values: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        seen.append(values)
+        seen.append(values.clone())
         return jittered(values, factors, order)
 
     monkeypatch.setattr(augment, "jittered", noted)
