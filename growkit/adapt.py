@@ -98,7 +98,8 @@ def _done(key: str, old: VisionTransformer, new: VisionTransformer, asked: dict[
             told.append(f"{was} x {was} patches become {now} x {now}")
         else:
             told.append(f"position embeddings resampled from {was} x {was} to {now} x {now}")
-        told += [unread] if (unread := unread_pixels(new)) else []
+        if unread := unread_pixels(new):
+            told.append(unread)
     return ", ".join(told)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,7 +22,7 @@ from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
-from growkit.train.progress import Progress, followed, no_progress
+from growkit.train.progress import Progress, Say, followed, no_progress, say_nothing
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 
@@ -160,7 +160,7 @@ def evaluate_against(
     *,
     loading: Loading = AS_IT_IS,
     device: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = say_nothing,
     progress: Progress = no_progress,
 ) -> tuple[Agreement, bool]:
     """Compare a model's predictions on the validation images of `data` with those of the source it came from.
@@ -174,7 +174,7 @@ def evaluate_against(
     Raises:
         GrowkitError: a model or the data cannot be read, or the models and the data have different classes.
     """
-    recorded = Path(model).exists() and Path(model).resolve().is_relative_to(run.path.resolve())
+    recorded = run.holds(model)
     if recorded:
         run.refuse_unusable()
     bare = [path for path in (model, against) if _is_bare(path)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from growkit.adapt import head_is_new, unread_pixels, with_classes, with_input
-from growkit.arch import build, find_target
+from growkit.arch import find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import HISTORY, OPERATOR, WEIGHTS, replace_model, write_model, write_tensors
 from growkit.errors import GrowkitError
@@ -29,7 +29,7 @@ from growkit.train.distributed import by_leader, leads, restarted, sharded, size
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
-from growkit.train.resume import METRICS, STATE, batch_size_of, updates_of
+from growkit.train.resume import METRICS, STATE, batch_size_of
 from growkit.train.score import Scores, read_through, score_model, worse
 from growkit.train.settings import AUTO, FitSettings
 
@@ -246,9 +246,8 @@ def _train_operator(
         operator = _sized(grown, opened, operator, device, job.say, folder if goes_on else None)
     elif operator.batch_size == AUTO:  # only training can search for it
         operator = replace(operator, batch_size=FitSettings.batch_size)
-    refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None)
-    if learns and goes_on:
-        job.say(f"goes on after update {updates_of(folder)}")
+    if made := refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None):
+        job.say(f"goes on after update {made}")
 
     def score(model: nn.Module, what: str) -> Scores:
         return score_model(model, opened, operator, device, progress=job.tell(f"scoring the {what}"))
@@ -308,8 +307,6 @@ def train_model(
     opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
-    if unread := unread_pixels(build(source.architecture.name, source.architecture.arguments, device="meta")):
-        job.say(unread)
     return _fit_into(job, job.run.trained, source, data, opened, settings, command="train")
 
 
@@ -339,13 +336,15 @@ def _fit_into(
     opened = replace(opened, identity={**opened.identity, **model_of})
     chosen = pick_device(job.device)
     model = source.model()
+    if command == "train" and (unread := unread_pixels(model)):
+        say(unread)
     settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
-    refuse_unusable(opened, settings, chosen, resumed=folder / LAST if goes_on else None)
+    made = refuse_unusable(opened, settings, chosen, resumed=folder / LAST if goes_on else None)
     start: Scores | None = None
     scored = folder / LAST / START
     if goes_on:
         start = _kept_scores(scored)
-        say(f"goes on after update {updates_of(folder / LAST)}")
+        say(f"goes on after update {made}")
     elif command == "train":
         read_through(opened, settings, chosen, progress=tell("reading the validation images"))
 
@@ -397,7 +396,7 @@ def _fit_into(
     final = {**history, "fit": fit_figures(fitted, settings, start)}
 
     last = plain(model)
-    kept = last if fitted.best_scores or not settings.model_ema or fitted.judged is None else plain(fitted.judged)
+    kept = last if fitted.best_scores or fitted.judged is model else plain(fitted.judged)
 
     def write() -> None:
         _replace(folder / LAST, last, source, final)

@@ -66,6 +66,10 @@ class RunFolder:
             raise GrowkitError(f"{self.path} holds no grown model; name the one that {self.finetuned} was started from")
         return self._first("grown model", self.grown, self.trained)
 
+    def holds(self, model: str) -> bool:
+        """Whether what a model argument names is a file or folder inside the run."""
+        return Path(model).exists() and Path(model).resolve().is_relative_to(self.path.resolve())
+
     def exported_weights(self) -> object:
         """SHA-256 of the weights that the run's ONNX file says it was made of; None where it says nothing."""
         try:

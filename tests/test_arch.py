@@ -498,7 +498,11 @@ def build_tiny() -> torch.nn.Module:
 
 def test_width_that_timm_refuses_is_refused_with_the_heads_that_fit_the_source() -> None:
     source = find("deit_tiny", {"embed_dim": 32, "num_heads": 2})
-    with pytest.raises(GrowkitError, match=r"num_heads; the source's heads are 16 wide: --set num_heads=4$"):
+    with pytest.raises(
+        GrowkitError, match=r"64 is no multiple of 3 heads; the source's are 16 wide: --set num_heads=4$"
+    ):
         find_target(source, "deit_tiny", ["embed_dim=64"])
     with pytest.raises(GrowkitError, match=r"by num_heads$"):
         find_target(source, "deit_tiny", ["embed_dim=65"])
+    with pytest.raises(GrowkitError, match=r"foo'?$"):
+        find_target(source, "deit_tiny", ["embed_dim=64", "num_heads=4", "act_layer=foo"])

@@ -804,10 +804,18 @@ def test_training_from_scratch_is_not_resumed_with_another_architecture(
 
 
 def test_moving_average_is_what_a_run_that_was_stopped_before_its_first_score_writes(
-    tmp_path: Path, stopped: Callable[..., tuple[str, ...]]
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
 ) -> None:
-    stopped("finetune", "small", "--model-ema")
+    monkeypatch.chdir(place)
+    interrupted_at(3)
+    words = ("finetune", "small", *DATA, *QUICK, "--steps", "6", "--lr", "1e-2", "--eval-every", "0", "--model-ema")
+    assert growkit(capsys, *words, "--run", tmp_path)[0] == 130
     state = torch.load(tmp_path / "finetuned" / "last" / "state.pt", weights_only=True)["training"]
+    assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
     for folder, part in (("finetuned", "ema"), ("finetuned/last", "model")):
         written = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(written[name], state[part][name]) for name in written)

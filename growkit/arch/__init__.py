@@ -211,18 +211,19 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
     for key in vit.INPUT_ARGUMENTS:
         if key in chosen and not vit.same_argument(key, chosen[key], kept[key]):
             raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
-    own = vit.input_arguments(_as_named(name))
+    model = _as_named(name)
+    own = vit.input_arguments(model)
     taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
     remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
     said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
-    try:
-        target = find(name, {**taken, **chosen})
-    except GrowkitError as error:
-        width, head = chosen.get("embed_dim"), source.spaces["attn"].group
-        if "num_heads" not in str(error) or not isinstance(width, int) or width % head:
-            raise
-        raise GrowkitError(f"{error}; the source's heads are {head} wide: --set num_heads={width // head}") from None
-    return target, [f"target takes the source's {said}"] if taken else []
+    width, heads = chosen.get("embed_dim"), chosen.get("num_heads", model.blocks[0].attn.num_heads)
+    fits, rest = divmod(width, source.spaces["attn"].group) if isinstance(width, int) else (0, 1)
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads and not rest:
+        raise GrowkitError(
+            f"--set embed_dim={width} is no multiple of {heads} heads; the source's are {width // fits} wide: "
+            f"--set num_heads={fits}"
+        )
+    return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
 
 
 def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:

@@ -351,7 +351,7 @@ def bench_of(
     sets: Sequence[str] = (),
 ) -> Bench:
     """Build what all arms share: the source adapted to `sets` and the data, the target, and the split images."""
-    adapted = with_input(source, sets)
+    device, adapted = pick_device(job.device), with_input(source, sets)
     opened = open_data(data, adapted.preprocessing, recipe, tell=job.tell)
     adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)
     target, notes = find_target(adapted.architecture, to, sets)
@@ -364,4 +364,4 @@ def bench_of(
         job.say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     operator = replace(recipe, **own)
-    return Bench(adapted, target, chosen, tested, recipe, operator, pick_device(job.device), folder, job.tell)
+    return Bench(adapted, target, chosen, tested, recipe, operator, device, folder, job.tell)

@@ -16,31 +16,22 @@ from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
 from growkit.record import hardware, versions
-from growkit.train.loop import FREE_TO_CHANGE
-from growkit.train.precision import amp_dtype
+from growkit.train.loop import comparable
 
 BEGUN = "begun.json"
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
     """What must be identical for runs to be comparable."""
-    recipe, operator = (
-        {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
-        for settings in (bench.recipe, bench.operator)
-    )
     return {
         "schema": SCHEMA,
         "growkit": __version__,
         "source": {"sha256": bench.source.sha256, **_described(bench.source.architecture)},
         "target": _described(bench.target),
         "data": {name: str(value) for name, value in bench.data.identity.items()},
-        "recipe": recipe,
-        "operator": operator,
-        "machine": {
-            "device": bench.device.type,
-            "precision": str(amp_dtype(bench.recipe.precision, bench.device)).removeprefix("torch."),
-            "torch": torch.__version__,
-        },
+        "recipe": comparable(bench.recipe, bench.device),
+        "operator": comparable(bench.operator, bench.device),
+        "machine": {"device": bench.device.type, "torch": torch.__version__},
     }
 
 

@@ -138,9 +138,10 @@ def compared(
         "relative_rms": relative(rms(difference), spread),
         "largest_over_std": relative(float(np.abs(difference).max()), spread),
         "largest": float(np.abs(difference).max()),
+        "relative_rms_allowed": max(limits.relative_rms, noise * by_chance(got.size)),
     }
     limited = [
-        ("relative RMS error", figures["relative_rms"], max(limits.relative_rms, noise * by_chance(got.size))),
+        ("relative RMS error", figures["relative_rms"], figures["relative_rms_allowed"]),
         ("largest error / std", figures["largest_over_std"], limits.largest),
     ]
     checks = [

@@ -13,8 +13,8 @@ from torch.nn.functional import grid_sample
 
 from growkit.errors import GrowkitError
 from growkit.train.erasing import NOTHING, ErasedBatch, Erasing, boxes_and_noise
-from growkit.train.normalise import Normalisation, sent
-from growkit.train.seeds import number_of, seeded
+from growkit.train.normalise import Normalisation, sent, values
+from growkit.train.seeds import number_of, random_kept, seed_all
 from growkit.train.settings import FitSettings
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's
@@ -32,22 +32,25 @@ def refuse_other_augmentation(settings: FitSettings) -> None:
 def augmented(
     images: Tensor, normalised: Normalisation, settings: FitSettings, number: int, *, whole: int, part: slice
 ) -> Tensor:
-    """Normalised images (N, C, H, W) as the training loop gets them: the `part` of batch `number` of `whole` images."""
+    """Turn uint8 images (N, C, H, W), the `part` of batch `number` of `whole` images, into augmented network input."""
     crops, colours = (
         torch.Generator().manual_seed(number_of(settings.seed, draw, number)) for draw in ("crops", "colours")
     )
-    images = crop_and_flip(images, settings, crops, whole=whole, part=part)
+    pixels = crop_and_flip(values(images), settings, crops, whole=whole, part=part)
     if settings.color_jitter:
         least, most = max(0.0, 1 - settings.color_jitter), 1 + settings.color_jitter
         factors = torch.empty(whole, 3).uniform_(least, most, generator=colours)[part]
         order = torch.rand(whole, 3, generator=colours).argsort(1)[part]
-        images = normalised.changed(images, lambda values: jittered(values, factors, order))
+        pixels = jittered(pixels, factors, order)
+    pixels = normalised.of(pixels)
     if settings.reprob:
-        erase, blank = Erasing(settings.reprob), NOTHING.expand(images.shape[1:])
-        with seeded(settings.seed, "erasing", number):
-            drawn = [erase(blank) for _ in range(whole)][part]
-        images = ErasedBatch(images, *boxes_and_noise(drawn)).over(images)
-    return images
+        erase, blank, drawn = Erasing(settings.reprob), NOTHING.expand(images.shape[1:]), []
+        with random_kept():
+            for place in range(whole)[part]:
+                seed_all(settings.seed, "erasing", number, place)
+                drawn.append(erase(blank))
+        pixels = ErasedBatch(images, *boxes_and_noise(drawn)).over(pixels)
+    return pixels
 
 
 def crop_and_flip(

@@ -161,14 +161,14 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     raise GrowkitError(
         f"{told}; --batch-size {fits * processes} --grad-accum-steps {settings.grad_accum_steps * wanted // fits}"
         f" {'fits' if processes == 1 else 'should fit'}"
-        + (" and takes the same images an update" if _same_images(data, settings, processes) else "")
+        + (" and takes the same images an update" if _same_images(data, settings) else "")
         + ("" if settings.grad_checkpointing else ", --grad-checkpointing makes room for more")
     )
 
 
-def _same_images(data: Data, settings: FitSettings, processes: int) -> bool:
+def _same_images(data: Data, settings: FitSettings) -> bool:
     """Whether updates of several smaller batches are made of the same images, drawn the same, as those of one batch."""
-    by_batch = settings.mixup or settings.cutmix or settings.cache != "none"  # which are drawn for a batch
+    by_batch = _together(settings) > 1 or settings.cache != "none"  # which are drawn for a batch
     images = images_per_batch(data, settings) * settings.grad_accum_steps
     return not by_batch and size_of(data.train) % images == 0
 

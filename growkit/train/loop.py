@@ -51,8 +51,8 @@ class FitResult:
     images_per_step: int
     images_per_second: float
     seconds: float
+    judged: nn.Module = field(compare=False, repr=False)  # the model, or its moving average
     stopped_by: int | None = None
-    judged: nn.Module | None = field(default=None, compare=False, repr=False)  # the model, or its moving average
 
 
 def fit(
@@ -356,8 +356,8 @@ class _Run:
         return f"; the state of update {updates} is in {self.folder}" if self.folder and updates else ""
 
 
-def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, resumed: Path | None = None) -> None:
-    """Refuse early what `fit` would refuse of these settings.
+def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, resumed: Path | None = None) -> int:
+    """Refuse early what `fit` would refuse of these settings; return how many updates a resumed run has made.
 
     `resumed` is the folder of a run to resume.
 
@@ -368,8 +368,7 @@ def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, 
     _refuse_rates(settings)
     length_of(data, settings)
     optimizer_of(nn.Linear(1, 1), settings)
-    if resumed is not None:
-        _state_of(resumed, _identity(data, settings, device))
+    return 0 if resumed is None else int(_state_of(resumed, _identity(data, settings, device))["step"])
 
 
 def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
@@ -392,13 +391,18 @@ def _refuse_rates(settings: FitSettings) -> None:
         )
 
 
-def _identity(data: Data, settings: FitSettings, device: torch.device) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
-    chosen = {name: v for name, v in asdict(settings).items() if name not in FREE_TO_CHANGE}
+def comparable(settings: FitSettings, device: torch.device) -> dict[str, Any]:
+    """The settings that decide what comes of a run on `device`, by name."""
+    chosen = {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
     chosen["cache"] = "none" if settings.cache == "none" else "ram or device"  # which give the same bits
     chosen["precision"] = precision_on(device, settings.precision)  # auto is another one elsewhere
+    return chosen
+
+
+def _identity(data: Data, settings: FitSettings, device: torch.device) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
     sizes = {"training images": size_of(data.train), "validation images": size_of(data.val)}
-    return {**chosen, **sizes, "classes": data.classes, **data.identity}
+    return {**comparable(settings, device), **sizes, "classes": data.classes, **data.identity}
 
 
 def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:

@@ -1,6 +1,6 @@
 """Normalisation on the device: images stay uint8 until they are there, a quarter of the bytes that float32 takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +19,19 @@ class Normalisation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 images (N, C, H, W) into network input."""
-        # a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-        full, mean, std = _per_channel(images.device, (255.0,), self.mean, self.std)
-        # in place from here on: fresh memory costs a CPU more than the arithmetic
-        return images.to(torch.float32, copy=True).div_(full).sub_(mean).div_(std)
+        return self.of(values(images))
 
-    def changed(self, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `change` to the values between 0 and 1 of normalised images (N, C, H, W), in place."""
-        mean, std = _per_channel(images.device, self.mean, self.std)
-        return change(images.mul_(std).add_(mean)).sub_(mean).div_(std)
+    def of(self, values: Tensor) -> Tensor:
+        """Turn images (N, C, H, W) with values between 0 and 1 into network input, in place."""
+        # in place, because fresh memory costs a CPU more than the arithmetic
+        mean, std = (sent(torch.tensor(each), values.device).view(1, -1, 1, 1) for each in (self.mean, self.std))
+        return values.sub_(mean).div_(std)
 
 
-def _per_channel(device: torch.device, *numbers: Sequence[float]) -> list[Tensor]:
-    return [sent(torch.tensor(each), device).view(1, -1, 1, 1) for each in numbers]
+def values(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 between 0 and 1."""
+    # by a tensor of 255: CUDA divides by a plain number less exactly than the CPU
+    return images.to(torch.float32, copy=True).div_(sent(torch.tensor(255.0), images.device))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

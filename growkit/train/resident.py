@@ -96,11 +96,12 @@ class Resident(Dataset[Any]):
         return type(self)(self.decoded, self.normalised, self.index[torch.as_tensor(index)])
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return normalised images (len(places), C, H, W), and labels, which stay on the CPU."""
+        """Return uint8 images (len(places), C, H, W), and labels, which stay on the CPU."""
         images, chosen = self.decoded.on(device), self.index[places]
-        return self.normalised(sent(images[sent(chosen, images.device)], device)), self.decoded.labels[chosen]
+        return sent(images[sent(chosen, images.device)], device), self.decoded.labels[chosen]
 
     def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and labels at the indices of each batch."""
+        """Yield normalised images and labels at the indices of each batch."""
         for places in batches:
-            yield self.batch(torch.tensor(places), device)
+            images, labels = self.batch(torch.tensor(places), device)
+            yield self.normalised(images), labels

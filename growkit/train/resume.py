@@ -104,18 +104,6 @@ def batch_size_of(folder: Path) -> int:
     return found
 
 
-def updates_of(folder: Path) -> int:
-    """Updates that the run whose state is in `folder` has made.
-
-    Raises:
-        GrowkitError: there is none, or it is damaged.
-    """
-    found = _read_state(folder / STATE).get("step")
-    if not isinstance(found, int):
-        raise _damaged(folder / STATE)
-    return found
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")

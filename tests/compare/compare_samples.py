@@ -1,11 +1,8 @@
 """A comparison that takes seconds."""
 
-import torch
-
 from growkit.compare.settings import CompareSettings
 from growkit.train.settings import FitSettings
 
-CPU = torch.device("cpu")
 INPUT = ("img_size=8", "patch_size=4", "in_chans=1", "mlp_ratio=2")
 SMALL = (*INPUT, "num_heads=2", "embed_dim=16", "depth=1")
 LARGE = ("num_heads=4", "mlp_ratio=2", "embed_dim=32", "depth=2")

@@ -17,7 +17,7 @@ from growkit.train.augment import augmented, jittered
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
-from growkit.train.normalise import Normalisation
+from growkit.train.normalise import Normalisation, values
 from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
@@ -28,7 +28,8 @@ ADJUST = (functional.adjust_brightness, functional.adjust_contrast, functional.a
 
 
 def batch(count: int, *, channels: int = 3) -> Tensor:
-    return torch.rand(count, channels, 6, 9, generator=torch.Generator().manual_seed(1))
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, channels, 6, 9), generator=draw, dtype=torch.uint8)
 
 
 def lone(images: Tensor, settings: FitSettings, number: int = 0, *, whole: int | None = None, at: int = 0) -> Tensor:
@@ -38,7 +39,10 @@ def lone(images: Tensor, settings: FitSettings, number: int = 0, *, whole: int |
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jitter_is_torchvisions_in_every_order(channels: int) -> None:
     orders = list(itertools.permutations(range(3)))
-    images, factors = batch(6, channels=channels), torch.rand(6, 3, generator=torch.Generator().manual_seed(2)) * 3
+    images, factors = (
+        values(batch(6, channels=channels)),
+        torch.rand(6, 3, generator=torch.Generator().manual_seed(2)) * 3,
+    )
     found = jittered(images.clone(), factors, torch.tensor(orders))
     for image, own, order, result in zip(images, factors, orders, found, strict=True):
         for kind in order:
@@ -52,19 +56,18 @@ def test_jitter_is_torchvisions_in_every_order(channels: int) -> None:
 
 def test_normalised_images_are_jittered_in_their_values_between_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
     images, seen = batch(4), []
-    normalised = NORMALISED((images * 255).byte())
 
     def noted(values: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         seen.append(values.clone())
         return jittered(values, factors, order)
 
     monkeypatch.setattr(augment, "jittered", noted)
-    found = lone(normalised, replace(STILL, color_jitter=0.4))
-    assert torch.allclose(seen[0], (images * 255).byte() / 255, atol=1e-6)
+    found = lone(images, replace(STILL, color_jitter=0.4))
+    assert torch.equal(seen[0], images / 255)
     low, high = (NORMALISED(torch.full((1, 3, 1, 1), value, dtype=torch.uint8)) for value in (0, 255))
     assert (found >= low - 1e-5).all()
     assert (found <= high + 1e-5).all()
-    assert not torch.allclose(found, normalised, atol=0.05)
+    assert not torch.allclose(found, NORMALISED(images), atol=0.05)
 
 
 def test_factors_and_orders_of_jitter_are_torchvisions_in_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,13 +90,14 @@ def test_factors_and_orders_of_jitter_are_torchvisions_in_their_spread(monkeypat
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_erasing_is_timms_of_one_image_after_the_other(probability: float) -> None:
-    images, wanted = batch(12), batch(12)
+    images = batch(12)
+    plain, wanted = NORMALISED(images), NORMALISED(images)
     erase = RandomErasing(probability, mode="pixel", device="cpu")
-    with seeded(3, "erasing", 7):
-        for image in wanted:
+    for place, image in enumerate(wanted):
+        with seeded(3, "erasing", 7, place):
             erase(image)
-    assert torch.equal(lone(images.clone(), replace(STILL, reprob=probability, seed=3), 7), wanted)
-    erased = (wanted != images).flatten(1).any(1)
+    assert torch.equal(lone(images, replace(STILL, reprob=probability, seed=3), 7), wanted)
+    erased = (wanted != plain).flatten(1).any(1)
     assert erased.all() if probability == 1 else 0 < erased.sum() < 12
 
 
@@ -101,8 +105,8 @@ def test_erasing_is_timms_of_one_image_after_the_other(probability: float) -> No
 def test_part_of_a_batch_gets_what_the_whole_one_gets_there(changes: dict[str, float]) -> None:
     images, settings = batch(16), replace(STILL, scale_min=0.2, hflip=0.5, **changes)
     whole = lone(images, settings)
-    assert torch.equal(lone(images[8:].clone(), settings, whole=16, at=8), whole[8:])
-    assert not torch.equal(lone(images[8:].clone(), settings), whole[8:])
+    assert torch.equal(lone(images[8:], settings, whole=16, at=8), whole[8:])
+    assert not torch.equal(lone(images[8:], settings), whole[8:])
 
 
 def test_draws_differ_by_image_batch_and_seed_and_repeat(opened: Open) -> None:
@@ -115,10 +119,11 @@ def test_draws_differ_by_image_batch_and_seed_and_repeat(opened: Open) -> None:
     run = images(0, 6)
     assert all(torch.equal(one, again) for one, again in zip(run[3:], images(3, 6), strict=True))
     assert not torch.equal(run[0], images(0, 1, seed=1)[0])
-    same = batch(1).expand(8, -1, -1, -1).clone()
-    looks = lone(same.clone(), settings), lone(same.clone(), settings, 1)
-    assert not torch.equal(*looks)
-    assert len(torch.unique(looks[0], dim=0)) == 8
+    same = batch(1).expand(8, -1, -1, -1)
+    changes: list[dict[str, float]] = [{"color_jitter": 0.4}, {"reprob": 1.0}, {"scale_min": 0.2}]
+    for one in changes:  # each draws anew for each image and batch
+        looks = lone(same, replace(STILL, **one)), lone(same, replace(STILL, **one), 1)
+        assert len(torch.unique(torch.cat(looks), dim=0)) == 16
 
 
 def test_what_train_does_by_default_goes_with_a_cache(images: Path) -> None:
