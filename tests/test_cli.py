@@ -554,6 +554,17 @@ def test_operators_that_python_trains_have_the_commands_defaults(
     assert asked == [FitSettings(**OPERATOR_DEFAULTS, seed=3)]
 
 
+def test_growing_tells_how_far_it_is(place: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, float, int]] = []
+
+    def tell(what: str) -> Callable[..., None]:
+        return lambda done, total, note="": told.append((what, done, total))
+
+    small = source.load_source(place / "small")
+    grow_model(Job(RunFolder(tmp_path), tell=tell), small, "vit_tiny", GrowSettings(), sets=TO[3::2])
+    assert told == [("growing", done, 3) for done in range(4)]
+
+
 def test_random_weights_are_made_once_to_train_from_scratch(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

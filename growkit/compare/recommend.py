@@ -122,14 +122,9 @@ def _reasons(
             f"it was chosen among {len(tried)} trials on the images it is reported on; expect less of it on others"
         )
     if len(choice.equal) > 1:
-        lines.append(
-            f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these "
-            + (
-                "its operator is the cheapest"
-                if len({one.operator_flops for one in choice.equal}) > 1
-                else "it is best"
-            )
-        )
+        priced = len({one.operator_flops for one in choice.equal}) > 1
+        why = "its operator is the cheapest" if priced else "it is the best"
+        lines.append(f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these {why}")
     for option in best.options:
         by_value: dict[str, Tried] = {}
         for one in tried:

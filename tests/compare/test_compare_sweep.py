@@ -23,7 +23,7 @@ from growkit.compare import sweep as sweep_module
 from growkit.compare.arms import parse_arm
 from growkit.compare.bench import Bench, Start, bench_of
 from growkit.compare.page import trials_table
-from growkit.compare.recommend import _commands
+from growkit.compare.recommend import _Choice, _commands, _reasons
 from growkit.compare.settings import SweepSettings
 from growkit.compare.space import SearchSpace
 from growkit.compare.sweep import sweep_settings
@@ -407,6 +407,16 @@ def test_what_a_method_settles_or_ignores_is_not_asked(source, digits, tmp_path)
         ("mango", 2, 1.0): 4,  # in both ring orders; what the last text gives is among them
         ("mango", 2, 0.1): 4,
     }
+
+
+@pytest.mark.parametrize(("flops", "why"), [(30.0, "its operator is the cheapest"), (25.0, "it is the best")])
+def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, why):
+    choice = _Choice(BEST, (BEST, replace(BEST, number=2, operator_flops=flops)), 0.05)
+    scratch = {"final": {"top1": 0.4, "count": 90}}
+    lines = _reasons(choice, choice.equal, scratch, "top1", 0.2)
+    assert [line for line in lines if "within one standard error" in line] == [
+        f"2 trials lie within one standard error (0.0500); of these {why}"
+    ]
 
 
 def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):

@@ -81,6 +81,16 @@ def test_faster_graph_is_the_one_written(model: nn.Module, tmp_path: Path, monke
     assert len(calls) == 4  # two batch sizes, each against itself and the candidate
 
 
+def test_faster_graph_that_is_not_the_fastest_is_not_called_slow(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked(monkeypatch, 0.9)
+    form, choices = fastest(model, Form(target="ort-1.23"), "cpu", batches=(1, 2))
+    assert {choice.attention: choice.verdict for choice in choices} == {"standard": "kept", "contrib": "faster"}
+    assert choices[1].why.endswith("another is faster still")
+    assert form.attention == "standard"
+
+
 def test_graph_that_is_no_faster_is_left(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, 1.0)
     exported = write_export(model, tmp_path, ExportSettings(for_="cpu", max_batch=2))
