@@ -107,7 +107,8 @@ def unread_pixels(model: VisionTransformer) -> str:
     """A line on what lies beyond the last patch of an image; empty where nothing does."""
     patches = model.patch_embed
     unread = 0 if patches.dynamic_img_pad else patches.img_size[0] % patches.patch_size[0]
-    return f"the last {counted(unread, 'pixel')} of rows and columns fill no patch and are not read" if unread else ""
+    told = f"the last {counted(unread, 'pixel')} of each row and column"
+    return f"{told} {'is' if unread == 1 else 'are'} in no patch and not read" if unread else ""
 
 
 def with_classes(source: Source, names: Sequence[str] | None, sets: Sequence[str] = (), *, seed: int) -> Source:

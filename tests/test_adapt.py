@@ -169,7 +169,7 @@ def test_every_change_is_said_in_one_line() -> None:
         "source adapted: in_chans 3 -> 1, channels of the patch kernels summed",
     )
     (odd,) = with_input(source, ["img_size=30"]).adapted
-    assert odd.endswith("from 2 x 2 to 3 x 3, the last 6 pixels of rows and columns fill no patch and are not read")
+    assert odd.endswith("from 2 x 2 to 3 x 3, the last 6 pixels of each row and column are in no patch and not read")
     (bare,) = with_input(source_of(KINDS["no positions"]), ["patch_size=4"]).adapted
     assert bare.endswith("patch kernels resampled, 2 x 2 patches become 4 x 4")
 

@@ -769,7 +769,7 @@ def test_pixels_that_training_from_scratch_does_not_read_are_named(
     sizes = ("embed_dim=32", "depth=1", "num_heads=2", "img_size=15", "patch_size=8")
     words = ("train", "vit_tiny", *(word for size in sizes for word in ("--set", size)), *DATA, *QUICK, "--steps", "1")
     status, out, _ = growkit(capsys, *words, "--run", tmp_path)
-    assert (status, "the last 7 pixels of rows and columns fill no patch and are not read\n" in out) == (0, True)
+    assert (status, "the last 7 pixels of each row and column are in no patch and not read\n" in out) == (0, True)
     for more in ("img_size=16",), ("dynamic_img_size=true", "dynamic_img_pad=true"):
         sets = (word for size in more for word in ("--set", size))
         status, out, _ = growkit(capsys, *words, *sets, "--run", tmp_path, "--force")
