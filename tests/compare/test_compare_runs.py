@@ -537,7 +537,8 @@ def test_runs_of_another_machine_are_not_mixed(source, digits, tmp_path):
     run_compare(tmp_path, source, digits, settings)
     begun = tmp_path / "compare" / "begun.json"
     content = json.loads(begun.read_text())
-    assert content["machine"] == {"device": "cpu", "precision": "float32", "torch": torch.__version__}
+    assert content["machine"] == {"device": "cpu", "torch": torch.__version__}
+    assert content["recipe"]["precision"] == content["operator"]["precision"] == "float32"  # what auto is on a CPU
     begun.write_text(json.dumps({**content, "machine": {**content["machine"], "device": "cuda"}}))
     with pytest.raises(GrowkitError, match="begun with device cuda, not cpu"):
         run_compare(tmp_path, source, digits, settings, resume=True)
