@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,15 +24,16 @@ from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, fresh, named
 from growkit.text import counted
 from growkit.train.batch_size import STEP, with_batch_size
+from growkit.train.compiling import with_compile
 from growkit.train.data import Data, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader, leads, restarted, sharded, size, whole
 from growkit.train.loop import FitResult, fit, refuse_unusable
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
-from growkit.train.resume import METRICS, STATE, batch_size_of
+from growkit.train.resume import METRICS, STATE, begun_with
 from growkit.train.score import Scores, read_through, score_model, worse
-from growkit.train.settings import AUTO, FitSettings
+from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 
 OPERATOR_RUN = "operator"  # inside a run: the state to resume operator training
 LAST = "last"  # inside a trained folder: the state to resume, and the last weights, beside the best
@@ -243,9 +245,10 @@ def _train_operator(
     """
     folder, learns = job.run.path / OPERATOR_RUN, any(p.requires_grad for p in grown.parameters())
     if learns:
-        operator = _sized(grown, opened, operator, device, job.say, folder if goes_on else None)
-    elif operator.batch_size == AUTO:  # only training can search for it
-        operator = replace(operator, batch_size=FitSettings.batch_size)
+        operator = _settled(job, grown, opened, operator, device, folder if goes_on else None)
+    else:  # nothing is trained that could be tried
+        size = FitSettings.batch_size if operator.batch_size == AUTO else operator.batch_size
+        operator = replace(operator, batch_size=size, compile=None)
     if made := refuse_unusable(opened, operator, device, resumed=folder if learns and goes_on else None):
         job.say(f"goes on after update {made}")
 
@@ -338,7 +341,7 @@ def _fit_into(
     model = source.model()
     if command == "train" and (unread := unread_pixels(model)):
         say(unread)
-    settings = _sized(model, opened, settings, chosen, say, folder / LAST if goes_on else None)
+    settings = _settled(job, model, opened, settings, chosen, folder / LAST if goes_on else None)
     made = refuse_unusable(opened, settings, chosen, resumed=folder / LAST if goes_on else None)
     start: Scores | None = None
     scored = folder / LAST / START
@@ -429,18 +432,32 @@ def _kept_scores(path: Path) -> Scores | None:
     return kept if all(isinstance(value, int | float) for value in asdict(kept).values()) else None
 
 
-def _sized(
-    model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say, resumed: Path | None
+def _settled(
+    job: Job, model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, resumed: Path | None
 ) -> FitSettings:
-    """Settle the batch size: as given, or found automatically once per run and then read from the state in `resumed`.
+    """Settle what is auto: tried once per run, and then read from the state in `resumed`.
 
     Raises:
         GrowkitError: not even one image fits in memory, or the device does not support the settings.
     """
     refuse_tf32(settings, device)
+    if resumed is not None and settings.compile == COMPILE_AUTO:
+        settings = replace(settings, compile=begun_with(resumed, "compile", str, NoneType))
+        job.say(f"--compile auto: {'compiled' if settings.compile else 'not compiled'}, as the run was started")
     if resumed is not None and settings.batch_size == AUTO:
-        settings = replace(settings, batch_size=batch_size_of(resumed))
-        say(f"--batch-size {settings.batch_size} is what the run was started with")
+        settings = replace(settings, batch_size=begun_with(resumed, "batch_size", int))
+        job.say(f"--batch-size {settings.batch_size} is what the run was started with")
+    sized = _sized(model, opened, settings, device, job.say)
+    refuse_unusable(opened, replace(sized, compile=None), device)  # before what takes a minute
+    return with_compile(model, opened, sized, device, job.say, job.tell)
+
+
+def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, say: Say) -> FitSettings:
+    """Settle the batch size.
+
+    Raises:
+        GrowkitError: not even one image fits in memory.
+    """
     sized = with_batch_size(model, opened, settings, device)
     images = size_of(opened.train)
     if settings.batch_size > images:

@@ -154,6 +154,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--data with one split": ((*GROW, "--data", "half"), "half"),
     "--batch-size 0": ((*GROW, *DATA, "--batch-size", "0"), "--batch-size 0"),
     "--batch-size auto of compare": (("compare", "small", *TO, *DATA, "--batch-size", "-1"), "give a number here"),
+    "--compile auto of compare": (("compare", "small", *TO, *DATA, "--compile", "auto", *QUICK), "name the mode here"),
     "--aa unknown": (("finetune", "small", *DATA, "--aa", "nonsense"), "--aa nonsense: no policy that timm knows"),
     "--opt unknown to compare": (("compare", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
     "--opt unknown to sweep": (("sweep", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
@@ -449,6 +450,25 @@ def test_batch_size_is_found_once_for_a_run(
     status, out, err = growkit(capsys, *words, "--resume")
     assert status == 0, err
     assert "--batch-size 8 is what the run was started with" in out
+
+
+@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
+def test_compiling_is_decided_once_for_a_run(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: Callable[..., tuple[str, ...]],
+) -> None:
+    from growkit.train import compiling
+
+    words = stopped(*command, "--compile", "auto")
+    monkeypatch.setattr(compiling, "_stopwatch", lambda *_: pytest.fail("timed again"))
+    status, out, err = growkit(capsys, *words, "--resume")
+    assert status == 0, err
+    assert "--compile auto: not compiled, as the run was started" in out
+    *_, step = json.loads((tmp_path / "record.json").read_text())["steps"]
+    assert (step["options"].get("operator") or step["options"])["compile"] is None
 
 
 GOES_ON = "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere"

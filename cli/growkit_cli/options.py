@@ -138,7 +138,9 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_recipe(panel: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command that trains many models the options for training each, collected into its argument `recipe`."""
-    return with_settings(FitSettings, name="recipe", panel=panel, skip=("lr", "eval_every", "tensorboard", "shard"))
+    skip = ("lr", "eval_every", "tensorboard", "shard")
+    undecided = {"compile": field_docs(FitSettings)["compile"].partition(";")[0] + "."}
+    return with_settings(FitSettings, name="recipe", panel=panel, skip=skip, docs=undecided)
 
 
 def _flag(name: str) -> tuple[str, ...]:

@@ -96,18 +96,32 @@ def largest_batch(
 def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
     keep_what_fits(model, (count, *images.shape[1:]), precision_on(images.device, settings.precision))
     try:
-        with mode_kept(model), multiplying(settings.tf32), made_once(model, batches):
-            for _ in range(batches):
-                with autocast(settings.precision, images.device):
-                    model.train()(images[:1].expand(count, -1, -1, -1).contiguous()).float().square().mean().backward()
+        try_update(model, model, images[:1].expand(count, -1, -1, -1).contiguous(), settings, batches)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS has another
         if not is_memory_full(error):
             raise
         return False
     finally:
-        model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     return True
+
+
+def try_update(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, settings: FitSettings, batches: int = 1
+) -> None:
+    """Run `batches` batches of `images` forwards and backwards, `forward` being `model` or what calls it.
+
+    Nothing is learned, and the gradients are dropped.
+    """
+    try:
+        with mode_kept(model), multiplying(settings.tf32), made_once(model, batches):
+            model.train()
+            for _ in range(batches):
+                with autocast(settings.precision, images.device):
+                    logits = forward(images)
+                logits.float().square().mean().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def with_batch_size(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> FitSettings:

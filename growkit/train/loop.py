@@ -22,7 +22,7 @@ from growkit.train.length import Length, length_of
 from growkit.train.precision import precision_on, refuse_tf32
 from growkit.train.progress import Progress, no_progress, rate
 from growkit.train.score import Scores
-from growkit.train.settings import FitSettings
+from growkit.train.settings import COMPILE_AUTO, FitSettings
 from growkit.train.training import REMEDY, Training, optimizer_of
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
@@ -100,7 +100,7 @@ def fit(
             finite, --tf32 on a device without it, no state to resume from, or a state of another run.
         KeyboardInterrupt: a second signal, or a first one before anything was learned.
     """
-    _refuse_rates(settings)
+    _refuse_settings(settings)
     length = length_of(data, settings)
     if settings.model_ema and evaluate is None:
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
@@ -365,7 +365,7 @@ def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, 
         GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, no
             state to resume from, or a state of another run.
     """
-    _refuse_rates(settings)
+    _refuse_settings(settings)
     length_of(data, settings)
     optimizer_of(nn.Linear(1, 1), settings)
     return 0 if resumed is None else int(_state_of(resumed, _identity(data, settings, device))["step"])
@@ -381,7 +381,9 @@ class _StoppedError(Exception):
     """A stop was requested between the batches of an update."""
 
 
-def _refuse_rates(settings: FitSettings) -> None:
+def _refuse_settings(settings: FitSettings) -> None:
+    if settings.compile == COMPILE_AUTO:
+        raise GrowkitError("--compile auto: only grow, finetune and train decide it; name the mode here")
     if settings.min_lr > settings.lr:
         raise GrowkitError(f"--min-lr {settings.min_lr}: expected at most the learning rate, {settings.lr}")
     if settings.lr * settings.weight_decay >= 1:

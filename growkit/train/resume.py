@@ -92,14 +92,14 @@ def _difference(name: str, was: object, now: object) -> str:
     return f"{name} {was}, not {now}"
 
 
-def batch_size_of(folder: Path) -> int:
-    """Images per batch of the run whose state is in `folder`.
+def begun_with(folder: Path, name: str, *kinds: type) -> Any:
+    """Return the setting `name`, of one of the `kinds`, that the run whose state is in `folder` was started with.
 
     Raises:
-        GrowkitError: there is none, or it is damaged.
+        GrowkitError: there is no state, or it is damaged.
     """
-    found = _read_state(folder / STATE)["identity"].get("batch_size")
-    if not isinstance(found, int):
+    found = _read_state(folder / STATE)["identity"].get(name)
+    if not isinstance(found, kinds):
         raise _damaged(folder / STATE)
     return found
 

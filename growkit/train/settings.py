@@ -10,7 +10,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CACHES = ("none", "ram", "device")
 AUTO = -1  # the batch size that asks for the largest that fits
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-COMPILE_MODES = ("default", *CUDA_GRAPHS)
+COMPILE_AUTO = "auto"
+COMPILE_MODES = ("default", *CUDA_GRAPHS, COMPILE_AUTO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class FitSettings:
     """Let CUDA multiply with 10-bit mantissas in training: TF32, and scaled float16 in an operator's ring."""
 
     compile: str | None = None
-    """Compile the network with torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune."""
+    """torch.compile's mode: default, reduce-overhead (CUDA graphs) or max-autotune; auto times whether it pays."""
 
     grad_checkpointing: bool = False
     """Compute each block again in the backward pass: less memory for a third more arithmetic."""

@@ -1,0 +1,118 @@
+"""Whether compiling the network makes a run shorter: it is timed both ways."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from growkit.errors import GrowkitError, first_line
+from growkit.train import distributed, made_weights
+from growkit.train.batch_size import recompute_blocks, telling_what_fits, try_update
+from growkit.train.batches import images_per_batch, train_batches
+from growkit.train.data import Data
+from growkit.train.length import length_of
+from growkit.train.memory import keep_what_fits
+from growkit.train.precision import precision_on
+from growkit.train.progress import Say, StartProgress, each
+from growkit.train.seeds import seeded
+from growkit.train.settings import COMPILE_AUTO, FitSettings
+
+MODE = "default"  # the mode that is tried: those with CUDA graphs hold more memory
+ROUNDS = 5  # batches timed each way, in turns
+SHORTEST = 10.0  # seconds; a run that takes less is over before a transformer is compiled
+
+Forward = Callable[..., Any]
+
+
+def with_compile(
+    model: nn.Module, data: Data, settings: FitSettings, device: torch.device, say: Say, tell: StartProgress
+) -> FitSettings:
+    """Return the settings with `--compile auto` replaced: by a mode if compiling makes the run shorter, or by None.
+
+    Forward and backward passes of the run's batch are timed; the weights stay as they are. Of several processes, the
+    slowest counts.
+
+    Raises:
+        GrowkitError: memory is full without compiling, or the model is to be sharded: at this point it is still whole.
+    """
+    if settings.compile != COMPILE_AUTO:
+        return settings
+    if settings.shard:
+        raise GrowkitError("--compile auto times a whole model; with --shard name the mode, or leave it out")
+    batches = length_of(data, settings).total * settings.grad_accum_steps
+    with seeded("compile", device=device), telling_what_fits(model, data, settings, device):
+        seconds = _stopwatch(model, data, settings, device)
+        seconds(model)  # warms up
+        total = batches * _slowest(seconds(model))
+    if total < SHORTEST:
+        say(f"--compile auto: not compiled; the run takes about {total:.0f} s, compiling alone takes longer")
+        return replace(settings, compile=None)
+    made_weights.leave_uncompiled(model)
+    with seeded("compile", device=device):
+        times, failure = _times(model, seconds, tell)
+    if failures := distributed.gathered(failure):
+        say(f"--compile auto: not compiled; it cannot be here: {failures[0]}")
+        return replace(settings, compile=None)
+    plain, compiled, compiling = map(_slowest, times)
+    after = pays_after(plain, compiled, compiling)
+    told = f"a batch takes {compiled / plain:.2f} x the time, compiling {compiling:.0f} s"
+    if after < batches:
+        say(f"--compile auto: compiled; {told}: that pays after {after:,.0f} of {batches:,} batches")
+        return replace(settings, compile=MODE)
+    say(f"--compile auto: not compiled; {told}: that does not pay in {batches:,} batches")
+    return replace(settings, compile=None)
+
+
+def pays_after(plain: float, compiled: float, compiling: float) -> float:
+    """Return the number of batches after which compiling has paid; infinite if it never does.
+
+    All in seconds: a batch uncompiled, a batch compiled, and compiling.
+    """
+    return compiling / (plain - compiled) if compiled < plain else math.inf
+
+
+def _stopwatch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Callable[[Forward], float]:
+    """Return what times a batch of `model`, forwards and backwards, given the model or what calls it."""
+    model.to(device)
+    if settings.grad_checkpointing:
+        recompute_blocks(model)
+    size = images_per_batch(data, settings) // distributed.size()
+    few = replace(settings, batch_size=distributed.size(), workers=0)
+    image = next(train_batches(data, few, 0, 1, device=device))[0][:1].to(device)
+    images = image.expand(size, -1, -1, -1).contiguous()
+    keep_what_fits(model, images.shape, precision_on(device, settings.precision))
+
+    def seconds(forward: Forward) -> float:
+        began = time.perf_counter()
+        try_update(model, forward, images, settings)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return seconds
+
+
+def _times(
+    model: nn.Module, seconds: Callable[[Forward], float], tell: StartProgress
+) -> tuple[tuple[float, float, float], list[str]]:
+    """Return the seconds of a batch uncompiled, compiled and of compiling, and why it failed, if it did."""
+    try:
+        progress = tell("compiling")
+        progress(0, 1)
+        compiled = torch.compile(model, mode=MODE)
+        first = seconds(compiled)
+        progress(1, 1)
+        rounds = [(seconds(model), seconds(compiled)) for _ in each(range(ROUNDS), tell("timing uncompiled, compiled"))]
+    except Exception as error:  # dynamo, the compiler, the driver and a full memory each raise their own kinds
+        return (0.0, 0.0, 0.0), [first_line(error, 160)]
+    plain, fast = map(median, zip(*rounds, strict=True))
+    return (plain, fast, first - fast), []
+
+
+def _slowest(seconds: float) -> float:
+    return distributed.largest(round(1e6 * seconds)) / 1e6
