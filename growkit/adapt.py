@@ -19,6 +19,7 @@ from torch import Tensor
 from growkit.arch import build, find, parse_sets, vit
 from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
+from growkit.seeds import random_kept
 from growkit.source import Source
 from growkit.text import counted, some
 
@@ -175,8 +176,8 @@ def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
 
 def _with_new_head(source: Source, count: int, names: Sequence[str] | None, seed: int) -> Source:
     own = source.architecture.classes
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_kept():
+        torch.default_generator.manual_seed(seed)
         model = source.model()
         model.reset_classifier(count)
     has = f"{own} classes" if own else "no head"

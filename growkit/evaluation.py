@@ -36,7 +36,7 @@ class Answering:
     preprocessing: dict[str, Any]
     labels: tuple[str, ...] | None
     outputs: int
-    sha256: str  # of the weights or the ONNX file; empty for timm:NAME
+    sha256: str  # of the weights or the ONNX file
 
 
 def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size: int | None = None) -> Data:

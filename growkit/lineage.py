@@ -12,7 +12,7 @@ LARGEST = 1e100  # of numbers; rejects infinity and NaN too
 KEYS = (
     "stage",  # trained, grown or finetuned by growkit; given for any other origin
     "name",  # of its file or folder, or timm:NAME
-    "sha256",  # of its weights; empty for timm:NAME
+    "sha256",  # of its weights; empty for random ones
     "source",  # the sha256 of the weights it was made from; empty for random weights
     "architecture",
     "width",
@@ -39,7 +39,7 @@ def ancestors(source: Source) -> list[Entry]:
     Empty if `source` is random weights. Unknown facts are left out of an entry.
     """
     history = source.history or {}
-    if not (history or source.sha256 or source.path.startswith(FETCHED)):
+    if not (history or source.sha256):
         return []
     listed = history.get("ancestors")
     earlier = [_plain(entry) for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []

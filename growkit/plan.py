@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cross_entropy
 
 from growkit.adapt import with_classes, with_input
@@ -16,7 +15,7 @@ from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import AXES
 from growkit.core.ring_plan import contraction_plan
-from growkit.grow import grow, lossless_gap
+from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking
 from growkit.methods.mango import Mango
@@ -91,10 +90,12 @@ def plan_growth(
     tried = RANKS if "mango" in able(source.architecture, target) else ()
     counted = each((*METHODS, *tried), progress)
     methods = tuple(_method_cost(str(name), source, target, batch_size) for name in islice(counted, len(METHODS)))
-    small, ranks = source.model(), list[RankCost]()
-    for rank in counted:
-        # the start depends on the rank only in that rank 1 has one path and higher ranks have two
-        ranks.append(_rank_cost(int(rank), source, target, batch_size, ranks[-1].gap if int(rank) > 2 else small))
+    small, ranks, gap = source.model(), list[RankCost](), 0.0
+    for rank in map(int, counted):
+        grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
+        if rank <= 2:  # higher ranks start as rank 2 does, with two paths
+            gap = lossless_gap(small, grown.materialize(), seed=0)
+        ranks.append(_rank_cost(rank, grown, target, batch_size, gap))
     both = (source.architecture, target)
     return Plan(
         target=target.name,
@@ -111,13 +112,8 @@ def plan_growth(
     )
 
 
-def _rank_cost(
-    rank: int, source: Source, target: Architecture, batch_size: int, start: VisionTransformer | float
-) -> RankCost:
-    """Cost of Mango at a rank, and its gap to the network `start` at step 0; a float `start` is that gap, known."""
-    grown = grow(source.architecture, target, source.state, GrowSettings(rank=rank))
+def _rank_cost(rank: int, grown: GrownModel, target: Architecture, batch_size: int, gap: float) -> RankCost:
     assert isinstance(grown.method, Mango)
-    gap = start if isinstance(start, float) else lossless_gap(start, grown.materialize(), seed=0)
     shape, cores = _ring_shapes(grown.method)
     ring = grown.method.ring
     contraction = contraction_plan(ring.equation, shape, cores, ring.order)

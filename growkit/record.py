@@ -20,7 +20,6 @@ PACKAGES = (
     "onnxscript",
     "numpy",
     "safetensors",
-    "opt_einsum",
     "optuna",
     "scipy",
     "matplotlib",
@@ -38,6 +37,7 @@ class RunFolder:
         self.path = path
         self.command_line = command_line
         self.trained = path / "trained"
+        self.operator = path / "operator"  # the state from which operator training resumes
         self.grown = path / "grown"
         self.finetuned = path / "finetuned"
         self.onnx = path / "onnx"

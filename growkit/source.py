@@ -1,11 +1,13 @@
 """Load SOURCE and MODEL arguments, a file, a model folder, timm:NAME or hf-hub:OWNER/NAME, as a Source."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
@@ -16,6 +18,7 @@ from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
+from growkit.seeds import random_kept
 from growkit.settings import Loading
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -34,7 +37,7 @@ class Source:
     path: str
     architecture: Architecture
     state: dict[str, Tensor] = field(repr=False)
-    sha256: str  # of the weights file; empty for timm:NAME
+    sha256: str  # of the weights file, for timm:NAME of what it would be; empty for random weights
     preprocessing: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
     labels: tuple[str, ...] | None
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
@@ -133,31 +136,34 @@ def named(name: str, sets: Sequence[str], classes: int = 1) -> tuple[Architectur
 
 def untrained(architecture: Architecture, *, seed: int) -> dict[str, Tensor]:
     """Return timm's random weights, the same for the same seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_kept():
+        torch.default_generator.manual_seed(seed)
         return build(architecture.name, architecture.arguments).state_dict()
 
 
 def _load_timm(path: str) -> Source:
     name = path.removeprefix(TIMM)
-    architecture = find(name)
+    plain = find(name).name
     _ask_quietly()
     try:
         # a tag, as in deit_small_patch16_224.fb_in1k, selects among published weights
-        model = timm.create_model(name if "." in name else architecture.name, pretrained=True)
+        model = timm.create_model(name if "." in name else plain, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
         reason = first_line(error)
         raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
+    architecture = find(name, {"num_classes": model.num_classes})  # a tag may have others, or no head
     config = {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING}
+    state = model.state_dict()
+    architecture.check(state)
     return Source(
-        path,
-        architecture,
-        model.state_dict(),
-        "",
-        _preprocessing(architecture, config),
-        None,
-        None,
-        (),
+        path=path,
+        architecture=architecture,
+        state=state,
+        sha256=hashlib.sha256(safetensors.torch.save(state)).hexdigest(),
+        preprocessing=_preprocessing(architecture, config),
+        labels=None,
+        history=None,
+        notes=(),
     )
 
 

@@ -126,7 +126,7 @@ def child(job: dict[str, Any], out: str, err: str, said: int) -> None:
 # what commands import on their way: once here instead of in each process
 LOADED = (
     *("growkit.compare.compare", "growkit.compare.sweep", "growkit.deploy.verify", "growkit.deploy.triton_check"),
-    *("growkit.evaluation", "growkit.pipeline", "growkit.report.run"),
+    *("growkit.evaluation", "growkit.fitting", "growkit.growing", "growkit.report.run"),
     *("matplotlib.pyplot", "networkx", "onnx.reference", "onnxscript"),
     *("optuna", "timm.optim", "torch._dynamo", "torch.export", "torch.onnx"),
 )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, read_checkpoint, replace_model, write_model
 from growkit.errors import GrowkitError
 from growkit.files import read_json, sha256_of
+from growkit.growing import grow_model
 from growkit.job import Job
-from growkit.pipeline import grow_model
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
 from growkit.source import load_source

@@ -23,8 +23,8 @@ from typer.main import get_command
 
 from growkit import __version__, source
 from growkit.errors import GrowkitError
+from growkit.growing import grow_model
 from growkit.job import Job
-from growkit.pipeline import grow_model
 from growkit.record import RunFolder
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.train.score import Scores
@@ -429,7 +429,7 @@ def test_batch_that_memory_bounds_is_said_to_be_the_largest_that_fits(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("growkit.pipeline.with_batch_size", lambda *given: replace(given[2], batch_size=4))
+    monkeypatch.setattr("growkit.stage.with_batch_size", lambda *given: replace(given[2], batch_size=4))
     options = ("--batch-size", "auto", "--steps", "1", "--workers", "0", "--run", tmp_path)
     status, out, _ = growkit(capsys, "finetune", "small", *DATA, *options)
     assert (status, "--batch-size 4 is the largest that fits cpu; --lr 0.0001 is not scaled" in out) == (0, True)
@@ -567,7 +567,7 @@ def test_operators_that_python_trains_have_the_commands_defaults(
         asked.append(settings)
         raise GrowkitError("enough")
 
-    monkeypatch.setattr("growkit.pipeline.open_data", opened)
+    monkeypatch.setattr("growkit.growing.open_data", opened)
     run, small = RunFolder(tmp_path / "run"), source.load_source(place / "small")
     with pytest.raises(GrowkitError, match="enough"):
         grow_model(Job(run), small, "vit_tiny", GrowSettings(seed=3), sets=TO[3::2], data=str(place / "images"))
@@ -648,7 +648,8 @@ def test_training_that_does_harm_is_said(
 ) -> None:
     monkeypatch.chdir(place)
     found = iter((0.9, 0.5))
-    monkeypatch.setattr("growkit.pipeline.score_model", lambda *_, **__: Scores(next(found), 1.0, 1.0, 0.0, 15))
+    for module in ("growing", "fitting"):
+        monkeypatch.setattr(f"growkit.{module}.score_model", lambda *_, **__: Scores(next(found), 1.0, 1.0, 0.0, 15))
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     status, out, _ = growkit(capsys, *words)
     assert status == 0
@@ -961,7 +962,7 @@ def test_demo_says_nothing_on_stdout_but_its_json(
         print("a line of the first command")
         raise GrowkitError("enough")
 
-    monkeypatch.setattr("growkit.pipeline.train_model", fail)
+    monkeypatch.setattr("growkit.fitting.train_model", fail)
     status, out, err = growkit(capsys, "demo", tmp_path / "demo", "--json")
     assert (status, out) == (2, "")
     assert "a line of the first command" in err

@@ -12,6 +12,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "__init__": "",
     "errors": "",
     "text": "",
+    "seeds": "",
     "ranges": "errors",
     "settings": "ranges",
     "files": "errors",
@@ -26,13 +27,13 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "arch.*": "errors arch.spec",
     "arch": "errors arch",
     "methods": "errors settings core arch.spec methods",
-    "source": "errors settings checkpoint arch",
-    "adapt": "errors text arch source",
+    "source": "errors seeds settings checkpoint arch",
+    "adapt": "errors text seeds arch source",
     "lineage": "source",
     "grow": "ranges settings core arch methods",
     "pictures": "errors text",
     "train.settings": "errors ranges",
-    "train": "errors ranges text files float32 mcnemar pictures train",
+    "train": "errors ranges text files float32 mcnemar seeds pictures train",
     "deploy.settings": "ranges deploy.form",
     "deploy.form": "errors ranges",
     "deploy": "errors ranges text files float32 mcnemar record pictures deploy",
@@ -46,8 +47,10 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "serving": "errors settings text files record source train deploy evaluation history",
     "history": "record arch source lineage train",
     "job": "files record train.progress",
-    "pipeline": f"{ALL} history job",
-    "demo": f"{ALL} pipeline",
+    "stage": "text files checkpoint train job",
+    "growing": f"{ALL} history job stage",
+    "fitting": f"{ALL} history job stage",
+    "demo": ALL,
 }
 
 
@@ -107,7 +110,7 @@ def test_no_direction_is_allowed_that_nothing_takes(row: str) -> None:
         ("arch.vit", "from growkit.arch import find", "growkit.arch.find"),
         ("train.loop", "from growkit import grow", "growkit.grow"),
         ("deploy.export", "def f():\n    import growkit.methods.mango", "growkit.methods.mango"),
-        ("pipeline", "from growkit_cli import console", "growkit_cli.console"),
+        ("growing", "from growkit_cli import console", "growkit_cli.console"),
         ("report.page", "from .plot import draw", ".plot.draw"),
         ("files", "from growkit.errors_of_others import x", "growkit.errors_of_others.x"),
     ],
@@ -120,7 +123,7 @@ def test_import_from_a_higher_layer_is_found(module: str, line: str, culprit: st
     ("module", "line"),
     [
         ("methods.mango", "from growkit.arch import spec"),
-        ("pipeline", "from growkit import __version__\nimport growkit.grow\nimport torch"),
+        ("growing", "from growkit import __version__\nimport growkit.grow\nimport torch"),
     ],
 )
 def test_import_from_a_lower_layer_is_allowed(module: str, line: str) -> None:

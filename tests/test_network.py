@@ -18,6 +18,7 @@ import torch
 from pairs import published_scale, tiny
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from growkit.errors import GrowkitError
 from growkit.source import load_source
@@ -118,6 +119,30 @@ def test_what_asks_is_seen_to_ask(source: str, place: Path) -> None:
     status, said = listened(place, ["plan", source, *TO])
     assert status == 77
     assert "NETWORK: socket." in said
+
+
+@pytest.mark.parametrize(
+    ("tag", "classes"),
+    [("augreg_in21k_ft_in1k", 1000), ("augreg_in21k", 21843), ("dino", 0)],
+)
+def test_published_weights_of_any_tag_are_loaded_with_the_classes_they_have(
+    tag: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm as it is, but that the weights are random in place of fetched."""
+    create = timm.create_model
+
+    def unfetched(name: str, pretrained: bool) -> nn.Module:
+        assert pretrained
+        torch.manual_seed(0 if tag == "dino" else classes)
+        return create(name)
+
+    monkeypatch.setattr("growkit.source.timm.create_model", unfetched)
+    source = load_source(f"timm:vit_small_patch16_224.{tag}")
+    assert source.architecture.classes == classes
+    assert source.model().num_classes == classes
+    assert load_source(f"timm:vit_small_patch16_224.{tag}").sha256 == source.sha256 != ""
+    monkeypatch.setattr("growkit.source.timm.create_model", lambda name, pretrained: create(name))  # other weights
+    assert load_source(f"timm:vit_small_patch16_224.{tag}").sha256 != source.sha256
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,20 @@ def test_dead_bonds_are_left_out_only_where_they_are_silent():
         assert ring(x).abs().max() == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=4, max_size=4), st.sampled_from(("BOLI", "IBOL", "BLOI")), st.data())
+def test_ring_of_which_whole_slices_are_zero_is_the_same_with_and_without_gradients(ranks, order, data):
+    ring, x = random_ring(dict.fromkeys(AXES, 2), dict.fromkeys(AXES, 3), ranks, order, 0)
+    with torch.no_grad():
+        for axis in AXES:
+            core = ring.cores[axis]
+            for dim in (0, 3):
+                dead = data.draw(st.lists(st.sampled_from(range(core.shape[dim])), max_size=2))
+                core.index_fill_(dim, torch.tensor(dead, dtype=torch.long), 0)
+        assert torch.allclose(ring(x), torch.einsum("boli,boliBOLI->BOLI", x, dense_from_einsum(ring)))
+    assert torch.allclose(ring(x), torch.einsum("boli,boliBOLI->BOLI", x, dense_from_einsum(ring)))
+
+
 @pytest.mark.parametrize("order", ["BOL", "BOLL", "BOLIX", "boli"])
 def test_a_wrong_ring_order_is_refused(order):
     with pytest.raises(GrowkitError, match="ring order"):

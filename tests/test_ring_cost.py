@@ -175,11 +175,10 @@ def test_counting_tells_a_dearer_order_from_the_best(monkeypatch):
         contraction_plan.cache_clear()
 
 
-def test_a_plan_is_found_once_for_each_shape(monkeypatch):
+def test_a_plan_is_found_once_for_each_shape():
     ring, x = on_meta(*SMALL_TO_BASE, (2, 3, 1, 2), "BOLI")
     ring(x)
     searches = contraction_plan.cache_info().misses, cheapest_orders.cache_info().misses
-    monkeypatch.setattr(opt_einsum, "contract_path", None)  # whoever searches fails
     ring(x).sum().backward()
     assert (contraction_plan.cache_info().misses, cheapest_orders.cache_info().misses) == searches
 

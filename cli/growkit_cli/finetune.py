@@ -39,8 +39,8 @@ def finetune(
 
     Example: growkit finetune --data images/ --epochs 20
     """
+    from growkit.fitting import finetune_model
     from growkit.job import Job
-    from growkit.pipeline import finetune_model
     from growkit.record import RunFolder
     from growkit.source import load_source
     from growkit.train.distributed import leads

@@ -61,8 +61,8 @@ def grow(
     """
     from dataclasses import asdict
 
+    from growkit.growing import grow_model
     from growkit.job import Job
-    from growkit.pipeline import grow_model
     from growkit.record import RunFolder
     from growkit.source import load_source
     from growkit.train.distributed import leads

@@ -12,7 +12,7 @@ from growkit.text import counted
 from growkit_cli.console import Console, PlainBar
 
 if TYPE_CHECKING:
-    from growkit.pipeline import Trained
+    from growkit.fitting import Trained
     from growkit.train.loop import FitResult
     from growkit.train.progress import Progress, StartProgress
 

@@ -30,8 +30,8 @@ def train(
 
     Example: growkit train deit_tiny --set img_size=32 --set patch_size=4 --data images/
     """
+    from growkit.fitting import train_model
     from growkit.job import Job
-    from growkit.pipeline import train_model
     from growkit.record import RunFolder
     from growkit.train.distributed import leads
 

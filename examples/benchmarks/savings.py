@@ -29,11 +29,12 @@ from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.settings import CompareSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json
+from growkit.fitting import train_model
 from growkit.history import served_settings
 from growkit.job import Job
-from growkit.pipeline import LAST, train_model
 from growkit.record import RunFolder, hardware
 from growkit.source import Source, load_source
+from growkit.stage import LAST
 from growkit.train.progress import Progress, say_nothing
 from growkit.train.settings import FitSettings
 

@@ -36,7 +36,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as a file name; distinct for distinct arms."""
-        return re.sub(r"[^a-z0-9.=]+", "-", self.name.lower()).strip("-")
+        return re.sub(r"[^a-z0-9.=+]+", "-", self.name.lower()).strip("-")
 
 
 def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], bool]) -> list[Arm]:

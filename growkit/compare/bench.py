@@ -29,7 +29,7 @@ from growkit.train.batches import images_per_batch
 from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.length import Length, length_of
-from growkit.train.loop import FitResult, fit, refuse_unusable
+from growkit.train.loop import FitResult, fit, refuse_settings
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Progress, StartProgress, no_progress, start_nothing
 from growkit.train.resume import STATE
@@ -90,20 +90,20 @@ class Bench:
     _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # results of `learned`
     _prices: dict[GrowSettings | Literal["source", "target"], int] = field(default_factory=dict, repr=False)
 
-    def refuse_unusable(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
+    def refuse_settings(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
         """Raise GrowkitError if the recipe is unusable at one of `rates`, or the operator's at `operator_rates`."""
         for settings, tried in ((self.recipe, rates), (self.operator, operator_rates)):
             refuse_tf32(settings, self.device)
             for lr in tried:
-                refuse_unusable(self.data, replace(settings, lr=lr), self.device)
+                refuse_settings(self.data, replace(settings, lr=lr))
 
-    def read_through(self) -> None:
-        """Read every validation image once.
+    def read_through(self, *, test: bool) -> None:
+        """Read every held-out image once, and with `test` every test image.
 
         Raises:
             GrowkitError: an image cannot be read; the message names it.
         """
-        for part in (self.data, self.test):
+        for part in (self.data, self.test) if test else (self.data,):
             read_through(part, self.recipe, self.device, progress=self.tell("reading the validation images"))
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Progress = no_progress) -> Start:
@@ -314,7 +314,7 @@ class Bench:
             warmup *= steps / full.total
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
         fitted = self._fit(start.model, recipe, folder, self.score, progress, watch)
-        if fitted.judged is not None and fitted.judged is not start.model:
+        if fitted.judged is not start.model:
             start.model.load_state_dict(fitted.judged.state_dict())
         first = start.after_operator or start.step0
         curve = [] if start.step0 is None else [(0, start.step0)]

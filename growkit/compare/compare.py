@@ -44,7 +44,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """For files."""
-        return f"{self.arm.slug}-b{self.budget:g}-s{self.seed}-lr{self.lr:g}"
+        return f"{self.arm.slug}-b{self.budget!r}-s{self.seed}-lr{self.lr!r}"
 
 
 class Comparison:
@@ -61,7 +61,7 @@ class Comparison:
         self.seeds = range(bench.recipe.seed, bench.recipe.seed + settings.seeds)
         self.total = len(self.arms) * len(self.budgets) * (len(self.lrs) + len(self.seeds) - 1)
         self.finished = 0
-        self._rates: dict[str, float] = {}  # of operator training, by arm
+        self._rates: dict[str, float | None] = {}  # of operator training, by arm; None where every rate failed
 
     def prepare(self) -> None:
         """Refuse what cannot work before anything runs, and record what is compared.
@@ -71,11 +71,11 @@ class Comparison:
                 settings or of another version.
         """
         own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
-        self.bench.refuse_unusable(self.lrs, [*self.operator_lrs, *own_rates])
+        self.bench.refuse_settings(self.lrs, [*self.operator_lrs, *own_rates])
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.job, self.bench, own, free=EXTENDABLE)
+        begin(self.job, self.bench, own, free=EXTENDABLE, test=True)
 
     def run(self) -> list[dict[str, Any]]:
         """Make every missing run and score the chosen ones on the test images; return all results.
@@ -202,8 +202,16 @@ class Comparison:
             return arm.operator_lr or self.operator_lrs[0]
         made = (self._result(Cell(arm, budget, self.seeds[0], lr)) for budget in self.budgets for lr in self.lrs)
         used = [found["operator_lr"] for found in made if found is not None and "failed" not in found]
-        if used or arm.slug in self._rates:  # a choice is final
-            return float(used[0]) if used else self._rates[arm.slug]
+        if used:  # a choice is final
+            return float(used[0])
+        if arm.slug not in self._rates:
+            self._rates[arm.slug] = self._best_operator_lr(arm)
+        if (chosen := self._rates[arm.slug]) is None:
+            raise GrowkitError(f"{arm.name}: its operator failed at every rate of {self.settings.operator_lrs}")
+        return chosen
+
+    def _best_operator_lr(self, arm: Arm) -> float | None:
+        """Train the arm's operator at every rate, on the first seed; None if all fail."""
         tried: dict[float, float] = {}
         for lr in self.operator_lrs:
             try:
@@ -215,17 +223,19 @@ class Comparison:
                 continue
             assert start.after_operator is not None
             tried[lr] = start.after_operator.loss
-        if not tried:
-            raise GrowkitError(f"{arm.name}: its operator failed at every rate of {self.settings.operator_lrs}")
-        self._rates[arm.slug] = min(tried, key=tried.__getitem__)
-        return self._rates[arm.slug]
+        return min(tried, key=tried.__getitem__, default=None)
 
     def _test(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Score a chosen run on the test images, once."""
+        """Score a chosen run on the test images, once; where that fails, the run has failed."""
         folder = self.runs / cell.slug
-        model = self.bench.fresh(cell.arm)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        result["test"] = asdict(self.bench.score(model, test=True))
+        try:
+            with failing():
+                model = self.bench.fresh(cell.arm)
+                model.load_state_dict(load_file(folder / WEIGHTS))
+                result["test"] = asdict(self.bench.score(model, test=True))
+        except RunFailedError as reason:
+            result["failed"] = f"on the test images: {reason}"
+            self.job.say(f"{cell.name}: failed on the test images, the others go on ({reason})")
         write_json(folder / "result.json", result)
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:

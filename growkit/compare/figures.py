@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from growkit.compare.arms import SCRATCH, Arm
 from growkit.compare.metric import cost_of, curve_of
@@ -10,6 +10,7 @@ from growkit.compare.savings import Estimate, Saving, estimate, saving
 from growkit.compare.settings import numbers
 from growkit.settings import GrowSettings
 
+E = TypeVar("E", Estimate, Saving)
 Run = Mapping[str, Any]  # the result.json of a run
 
 
@@ -83,6 +84,7 @@ def arm_figures(
         alone = [cost_of(targets[seed], targets[seed]["final"][metric], metric) for seed in paired]
         scratch = [cost for cost in alone if cost is not None]  # its own end is always reached
         spent = [by_seed.get(seed, targets[seed])["flops"] for seed in paired]
+        complete = len(paired) == len(seeds)  # in some seed, training from scratch may have failed
         own_source = 0.0 if (arm.grow is None and not arm.control) or arm.fresh_source else source_flops
         return ArmFigures(
             name=name,
@@ -93,8 +95,10 @@ def arm_figures(
             operator_flops=max((run["operator_flops"] for run in whole), default=0),
             budgets=tuple(_budget(own, chosen, budget, len(seeds)) for budget in budgets),
             flops_to_target=costs,
-            saving=saving(costs, spent, scratch),
-            saving_including_source=None if own_source is None else saving(costs, spent, scratch, source=own_source),
+            saving=_interval_if(complete, saving(costs, spent, scratch)),
+            saving_including_source=None
+            if own_source is None
+            else _interval_if(complete, saving(costs, spent, scratch, source=own_source)),
             curve=_mean_curve(whole, metric),
             seconds=estimate([run["seconds"] + run["operator_seconds"] for run in whole]),
             failures=tuple(_failure(run) for run in runs if run["arm"] == name and "failed" in run),
@@ -124,7 +128,7 @@ def _budget(own: Sequence[Run], chosen: Sequence[Run], budget: float, seeds: int
     base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == SCRATCH and r["budget"] == budget}
     ahead = [run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base]
     top1, loss, ahead_by = (
-        found if found is None or len(mine) == seeds else replace(found, low=None, high=None)
+        _interval_if(found is not None and found.count == seeds, found)
         for found in (_mean(mine, "test", "top1"), _mean(mine, "test", "loss"), estimate(ahead))
     )
     return BudgetFigures(
@@ -136,6 +140,11 @@ def _budget(own: Sequence[Run], chosen: Sequence[Run], budget: float, seeds: int
         ahead=ahead_by,
         flops=next((run["flops"] for run in mine), None),
     )
+
+
+def _interval_if(complete: bool, found: E | None) -> E | None:
+    """Drop the interval of what is not of all seeds: it would say nothing of those that failed."""
+    return found if found is None or complete else replace(found, low=None, high=None)
 
 
 def _mean(runs: Sequence[Run], scores: str, name: str) -> Estimate | None:

@@ -16,19 +16,23 @@ from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
 from growkit.record import hardware, versions
+from growkit.train.data import size_of
 from growkit.train.loop import comparable
+from growkit.train.resume import difference
 
 BEGUN = "begun.json"
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
     """What must be identical for runs to be comparable."""
+    images = {"training images": bench.data.train, "held-out images": bench.data.val, "test images": bench.test.val}
     return {
         "schema": SCHEMA,
         "growkit": __version__,
         "source": {"sha256": bench.source.sha256, **_described(bench.source.architecture)},
         "target": _described(bench.target),
         "data": {name: str(value) for name, value in bench.data.identity.items()},
+        "images": {name: size_of(images) for name, images in images.items()},
         "recipe": comparable(bench.recipe, bench.device),
         "operator": comparable(bench.operator, bench.device),
         "machine": {"device": bench.device.type, "torch": torch.__version__},
@@ -56,10 +60,11 @@ def refuse_begun(job: Job, folder: Path) -> None:
         refuse_existing(folder, job.force, BEGUN, resumable=(folder / BEGUN).exists())
 
 
-def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -> None:
+def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str], test: bool) -> None:
     """Record in the folder what is measured there; a folder that starts anew is emptied first.
 
-    All validation images are read first, since one that cannot be read would make every run fail at scoring.
+    All images that are to be scored, with `test` those of the test too, are read first: one that cannot be read
+    would make every run fail at scoring.
 
     Raises:
         GrowkitError: on resuming, the folder holds results of another version, of settings other than `own` (those in
@@ -71,13 +76,12 @@ def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str]) -
     if goes_on:
         differing = _first_difference(read_own(path), own, free)
         if differing is not None:
-            name, was, now = differing
-            raise GrowkitError(f"{path}: begun with {name} {was}, not {now}; give the same, or --run elsewhere")
+            raise GrowkitError(f"{path}: begun with {difference(*differing)}; give the same, or --run elsewhere")
     elif job.resume:
         if folder.exists() and any(folder.iterdir()):
             raise GrowkitError(f"{folder}: nothing to resume; --force replaces it, --run writes elsewhere")
         job.say(f"{folder}: nothing was begun there before, it begins now")
-    bench.read_through()
+    bench.read_through(test=test)
     if goes_on and (folder / UNREADABLE).exists():
         bench.data.unreadable.update(dict.fromkeys(read_json(folder / UNREADABLE)))
     if goes_on:

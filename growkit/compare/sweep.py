@@ -101,10 +101,10 @@ class Pilot:
             GrowkitError: every operator uses up the budget, or the folder holds another sweep.
         """
         rates = numbers("--lrs", self.settings.lrs), numbers("--operator-lrs", self.settings.operator_lrs)
-        self.bench.refuse_unusable(*rates)
+        self.bench.refuse_settings(*rates)
         self._leave_out_what_is_too_dear()
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.job, self.bench, own, free=("trials",))
+        begin(self.job, self.bench, own, free=("trials",), test=False)
 
     def _leave_out_what_is_too_dear(self) -> None:
         """Drop combinations whose operator uses up the budget; raise GrowkitError if none is left."""

@@ -1,23 +1,22 @@
 """Products of several tensors, pair by pair in the cheapest order, and their gradients.
 
-opt_einsum finds the order. Its own calls plan anew each time, and torch.einsum copies both factors of a pair into an
-axis order that suits it; either may take longer than the product. So the larger factor keeps its memory layout wherever
-the summed indices are adjacent, (before, summed, after) becoming (before, new, after), or lie at both ends, (lead,
-before, summed) becoming (before, new). float16 factors make float16 intermediates, summed as in `float32_sums`; the
-result of the last product and the gradients of the operands are then float32.
+All orders are compared; a ring has 180. opt_einsum's calls plan anew each time, and torch.einsum copies both factors of
+a pair into an axis order that suits it; either may take longer than the product. So the larger factor keeps its memory
+layout wherever the summed indices are adjacent, (before, summed, after) becoming (before, new, after), or lie at both
+ends, (lead, before, summed) becoming (before, new). float16 factors make float16 intermediates, summed as in
+`float32_sums`; the result of the last product and the gradients of the operands are then float32.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 from math import prod
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-import opt_einsum
 import torch
 from torch import Tensor
 
@@ -76,15 +75,15 @@ def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[O
 
     The first may multiply two operands that both want a gradient, to save next to nothing.
     """
-    best, info = opt_einsum.contract_path(equation, x, *cores, shapes=True, optimize="optimal")
     paths, over, left, factors = _orders(equation)
-    sizes = np.array([float(info.size_dict[index]) for index in _letters(equation)])
+    size_of = dict(zip("".join(terms_of(equation)), chain(x, *cores), strict=True))
+    sizes = np.array([float(size_of[index]) for index in _letters(equation)])
     forwards = np.where(over, sizes, 1).prod(-1) * (1 + (over != left).any(-1))  # (orders, products)
     flops = forwards.sum(-1)
     training = flops + (forwards * factors).sum(-1) + forwards[:, :-1].sum(-1)
     elements = np.where(left, sizes, 1).prod(-1)  # of each product's result
     largest, intermediates = elements.max(-1), elements[:, :-1].sum(-1)
-    number = paths.index(tuple(tuple(step) for step in best))
+    number = int(np.lexsort((training, flops))[0])
     other = int(np.where(flops <= SPARE * flops[number], training, np.inf).argmin())
     chosen = (number, other) if training[other] < training[number] else (number,)
     found = flops, training, largest, intermediates
@@ -118,7 +117,7 @@ def _orders(equation: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray, np
 
 @lru_cache(maxsize=8)
 def _paths(operands: int) -> tuple[Path, ...]:
-    """List all pairwise orders as opt_einsum writes them: places among the remaining operands, each product last."""
+    """List all pairwise orders as opt_einsum writes them: places among what is left, each product last."""
     if operands == 1:
         return ((),)
     return tuple((pair, *rest) for pair in combinations(range(operands), 2) for rest in _paths(operands - 1))
@@ -131,7 +130,7 @@ def terms_of(equation: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def pairs_of(equation: str, path: Path) -> tuple[Pair, ...]:
-    """Return the products of `path`, an opt_einsum order; the first operand, and what comes of it, is the large one."""
+    """Return the products of `path`, one of `_paths`; the first operand, and what comes of it, is the large one."""
     result = equation.split("->")[1]
     waiting = list(enumerate(terms_of(equation)))  # places and their indices
     made = len(waiting)

@@ -148,4 +148,5 @@ def _independent_rings(cores: list[Tensor]) -> list[list[Tensor]]:
     for _ in range(len(met).bit_length()):
         met = (met @ met > 0).float()
     groups = [row.bool().to(cores[0].device).split(ranks) for row in met.unique(dim=0)]
-    return [[core[group[n]][..., group[(n + 1) % 4]] for n, core in enumerate(cores)] for group in groups]
+    rings = [[core[group[n]][..., group[(n + 1) % 4]] for n, core in enumerate(cores)] for group in groups]
+    return [ring for ring in rings if all(core.numel() for core in ring)]  # one without an index on some bond is zero

@@ -30,7 +30,7 @@ class Sliced(torch.autograd.Function):
         grown = grown_like(x, equation, cores)
         factors, scales = [x, *cores], None
         if halves:
-            factors, scales, ctx.steeper = _halved(equation, plan, factors)
+            factors, scales, ctx.headroom = _halved(equation, plan, factors)
             whole = scales.prod()
         keeping, kept = room // (factors[0].element_size() * plan.elements), list[Tensor]()
         with nullcontext() if scales is None else float32_sums():
@@ -38,7 +38,7 @@ class Sliced(torch.autograd.Function):
                 keep = kept if number < keeping else None
                 if plan.parts > 1:
                     made = product(equation, plan.path, slice_, keep=keep)
-                    _hand_round(made if scales is None else made.mul_(whole), places)
+                    _all_gather(made if scales is None else made.mul_(whole), places)
                 elif scales is None:
                     product(equation, plan.path, slice_, out=places[0], keep=keep)
                 else:
@@ -53,20 +53,20 @@ class Sliced(torch.autograd.Function):
         saved, end = ctx.saved_tensors, len(wanted)
         factors, scales, kept = saved[:end], saved[end], saved[end + 1 :]
         each = len(factors) - 2  # intermediates of a slice
-        steepest = flat = None
+        grad_scale = inverse_scale = None
         if scales is not None:
-            steepest = _scale_of_sums(grad, ctx.plan.parts) * ctx.steeper
-            flat = 1 / steepest
+            grad_scale = _scale_of_sums(grad, ctx.plan.parts) * ctx.headroom
+            inverse_scale = 1 / grad_scale
         found: list[Tensor | None] = [None] * len(wanted)
         cut = 1 + _position(ctx.equation, ctx.plan)
         pieces: list[Tensor] = []  # of the gradient of the core that is cut
         with without_autocast(grad.device.type), nullcontext() if scales is None else float32_sums():
             for nth, (places, slice_) in enumerate(cut_up(ctx.equation, ctx.plan, grad, factors)):
-                above = _sum_of_own(places)
-                if flat is not None:
-                    above = halved(above, flat)
+                upstream = _reduce_scatter(places)
+                if inverse_scale is not None:
+                    upstream = halved(upstream, inverse_scale)
                 here = kept[nth * each : (nth + 1) * each]
-                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, above, wanted, here)):
+                for number, part in enumerate(_gradients(ctx.equation, ctx.plan.path, slice_, upstream, wanted, here)):
                     total = found[number]
                     if part is None:
                         continue
@@ -77,9 +77,9 @@ class Sliced(torch.autograd.Function):
                     else:
                         total += part
         if pieces:
-            found[cut] = _among_zeros(torch.cat(pieces, dim=2), ctx.plan.parts)
-        if steepest is not None:
-            for part, scale in zip(found, steepest * scales.prod() / scales, strict=True):
+            found[cut] = _padded(torch.cat(pieces, dim=2), ctx.plan.parts)
+        if grad_scale is not None:
+            for part, scale in zip(found, grad_scale * scales.prod() / scales, strict=True):
                 if part is not None:
                     part.mul_(scale)
         return None, None, None, None, *found
@@ -133,8 +133,8 @@ def _number(parts: int) -> int:
     return dist.get_rank() if parts > 1 else 0
 
 
-def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
-    """Write what each process made to its place, on every process (all-gather)."""
+def _all_gather(made: Tensor, places: Sequence[Tensor]) -> None:
+    """Write what each process made to its place, on every process."""
     if len(places) == 1 or made.is_meta:
         places[_number(len(places))].copy_(made)
         return
@@ -144,8 +144,8 @@ def _hand_round(made: Tensor, places: Sequence[Tensor]) -> None:
         place.copy_(part)
 
 
-def _sum_of_own(places: Sequence[Tensor]) -> Tensor:
-    """Sum what lies in this process's place over all processes (reduce-scatter)."""
+def _reduce_scatter(places: Sequence[Tensor]) -> Tensor:
+    """Sum what lies in this process's place over all processes."""
     own = places[_number(len(places))]
     if len(places) == 1 or own.is_meta:
         return own
@@ -162,7 +162,7 @@ def _scale_of_sums(grad: Tensor, parts: int) -> Tensor:
     return scale * 2 ** (parts - 1).bit_length()
 
 
-def _among_zeros(own: Tensor, parts: int) -> Tensor:
+def _padded(own: Tensor, parts: int) -> Tensor:
     """Pad this process's part of a core's gradient with zeros where the other processes have theirs."""
     if parts == 1:
         return own

@@ -25,12 +25,10 @@ def carry_mean(source: Architecture, target: Architecture, weights: Weights, gro
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
     tail = new % old
-    if not (tail and source.centred and source.has(NORM)):
+    if tail < 2 or not (source.centred and source.has(NORM)):
         return grown
     gain = weights[f"{NORM}.weight"]
     spread = gain - gain.mean()
-    if tail < 2:
-        return grown
     variance = spread.square().mean()
     even = variance == 0  # nothing to carry; not a branch, which would wait for a GPU and is impossible on meta tensors
     signs = alternating(tail, gain)

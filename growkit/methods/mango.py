@@ -4,7 +4,7 @@ The six matrices of all layers are stacked into one tensor and grown by `RingOpe
 and the head are grown by `expand` with maps of their own. Cores and maps are the trainable parameters.
 
 --variant says how the ring is initialised: `lossless`, to the source's function; `noisy`, to that plus noise on every
-entry of the first path, at whatever cost; `random`, to normal numbers that keep the weights' scale.
+entry of the cores, at whatever cost; `random`, to normal numbers that keep the weights' scale.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ from growkit.settings import GrowSettings
 ATTENTION = ("q", "k", "v", "o")
 HIDDEN = ("in", "gate")  # the slots that write the MLP's hidden units; the gate only in a SwiGLU
 MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, *HIDDEN, "out"))
-FIRST_PATH_NOISE = 0.1  # share of --noise, because nothing cancels it here
+CORE_NOISE = 0.1  # share of --noise, because nothing cancels it here
 READ = "_read"  # suffix of the map that readers of a space take, where it differs from the writers'
 MOST_RANK = 1024  # wider than any bond needs to be: its cores would outgrow the model
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
@@ -235,7 +235,7 @@ def _slots(
 def _disturb(ring: RingOperator, noise: float, generator: torch.Generator) -> None:
     """Add noise to every entry of the cores, relative to what a row of such a core needs to keep the scale."""
     for core in ring.cores.values():
-        deviation = FIRST_PATH_NOISE * noise / (core.shape[0] * core.shape[1]) ** 0.5
+        deviation = CORE_NOISE * noise / (core.shape[0] * core.shape[1]) ** 0.5
         core += deviation * torch.randn(core.shape, generator=generator, dtype=core.dtype)
 
 

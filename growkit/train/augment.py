@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from growkit.errors import GrowkitError
+from growkit.seeds import number_of, random_kept, seed_all
 from growkit.train.erasing import NOTHING, ErasedBatch, Erasing, boxes_and_noise
 from growkit.train.normalise import Normalisation, sent, values
-from growkit.train.seeds import number_of, random_kept, seed_all
 from growkit.train.settings import FitSettings
 
 RATIO = (3 / 4, 4 / 3)  # timm's and torchvision's

@@ -16,7 +16,9 @@ from growkit.train.data import Data, size_of
 from growkit.train.free_memory import free_bytes, limited
 from growkit.train.made_weights import made_once
 from growkit.train.memory import keep_what_fits, step_peak, without_storage
+from growkit.train.optimizer import ADAMW_KEEPS, numbers_kept
 from growkit.train.precision import autocast, precision_on
+from growkit.train.resident import Resident
 from growkit.train.score import mode_kept
 from growkit.train.settings import AUTO, FitSettings
 
@@ -70,8 +72,10 @@ def largest_batch(
 
     small, large = counted(8), counted(16)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if isinstance(data.val, Resident):
+        data.val.decoded.on(device)  # as those to train on are by now
     # queried after counting, which loads parts of torch; the weights are already allocated
-    room = ROOM * free_bytes(device) + own
+    room = ROOM * free_bytes(device) + own - _beside(model, own, settings)
     each = max(1, (large - small) // 8)
     pairs, most = _together(settings), size_of(data.train) // distributed.size()
 
@@ -91,6 +95,13 @@ def largest_batch(
     while fits and not suits(fits):
         fits = fits // 2 // pairs * pairs
     return fits
+
+
+def _beside(model: nn.Module, own: int, settings: FitSettings) -> int:
+    """Bytes that training holds besides what `step_peak` counts: the moving average, what exceeds AdamW's moments."""
+    learned = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    more = max(0.0, numbers_kept(settings) - ADAMW_KEEPS)
+    return int(more * learned) + (own if settings.model_ema else 0)
 
 
 def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
@@ -166,7 +177,8 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     if settings.shard:
         raise GrowkitError(f"{told}; give a smaller --batch-size and more --grad-accum-steps, or more processes")
     # tried on a single process only: DDP would send a trial's gradients; the remedy has two batches or more
-    fits = min(largest_batch(model, data, settings, device, 2, tried=processes == 1), wanted - 1)
+    there = replace(settings, model_ema=False)  # it takes its room already
+    fits = min(largest_batch(model, data, there, device, 2, tried=processes == 1), wanted - 1)
     pairs = _together(settings)
     if fits < pairs:
         none = f"{told}, and what is free now holds not even {_FEWEST[pairs]}; {MORE_ROOM}"

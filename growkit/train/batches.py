@@ -11,13 +11,13 @@ from torch.utils.data import Sampler
 
 from growkit.errors import GrowkitError
 from growkit.pictures import UnreadablePictureError
+from growkit.seeds import seeded
 from growkit.train.augment import augmented
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import part, rank, size
 from growkit.train.erasing import ErasedBatch
 from growkit.train.loading import Augmented, Read, loaded
 from growkit.train.resident import Resident
-from growkit.train.seeds import seeded
 from growkit.train.settings import AUTO, FitSettings
 
 MOST_UNREADABLE = 0.1  # share of the training images; more is no accident, and would amount to another data set
@@ -68,7 +68,7 @@ def train_batches(
         data.train.decoded.on(device)
         told = data.train.decoded.told
         data.unreadable.update(dict.fromkeys(told))
-        _refuse_many(len(told), data.train.decoded.shape[0], told)
+        _refuse_many(len(told), size_of(data.train), told)
         for number, places in enumerate(sampler, start=first):
             images, labels = data.train.batch(torch.tensor([index for _, index in places]), device)
             whole = sampler.whole

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from growkit.errors import GrowkitError, first_line
+from growkit.seeds import seeded
 from growkit.train import distributed, made_weights
 from growkit.train.batch_size import recompute_blocks, telling_what_fits, try_update
 from growkit.train.batches import images_per_batch, train_batches
@@ -19,7 +20,6 @@ from growkit.train.length import length_of
 from growkit.train.memory import keep_what_fits
 from growkit.train.precision import precision_on
 from growkit.train.progress import Say, StartProgress, each
-from growkit.train.seeds import seeded
 from growkit.train.settings import COMPILE_AUTO, FitSettings
 
 MODE = "default"  # the mode that is tried: those with CUDA graphs hold more memory

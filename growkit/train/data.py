@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from growkit.errors import GrowkitError, first_line
+from growkit.seeds import seeded
 from growkit.train import posterize
 from growkit.train.augment import refuse_other_augmentation
 from growkit.train.distributed import by_leader, size
@@ -25,7 +26,6 @@ from growkit.train.loading import STAND_INS, in_order
 from growkit.train.normalise import Normalisation
 from growkit.train.progress import StartProgress, start_nothing
 from growkit.train.resident import Decoded, Resident
-from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
 TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
@@ -101,7 +101,7 @@ def open_data(
         files: dict[str, str] = {"dataset": data}
     else:
         train, val, classes = open_folders(Path(data), settings.val_split, mode)
-        files = {"files": _digest(train.reader.samples, train.reader.root)}
+        files = {name: _digest(split.reader) for name, split in (("files", train), ("validation files", val))}
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
     normalised = Normalisation(config["mean"], config["std"])
     posterize.use_in_policies()
@@ -132,7 +132,7 @@ def open_data(
         Resident(
             Decoded(
                 split,
-                partial(in_order, split, stand_ins, settings),
+                partial(in_order, stand_ins=stand_ins, settings=settings),
                 config["input_size"],
                 settings.cache,
                 partial(tell, f"decoding the {what} images"),
@@ -198,8 +198,7 @@ def _part(dataset: Any, index: list[int]) -> Dataset[Any]:
 def labels_of(dataset: Any) -> list[int]:
     """Return the label of every image, without reading images if the dataset knows its labels."""
     if isinstance(dataset, Resident):
-        inner = labels_of(dataset.decoded.dataset)
-        return [inner[place] for place in dataset.index.tolist()]
+        return labels_of(dataset.decoded.dataset)
     if isinstance(dataset, Subset):
         inner = labels_of(dataset.dataset)
         return [inner[place] for place in dataset.indices]
@@ -280,9 +279,9 @@ def _class_names(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "classes", [])]
 
 
-def _digest(samples: list[tuple[str, int]], root: str) -> str:
+def _digest(reader: FolderReader) -> str:
     """Hash the list of files and labels; moving the folder does not change the hash."""
-    lines = (f"{Path(name).relative_to(root).as_posix()}\t{label}\n" for name, label in samples)
+    lines = (f"{Path(name).relative_to(reader.root).as_posix()}\t{label}\n" for name, label in reader.samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
 

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from growkit.errors import GrowkitError, first_line
 from growkit.pictures import NOT_READABLE, UnreadablePictureError, unreadable
+from growkit.seeds import random_kept, seed_all
 from growkit.text import some
 from growkit.train.erasing import Erased, together
-from growkit.train.seeds import random_kept, seed_all
 from growkit.train.settings import FitSettings
 
 PATIENCE = 60  # seconds that a worker keeps reading after SIGTERM

@@ -19,11 +19,12 @@ from growkit.train.batch_size import telling_what_fits
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, size_of
 from growkit.train.length import Length, length_of
+from growkit.train.optimizer import optimizer_of
 from growkit.train.precision import precision_on, refuse_tf32
 from growkit.train.progress import Progress, no_progress, rate
 from growkit.train.score import Scores
 from growkit.train.settings import COMPILE_AUTO, FitSettings
-from growkit.train.training import REMEDY, Training, optimizer_of
+from growkit.train.training import REMEDY, Training
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
 # settings that change how a run is watched or fed, never what it computes
@@ -100,7 +101,7 @@ def fit(
             finite, --tf32 on a device without it, no state to resume from, or a state of another run.
         KeyboardInterrupt: a second signal, or a first one before anything was learned.
     """
-    _refuse_settings(settings)
+    _refuse_values(settings)
     length = length_of(data, settings)
     if settings.model_ema and evaluate is None:
         raise GrowkitError("--model-ema needs data to evaluate on; leave it out here")
@@ -356,19 +357,24 @@ class _Run:
         return f"; the state of update {updates} is in {self.folder}" if self.folder and updates else ""
 
 
-def refuse_unusable(data: Data, settings: FitSettings, device: torch.device, *, resumed: Path | None = None) -> int:
-    """Refuse early what `fit` would refuse of these settings; return how many updates a resumed run has made.
-
-    `resumed` is the folder of a run to resume.
+def refuse_settings(data: Data, settings: FitSettings) -> None:
+    """Refuse early what `fit` would refuse of these settings.
 
     Raises:
-        GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide, no
-            state to resume from, or a state of another run.
+        GrowkitError: no such optimizer, lengths or rates that do not fit together, a batch that does not divide.
     """
-    _refuse_settings(settings)
+    _refuse_values(settings)
     length_of(data, settings)
     optimizer_of(nn.Linear(1, 1), settings)
-    return 0 if resumed is None else int(_state_of(resumed, _identity(data, settings, device))["step"])
+
+
+def updates_made(folder: Path, data: Data, settings: FitSettings, device: torch.device) -> int:
+    """Return how many updates the run in `folder` has made that is to be resumed.
+
+    Raises:
+        GrowkitError: no state to resume from, or a state of another run.
+    """
+    return int(resuming.load_state(folder, _identity(data, settings, device))["step"])
 
 
 def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +387,7 @@ class _StoppedError(Exception):
     """A stop was requested between the batches of an update."""
 
 
-def _refuse_settings(settings: FitSettings) -> None:
+def _refuse_values(settings: FitSettings) -> None:
     if settings.compile == COMPILE_AUTO:
         raise GrowkitError("--compile auto: only grow, finetune and train decide it; name the mode here")
     if settings.min_lr > settings.lr:

@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from growkit.errors import GrowkitError
 from growkit.train.free_memory import free_bytes
@@ -20,7 +20,8 @@ ROOM = 0.8  # of the free memory that images may take
 class Decoded:
     """All images of `dataset`, decoded when first needed.
 
-    read     gives batches of uint8 images (n, C, H, W) and labels (n,), in order, and lines about unreadable images
+    read     gives a dataset's batches of uint8 images (n, C, H, W) and labels (n,), in order, and lines about
+             unreadable images
     size     (C, H, W) of an image
     cache    where they stay: "device", the one that asked last, or "ram"
     begin    called when decoding begins; returns what receives its progress
@@ -31,7 +32,7 @@ class Decoded:
     def __init__(
         self,
         dataset: Dataset[Any],
-        read: Callable[[], Iterator[Any]],
+        read: Callable[[Dataset[Any]], Iterator[Any]],
         size: Sequence[int],
         cache: str,
         begin: Callable[[], Progress],
@@ -42,6 +43,10 @@ class Decoded:
         self.told: list[str] = []
         self.labels = torch.empty(0, dtype=torch.long)
         self._images: Tensor | None = None
+
+    def part(self, index: Sequence[int]) -> "Decoded":
+        """Return a subset, which decodes its own images alone."""
+        return Decoded(Subset(self.dataset, index), self.read, self.shape[1:], self.cache, self.begin)
 
     def on(self, device: torch.device) -> Tensor:
         """Return the uint8 images (N, C, H, W) from where they are cached for use on `device`.
@@ -68,7 +73,7 @@ class Decoded:
         labels: list[Tensor] = []
         done, progress, began = 0, self.begin(), time.perf_counter()
         progress(0, len(images))
-        for (batch, found), told in self.read():
+        for (batch, found), told in self.read(self.dataset):
             self.told += told
             images[done : done + len(batch)] = batch
             labels.append(found)
@@ -79,26 +84,22 @@ class Decoded:
 
 
 class Resident(Dataset[Any]):
-    """Images of `decoded` and their normalisation; gives whole batches, not single images.
+    """Images of `decoded` and their normalisation; gives whole batches, not single images."""
 
-    index   which of its images, in order; all of them when left out
-    """
-
-    def __init__(self, decoded: Decoded, normalised: Normalisation, index: Tensor | None = None):
+    def __init__(self, decoded: Decoded, normalised: Normalisation):
         self.decoded, self.normalised = decoded, normalised
-        self.index = torch.arange(decoded.shape[0]) if index is None else index
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.decoded.shape[0]
 
-    def part(self, index: Sequence[int]) -> Self:
-        """Return a subset by indices into this one; images are decoded once for all subsets."""
-        return type(self)(self.decoded, self.normalised, self.index[torch.as_tensor(index)])
+    def part(self, index: Sequence[int]) -> "Resident":
+        """Return a subset, which decodes its own images alone."""
+        return Resident(self.decoded.part(index), self.normalised)
 
     def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return uint8 images (len(places), C, H, W), and labels, which stay on the CPU."""
-        images, chosen = self.decoded.on(device), self.index[places]
-        return sent(images[sent(chosen, images.device)], device), self.decoded.labels[chosen]
+        images = self.decoded.on(device)
+        return sent(images[sent(places, images.device)], device), self.decoded.labels[places]
 
     def evaluation(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised images and labels at the indices of each batch."""

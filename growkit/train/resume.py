@@ -1,6 +1,7 @@
 """The state from which a stopped run resumes: written atomically, read without unpickling code."""
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     state = _read_state(folder / STATE)
     before = state["identity"]
     differing = [
-        _difference(name, before.get(name), identity.get(name))
+        difference(name, before.get(name), identity.get(name))
         for name in sorted(before.keys() | identity.keys())
         if before.get(name) != identity.get(name)
     ]
@@ -78,10 +79,11 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _difference(name: str, was: object, now: object) -> str:
+def difference(name: str, was: object, now: object) -> str:
     """Say in words how an entry of an identity differs: hashes tell the user nothing, and class lists may be long."""
-    if name == "files":
-        return "other training images (some were added, removed or renamed)"
+    if name in ("files", "validation files"):
+        which = "training" if name == "files" else "validation"
+        return f"other {which} images (some were added, removed or renamed)"
     if name == "source":
         return "another model (its weights differ)"
     if name == "classes" and isinstance(was, list) and isinstance(now, list):
@@ -108,10 +110,13 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not notice a flipped bit
+            state: Any = (
+                None if archive.testzip() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            )
     except Exception:  # torch raises whatever its reader stumbles over
-        state = {}
-    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        state = None
+    if not isinstance(state, dict) or not {"identity", "step", "training"} <= state.keys():
         raise _damaged(path)
     return state
 
@@ -144,7 +149,7 @@ def cut_metrics(folder: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] > step:
                 break
-        except ValueError:
+        except (ValueError, KeyError, TypeError):  # a line that is not ours
             break
         kept.append(line)
     with whole_file(path) as partial:

@@ -3,20 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GrowkitError
+from growkit.seeds import seeded
 from growkit.train import distributed, made_weights
 from growkit.train import resume as resuming
 from growkit.train.batch_size import recompute_blocks
@@ -25,14 +24,11 @@ from growkit.train.data import Data
 from growkit.train.flops import count_making, count_step
 from growkit.train.memory import keep_what_fits, without_storage
 from growkit.train.normalise import sent
+from growkit.train.optimizer import optimizer_of
 from growkit.train.precision import amp_dtype, autocast, precision_on
 from growkit.train.score import predictor, require_labels
-from growkit.train.seeds import seeded
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 
-SGD = ("sgd", "momentum", "nesterov")
-UNSHARDED = ("adafactor", "kron", "novograd")  # their updates fail on torch's DTensor
-FUSED = ("adamw", "adam", *SGD)  # timm's names for what torch updates in one kernel
 REMEDY = "try a lower --lr, a longer --warmup-epochs, a lower --clip-grad or --precision fp32"
 SMALLEST_SCALE = 2**-8  # loss scale in float16: 24 halvings below its start, one for each skipped update
 
@@ -199,35 +195,6 @@ def _own_gradients(leaves: Iterable[Tensor]) -> None:
     for leaf in leaves:
         if leaf.grad is not None:
             leaf.grad = leaf.grad.clone()
-
-
-def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
-    """Make the optimizer for the parameters of `model` that require a gradient.
-
-    Raises:
-        GrowkitError: timm has no such optimizer, it is of second order, or it cannot update sharded parameters.
-    """
-    if settings.shard and any(name in settings.opt.lower() for name in UNSHARDED):
-        raise GrowkitError(f"--opt {settings.opt}: it cannot update sharded weights; leave out --shard, or give adamw")
-    # timm's models name what must not decay
-    spared: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
-    groups = [group for group in groups if group["params"]]
-    # torch's DTensor has no fused SGD, and fused SGD reads momentum it never wrote if float16 skips the first update
-    plain = settings.opt in SGD and (settings.shard or settings.precision == "fp16")
-    fused = {"fused": True} if settings.opt in FUSED and not plain else {}
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, settings.opt, lr=settings.lr, **fused)
-    except (ValueError, AssertionError, KeyError) as error:
-        known, name = list_optimizers(), settings.opt.lower().removeprefix("lookahead_")
-        near = [] if name in known else get_close_matches(name, known, n=3)
-        told = f"nearest: {', '.join(near)}" if near else "give adamw, sgd, lamb or another of timm's"
-        raise GrowkitError(
-            f"--opt {settings.opt}: not an optimizer timm can make ({first_line(error)}); {told}"
-        ) from None
-    if getattr(optimizer, "is_second_order", False):
-        raise GrowkitError(f"--opt {settings.opt}: it asks for second derivatives, which are not computed here")
-    return optimizer
 
 
 def _loss(settings: FitSettings, outputs: int) -> tuple[Callable[[Any, Tensor], Tensor], Any]:

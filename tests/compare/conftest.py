@@ -6,8 +6,8 @@ import pytest
 from compare_samples import RECIPE, SMALL
 
 from growkit.demo import write_digits
+from growkit.fitting import train_model
 from growkit.job import Job
-from growkit.pipeline import train_model
 from growkit.record import RunFolder
 from growkit.source import Source, load_source
 

@@ -3,6 +3,7 @@
 import pytest
 
 from growkit.compare.arms import parse_arm, parse_arms
+from growkit.compare.compare import Cell
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 
@@ -36,7 +37,10 @@ def test_options_of_an_arm_reach_its_settings():
 
 def test_arms_that_differ_have_files_that_differ():
     texts = ["mango", "mango:rank=4", "mango:noise=0.1", "mango:noise=0.01", "mango:lr=1e-4", "mango:lr=1e-3"]
-    assert len({parse_arm(text).slug for text in texts}) == len(texts)
+    texts += ["mango:noise=1e+1", "mango:noise=1e-1"]
+    arms = [parse_arm(text) for text in texts]
+    assert len({arm.slug for arm in arms}) == len(arms)
+    assert len({Cell(arms[0], 1.0, 0, lr).slug for lr in (1e-3, 1.0000001e-3)}) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from compare_samples import RECIPE, options
 from growkit.arch import find_target
 from growkit.compare.compare import compare_methods
 from growkit.compare.savings import flops_to
+from growkit.fitting import train_model
 from growkit.grow import grow
 from growkit.job import Job
-from growkit.pipeline import train_model
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings
 from growkit.source import load_source

@@ -277,6 +277,53 @@ def test_seed_that_failed_counts_as_one_that_never_got_there(source, digits, tmp
     assert "(2 of 3)" in next(line for line in text.splitlines() if line.startswith("| lemon"))
 
 
+def test_seed_of_which_training_from_scratch_failed_leaves_no_interval(source, digits, tmp_path, monkeypatch):
+    failing_train(monkeypatch, lambda arm, run: arm == "from scratch" and run["seed"] == 1)
+    scratch, lemon = run_compare(tmp_path, source, digits, options(methods="lemon", seeds=3)).arms
+    assert len(scratch.failures) == 1
+    assert (lemon.budgets[-1].top1.count, lemon.budgets[-1].top1.low is None) == (3, False)
+    assert (lemon.budgets[-1].ahead.count, lemon.budgets[-1].ahead.low) == (2, None)
+    assert lemon.saving.low is lemon.saving.high is None
+
+
+def test_run_that_fails_on_the_test_images_does_not_end_the_others(source, digits, tmp_path, monkeypatch):
+    score, tests = Bench.score, []
+
+    def failing(self, model, *, test=False):
+        if test:
+            tests.append(model)
+            if len(tests) == 2:  # from scratch comes first
+                raise GrowkitError("the model's outputs are not finite")
+        return score(self, model, test=test)
+
+    monkeypatch.setattr(Bench, "score", failing)
+    lines = []
+    compared = run_compare(tmp_path, source, digits, options(methods="lemon,net2net"), say=lines.append)
+    _, lemon, net2net = compared.arms
+    assert lemon.failures == ("budget 100%, seed 0, lr 0.002: on the test images: the model's outputs are not finite",)
+    assert lemon.budgets[-1].top1 is None
+    assert net2net.budgets[-1].top1 is not None
+    assert any("lr 0.002: failed on the test images, the others go on" in line for line in lines)
+
+
+def test_operator_that_fails_at_every_rate_is_tried_once_at_each(source, digits, tmp_path, monkeypatch):
+    start, tried = Bench.start, []
+
+    def failing(self, arm, seed, operator_lr, *rest):
+        if arm.name == "mango":
+            tried.append(operator_lr)
+            raise GrowkitError("the loss is nan")
+        return start(self, arm, seed, operator_lr, *rest)
+
+    monkeypatch.setattr(Bench, "start", failing)
+    settings = options(methods="mango,lemon", operator_lrs="1e-3,1e-2", budgets="0.5,1", lrs="1e-3,2e-3")
+    _, mango, lemon = run_compare(tmp_path, source, digits, settings).arms
+    assert sorted(tried) == [1e-3, 1e-2]
+    assert len(mango.failures) == 4
+    assert "its operator failed at every rate of 1e-3,1e-2" in mango.failures[0]
+    assert lemon.failures == ()
+
+
 def test_arms_that_end_below_their_start_are_named_and_training_from_scratch_has_none(
     source, digits, tmp_path, monkeypatch
 ):
@@ -532,16 +579,26 @@ def test_resume_leaves_a_folder_alone_that_it_did_not_make(source, digits, tmp_p
     assert (tmp_path / "compare" / "precious.txt").read_text() == "mine"
 
 
-def test_runs_of_another_machine_are_not_mixed(source, digits, tmp_path):
+def test_runs_on_other_images_are_not_mixed(source, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
     settings = options(methods="lemon")
-    run_compare(tmp_path, source, digits, settings)
+    run_compare(tmp_path, source, str(tmp_path / "digits"), settings)
+    place = next((tmp_path / "digits" / "val").rglob("*.png"))
+    place.rename(place.with_stem("another"))
+    with pytest.raises(GrowkitError, match=r"begun with other validation images \(some were added, removed or renamed"):
+        run_compare(tmp_path, source, str(tmp_path / "digits"), settings, resume=True)
+
+
+def test_runs_of_another_machine_are_not_mixed(source, digits, tmp_path):
+    settings, recipe = options(methods="lemon"), replace(RECIPE, precision="auto")
+    run_compare(tmp_path, source, digits, settings, recipe=recipe)
     begun = tmp_path / "compare" / "begun.json"
     content = json.loads(begun.read_text())
     assert content["machine"] == {"device": "cpu", "torch": torch.__version__}
-    assert content["recipe"]["precision"] == content["operator"]["precision"] == "float32"  # what auto is on a CPU
+    assert content["recipe"]["precision"] == "fp32"  # what auto is on a CPU
     begun.write_text(json.dumps({**content, "machine": {**content["machine"], "device": "cuda"}}))
     with pytest.raises(GrowkitError, match="begun with device cuda, not cpu"):
-        run_compare(tmp_path, source, digits, settings, resume=True)
+        run_compare(tmp_path, source, digits, settings, recipe=recipe, resume=True)
 
 
 def test_other_class_names_are_told(source, digits, tmp_path):

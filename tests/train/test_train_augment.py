@@ -12,13 +12,13 @@ from torch import Tensor
 from torchvision.transforms import functional
 from train_samples import CONFIG, Net
 
+from growkit.seeds import seeded
 from growkit.train import augment
 from growkit.train.augment import augmented, jittered
 from growkit.train.batches import train_batches
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
 from growkit.train.normalise import Normalisation, values
-from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]

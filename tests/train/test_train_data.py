@@ -34,6 +34,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from train_samples import CONFIG, write_images
 
 from growkit.errors import GrowkitError
+from growkit.seeds import seeded
 from growkit.train import loading, posterize
 from growkit.train.batches import (
     _ahead,
@@ -49,7 +50,6 @@ from growkit.train.data import Data, channel_config, hold_out, labels_of, open_d
 from growkit.train.erasing import ErasedBatch, Erasing, together
 from growkit.train.loading import PATIENCE
 from growkit.train.normalise import Normalisation
-from growkit.train.seeds import seeded
 from growkit.train.settings import FitSettings
 
 Open = Callable[[FitSettings], Data]

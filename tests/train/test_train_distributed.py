@@ -470,7 +470,7 @@ def test_crops_of_a_part_are_those_of_the_whole_batch(scale_min: float) -> None:
 # asks torchrun to end, there or before training.
 DRIVER = """
 import os, signal, time
-from growkit import pipeline
+from growkit import fitting
 from growkit.train import training
 from growkit_cli.main import main
 real = training.Training.update
@@ -489,7 +489,7 @@ def wait(*_, **__):
         os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
 if os.environ.get("END") == "before training":
-    pipeline.read_through = wait
+    fitting.read_through = wait
 main()
 """
 NETWORK = [word for key in SIZES if key != "num_classes" for word in ("--set", f"{key}={SIZES[key]}")]

@@ -30,9 +30,9 @@ from growkit.train import loop, training, watch
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
 from growkit.train.loop import fit
+from growkit.train.optimizer import optimizer_of
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
-from growkit.train.training import optimizer_of
 from growkit.train.watch import StepRecord
 
 Open = Callable[[FitSettings], Data]

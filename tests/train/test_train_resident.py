@@ -209,17 +209,26 @@ def test_batches_neither_use_nor_change_global_random_state(opened: Open) -> Non
     assert same(*found)
 
 
-def test_images_are_decoded_once_for_all_runs_and_splits(opened: Open, decodings: list[int]) -> None:
+def test_images_are_decoded_once_for_all_runs(opened: Open, decodings: list[int]) -> None:
     data, short = opened(RESIDENT), replace(RESIDENT, steps=2)
     assert decodings == []
     for seed in (0, 1):
         fit(Net(), data, replace(short, seed=seed))
-        chosen, tested = hold_out(data, share=0.3, keep=0.5, seed=seed)
-        fit(Net(), chosen, short)
     assert decodings == [26]
-    list(val_batches(chosen, short))
+
+
+def test_parts_decode_their_own_images_once_and_no_others(opened: Open, decodings: list[int]) -> None:
+    short = replace(RESIDENT, steps=2)
+    chosen, tested = hold_out(opened(RESIDENT), share=0.3, keep=0.5, seed=0)
+    for seed in (0, 1):
+        fit(Net(), chosen, replace(short, seed=seed))
+        fit(Net(), tested, replace(short, seed=seed))
+    assert decodings == [13]
+    for _ in range(2):
+        list(val_batches(chosen, short))
+    assert decodings == [13, 4]
     list(val_batches(tested, short))
-    assert decodings == [26, 12]
+    assert decodings == [13, 4, 8]
 
 
 def test_decoding_is_told_as_it_goes(images: Path) -> None:

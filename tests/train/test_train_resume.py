@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and resumed ends bit for bit where the unbroken one does."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -267,12 +268,20 @@ def test_resuming_with_other_settings_reads_no_image(unbroken: tuple[Run, FitRes
     assert not run.data.train.__getitem__.called
 
 
-def test_resuming_with_other_data_names_the_difference(unbroken: tuple[Run, FitResult], tmp_path: Path) -> None:
+def test_resuming_with_other_data_names_the_difference(
+    unbroken: tuple[Run, FitResult], images: Path, tmp_path: Path
+) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
     write_images(tmp_path / "other", "train", ["cat", "dog"], 14)
     write_images(tmp_path / "other", "val", ["cat", "dog"], 6)
     run.data = open_data(str(tmp_path / "other"), CONFIG, ALL_ON)
     with pytest.raises(GrowkitError, match=r"started with other training images \(some were added, .*\)[;:]"):
+        run.fit(ALL_ON, resume=True)
+    shutil.copytree(images, tmp_path / "same")
+    place = next((tmp_path / "same" / "val").rglob("*.png"))
+    place.rename(place.with_stem("another"))
+    run.data = open_data(str(tmp_path / "same"), CONFIG, ALL_ON)
+    with pytest.raises(GrowkitError, match=r"started with other validation images \(some were added, .*\): give"):
         run.fit(ALL_ON, resume=True)
 
 
@@ -298,6 +307,29 @@ def test_damaged_state_is_refused(tmp_path: Path, opened: Open, content: bytes) 
         Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
 
 
+def test_state_of_which_a_bit_was_flipped_is_refused(tmp_path: Path, opened: Open) -> None:
+    """torch loads it without a word."""
+    run = Run(tmp_path, opened(ALL_ON))
+    with pytest.raises(KilledError):
+        run.fit(ALL_ON, kill_at=6)
+    path = run.folder / "state.pt"
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["training"]["model"]
+    place = content.index(max(weights.values(), key=torch.numel).numpy().tobytes()) + 5
+    content[place] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
+        run.fit(ALL_ON, resume=True)
+
+
+@pytest.mark.parametrize("content", [{}, {"identity": {}}, {"identity": {}, "step": 1}, [1]], ids=str)
+def test_state_that_lacks_something_is_refused(content: object, tmp_path: Path, opened: Open) -> None:
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
+        Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
+
+
 def test_state_that_would_run_code_is_refused(tmp_path: Path, opened: Open) -> None:
     torch.save({"identity": KilledError}, tmp_path / "state.pt")
     with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
@@ -315,14 +347,15 @@ def test_new_run_in_the_folder_forgets_the_old_one(tmp_path: Path, opened: Open)
     assert not (run.folder / "state.pt").exists()
 
 
+@pytest.mark.parametrize("torn", ['{"step": 6, "to', "5\n", '{"loss": 2}\n', '{"step": "x"}\n'])
 def test_torn_last_line_of_metrics_is_written_again(
-    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+    torn: str, unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
 ) -> None:
     whole, _ = unbroken
     run = Run(tmp_path / "torn", opened(ALL_ON))
     with pytest.raises(KilledError):
         run.fit(ALL_ON, kill_at=6)
     with (run.folder / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 6, "to')
+        stream.write(torn)
     run.fit(ALL_ON, resume=True)
     assert run.metrics() == whole.metrics()
