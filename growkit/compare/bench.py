@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,20 +15,17 @@ from growkit.arch import build, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import LONGER, Arm
+from growkit.compare.costs import Costs
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError, UnwritableError, first_line
 from growkit.files import read_json, whole_file, write_json
-from growkit.grow import grow, make_method
+from growkit.grow import grow
 from growkit.job import Job
 from growkit.pictures import UnreadablePictureError
-from growkit.plan import step_flops
-from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
+from growkit.settings import OPERATOR_DEFAULTS
 from growkit.source import Source, untrained
-from growkit.train.batch_size import recompute_blocks
-from growkit.train.batches import images_per_batch
 from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
-from growkit.train.length import Length, length_of
 from growkit.train.loop import FitResult, fit, refuse_settings
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Progress, StartProgress, no_progress, start_nothing
@@ -75,6 +72,7 @@ class Bench:
     test       the images scored once, as validation images
     recipe     how the full budget is spent from scratch
     operator   how operators are trained
+    costs      what arms cost
     tell       receives the progress of scoring
     """
 
@@ -84,11 +82,10 @@ class Bench:
     test: Data
     recipe: FitSettings
     operator: FitSettings
+    costs: Costs
     device: torch.device
     folder: Path
     tell: StartProgress = start_nothing
-    _known: dict[GrowSettings, bool] = field(default_factory=dict, repr=False)  # results of `learned`
-    _prices: dict[GrowSettings | Literal["source", "target"], int] = field(default_factory=dict, repr=False)
 
     def refuse_settings(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
         """Raise GrowkitError if the recipe is unusable at one of `rates`, or the operator's at `operator_rates`."""
@@ -120,7 +117,7 @@ class Bench:
             model.load_state_dict(untrained(self.target, seed=seed))
             return Start(model, None, None, 0, 0.0)
         settings = replace(arm.grow, seed=seed)
-        rate = "" if operator_lr is None else f"-lr{operator_lr:g}"
+        rate = "" if operator_lr is None else f"-lr{operator_lr!r}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
         kept, figures = folder / WEIGHTS, folder / "start.json"
         if kept.exists() and figures.exists():  # a kill may have left only one of them
@@ -133,7 +130,7 @@ class Bench:
             if operator_lr is not None or not figures.exists():
                 found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
                 if operator_lr is not None:
-                    recipe = replace(self.operator, steps=self.operator_steps(arm), lr=operator_lr, seed=seed)
+                    recipe = replace(self.operator, steps=self.costs.operator_steps(arm), lr=operator_lr, seed=seed)
                     fitted = self._fit(grown, recipe, folder, None, progress)
                     model = grown.materialize()
                     with whole_file(kept) as partial:
@@ -187,30 +184,6 @@ class Bench:
         for weights in (self.folder / "starts").glob(f"*/{WEIGHTS}"):
             weights.unlink()
 
-    @property
-    def full(self) -> Length:
-        """Length of training from scratch for the full budget."""
-        return length_of(self.data, self.recipe)
-
-    def operator_steps(self, arm: Arm) -> int:
-        """Number of updates of the arm's operator training; 0 for fixed rules and untrained operators."""
-        if arm.grow is None or not self.learned(arm.grow):
-            return 0
-        steps = self.operator.steps if arm.operator_steps is None else arm.operator_steps
-        assert steps is not None
-        return steps
-
-    def learned(self, settings: GrowSettings) -> bool:
-        """Whether a method has something to train for this pair.
-
-        Raises:
-            GrowkitError: it cannot grow this pair.
-        """
-        if settings not in self._known:
-            method = make_method(self.source.architecture, self.target, settings)
-            self._known[settings] = any(p.requires_grad for p in method.parameters())
-        return self._known[settings]
-
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
         """Score a model on the held-out images, or on the test images."""
         progress = self.tell(f"scoring the {'test' if test else 'held-out'} images")
@@ -225,65 +198,8 @@ class Bench:
 
     def fresh(self, arm: Arm) -> nn.Module:
         """Build the network that the arm trains, with weights yet to be loaded."""
-        trained = self.trained(arm)
+        trained = self.costs.trained(arm)
         return build(trained.name, trained.arguments)
-
-    def trained(self, arm: Arm) -> Architecture:
-        """Architecture that the arm trains: the target, or the source for the control that trains it longer."""
-        return self.source.architecture if arm.name == LONGER else self.target
-
-    def operator_flops(self, arm: Arm) -> int:
-        """FLOPs of the arm's operator training."""
-        steps = self.operator_steps(arm)
-        if not steps or arm.grow is None:
-            return 0
-        priced = replace(arm.grow, noise=0.0)  # noise costs nothing
-        if priced not in self._prices:
-            grown = grow(self.source.architecture, self.target, self.source.state, priced).to("meta")
-            self._prices[priced] = self._priced(grown, self.target)
-        return steps * self._prices[priced]
-
-    def flops_per_step(self, arm: Arm) -> int:
-        """FLOPs of one update of the arm's main training."""
-        priced: Literal["source", "target"] = "source" if arm.name == LONGER else "target"
-        if priced not in self._prices:
-            trained = self.trained(arm)
-            self._prices[priced] = self._priced(build(trained.name, trained.arguments, device="meta"), trained)
-        return self._prices[priced]
-
-    def _priced(self, model: nn.Module, architecture: Architecture) -> int:
-        """FLOPs of an update as `fit` counts it."""
-        if self.recipe.grad_checkpointing:
-            recompute_blocks(model)
-        images = images_per_batch(self.data, self.recipe)
-        return step_flops(model, architecture, images, self.recipe.grad_accum_steps)
-
-    def steps_left(self, arm: Arm, flops: float, spent: float) -> int:
-        """Updates of main training that `flops` pays for after `spent` FLOPs on the operator; possibly none."""
-        return max(0, round((flops - spent) / self.flops_per_step(arm)))
-
-    def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
-        """Like `steps_left`, but at least one.
-
-        Raises:
-            GrowkitError: the budget does not pay for one update.
-        """
-        steps = self.steps_left(arm, flops, spent)
-        if steps < 1 and not spent:
-            raise GrowkitError(
-                f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP does not pay for one update; train for more "
-                "--epochs, or leave out the smallest of --budgets"
-            )
-        if steps < 1:
-            most = int((flops / spent) * self.operator_steps(arm)) - 1
-            fewer = (
-                f"give it fewer --operator-steps (at most {most} here)" if most > 0 else "leave it untrained (steps=0)"
-            )
-            raise GrowkitError(
-                f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, which leaves nothing of a budget of "
-                f"{flops / 1e12:.3g}; train for more --epochs, or {fewer}"
-            )
-        return steps
 
     def train(
         self,
@@ -307,8 +223,8 @@ class Bench:
             GrowkitError: nothing is left to spend, or the loss is not finite.
             KeyboardInterrupt: stopped, with the state saved in `folder`; the next call resumes from it.
         """
-        steps = self.steps_within(arm, flops, start.flops)
-        full, warmup = self.full, self.recipe.warmup_epochs
+        steps = self.costs.steps_within(arm, flops, start.flops)
+        full, warmup = self.costs.full, self.recipe.warmup_epochs
         every = -(-steps // evals) / full.updates_per_epoch
         if warmup is not None:  # the same share of every run, however short
             warmup *= steps / full.total
@@ -364,4 +280,5 @@ def bench_of(
         job.say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     operator = replace(recipe, **own)
-    return Bench(adapted, target, chosen, tested, recipe, operator, device, folder, job.tell)
+    costs = Costs(adapted, target, chosen, recipe, operator)
+    return Bench(adapted, target, chosen, tested, recipe, operator, costs, device, folder, job.tell)

@@ -53,11 +53,11 @@ class Comparison:
     def __init__(self, job: Job, bench: Bench, settings: CompareSettings):
         self.job, self.bench, self.settings = job, bench, settings
         self.runs = bench.folder / "runs"
-        self.arms = parse_arms(settings, learned=bench.learned)
+        self.arms = parse_arms(settings, learned=bench.costs.learned)
         self.budgets = numbers("--budgets", settings.budgets)
         self.lrs = numbers("--lrs", settings.lrs)
         self.operator_lrs = numbers("--operator-lrs", settings.operator_lrs)
-        self.full = bench.flops_per_step(self.arms[0]) * bench.full.total
+        self.full = bench.costs.flops_per_step(self.arms[0]) * bench.costs.full.total
         self.seeds = range(bench.recipe.seed, bench.recipe.seed + settings.seeds)
         self.total = len(self.arms) * len(self.budgets) * (len(self.lrs) + len(self.seeds) - 1)
         self.finished = 0
@@ -73,7 +73,7 @@ class Comparison:
         own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
         self.bench.refuse_settings(self.lrs, [*self.operator_lrs, *own_rates])
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
-            self.bench.steps_within(arm, self.full * self.budgets[0], self.bench.operator_flops(arm))
+            self.bench.costs.steps_within(arm, self.full * self.budgets[0], self.bench.costs.operator_flops(arm))
         own = {**identity_of(self.bench), "settings": asdict(self.settings)}
         begin(self.job, self.bench, own, free=EXTENDABLE, test=True)
 
@@ -196,7 +196,7 @@ class Comparison:
 
     def _operator_lr(self, arm: Arm) -> float | None:
         """The arm's operator learning rate: its own, or the one with the lowest held-out loss on the first seed."""
-        if not self.bench.operator_steps(arm):
+        if not self.bench.costs.operator_steps(arm):
             return None
         if arm.operator_lr is not None or len(self.operator_lrs) == 1:
             return arm.operator_lr or self.operator_lrs[0]

@@ -43,7 +43,7 @@ class SearchSpace:
         method, fixed = answers["method"], _fixed(answers["method"])
         grow, _ = self._grow(answers)
         if method not in self.learned:
-            self.learned[method] = self.bench.learned(grow)
+            self.learned[method] = self.bench.costs.learned(grow)
         if grow.method == "mango":
             if not fixed & {"rank", "ranks"}:
                 yield "rank", _listed(settings.rank_choices)

@@ -86,7 +86,7 @@ class Pilot:
         self.job, self.bench, self.settings = job, bench, settings
         self.space = SearchSpace(bench, settings)
         self.sign = sign_of(settings.metric)
-        self.budget = bench.flops_per_step(Arm(SCRATCH)) * bench.full.total
+        self.budget = bench.costs.flops_per_step(Arm(SCRATCH)) * bench.costs.full.total
         self.left_out: list[str] = []  # a line on what `prepare` found too expensive
 
     @property
@@ -111,11 +111,11 @@ class Pilot:
         combinations = self.space.combinations
         arms = {key: self.space.combine(answers)[0] for key, answers in combinations.items()}
         told = self.bench.tell("counting what trials cost")
-        costs = {key: self.bench.operator_flops(arms[key]) for key in each(list(arms), told)}
-        dear = [key for key, arm in arms.items() if not self.bench.steps_left(arm, self.budget, costs[key])]
+        costs = {key: self.bench.costs.operator_flops(arms[key]) for key in each(list(arms), told)}
+        dear = [key for key, arm in arms.items() if not self.bench.costs.steps_left(arm, self.budget, costs[key])]
         if len(dear) == len(arms):
             cheapest = min(costs, key=costs.__getitem__)
-            self.bench.steps_within(arms[cheapest], self.budget, costs[cheapest])  # raises, and says why
+            self.bench.costs.steps_within(arms[cheapest], self.budget, costs[cheapest])  # raises, and says why
         if dear:
             for key in dear:
                 del combinations[key]

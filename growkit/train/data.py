@@ -93,17 +93,43 @@ def open_data(
     if (channels := config["input_size"][0]) not in (1, 3):
         raise GrowkitError(f"--data {data}: the model reads {channels} channels, and images have 1 or 3")
     mode = "L" if channels == 1 else "RGB"
+    train, val, classes, files = _opened(data, settings, mode)
+    preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
+    cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
+    identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
+    normalised = Normalisation(config["mean"], config["std"])
+    val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
+    augment = _augmentation(settings, preprocessing)
+    if settings.cache == "none":
+        train.transform = _Converted(mode, augment)
+        return Data(train=train, val=val, classes=classes, identity=identity, normalised=normalised)
+    train.transform = val.transform
+
+    def kept(split: Any, stand_ins: int, what: str) -> Resident:
+        read = partial(in_order, stand_ins=stand_ins, settings=settings)
+        begin = partial(tell, f"decoding the {what} images")
+        return Resident(Decoded(split, read, config["input_size"], settings.cache, begin), normalised)
+
+    train, val = kept(train, STAND_INS, "training"), kept(val, 0, "validation")
+    return Data(train=train, val=val, classes=classes, identity=identity)
+
+
+def _opened(data: str, settings: FitSettings, mode: str) -> tuple[Any, Any, list[str], dict[str, str]]:
+    """Open both splits, without transforms; return them, the class names, and what tells these files from others."""
     prefix, slash, _ = data.partition("/")
     if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
-        train = _timm_dataset(data, "train", settings, mode)
-        val = _timm_dataset(data, settings.val_split, settings, mode)
-        classes = _class_names(train)
-        files: dict[str, str] = {"dataset": data}
-    else:
-        train, val, classes = open_folders(Path(data), settings.val_split, mode)
-        files = {name: _digest(split.reader) for name, split in (("files", train), ("validation files", val))}
-    preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
-    normalised = Normalisation(config["mean"], config["std"])
+        train, val = (_timm_dataset(data, split, settings, mode) for split in ("train", settings.val_split))
+        return train, val, _class_names(train), {"dataset": data}
+    train, val, classes = open_folders(Path(data), settings.val_split, mode)
+    return train, val, classes, {"files": _digest(train.reader), "validation files": _digest(val.reader)}
+
+
+def _augmentation(settings: FitSettings, preprocessing: Mapping[str, Any]) -> Any:
+    """timm's augmentation of single images, up to uint8 ones.
+
+    Raises:
+        GrowkitError: timm knows no such policy.
+    """
     posterize.use_in_policies()
     try:
         augment = create_transform(
@@ -119,29 +145,9 @@ def open_data(
         raise GrowkitError(
             f"--aa {settings.aa}: no policy that timm knows ({error}); give rand-m9-mstd0.5, augmix-m3, original or v0"
         ) from None
-    cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
-    identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
-    val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
-    if settings.cache == "none":
-        if settings.reprob:
-            augment.transforms.append(Erasing(settings.reprob))
-        train.transform = _Converted(mode, augment)
-        return Data(train=train, val=val, classes=classes, identity=identity, normalised=normalised)
-    train.transform = val.transform
-    kept, judged = (
-        Resident(
-            Decoded(
-                split,
-                partial(in_order, stand_ins=stand_ins, settings=settings),
-                config["input_size"],
-                settings.cache,
-                partial(tell, f"decoding the {what} images"),
-            ),
-            normalised,
-        )
-        for split, stand_ins, what in ((train, STAND_INS, "training"), (val, 0, "validation"))
-    )
-    return Data(train=kept, val=judged, classes=classes, identity=identity)
+    if settings.reprob:
+        augment.transforms.append(Erasing(settings.reprob))
+    return augment
 
 
 def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple[Data, Data]:

@@ -75,14 +75,12 @@ class Training:
         fp16 = amp_dtype(settings.precision, device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.judged: nn.Module = model if self.ema is None else self.ema.module
-        batch, processes = self._try_one_batch(data), distributed.size()
-        cost = count_step(bare, batch, self.loss_of)
-        flops = cost.of_update(settings.grad_accum_steps)
-        if processes > 1:
-            with made_weights.shared(bare, processes):
-                flops += count_making(bare) - cost.flops_of_making
-        self.flops_per_step = flops * processes
-        keep_what_fits(model, batch[0].shape, precision_on(device, settings.precision))
+        images, labels = next(train_batches(data, replace(settings, workers=0), 0, 1, device=device))
+        self.outputs = self._count_outputs(images, data)
+        require_labels(labels, self.outputs)
+        self.loss_of, self.mix = _loss(settings, self.outputs)
+        self.flops_per_step = self._count_flops(bare, images, labels)
+        keep_what_fits(model, images.shape, precision_on(device, settings.precision))
         self.network = distributed.together(model, device)
         # Only training runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.
         self.forward: Callable[..., Any] = self.network
@@ -90,24 +88,32 @@ class Training:
             made_weights.leave_uncompiled(model)
             self.forward = torch.compile(self.network, mode=settings.compile)
 
-    def _try_one_batch(self, data: Data) -> tuple[Tensor, Tensor]:
-        """Find how many outputs the model has, and return a batch as the network and its loss take it."""
-        images, labels = next(train_batches(data, replace(self.settings, workers=0), 0, 1, device=self.device))
+    def _count_outputs(self, images: Tensor, data: Data) -> int:
+        """Return how many outputs the model has for an image.
+
+        Raises:
+            GrowkitError: fewer than the data has classes.
+        """
         with seeded("outputs", device=self.device):
-            logits = predictor(self.model, self.device, self.settings.precision)(images[:1])
-        self.outputs: int = logits.shape[-1]
-        if len(data.classes) > self.outputs:
+            outputs = int(predictor(self.model, self.device, self.settings.precision)(images[:1]).shape[-1])
+        if len(data.classes) > outputs:
             raise GrowkitError(
-                f"the data has {len(data.classes)} classes but the model has {self.outputs}"
+                f"the data has {len(data.classes)} classes but the model has {outputs}"
                 " outputs; give the model as many classes as the data"
             )
-        require_labels(labels, self.outputs)
-        self.loss_of, self.mix = _loss(self.settings, self.outputs)
-        if self.mix is None:
-            return images, labels
-        with seeded("outputs", device=self.device):
-            mixed: tuple[Tensor, Tensor] = self.mix(images.to(self.device), labels.to(self.device))
-        return mixed
+        return outputs
+
+    def _count_flops(self, bare: nn.Module, images: Tensor, targets: Tensor) -> int:
+        """Return the FLOPs of an update, of all processes together; `bare` is the model without storage."""
+        if self.mix is not None:
+            with seeded("outputs", device=self.device):
+                images, targets = self.mix(images.to(self.device), targets.to(self.device))
+        processes, cost = distributed.size(), count_step(bare, (images, targets), self.loss_of)
+        flops = cost.of_update(self.settings.grad_accum_steps)
+        if processes > 1:
+            with made_weights.shared(bare, processes):
+                flops += count_making(bare) - cost.flops_of_making
+        return flops * processes
 
     @property
     def lr(self) -> float:
