@@ -1,7 +1,7 @@
 """growkit evaluate: scores of a model folder or an ONNX file, and what changed against the source it came from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Device, ModelOrFile, NeededData, Run, with_loading, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
+
+if TYPE_CHECKING:
+    from growkit.record import RunFolder
 
 
 @with_loading
@@ -41,14 +44,7 @@ def evaluate(
 
     Example: growkit evaluate --data images/ --against deit_small.pth
     """
-    from dataclasses import asdict
-
-    from growkit.evaluation import evaluate_against, evaluate_model, evaluate_onnx
     from growkit.record import RunFolder
-    from growkit.report.behaviour import agreement_sections
-    from growkit.report.page import write_report
-    from growkit.report.run import run_report
-    from growkit.source import load_source
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())
@@ -56,33 +52,18 @@ def evaluate(
     files = all(Path(name).suffix == ".onnx" for name in (path, against or path))
     if files and (loading != Loading() or settings.precision != FitSettings.precision):
         raise GrowkitError(f"{path} is an ONNX file: leave out --from, --from-set, --no-ema and --precision")
-    if against is not None:
-        console.say(f"evaluating {path} against {against}")
-        with telling(console) as tell:
-            found, recorded = evaluate_against(
-                folder,
-                str(path),
-                against,
-                data,
-                settings,
-                loading=loading,
-                device=device,
-                say=console.say,
-                progress=tell("evaluating"),
-            )
-        content = asdict(found)
-        for section in agreement_sections(content):
-            if section.table is not None:
-                console.table(section.title, section.table.columns, section.table.rows)
-            for line in section.text.splitlines():
-                console.say(line)
-        if recorded:
-            write_report(folder.report, run_report(folder))
-            console.say(f"recorded in {folder.record}; report: {folder.report}")
-        else:
-            console.say(f"not recorded: {path} is not in {folder.path}/")
-        console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
-        return
+    if against is None:
+        _alone(console, path, data, settings, loading, device)
+    else:
+        _against(console, folder, path, against, data, settings, loading, device)
+
+
+def _alone(console: Console, path: Path, data: str, settings: FitSettings, loading: Loading, device: str) -> None:
+    from dataclasses import asdict
+
+    from growkit.evaluation import evaluate_model, evaluate_onnx
+    from growkit.source import load_source
+
     console.say(f"evaluating {path}")
     with telling(console) as tell:
         progress = tell("evaluating")
@@ -102,3 +83,47 @@ def evaluate(
         ],
     )
     console.result({"model": path, **asdict(scores)})
+
+
+def _against(
+    console: Console,
+    folder: "RunFolder",
+    path: Path,
+    against: str,
+    data: str,
+    settings: FitSettings,
+    loading: Loading,
+    device: str,
+) -> None:
+    from dataclasses import asdict
+
+    from growkit.evaluation import evaluate_against
+    from growkit.report.behaviour import agreement_sections
+    from growkit.report.page import write_report
+    from growkit.report.run import run_report
+
+    console.say(f"evaluating {path} against {against}")
+    with telling(console) as tell:
+        found, recorded = evaluate_against(
+            folder,
+            str(path),
+            against,
+            data,
+            settings,
+            loading=loading,
+            device=device,
+            say=console.say,
+            progress=tell("evaluating"),
+        )
+    content = asdict(found)
+    for section in agreement_sections(content):
+        if section.table is not None:
+            console.table(section.title, section.table.columns, section.table.rows)
+        for line in section.text.splitlines():
+            console.say(line)
+    if recorded:
+        write_report(folder.report, run_report(folder))
+        console.say(f"recorded in {folder.record}; report: {folder.report}")
+    else:
+        console.say(f"not recorded: {path} is not in {folder.path}/")
+    console.result({"model": path, "against": against, "data": data, "recorded": recorded, **content})
