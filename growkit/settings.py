@@ -5,6 +5,7 @@ from typing import Any
 
 from growkit.ranges import SEEDS, refuse_outside
 
+MOST_RANK = 1024  # wider than any bond needs to be: its cores would outgrow the model
 STAGES = ("both", "width-first", "depth-first")
 
 
@@ -53,7 +54,7 @@ class GrowSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a number that no method can use, naming the option."""
-        refuse_outside(self, "rank", least=1)
+        refuse_outside(self, "rank", least=1, most=MOST_RANK)
         refuse_outside(self, "noise", least=0)
         refuse_outside(self, "seed", least=0, most=SEEDS)
 

@@ -15,6 +15,7 @@ from growkit.train.batch_size import STEP, with_batch_size
 from growkit.train.compiling import with_compile
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import by_leader, leads, restarted, size
+from growkit.train.length import length_of
 from growkit.train.loop import refuse_settings, updates_made
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
@@ -98,7 +99,10 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
     if sized is not settings:
         where = str(device) if size() == 1 else f"{size()} processes"
         takes_all = sized.batch_size > images - STEP * size()  # the size found is rounded down
-        found = f"takes nearly all {images:,} training images" if takes_all else f"is the largest that fits {where}"
+        found = f"is the largest that fits {where}"
+        if takes_all:
+            updates = counted(length_of(opened, sized).total, "update")
+            found = f"takes nearly all {images:,} training images, so that the run is of {updates}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 

@@ -50,12 +50,11 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def written(command: str, given: Mapping[str, Any]) -> Path | None:
     """The run folder that a command with these arguments writes; None if it only reads."""
-    reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
+    # a report is of a run as it stands, also while another command is at work there
+    reads = command == "report" or (command == "evaluate" and given["against"] is None)
     if reads or not speaks():  # torchrun's processes share a run: only the first locks it
         return None
-    run = given.get("run")
-    # a report of a missing run must say so, and locking it would create it
-    return None if command == "report" and run is not None and not run.exists() else run
+    return given.get("run")
 
 
 @contextmanager

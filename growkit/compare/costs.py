@@ -1,5 +1,6 @@
 """What the arms of a comparison cost in FLOPs, and how many updates a budget pays for; nothing is trained."""
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -87,7 +88,7 @@ class Costs:
 
     def steps_left(self, arm: Arm, flops: float, spent: float) -> int:
         """Updates of main training that `flops` pays for after `spent` FLOPs on the operator; possibly none."""
-        return max(0, round((flops - spent) / self.flops_per_step(arm)))
+        return max(0, math.floor((flops - spent) / self.flops_per_step(arm) + 1e-6))  # shares are rounded
 
     def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
         """Like `steps_left`, but at least one.

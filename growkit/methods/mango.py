@@ -21,14 +21,13 @@ from growkit.errors import GrowkitError
 from growkit.methods.base import GrowthMethod, averages, normed_inside, whole
 from growkit.methods.carried_mean import carry_mean
 from growkit.methods.expand import BRANCHES, SpaceMap, expand, parted_copies, read_maps, residual_vectors, vector_maps
-from growkit.settings import GrowSettings
+from growkit.settings import MOST_RANK, GrowSettings
 
 ATTENTION = ("q", "k", "v", "o")
 HIDDEN = ("in", "gate")  # the slots that write the MLP's hidden units; the gate only in a SwiGLU
 MATRICES = tuple(f"{slot}.weight" for slot in (*ATTENTION, *HIDDEN, "out"))
 CORE_NOISE = 0.1  # share of --noise, because nothing cancels it here
 READ = "_read"  # suffix of the map that readers of a space take, where it differs from the writers'
-MOST_RANK = 1024  # wider than any bond needs to be: its cores would outgrow the model
 MLP_BLOCKS = "mlp_blocks"  # the space of the k blocks, each as wide as attention, that `pack` cuts the MLP into
 
 
@@ -270,14 +269,16 @@ def bond_ranks(settings: GrowSettings) -> tuple[int, ...]:
     Raises:
         GrowkitError: not four whole numbers of at least 1.
     """
-    text = settings.ranks or ",".join([str(settings.rank)] * 4)
+    if not settings.ranks:
+        return (settings.rank,) * 4
     try:
-        ranks = tuple(int(part) for part in text.split(","))
+        ranks = tuple(int(part) for part in settings.ranks.split(","))
     except ValueError:
         ranks = ()
     if len(ranks) != 4 or min(ranks) < 1 or max(ranks) > MOST_RANK:
-        option = f"--ranks {settings.ranks}" if settings.ranks else f"--rank {settings.rank}"
-        raise GrowkitError(f"{option}: expected whole numbers from 1 to {MOST_RANK}, one for --rank, four for --ranks")
+        raise GrowkitError(
+            f"--ranks {settings.ranks}: expected four whole numbers from 1 to {MOST_RANK}, one for each bond"
+        )
     return ranks
 
 

@@ -142,9 +142,11 @@ def part(whole: int) -> slice:
 def refuse_indivisible(images: int) -> None:
     """Raise GrowkitError where a batch of `images` does not divide among the processes."""
     if images % size():
+        able = [count for count in range(1, images + 1) if images % count == 0]
+        fewer, more = max(n for n in able if n < size()), min((n for n in able if n > size()), default=None)
         raise GrowkitError(
-            f"--batch-size: {images} images do not divide among {size()} processes;"
-            f" set --batch-size {max(images // size(), 1) * size()}"
+            f"--batch-size: {images} images do not divide among {size()} processes; start {fewer}"
+            f"{f' or {more}' if more else ''}, or set --batch-size {max(images // size(), 1) * size()}"
         )
 
 

@@ -150,7 +150,8 @@ class _Run:
         self.saved, self.saved_at = (0, 0), self.began  # updates and scores saved last, and when
         self.window = self.training_seconds = 0.0  # seconds since the last record, and in total
         self.mark = self.began  # time up to which the window has counted
-        self.recorded, self.note = 0, ""  # step of the last record, and its progress note
+        self.recorded = 0  # step of the last record
+        self.note = "compiling first" if settings.compile else ""  # of progress, until there is a record
         self.stop, self.interrupted = Stop(), False
 
     def begin(self, state: dict[str, Any] | None) -> None:

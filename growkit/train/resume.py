@@ -75,7 +75,9 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         if before.get(name) != identity.get(name)
     ]
     if differing:
-        raise GrowkitError(f"{folder}: the run was started with {'; '.join(differing)}: give the same, or {ANEW}")
+        longer = any(before.get(name) != identity.get(name) for name in ("epochs", "steps"))
+        more = "; to train what it gave for longer, fine-tune that into another --run" if longer else ""
+        raise GrowkitError(f"{folder}: the run was started with {'; '.join(differing)}: give the same, or {ANEW}{more}")
     return state
 
 

@@ -17,6 +17,7 @@ from growkit.compare import bench as bench_module
 from growkit.compare.arms import LONGER
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
+from growkit.compare.costs import Costs
 from growkit.errors import GrowkitError
 from growkit.job import Job
 from growkit.record import RunFolder
@@ -77,7 +78,8 @@ def test_every_arm_spends_the_same_budget_operator_included(whole):
     _, compared = whole
     full = compared.content["full_flops"]
     for run in compared.content["runs"]:
-        assert run["flops"] == pytest.approx(run["budget"] * full, abs=0.51 * run["flops_per_step"])
+        left = run["budget"] * full - run["flops"]
+        assert -1e-6 * full < left < run["flops_per_step"]
     mango = next(run for run in compared.content["runs"] if run["arm"] == "mango")
     assert mango["operator_flops"] > 0
     assert mango["flops"] == mango["operator_flops"] + mango["steps"] * mango["flops_per_step"]
@@ -514,16 +516,15 @@ def test_operator_is_trained_again_where_another_budget_needs_what_was_let_go(so
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum_steps": 2}])
 def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes, monkeypatch):
     settings, prices = options(controls="source-longer", budgets="0.5,1"), {}
-    priced = bench_module.Bench.operator_flops
-    monkeypatch.setattr(
-        bench_module.Bench, "operator_flops", lambda self, arm: prices.setdefault(arm.name, priced(self, arm))
-    )
+    priced = Costs.operator_flops
+    monkeypatch.setattr(Costs, "operator_flops", lambda self, arm: prices.setdefault(arm.name, priced(self, arm)))
     compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, **changes))
     assert prices["mango"] > 0
     assert {run["arm"]: run["operator_flops"] for run in compared.content["runs"]} == prices
     full = compared.content["full_flops"]
     for run in compared.content["runs"]:
-        assert run["flops"] == pytest.approx(run["budget"] * full, abs=0.51 * run["flops_per_step"])
+        left = run["budget"] * full - run["flops"]
+        assert -1e-6 * full < left < run["flops_per_step"]
 
 
 def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(source, digits, tmp_path, monkeypatch):

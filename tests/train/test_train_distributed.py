@@ -379,7 +379,7 @@ def test_sharding_without_torchrun_is_refused_with_the_remedy(images: Path) -> N
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[str, Any]]) -> None:
-    expected = "--batch-size: 9 images do not divide among 2 processes; set --batch-size 8"
+    expected = "--batch-size: 9 images do not divide among 2 processes; start 1 or 3, or set --batch-size 8"
     assert [found["odd"] for found in both] == [expected] * 2
     assert "3 is odd; set --batch-size 4" in both[0]["mixed"]
 
