@@ -16,6 +16,7 @@ from growkit.deploy.golden_checks import update_golden
 from growkit.deploy.inputs import read_pictures
 from growkit.deploy.junit import junit_xml
 from growkit.deploy.outputs import refuse_answers
+from growkit.deploy.parity import Material
 from growkit.deploy.reproduce import reproduction
 from growkit.deploy.settings import ExportSettings, TritonSettings, VerifySettings
 from growkit.deploy.store import form_in, refuse_missing
@@ -412,18 +413,21 @@ def _with_file(
         batches = followed(val_batches(judged, evidence.reading), size_of(judged.val), tell(COMPARING))
     say("comparing answers" + (", then times" if settings.latency else ""))
     total, progress = timing_steps(settings, form), tell("latency")
+    material = Material(
+        weights_sha256=source.sha256 or None,
+        labels=source.labels,
+        data_sets=_data_sets_beside(file),
+        data=batches,
+        batch_size=evidence.reading.batch_size,
+        pictures=pictures,
+    )
     return verify_onnx(
         network,
         file,
         settings,
+        material,
         stock=(source.architecture.name, source.architecture.arguments),
-        weights_sha256=source.sha256 or None,
-        labels=source.labels,
-        data_sets=_data_sets_beside(file),
         golden=golden,
-        data=batches,
-        batch_size=evidence.reading.batch_size,
-        pictures=pictures,
         progress=lambda done, note: progress(done, total, note),
     )
 

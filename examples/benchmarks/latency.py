@@ -21,6 +21,7 @@ from growkit.deploy.checks import plain
 from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import measure_latency
 from growkit.deploy.runtime import assignment, environment, open_session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import batches_up_to, measure_throughput
 
 
@@ -49,24 +50,17 @@ def main() -> None:
         def progress(done: int, note: str) -> None:
             print(f"{done} done, {note}", file=sys.stderr)
 
-        latency = measure_latency(
-            model,
-            file,
-            stock=(arguments.model, {}),
+        settings = VerifySettings(
             provider=arguments.provider,
-            batches=tuple(arguments.batches),
-            seconds=arguments.seconds,
+            latency_seconds=arguments.seconds,
             compiled=arguments.compiled,
-            progress=progress,
+            throughput_seconds=arguments.throughput_seconds,
         )
-        throughput = measure_throughput(
-            model,
-            file,
-            provider=arguments.provider,
-            batches=batches_up_to(max(arguments.batches)),
-            seconds=arguments.throughput_seconds,
-            progress=progress,
+        batches = tuple(arguments.batches)
+        latency = measure_latency(
+            model, file, settings, stock=(arguments.model, {}), batches=batches, progress=progress
         )
+        throughput = measure_throughput(model, file, settings, batches=batches_up_to(max(batches)), progress=progress)
     print(f"{arguments.model}, {facts['hardware']}, {latency.threads} threads, {latency.provider}")
     row = "{:16} {:>5} {:>6} {:>16} {:>5} {:>7} {:>8} {:>8} {:>8}".format
     print(row("file against", "batch", "ratio", "95 % interval", "pairs", "dropped", "p50 ms", "p99", "its p50"))

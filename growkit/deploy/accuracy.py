@@ -26,16 +26,7 @@ def accuracy_checks(
     Raises:
         GrowkitError: there is no labelled sample, or a label that has no logit.
     """
-    got_parts, plain_parts, label_parts = [], [], []
-    for images, classes in data:
-        batch = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
-        got_parts.append(run(batch))
-        plain_parts.append(logits_of(model, batch))
-        label_parts.append(classes.cpu().numpy())
-    if not got_parts:
-        raise GrowkitError("the data set holds no labelled sample; check --data")
-    got, plain = np.concatenate(got_parts), np.concatenate(plain_parts)
-    truth = np.concatenate(label_parts)
+    got, plain, truth = _answers(run, model, data)
     refuse_labels(int(truth.min()), int(truth.max()), plain.shape[1])  # both get those wrong, hiding a loss
     spread = float(plain.std())
     off = relative(rms(got.astype(np.float64) - plain), spread)
@@ -82,6 +73,21 @@ def accuracy_checks(
         *(dataclasses.replace(c, line=f"{summary}; {c.line}") for c in made),
         *(check("accuracy", n, v <= limit, v, limit) for n, v, limit in limited if limit is not None),
     ], figures
+
+
+def _answers(
+    run: Callable[[np.ndarray], np.ndarray], model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run file and model on all images; return the logits of both and the labels."""
+    got, plain, labels = [], [], []
+    for images, classes in data:
+        batch = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
+        got.append(run(batch))
+        plain.append(logits_of(model, batch))
+        labels.append(classes.cpu().numpy())
+    if not got:
+        raise GrowkitError("the data set holds no labelled sample; check --data")
+    return np.concatenate(got), np.concatenate(plain), np.concatenate(labels)
 
 
 def _hits(logits: np.ndarray, classes: np.ndarray, k: int) -> np.ndarray:

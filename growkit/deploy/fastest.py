@@ -3,6 +3,7 @@
 Off by default: on CPUs the candidates are worth a few percent at most, and cost compatibility.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.latency import NOISY, Comparison, compare
 from growkit.deploy.parity import check_parity
 from growkit.deploy.runtime import open_session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import preprocessing
 from growkit.errors import GrowkitError
 from growkit.ranges import refuse_choice
@@ -81,7 +83,6 @@ def fastest(
     if not tried:
         return form, ()
     batches = (form.batch,) if form.batch else batches
-    foreign = Contention().lap
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plain = export_onnx(model, folder / "plain.onnx", form, calibration=calibration).path
@@ -90,42 +91,31 @@ def fastest(
         except GrowkitError as error:
             return form, tuple(Choice(one.attention, "not measured", str(error)) for one in tried)
         prepared = preprocessing(model)
+        fed = {batch: made_inputs(prepared, form, batch, seed) for batch in batches}
+        timed = functools.partial(compare, seconds=seconds, seed=seed, foreign=Contention().lap)
+
+        def opened(path: Path, batch: int) -> Callable[[], Callable[[], object]]:
+            def fresh() -> Callable[[], object]:
+                session = open_session(path, provider=place)
+                return lambda: session.outputs(fed[batch])
+
+            return fresh
+
         noise = 0.0
         for batch in batches:
-            fed = made_inputs(prepared, form, batch, seed)
-
-            def opened(path: Path, fed: Any = fed) -> Callable[[], Callable[[], object]]:
-                def fresh() -> Callable[[], object]:
-                    session = open_session(path, provider=place)
-                    return lambda: session.outputs(fed)
-
-                return fresh
-
             say(f"timing the plain graph against itself, batch {batch}")
-            itself = compare(opened(plain), opened(plain), batch=batch, seconds=seconds, seed=seed, foreign=foreign)
-            noise = max(noise, itself.noise)
+            noise = max(noise, timed(opened(plain, batch), opened(plain, batch), batch=batch).noise)
         choices, best, best_ratio = [], form, 1.0
         for one in tried:
             path = export_onnx(model, folder / f"{one.attention}.onnx", one, calibration=calibration).path
-            parity = check_parity(model, path, provider=place, seed=seed)
+            parity = check_parity(model, path, VerifySettings(provider=place, seed=seed))
             if not parity.passed:
                 choices.append(Choice(one.attention, "not faithful", parity.failed[0].line))
                 continue
-            found = []
+            found, names = [], (one.attention, "plain")
             for batch in batches:
-                fed = made_inputs(prepared, form, batch, seed)
                 say(f"timing {one.attention} attention against the plain graph, batch {batch}")
-                found.append(
-                    compare(
-                        opened(path, fed),
-                        opened(plain, fed),
-                        names=(one.attention, "plain"),
-                        batch=batch,
-                        seconds=seconds,
-                        seed=seed,
-                        foreign=foreign,
-                    )
-                )
+                found.append(timed(opened(path, batch), opened(plain, batch), names=names, batch=batch))
             choice = judged(one.attention, tuple(found), noise)
             choices.append(choice)
             ratio = max(c.ratio for c in found)

@@ -15,9 +15,9 @@ from growkit.deploy.checks import plain
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
-from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.parity import Material, Parity, check_parity
 from growkit.deploy.parts import whole_session
-from growkit.deploy.settings import ExportSettings
+from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.files import write_json
 
@@ -88,13 +88,8 @@ def write_export(
     parity = check_parity(
         model,
         folder / MODEL,
-        max_batch=settings.max_batch,
-        seed=settings.seed,
-        weights_sha256=provenance.get("weights_sha256"),
-        labels=list(labels) if labels is not None else None,
-        data_sets=folder,
-        data=data,
-        max_accuracy_drop=settings.max_accuracy_drop,
+        VerifySettings(max_batch=settings.max_batch, seed=settings.seed, max_accuracy_drop=settings.max_accuracy_drop),
+        Material(weights_sha256=provenance.get("weights_sha256"), labels=labels, data_sets=folder, data=data),
     )
     content: dict[str, Any] = {
         "schema": 1,

@@ -12,7 +12,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from growkit.deploy.checks import Check, Verdict
 from growkit.deploy.contention import CONTENDED, Contention
 from growkit.deploy.form import Form
 from growkit.deploy.parts import core_session, whole_session
-from growkit.deploy.truth import noise_images, preprocessing
+from growkit.deploy.settings import VerifySettings
+from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import first_line
 from growkit.float32 import multiplying
 
@@ -147,15 +148,7 @@ def compare(
         until = min(deadline, clock() + share) if opened >= SESSIONS else clock() + share
         first = len(pairs)
         while len(pairs) - first < PAIRS and (len(pairs) - first < 2 or clock() < until):
-            took: tuple[list[float], list[float]] = ([], [])
-            for side in generator.permutation(2):
-                sleep(SETTLE_SECONDS)
-                calls[side]()
-                for _ in range(repeats[side]):
-                    start = clock()
-                    calls[side]()
-                    took[side].append(clock() - start)
-            pairs.append(_Pair(opened, took))
+            pairs.append(_Pair(opened, _took(calls, repeats, generator, clock, sleep)))
             if clock() - asked >= WINDOW_SECONDS:
                 taken = foreign()
                 for pair in pairs[told:]:
@@ -183,6 +176,25 @@ def compare(
         dropped=len(pairs) - len(kept),
         foreign=float(np.mean(known)) if known else None,
     )
+
+
+def _took(
+    calls: Sequence[Call],
+    repeats: Sequence[int],
+    generator: np.random.Generator,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> tuple[list[float], list[float]]:
+    """Time one pair; return the seconds of each side's calls."""
+    took: tuple[list[float], list[float]] = ([], [])
+    for side in generator.permutation(2):
+        sleep(SETTLE_SECONDS)
+        calls[side]()
+        for _ in range(repeats[side]):
+            start = clock()
+            calls[side]()
+            took[side].append(clock() - start)
+    return took
 
 
 def _calm(pairs: list[_Pair]) -> list[_Pair]:
@@ -247,35 +259,27 @@ def equivalence(comparison: Comparison, noise: float, limit: float) -> Verdict:
 def measure_latency(
     model: nn.Module,
     file: Path,
+    settings: VerifySettings,
     *,
     stock: tuple[str, Mapping[str, Any]],
     form: Form | None = None,
-    provider: str = "cpu",
     batches: tuple[int, ...] = (1, 8),
-    seconds: float = 12.0,
-    margin: float = 0.10,
-    max_ratio: float | None = None,
-    compiled: bool = False,
-    seed: int = 0,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Latency:
     """Time the ONNX `file` against itself, a stock export of the same architecture, and PyTorch.
 
-    On a GPU every side takes images from host memory and returns logits to it.
+    On a GPU every side takes images from host memory and returns logits to it. If PyTorch does not compile, a note
+    says why.
 
-    stock      name and arguments for timm.create_model
-    form       of the file; if it takes pixels or outputs other than logits, only the network inside is timed
-    seconds    longest time for one comparison; three per batch size, one more with `compiled`
-    margin     the stock comparison passes up to 1 + margin
-    max_ratio  gate on file / PyTorch eager; only reported when None
-    compiled   also time compiled PyTorch; if it does not compile, a note says why
-    progress   called with how many comparisons are done and which comes next
+    stock     name and arguments for timm.create_model
+    form      of the file; if it takes pixels or outputs other than logits, only the network inside is timed
+    progress  called with how many comparisons are done and which comes next
 
     Raises:
         GrowkitError: the provider does not run here.
     """
     form = form or Form()
-    first = whole_session(file, form, provider=provider)
+    first = whole_session(file, form, provider=settings.provider)
     device = torch.device("cpu" if first.provider == "cpu" else "cuda")
     model = copy.deepcopy(model).eval().to(device)
     done = 0
@@ -289,22 +293,15 @@ def measure_latency(
         progress(done, "exporting the stock model")
         export_stock(*stock, torch.zeros(2, *prepared.input_size), stock_file)
         for batch in batches:
-            images = noise_images(prepared, batch, seed)
+            images = noise_images(prepared, batch, settings.seed)
             tensor = torch.from_numpy(images)
-
-            def opened(path: Path, kind: Form, images: np.ndarray = images) -> Callable[[], Call]:
-                def fresh() -> Call:
-                    session = core_session(path, kind, prepared, provider=first.provider)
-                    return lambda: session.run(images)
-
-                return fresh
-
+            opening = functools.partial(_opening, images, prepared, first.provider)
             sides: dict[str, Callable[[], Call]] = {
-                "itself": opened(file, form),
-                "stock export": opened(stock_file, Form()),
+                "itself": opening(file, form),
+                "stock export": opening(stock_file, Form()),
                 "PyTorch": functools.partial(_torch_call, model, tensor, device),
             }
-            if compiled and not notes:
+            if settings.compiled and not notes:
                 progress(done, f"compiling PyTorch at batch {batch}")
                 try:
                     call, compile_seconds[batch] = _compile(model, tensor, device)
@@ -312,27 +309,55 @@ def measure_latency(
                 except Exception as error:  # dynamo, the compiler and the driver each raise their own kinds
                     reason = first_line(error)
                     notes.append(f"PyTorch compiled was not timed, it does not compile here: {reason}")
-            found = {}
-            for name, baseline in sides.items():
-                progress(done, f"batch {batch} against {name}")
-                found[name] = compare(
-                    opened(file, form),
-                    baseline,
-                    names=("file", name),
-                    batch=batch,
-                    seconds=seconds,
-                    seed=seed + done,
-                    foreign=Contention().lap,
-                )
-                done += 1
-            done += 3 + compiled - len(found)
+            found = _compared(opening(file, form), sides, batch, settings, done, progress)
+            done += 3 + settings.compiled
             comparisons += found.values()
-            noise = found["itself"].noise
-            checks.append(latency_check(found["stock export"], noise, 1 + margin))
-            if max_ratio is not None:
-                checks.append(latency_check(found["PyTorch"], noise, max_ratio))
+            checks += _checks(found, settings)
         progress(done, "")
     return Latency(tuple(comparisons), tuple(checks), first.provider, first.threads, compile_seconds, tuple(notes))
+
+
+def _opening(images: np.ndarray, prepared: Preprocessing, provider: str, file: Path, form: Form) -> Callable[[], Call]:
+    """Return what opens a fresh session of the network in `file`, and returns the call that runs it on `images`."""
+
+    def fresh() -> Call:
+        session = core_session(file, form, prepared, provider=provider)
+        return lambda: session.run(images)
+
+    return fresh
+
+
+def _compared(
+    subject: Callable[[], Call],
+    sides: Mapping[str, Callable[[], Call]],
+    batch: int,
+    settings: VerifySettings,
+    done: int,
+    progress: Callable[[int, str], None],
+) -> dict[str, Comparison]:
+    """Compare the file with each side by name; `done` comparisons were made before."""
+    found: dict[str, Comparison] = {}
+    for name, baseline in sides.items():
+        progress(done + len(found), f"batch {batch} against {name}")
+        found[name] = compare(
+            subject,
+            baseline,
+            names=("file", name),
+            batch=batch,
+            seconds=settings.latency_seconds,
+            seed=settings.seed + done + len(found),
+            foreign=Contention().lap,
+        )
+    return found
+
+
+def _checks(found: Mapping[str, Comparison], settings: VerifySettings) -> list[Check]:
+    """Judge the comparisons at one batch size: with the stock export, and with PyTorch if its ratio is limited."""
+    noise = found["itself"].noise
+    checks = [latency_check(found["stock export"], noise, 1 + settings.latency_margin)]
+    if settings.max_latency_ratio is not None:
+        checks.append(latency_check(found["PyTorch"], noise, settings.max_latency_ratio))
+    return checks
 
 
 def _torch_call(model: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, device: torch.device) -> Call:

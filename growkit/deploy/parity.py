@@ -4,7 +4,7 @@ Every mismatch is collected; the verdict comes last.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
 from growkit.deploy.parts import core_session, front_session, whole_session
 from growkit.deploy.pixels import CHANNELS
 from growkit.deploy.runtime import Session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.store import bytes_unread, files_of, props_of, read_graph, refuse_missing
 from growkit.deploy.structure import OWN_MODEL, sizes_claimed, structure_checks
 from growkit.deploy.truth import (
@@ -65,113 +66,76 @@ class Parity:
         return not self.failed
 
 
-def check_parity(
-    model: nn.Module,
-    file: Path,
-    *,
-    provider: str = "cpu",
-    precision: str | None = None,
-    max_batch: int = 8,
-    seed: int = 0,
-    weights_sha256: str | None = None,
-    labels: list[str] | None = None,
-    data_sets: Path | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    pictures: Mapping[str, Image.Image] | None = None,
-    max_accuracy_drop: float | None = None,
-) -> Parity:
-    """Compare the finished ONNX `file` with the float32 `model` that it was exported from.
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a file is checked with besides its model and made images; what is None is not checked.
 
-    precision       that the file must have; the one it claims when None
-    max_batch       largest batch size tried, besides 1, 2, 3 and 5
     weights_sha256  SHA-256 of the model's weight file; must be the one the file was exported from
     labels          class names that the file's metadata must hold
     data_sets       folder with test_data_set_*, written by the export
     data            labelled batches, images (B, C, H, W) and classes (B,), for accuracy
+    batch_size      images of the largest of these batches
     pictures        of the user, compared in addition to the made images
-    max_accuracy_drop  points of top-1 that the file may lose on `data`; the precision's own limit when None
+    """
+
+    weights_sha256: str | None = None
+    labels: Sequence[str] | None = None
+    data_sets: Path | None = None
+    data: Iterable[tuple[Tensor, Tensor]] | None = None
+    batch_size: int = 1
+    pictures: Mapping[str, Image.Image] | None = None
+
+
+def check_parity(
+    model: nn.Module, file: Path, settings: VerifySettings | None = None, material: Material = Material()
+) -> Parity:
+    """Compare the finished ONNX `file` with the float32 `model` that it was exported from; nothing is timed.
 
     Raises:
         GrowkitError: the file is missing or its weights lie elsewhere, the provider does not run, the data
             sets cannot be read.
     """
     refuse_missing(file)
-    if max_batch < 1:
-        raise GrowkitError(f"--max-batch {max_batch}: expected 1 or more")
-    valid, opened, proto = _opened(file, provider)
+    settings = settings or VerifySettings()
+    valid, opened, proto = _opened(file, settings.provider)
     if opened is None:
         return Parity((valid,), {}, "none", Form())
-    form, session = opened.form, opened.session
+    form = opened.form
     sizes = sizes_claimed(proto, form)
     if sizes.verdict == "fail":  # images of a merely claimed size may exhaust memory
         return opened.parity([sizes])
     limits = LIMITS[form.precision]
-    if max_accuracy_drop is not None:
-        limits = replace(limits, accuracy_drop=max_accuracy_drop)
+    if settings.max_accuracy_drop is not None:
+        limits = replace(limits, accuracy_drop=settings.max_accuracy_drop)
     plain = copy.deepcopy(at_image_size(model, form.image_size)).cpu().eval()
     prepared, truth = preprocessing(plain), truth_of(plain)
-    known = _known(plain, truth, form, max_batch, seed)
-    classes = known.expected.shape[1]
-    wanted = precision or form.precision
-    checks = [
-        valid,
-        check(
-            "structure",
-            "files",
-            len(opened.files) <= 2,
-            ", ".join(f.name for f in opened.files),
-            "one, or two with weights",
-        ),
-        check("structure", "bytes beside it that are no weights", opened.unread == 0, opened.unread, 0),
-        check("structure", "precision", form.precision == wanted, form.precision, wanted),
-        *structure_checks(proto, form, prepared, classes, weights_sha256=weights_sha256, labels=labels),
-        *weight_checks(proto, plain, form),
-    ]
+    known = _known(plain, truth, form, settings)
+    checks = [valid, *_content(opened, proto, plain, known, settings.precision or form.precision, material)]
     del proto
     try:
-        around = form.pixels or form.output != "logits"
-        core = core_session(file, form, prepared, provider=provider) if around else session
-        front = front_session(file, form, prepared, provider=provider) if form.pixels else None
+        core, front = _parts(opened, prepared, settings.provider)
     except GrowkitError:
         raise
     except Exception as error:
         line = f"the network inside was not found: {first_line(error)}"
         checks.append(check("structure", "the network inside", False, "missing", "input -> logits", line))
         return opened.parity(checks)
-
-    numbers, figures = number_checks(core, known, limits)
-    failing = failing_run(numbers, known)
     anothers = any(made.name == OWN_MODEL and made.verdict == "fail" for made in checks)
-    if failing is not None and not anothers:  # in another model's file there is nothing to find
-        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=session.provider)
-        figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
-        numbers.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
-    checks += numbers
-    if form.precision == "fp16" and session.provider == "cpu":
-        # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
-        rounded = core_session(file, form, prepared, rounded=True)
-        got = in_batches(rounded, known.images, known.batches[0])
-        checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
-    if front is not None and prepared.input_size[0] not in CHANNELS:
-        checks.append(check("pixels", "channels", False, prepared.input_size[0], "1 or 3"))
-    elif front is not None:
-        shown = {**made_pictures(prepared, seed), **(pictures or {})}
-        made, figures["pixels"] = pixel_checks(session, front, core, prepared, form, shown)
-        checks += made
-    elif form.output != "logits":
-        batch = known.batches[-1]
-        fed = known.images[:batch]
-        checks += answer_checks(session.outputs(fed), core.run(fed), form, f"batch {batch}")
-    if pictures:
-        checks += _pictures(core, truth, prepared, known, limits, pictures)
-    if data_sets is not None:
-        checks += _stored(session, plain, form, limits, data_sets)
-    if data is not None:
+    made, figures = _numbers(opened, core, truth, known, limits, settings.seed, anothers=anothers)
+    checks += made
+    made, found = _around(opened, core, front, prepared, known, settings.seed, material.pictures or {})
+    checks += made
+    figures |= found
+    if material.pictures:
+        checks += _pictures(core, truth, prepared, known, limits, material.pictures)
+    if material.data_sets is not None:
+        checks += _stored(opened.session, plain, form, limits, material.data_sets)
+    if material.data is not None:
 
         def run(batch: np.ndarray) -> np.ndarray:
             return in_batches(core, batch, form.batch or len(batch))
 
-        made, figures["accuracy"] = accuracy_checks(run, plain, data, limits)
+        made, figures["accuracy"] = accuracy_checks(run, plain, material.data, limits)
         checks += made
     return opened.parity(checks, figures)
 
@@ -180,6 +144,7 @@ def check_parity(
 class _Opened:
     """A file that ONNX and ONNX Runtime accept: the form it claims, and the bytes beside it that no tensor uses."""
 
+    file: Path
     files: tuple[Path, ...]
     form: Form
     session: Session
@@ -205,21 +170,21 @@ def _opened(file: Path, provider: str) -> tuple[Check, _Opened | None, onnx.Mode
         line = f"{file.name} is not a whole ONNX file, or does not open here: {first_line(error)}"
         return check("structure", "valid ONNX", False, "refused", "accepted", line), None, onnx.ModelProto()
     valid = check("structure", "valid ONNX", True, "accepted", "accepted")
-    return valid, _Opened(files, form, session, unread), proto
+    return valid, _Opened(file, files, form, session, unread), proto
 
 
-def _known(plain: nn.Module, truth: nn.Module, form: Form, max_batch: int, seed: int) -> Truth:
+def _known(plain: nn.Module, truth: nn.Module, form: Form, settings: VerifySettings) -> Truth:
     """Make the images that a file of this form is checked on, and compute the model's logits for them."""
     prepared = preprocessing(plain)
     _, height, width = prepared.input_size
     count = min(8 * IMAGES, max(IMAGES, IMAGES * 224 * 224 // (height * width)))
-    images = noise_images(prepared, max(count, max_batch, form.batch or 1), seed)
-    batches = (form.batch,) if form.batch else tuple(sorted({1, 2, 3, 5, max_batch}))
+    images = noise_images(prepared, max(count, settings.max_batch, form.batch or 1), settings.seed)
+    batches = (form.batch,) if form.batch else tuple(sorted({1, 2, 3, 5, settings.max_batch}))
     return Truth(
         images,
         logits_of(truth, images),
         _yardstick(plain, form, images, batches),
-        {name: (image, logits_of(truth, image)) for name, image in extremes(prepared, seed).items()},
+        {name: (image, logits_of(truth, image)) for name, image in extremes(prepared, settings.seed).items()},
         batches,
     )
 
@@ -233,6 +198,73 @@ def _yardstick(model: nn.Module, form: Form, images: np.ndarray, batches: tuple[
     first, *others = batches
     parts = [logits_of(network, images[start : start + first]) for start in range(0, len(images), first)]
     return {first: np.concatenate(parts)} | {batch: logits_of(network, images[:batch]) for batch in others}
+
+
+def _content(
+    opened: _Opened, proto: onnx.ModelProto, plain: nn.Module, known: Truth, precision: str, material: Material
+) -> list[Check]:
+    """Check what is stored: the files, the form, the metadata and the weights."""
+    form, count = opened.form, len(opened.files)
+    prepared, classes = preprocessing(plain), known.expected.shape[1]
+    return [
+        check("structure", "files", count <= 2, ", ".join(f.name for f in opened.files), "one, or two with weights"),
+        check("structure", "bytes beside it that are no weights", opened.unread == 0, opened.unread, 0),
+        check("structure", "precision", form.precision == precision, form.precision, precision),
+        *structure_checks(
+            proto, form, prepared, classes, weights_sha256=material.weights_sha256, labels=material.labels
+        ),
+        *weight_checks(proto, plain, form),
+    ]
+
+
+def _parts(opened: _Opened, prepared: Preprocessing, provider: str) -> tuple[Session, Session | None]:
+    """Open the network inside, and the preprocessing before it if the file has one."""
+    file, form = opened.file, opened.form
+    around = form.pixels or form.output != "logits"
+    core = core_session(file, form, prepared, provider=provider) if around else opened.session
+    return core, front_session(file, form, prepared, provider=provider) if form.pixels else None
+
+
+def _numbers(
+    opened: _Opened, core: Session, truth: nn.Module, known: Truth, limits: Limits, seed: int, *, anothers: bool
+) -> tuple[list[Check], dict[str, Any]]:
+    """Check the network's answers to the made images, and find where wrong ones come from."""
+    file, form, provider, prepared = opened.file, opened.form, opened.session.provider, preprocessing(truth)
+    checks, figures = number_checks(core, known, limits)
+    failing = failing_run(checks, known)
+    if failing is not None and not anothers:  # in another model's file there is nothing to find
+        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=provider)
+        figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
+        checks.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
+    if form.precision == "fp16" and provider == "cpu":
+        # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
+        rounded = core_session(file, form, prepared, rounded=True)
+        got = in_batches(rounded, known.images, known.batches[0])
+        checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
+    return checks, figures
+
+
+def _around(
+    opened: _Opened,
+    core: Session,
+    front: Session | None,
+    prepared: Preprocessing,
+    known: Truth,
+    seed: int,
+    pictures: Mapping[str, Image.Image],
+) -> tuple[list[Check], dict[str, Any]]:
+    """Check what surrounds the network inside: pixels before it, answers after it."""
+    form, whole = opened.form, opened.session
+    if front is not None and prepared.input_size[0] not in CHANNELS:
+        return [check("pixels", "channels", False, prepared.input_size[0], "1 or 3")], {}
+    if front is not None:
+        pictures = {**made_pictures(prepared, seed), **pictures}
+        checks, figures = pixel_checks(whole, front, core, prepared, form, pictures)
+        return checks, {"pixels": figures}
+    if form.output == "logits":
+        return [], {}
+    fed = known.images[: known.batches[-1]]
+    return answer_checks(whole.outputs(fed), core.run(fed), form, f"batch {len(fed)}"), {}
 
 
 def _pictures(

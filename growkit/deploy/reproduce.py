@@ -27,8 +27,9 @@ import numpy as np
 from growkit.deploy.inputs import extremes
 from growkit.deploy.limits import LIMITS
 from growkit.deploy.numbers import in_batches, rms
-from growkit.deploy.parity import check_parity
+from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.parts import core_session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import at_image_size, logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.store import form_in
 from growkit.settings import Loading
@@ -82,13 +83,12 @@ def main() -> int:
     parity = check_parity(
         network,
         given.onnx,
-        provider=PROVIDER,
-        precision=$precision,
-        max_batch=$max_batch,
-        seed=$seed,
-        weights_sha256=source.sha256 or None,
-        labels=list(source.labels) if source.labels is not None else None,
-        data_sets=HERE / DATA_SETS if DATA_SETS is not None else None,
+        VerifySettings(provider=PROVIDER, precision=$precision, max_batch=$max_batch, seed=$seed),
+        Material(
+            weights_sha256=source.sha256 or None,
+            labels=source.labels,
+            data_sets=HERE / DATA_SETS if DATA_SETS is not None else None,
+        ),
     )
     for check in parity.failed:
         print(f"FAILED {check.group}: {check.line}")

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def structure_checks(
     classes: int,
     *,
     weights_sha256: str | None,
-    labels: list[str] | None,
+    labels: Sequence[str] | None,
 ) -> list[Check]:
     """Check the graph and its metadata against the form and the model's preprocessing, weights and labels."""
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
@@ -212,7 +212,7 @@ def _metadata(
     proto: onnx.ModelProto,
     prepared: Mapping[str, Any],
     weights_sha256: str | None,
-    labels: list[str] | None,
+    labels: Sequence[str] | None,
 ) -> list[Check]:
     props = props_of(proto)
     stored = json_in(props, "preprocessing")
@@ -236,8 +236,8 @@ def _metadata(
         )
         checks.append(check("structure", OWN_MODEL, same, str(found), weights_sha256, line))
     if labels is not None:
-        found = json_in(props, "labels")
-        same = found == labels
+        found, own = json_in(props, "labels"), list(labels)
+        same = found == own
         line = "class names in the file are " + ("the model's" if same else "not the model's")
-        checks.append(check("structure", "labels", same, str(found), str(labels), line))
+        checks.append(check("structure", "labels", same, str(found), str(own), line))
     return checks

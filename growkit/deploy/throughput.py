@@ -24,6 +24,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.latency import Percentiles, percentiles
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import noise_images, preprocessing
 
 CALLS = 20  # at least, at batch 1: percentiles are reported
@@ -84,30 +85,27 @@ class Throughput:
 def measure_throughput(
     model: nn.Module,
     file: Path,
+    settings: VerifySettings,
     *,
     form: Form | None = None,
-    provider: str = "cpu",
     batches: tuple[int, ...] = (1, 2, 4, 8),
-    seconds: float = 1.0,
-    seed: int = 0,
     progress: Callable[[int, str], None] = lambda done, note: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Throughput:
-    """Run the ONNX `file` by itself at each of `batches`.
+    """Run the ONNX `file` by itself at each of `batches`; for longer where the minimum number of calls takes longer.
 
-    form      of the file; as in measure_latency, the network inside is run
     model     what the file was exported from; its multiply-accumulates are counted
-    seconds   time per batch size; longer where the minimum number of calls takes longer
+    form      of the file; as in measure_latency, the network inside is run
     progress  called with how many batch sizes are done and which comes next
 
     Raises:
         GrowkitError: the provider does not run here.
     """
-    prepared = preprocessing(model)
+    prepared, seed = preprocessing(model), settings.seed
     macs = count_macs(model, torch.from_numpy(noise_images(prepared, 1, seed)))
 
     def opening(spinning: bool) -> Session:
-        return core_session(file, form or Form(), prepared, provider=provider, spinning=spinning)
+        return core_session(file, form or Form(), prepared, provider=settings.provider, spinning=spinning)
 
     opened = opening(spinning=False)
     provider, threads = opened.provider, opened.threads
@@ -116,7 +114,8 @@ def measure_throughput(
     timed: list[tuple[int, list[float]]] = []
     for done, batch in enumerate(batches):
         progress(done, f"images per second at batch {batch}")
-        timed.append((batch, _times(opening(spinning=True), noise_images(prepared, batch, seed), seconds, clock)))
+        images = noise_images(prepared, batch, seed)
+        timed.append((batch, _times(opening(spinning=True), images, settings.throughput_seconds, clock)))
         peak = max(peak, _matmul_gflops(size, provider, clock)[0])
     progress(len(batches), "")
     rates = []

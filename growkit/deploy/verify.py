@@ -4,13 +4,12 @@ A model without its file, or a file without its model, is compared with a golden
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check, plain
@@ -18,7 +17,7 @@ from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden
 from growkit.deploy.golden_checks import check_golden
 from growkit.deploy.latency import Latency, measure_latency
-from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.parity import Material, Parity, check_parity
 from growkit.deploy.parts import whole_session
 from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
@@ -47,53 +46,26 @@ def verify_onnx(
     model: nn.Module,
     file: Path,
     settings: VerifySettings,
+    material: Material,
     *,
     stock: tuple[str, Mapping[str, Any]],
-    weights_sha256: str | None = None,
-    labels: Sequence[str] | None = None,
-    data_sets: Path | None = None,
     golden: Golden | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    batch_size: int = 1,
-    pictures: Mapping[str, Image.Image] | None = None,
     progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
 
-    golden    reference to compare the file with, and the model too if the reference is a model's
-    batch_size  images of the largest batch of `data`
     stock     name and arguments for timm.create_model, of the same architecture, never grown
+    golden    reference to compare the file with, and the model too if the reference is a model's
     progress  called with how many of the `timing_steps` are done and which comes next
-
-    The other arguments are those of check_parity.
 
     Raises:
         GrowkitError: a missing file, a provider that does not run here, data sets that cannot be read.
     """
-    files, form = _as_claimed(file)
-    channels, height, width = preprocessing(model).input_size
-    side = form.image_size or max(height, width)
-    largest = max(settings.max_batch, batch_size, form.batch or 1)
-    images = 4 * largest * channels * side * side
-    with memory_bounded(bound_of(files), images, provider=settings.provider):
-        parity = check_parity(
-            model,
-            file,
-            provider=settings.provider,
-            precision=settings.precision,
-            max_accuracy_drop=settings.max_accuracy_drop,
-            pictures=pictures,
-            max_batch=settings.max_batch,
-            seed=settings.seed,
-            weights_sha256=weights_sha256,
-            labels=list(labels) if labels is not None else None,
-            data_sets=data_sets,
-            data=data,
-        )
+    parity = _bounded_parity(model, file, settings, material)
     held: tuple[Check, ...] = ()
     if golden is not None:
         if golden.identity.of == "model":
-            subject = model_subject(model, weights_sha256=weights_sha256, architecture=stock[0])
+            subject = model_subject(model, weights_sha256=material.weights_sha256, architecture=stock[0])
             held += check_golden(golden, subject)
         if parity.figures:  # else the file does not even open
             subject_of_file, valid = _open(file, parity.provider)
@@ -114,11 +86,22 @@ def verify_onnx(
     )
     report = {
         "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
-        "weights_sha256": weights_sha256,
+        "weights_sha256": material.weights_sha256,
         "provider": _provider(settings, parity.provider, chosen, placed),
         "environment": facts,
     }
     return _verified(checks, settings, report, parity, placed, latency, throughput)
+
+
+def _bounded_parity(model: nn.Module, file: Path, settings: VerifySettings, material: Material) -> Parity:
+    """Check parity within the memory that the file, as large as it claims to be, should need."""
+    files, form = _as_claimed(file)
+    channels, height, width = preprocessing(model).input_size
+    side = form.image_size or max(height, width)
+    largest = max(settings.max_batch, material.batch_size, form.batch or 1)
+    images = 4 * largest * channels * side * side
+    with memory_bounded(bound_of(files), images, provider=settings.provider):
+        return check_parity(model, file, settings, material)
 
 
 def _timed(
@@ -134,19 +117,15 @@ def _timed(
     if form.image_size:
         name, arguments = stock
         model, stock = at_image_size(model, form.image_size), (name, {**arguments, "img_size": form.image_size})
+    settings = replace(settings, provider=parity.provider)  # what auto turned out to be
     before, batches = comparisons_made(settings, form), throughput_batches(settings, form)
     latency = measure_latency(
         model,
         file,
+        settings,
         stock=stock,
         form=form,
-        provider=parity.provider,
         batches=batches_timed(settings, form),
-        seconds=settings.latency_seconds,
-        margin=settings.latency_margin,
-        max_ratio=settings.max_latency_ratio,
-        compiled=settings.compiled,
-        seed=settings.seed,
         progress=lambda done, note: progress(done, note or ("images per second" if batches else "")),
     )
     if not batches:
@@ -154,11 +133,9 @@ def _timed(
     throughput = measure_throughput(
         model,
         file,
+        settings,
         form=form,
-        provider=parity.provider,
         batches=batches,
-        seconds=settings.throughput_seconds,
-        seed=settings.seed,
         progress=lambda done, note: progress(before + done, note),
     )
     return latency, throughput

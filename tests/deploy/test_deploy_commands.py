@@ -329,8 +329,8 @@ def test_throughput_and_compiled_are_shown(run: Path, monkeypatch: pytest.Monkey
     served = Throughput((Rate(1, 250.0, times, 40, 300.0, 0.75),), 600_000_000, 400.0, 1024, "cpu", 1, 0.4)
     told: dict[str, object] = {}
 
-    def measure_latency(*_: object, **given: object) -> Latency:
-        told.update(given)
+    def measure_latency(model: object, file: object, settings: VerifySettings, **_: object) -> Latency:
+        told["compiled"] = settings.compiled
         return timed
 
     monkeypatch.setattr(verify_module, "measure_latency", measure_latency)

@@ -16,7 +16,7 @@ from torch import nn
 
 from growkit.deploy.capture import export_stock
 from growkit.deploy.export import export_onnx
-from growkit.deploy.parity import check_parity
+from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -140,4 +140,4 @@ def test_names_that_look_like_code_are_names(model: nn.Module, tmp_path: Path) -
     path = tmp_path / "model.onnx"
     labels = [".py", "site-packages", *"abcde"]
     export_onnx(model, path, labels=labels, provenance={"source": {"name": "deit.pytorch.pth"}})
-    assert check_parity(model, path, labels=labels).passed
+    assert check_parity(model, path, material=Material(labels=labels)).passed

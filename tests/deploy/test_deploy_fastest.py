@@ -102,10 +102,10 @@ def test_faster_but_unfaithful_graph_is_left(model: nn.Module, monkeypatch: pyte
     faked(monkeypatch, 0.5)
     check = module.check_parity
 
-    def strict(network, path, **more):  # type: ignore[no-untyped-def]
+    def strict(network, path, settings):  # type: ignore[no-untyped-def]
         from deploy_models import make_model
 
-        return check(make_model(3), path, **more)
+        return check(make_model(3), path, settings)
 
     monkeypatch.setattr(module, "check_parity", strict)
     form, (choice,) = fastest(model, Form(), "cpu", batches=(1,))

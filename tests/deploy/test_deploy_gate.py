@@ -16,7 +16,8 @@ from torch import nn
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import PRECISIONS
-from growkit.deploy.parity import Parity, check_parity
+from growkit.deploy.parity import Material, Parity, check_parity
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -56,7 +57,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory):
 def verdict(base: str, path: Path) -> tuple[set[str], Parity | str]:
     """The groups that say no, predictions aside."""
     try:
-        parity = check_parity(model_of(base), path, weights_sha256=SHA256, labels=LABELS)
+        parity = check_parity(model_of(base), path, material=Material(weights_sha256=SHA256, labels=LABELS))
     except GrowkitError as error:
         return {"refused"}, str(error)
     return {c.group for c in parity.failed} - {"predictions"}, parity
@@ -95,7 +96,7 @@ def test_fault_is_found_by_the_groups_that_must_see_it(name: str, clean, tmp_pat
 
 @pytest.mark.parametrize(("base", "wanted"), [("int8", "fp32"), ("int8", "fp16"), ("bf16", "fp16"), ("plain", "int8")])
 def test_file_of_another_precision_than_was_asked_for_is_said_so(base: str, wanted: str, clean) -> None:
-    failed = check_parity(model_of(base), clean(base), precision=wanted).failed
+    failed = check_parity(model_of(base), clean(base), VerifySettings(precision=wanted)).failed
     assert [(c.group, c.name, c.measured, c.limit) for c in failed] == [
         ("structure", "precision", BASES[base].form.precision, wanted)
     ]
@@ -121,7 +122,8 @@ def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
     images = calibration(model) if one.form.precision == "int8-static" else None
     export_onnx(model, tmp_path / "model.onnx", one.form, external=one.external, calibration=images)
     write_data_sets(model, tmp_path, seed=one.seed, form=one.form)
-    parity = check_parity(model, tmp_path / "model.onnx", seed=one.seed, data_sets=tmp_path)
+    settings, material = VerifySettings(seed=one.seed), Material(data_sets=tmp_path)
+    parity = check_parity(model, tmp_path / "model.onnx", settings, material)
     assert parity.passed, "\n".join(c.line for c in parity.failed)
 
 
@@ -136,5 +138,5 @@ def test_clean_exports_are_many_and_different() -> None:
 @pytest.mark.parametrize("seed", range(1, 21))
 @pytest.mark.parametrize("base", ["plain", "standard", "contrib", "pixels", "fp16", "int8"])
 def test_other_images_raise_no_false_alarm(base: str, seed: int, clean) -> None:
-    parity = check_parity(model_of(base), clean(base), seed=seed)
+    parity = check_parity(model_of(base), clean(base), VerifySettings(seed=seed))
     assert parity.passed, "\n".join(c.line for c in parity.failed)

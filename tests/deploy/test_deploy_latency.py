@@ -18,6 +18,7 @@ from growkit.deploy.latency import (
     latency_check,
     measure_latency,
 )
+from growkit.deploy.settings import VerifySettings
 
 
 class Machine:
@@ -214,10 +215,9 @@ def test_model_that_does_not_compile_is_a_note_and_the_rest_is_timed(
     latency = measure_latency(
         model,
         exported,
+        VerifySettings(latency_seconds=0.01, compiled=True),
         stock=(NAME, ARGUMENTS),
         batches=(1, 2),
-        seconds=0.01,
-        compiled=True,
         progress=lambda done, note: told.append(done),
     )
     assert [c.baseline for c in latency.comparisons] == ["itself", "stock export", "PyTorch"] * 2
@@ -230,9 +230,8 @@ def test_model_that_does_not_compile_is_a_note_and_the_rest_is_timed(
 @pytest.mark.slow  # compiles
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_compiled_pytorch_is_compared_and_its_compiling_is_not_in_the_times(model: nn.Module, exported: Path) -> None:
-    latency = measure_latency(
-        model, exported, stock=(NAME, ARGUMENTS), batches=(1,), seconds=0.2, max_ratio=1e-6, compiled=True
-    )
+    settings = VerifySettings(latency_seconds=0.2, max_latency_ratio=1e-6, compiled=True)
+    latency = measure_latency(model, exported, settings, stock=(NAME, ARGUMENTS), batches=(1,))
     assert latency.notes == ()
     (compared,) = (c for c in latency.comparisons if c.baseline == "PyTorch compiled")
     assert compared.baseline_ms.p99 / 1000 < latency.compile_seconds[1] / 10
@@ -247,9 +246,8 @@ def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(model: n
         told.append((done, note))
         products.add(torch.backends.cudnn.conv.fp32_precision)
 
-    latency = measure_latency(
-        model, exported, stock=(NAME, ARGUMENTS), batches=(1,), seconds=0.2, max_ratio=1e-6, progress=progress
-    )
+    settings = VerifySettings(latency_seconds=0.2, max_latency_ratio=1e-6)
+    latency = measure_latency(model, exported, settings, stock=(NAME, ARGUMENTS), batches=(1,), progress=progress)
     assert "tf32" not in products  # ONNX Runtime does not multiply in it either
     assert [c.baseline for c in latency.comparisons] == ["itself", "stock export", "PyTorch"]
     assert [c.name for c in latency.checks] == [
@@ -273,5 +271,5 @@ def test_deit_small_equals_its_stock_export(tmp_path: Path) -> None:
     network = timm.create_model("deit_small_patch16_224").eval()
     export_onnx(network, tmp_path / "m.onnx")
     stock = ("deit_small_patch16_224", {})
-    latency = measure_latency(network, tmp_path / "m.onnx", stock=stock, batches=(1,))
+    latency = measure_latency(network, tmp_path / "m.onnx", VerifySettings(), stock=stock, batches=(1,))
     assert latency.checks[0].verdict in ("pass", "inconclusive"), latency.checks[0].line

@@ -17,7 +17,8 @@ from growkit.deploy import parity as parity_module
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.numbers import by_chance, cosines
-from growkit.deploy.parity import check_parity
+from growkit.deploy.parity import Material, check_parity
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
@@ -37,7 +38,8 @@ def lines(parity: parity_module.Parity) -> str:
 
 
 def test_clean_export_passes_every_check(model: nn.Module, exported: Path) -> None:
-    parity = check_parity(model, exported, weights_sha256="ab" * 32, labels=list("abcdefg"))
+    material = Material(weights_sha256="ab" * 32, labels=list("abcdefg"))
+    parity = check_parity(model, exported, material=material)
     assert parity.passed, lines(parity)
     assert {c.group for c in parity.checks} == {"structure", "weights", "numbers", "predictions"}
     assert set(parity.figures["batches"]) == {"1", "2", "3", "5", "8"}
@@ -119,18 +121,21 @@ def test_missing_file_names_the_remedy(model: nn.Module, tmp_path: Path) -> None
 
 def test_max_batch_zero_is_refused(model: nn.Module, exported: Path) -> None:
     with pytest.raises(GrowkitError, match="--max-batch 0"):
-        check_parity(model, exported, max_batch=0)
+        check_parity(model, exported, VerifySettings(max_batch=0))
 
 
 def test_file_of_other_weights_or_labels_is_said_so(model: nn.Module, exported: Path) -> None:
-    parity = check_parity(model, exported, weights_sha256="cd" * 32, labels=["a", "b"])
+    material = Material(weights_sha256="cd" * 32, labels=["a", "b"])
+    parity = check_parity(model, exported, material=material)
     assert {c.name for c in parity.failed} == {"exported from this model", "labels"}
     assert "abababababab" in lines(parity)
     assert "export it again" in lines(parity)
 
 
 def test_no_fault_is_looked_for_in_the_file_of_another_model(exported: Path) -> None:
-    own, foreign = (check_parity(make_model(1), exported, weights_sha256=sha * 32) for sha in ("ab", "cd"))
+    own, foreign = (
+        check_parity(make_model(1), exported, material=Material(weights_sha256=sha * 32)) for sha in ("ab", "cd")
+    )
     assert "numbers" in failed_groups(own) & failed_groups(foreign)
     assert "diagnosis" in own.figures
     assert "diagnosis" not in foreign.figures
@@ -157,8 +162,8 @@ def test_reference_data_of_the_model_passes_and_of_another_fails(
 ) -> None:
     write_data_sets(model, tmp_path / "own", seed=0)
     write_data_sets(make_model(5), tmp_path / "other", seed=0)
-    assert check_parity(model, exported, data_sets=tmp_path / "own").passed
-    parity = check_parity(model, exported, data_sets=tmp_path / "other")
+    assert check_parity(model, exported, material=Material(data_sets=tmp_path / "own")).passed
+    parity = check_parity(model, exported, material=Material(data_sets=tmp_path / "other"))
     assert failed_groups(parity) == {"reference"}
     assert len(parity.failed) == 4  # two data sets, file and model
 
@@ -173,7 +178,7 @@ def labelled(model: nn.Module, count: int = 60) -> list[tuple[torch.Tensor, torc
 
 
 def test_accuracy_of_a_clean_export_equals_the_models(model: nn.Module, exported: Path) -> None:
-    parity = check_parity(model, exported, data=labelled(model))
+    parity = check_parity(model, exported, material=Material(data=labelled(model)))
     assert parity.passed, lines(parity)
     accuracy = parity.figures["accuracy"]
     assert accuracy["samples"] == 60
@@ -189,7 +194,7 @@ def test_labels_that_the_model_has_no_answer_for_are_refused(label: int, model: 
     batches = labelled(model)
     batches[1][1][3] = label
     with pytest.raises(GrowkitError, match=r"labels run from .* but the model has 7 outputs; give the model as"):
-        check_parity(model, exported, data=batches)
+        check_parity(model, exported, material=Material(data=batches))
 
 
 def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, edit: Edit) -> None:
@@ -197,7 +202,7 @@ def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, e
         replace(proto, "head.weight", -tensors(proto)["head.weight"])
         replace(proto, "head.bias", -tensors(proto)["head.bias"])
 
-    parity = check_parity(model, edit(negated), data=labelled(model))
+    parity = check_parity(model, edit(negated), material=Material(data=labelled(model)))
     accuracy = parity.figures["accuracy"]
     assert "accuracy" in failed_groups(parity)
     assert accuracy["top1"] < accuracy["torch_top1"] == 0.75
@@ -208,7 +213,7 @@ def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, e
 
 def test_empty_data_is_refused(model: nn.Module, exported: Path) -> None:
     with pytest.raises(GrowkitError, match="no labelled sample"):
-        check_parity(model, exported, data=[])
+        check_parity(model, exported, material=Material(data=[]))
 
 
 @pytest.mark.parametrize("values", [1, 2, 7, 30])

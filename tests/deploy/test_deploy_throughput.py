@@ -14,6 +14,7 @@ from torch import nn
 
 from growkit.deploy import throughput
 from growkit.deploy.runtime import open_session
+from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import batches_up_to, count_macs, measure_throughput
 
 
@@ -61,8 +62,8 @@ def test_rates_are_images_over_time_without_the_first_calls(
     measured = measure_throughput(
         model,
         exported,
+        VerifySettings(throughput_seconds=0.5),
         batches=(1,),
-        seconds=0.5,
         clock=lambda: machine.now,
         progress=lambda done, note: told.append((done, note)),
     )
@@ -81,7 +82,8 @@ def test_budget_bounds_the_calls_but_a_few_are_always_made(
     model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(monkeypatch, PRODUCTS)
-    measured = measure_throughput(model, exported, batches=(1, 4), seconds=0.0, clock=lambda: machine.now)
+    settings = VerifySettings(throughput_seconds=0.0)
+    measured = measure_throughput(model, exported, settings, batches=(1, 4), clock=lambda: machine.now)
     assert [rate.calls for rate in measured.rates] == [20, 3]
     assert measured.rates[1].images_per_second == pytest.approx(4 / 0.014)
 
@@ -90,7 +92,8 @@ def test_peak_is_the_best_size_and_looking_for_it_stops_where_products_are_slow(
     model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(monkeypatch, PRODUCTS)  # 4096 is never asked for
-    measured = measure_throughput(model, exported, batches=(1,), seconds=0.0, clock=lambda: machine.now)
+    settings = VerifySettings(throughput_seconds=0.0)
+    measured = measure_throughput(model, exported, settings, batches=(1,), clock=lambda: machine.now)
     assert measured.peak_size == 1024
     assert measured.peak_gflops == pytest.approx(2 * 1024**3 / 0.005 / 1e9)
 
@@ -117,7 +120,7 @@ def test_batch_sizes_double_up_to_the_largest(largest: int, batches: tuple[int, 
 
 
 def test_real_file_has_rates_and_a_peak(model: nn.Module, exported: Path) -> None:
-    measured = measure_throughput(model, exported, batches=(1, 8), seconds=0.02)
+    measured = measure_throughput(model, exported, VerifySettings(throughput_seconds=0.02), batches=(1, 8))
     assert [rate.batch for rate in measured.rates] == [1, 8]
     for rate in measured.rates:
         assert 0 < rate.share < 1
