@@ -39,8 +39,12 @@ class Answering:
     sha256: str  # of the weights or the ONNX file
 
 
-def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size: int | None = None) -> Data:
+def prepared_for(
+    source: Source, data: str, settings: FitSettings, *, image_size: int | None = None, training: bool = False
+) -> Data:
     """Open data with the preprocessing of `source`; `image_size` replaces its image size, width and height.
+
+    Without `training` there need not be training images.
 
     Raises:
         GrowkitError: unusable data.
@@ -48,7 +52,7 @@ def prepared_for(source: Source, data: str, settings: FitSettings, *, image_size
     prepared = dict(source.preprocessing)
     if image_size is not None:
         prepared["input_size"] = (prepared["input_size"][0], image_size, image_size)
-    return open_data(data, prepared, settings)
+    return open_data(data, prepared, settings, training=training)
 
 
 def refuse_unjudgeable(source: Source, data: str, classes: Sequence[str]) -> None:
@@ -103,7 +107,7 @@ def evaluate_onnx(
         GrowkitError: no such file, not readable by ONNX Runtime, or its metadata has no preprocessing.
     """
     answering = _answering_onnx(path, device)
-    opened = open_data(data, answering.preprocessing, settings)
+    opened = open_data(data, answering.preprocessing, settings, training=False)
     _refuse_other_data(data, opened.classes, answering.outputs, answering.labels)
     return evaluate(answering.predict, followed(val_batches(opened, settings), size_of(opened.val), progress))
 
@@ -201,14 +205,14 @@ def evaluate_against(
         )
 
     new, old = answering(model), answering(against)
-    opened = open_data(data, new.preprocessing, settings)
+    opened = open_data(data, new.preprocessing, settings, training=False)
     _refuse_other_classes(data, opened.classes, old, new)
     batches: Iterable[tuple[Tensor, Tensor, Tensor]]
     if _prepares_alike(old, new):
         batches = ((images, images, labels) for images, labels in val_batches(opened, settings))
     else:
         say("the two prepare images differently; each gets them its own way")
-        others = open_data(data, old.preprocessing, settings)
+        others = open_data(data, old.preprocessing, settings, training=False)
         batches = in_step(val_batches(others, settings), val_batches(opened, settings))
     batches = followed(batches, size_of(opened.val), progress)
     found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)

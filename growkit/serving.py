@@ -168,7 +168,8 @@ def _calibrating(
                 "--precision int8-static takes its ranges from images: give --data, or use --precision int8"
             )
         return None, None
-    opened, batches = prepared_for(source, data, reading, image_size=settings.image_size), None
+    opened = prepared_for(source, data, reading, image_size=settings.image_size, training=calibrates)
+    batches = None
     try:
         refuse_unjudgeable(source, data, opened.classes)
         batches = followed(val_batches(opened, reading), size_of(opened.val), tell(COMPARING))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.compare.arms import parse_arms
-from growkit.compare.settings import CompareSettings
+from growkit.compare.settings import SCHEMA, CompareSettings
 from growkit.deploy.checks import check
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
 from growkit.deploy.settings import ExportSettings, VerifySettings
@@ -146,9 +146,15 @@ def comparison(name: str = "deit_small_patch16_224") -> dict[str, Any]:
             "test": scores(ends),
         }
 
-    described = {"architecture": name, "spaces": {"blocks": 12, "embed": 384}, "name": name, "sha256": SOURCE}
+    described = {
+        "arguments": {"num_classes": 3},
+        "architecture": name,
+        "spaces": {"blocks": 12, "embed": 384},
+        "name": name,
+        "sha256": SOURCE,
+    }
     return {
-        "schema": 3,
+        "schema": SCHEMA,
         "source": described,
         "target": described,
         "command": "growkit compare small.pth --to deit_base --data images/ --methods mango --seeds 1",
@@ -156,6 +162,7 @@ def comparison(name: str = "deit_small_patch16_224") -> dict[str, Any]:
         "recipe": asdict(FitSettings()),
         "operator": {},
         "data": {},
+        "images": {"training images": 1200, "held-out images": 100, "test images": 100},
         "full_flops": 4e12,
         "source_flops": 1e12,
         "arm_settings": {arm.name: asdict(arm) for arm in arms},

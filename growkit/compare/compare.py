@@ -11,7 +11,7 @@ from growkit import __version__
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
-from growkit.compare.figures import ArmFigures, arm_figures
+from growkit.compare.figures import ArmFigures, arm_figures, guessing
 from growkit.compare.folder import begin, described, identity_of, read_own, refuse_begun
 from growkit.compare.metric import sign_of
 from growkit.compare.page import write_pages
@@ -302,6 +302,8 @@ def compare_methods(
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
     }
+    if nothing := guessing(content, arms[0]):
+        say(f"warning: {nothing}")
     write_json(folder / "results.json", content)
     write_pages(folder, content, arms)
     return Compared(folder, arms, content)

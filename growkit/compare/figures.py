@@ -123,6 +123,21 @@ def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
     )
 
 
+def guessing(content: Mapping[str, Any], scratch: ArmFigures) -> str | None:
+    """Return a warning if training from scratch ended no better than guessing, within two standard errors."""
+    found, classes = scratch.budgets[-1].top1, content["target"]["arguments"].get("num_classes", 1000)
+    if found is None or classes < 2:
+        return None
+    chance = 1 / classes
+    error = (chance * (1 - chance) / (content["images"]["test images"] * found.count)) ** 0.5
+    if found.mean > chance + 2 * error:
+        return None
+    return (
+        f"training from scratch learned next to nothing: top-1 {found.mean:.1%}, and guessing gives {chance:.1%}; "
+        "savings say nothing then, give more --epochs or a larger --share"
+    )
+
+
 def _budget(own: Sequence[Run], chosen: Sequence[Run], budget: float, seeds: int) -> BudgetFigures:
     mine = [run for run in own if run["budget"] == budget]
     base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == SCRATCH and r["budget"] == budget}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.compare.arms import in_words
-from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of
+from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of, guessing
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.compare.settings import SCHEMA, numbers
 from growkit.compare.trials import Tried
@@ -177,11 +177,14 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         "Training the source took "
         + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
     ]
+    if nothing := guessing(content, scratch):
+        summary.append(f"Beware: {nothing}.")
     reading = (
         "Every arm sees the same images in the same order with the same augmentation and schedule, and is trained for "
-        "the same FLOPs, operator training included; its learning rate is the best of the same grid on held-out "
-        "images, found on the first seed. Held-out and test images are two parts of the validation images, which "
-        "neither the source nor any arm was trained on; test images are scored once, by the runs so chosen.\n"
+        "the same FLOPs short of one update, operator training included; its learning rate is the best of the same "
+        "grid on held-out images, found on the first seed. Held-out and test images are two parts of the validation "
+        "images, which neither the source nor any arm was trained on; test images are scored once, by the runs so "
+        "chosen.\n"
         "Saving is 1 - C / C(from scratch), with C the FLOPs to reach the held-out score that training from scratch "
         "ends with, along the full budget; 'source counted' adds the source's own training to C. ≤ marks an upper "
         "bound: some seed never got there, or failed.\n"

@@ -7,7 +7,7 @@ from growkit.errors import GrowkitError
 from growkit.ranges import MOST, refuse_choice, refuse_outside
 from growkit.settings import STAGES, GrowSettings
 
-SCHEMA = 3  # of every file a comparison writes
+SCHEMA = 4  # of every file a comparison writes
 METRICS = ("top1", "loss")
 RANK = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){3}|[1-9]\d{0,3}")
 SMALLEST_SHARE = 1e-6  # of the images: one of a million

@@ -1,6 +1,6 @@
 """The search space of a sweep: the choices of a trial, and the arm and options that its answers give."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -44,20 +44,30 @@ class SearchSpace:
         grow, _ = self._grow(answers)
         if method not in self.learned:
             self.learned[method] = self.bench.costs.learned(grow)
+        if self.learned[method]:
+            yield "operator_steps", _listed(settings.operator_steps)
+        trained = bool(int(answers.get("operator_steps", 0)))
         if grow.method == "mango":
+            # as it starts, a lossless ring differs only in whether there is room for a second path
+            as_it_starts = not trained and grow.variant in (None, "lossless")
             if not fixed & {"rank", "ranks"}:
-                yield "rank", _listed(settings.rank_choices)
-            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers)[0])) > 1:
+                ranks = _listed(settings.rank_choices)
+                yield "rank", _one_of_each(ranks, self._has_room) if as_it_starts else ranks
+            wide = max(bond_ranks(self._grow(answers)[0])) > 1
+            if "ring_order" not in fixed and wide and not as_it_starts:
                 yield "ring_order", _listed(settings.ring_orders)
         if self.staged and "stages" not in fixed:
             yield "stages", _listed(settings.stage_choices)
         if "noise" in find(grow.method).TAKES and "noise" not in fixed:
             yield "noise", _listed(settings.noises)
-        if self.learned[method]:
-            yield "operator_steps", _listed(settings.operator_steps)
-            if int(answers["operator_steps"]):
-                yield "operator_lr", _listed(settings.operator_lrs)
+        if trained:
+            yield "operator_lr", _listed(settings.operator_lrs)
         yield "lr", _listed(settings.lrs)
+
+    @staticmethod
+    def _has_room(rank: str) -> bool:
+        """Whether every bond has an index for a second path."""
+        return min(bond_ranks(GrowSettings(**_ranks(rank)))) > 1
 
     def _all(self, answers: dict[str, str]) -> Iterator[dict[str, str]]:
         for name, choices in self.questions(answers):
@@ -99,6 +109,14 @@ class SearchSpace:
 
 def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _one_of_each(choices: list[str], kind: Callable[[str], object]) -> list[str]:
+    """The first choice of each kind."""
+    first: dict[object, str] = {}
+    for choice in choices:
+        first.setdefault(kind(choice), choice)
+    return list(first.values())
 
 
 def _fixed(method: str) -> set[str]:

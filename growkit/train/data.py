@@ -21,7 +21,7 @@ from growkit.train import posterize
 from growkit.train.augment import refuse_other_augmentation
 from growkit.train.distributed import by_leader, size
 from growkit.train.erasing import Erasing
-from growkit.train.folders import FolderReader, Pictures, open_folders
+from growkit.train.folders import FolderReader, Pictures, open_folders, open_val_folder
 from growkit.train.loading import STAND_INS, in_order
 from growkit.train.normalise import Normalisation
 from growkit.train.progress import StartProgress, start_nothing
@@ -69,7 +69,12 @@ class Data:
 
 
 def open_data(
-    data: str, data_config: Mapping[str, Any], settings: FitSettings, *, tell: StartProgress = start_nothing
+    data: str,
+    data_config: Mapping[str, Any],
+    settings: FitSettings,
+    *,
+    training: bool = True,
+    tell: StartProgress = start_nothing,
 ) -> Data:
     """Open an ImageFolder directory (train/, val/) or a timm dataset such as 'torch/cifar10'.
 
@@ -81,6 +86,7 @@ def open_data(
         data: directory, or timm dataset string whose files lie in settings.data_dir.
         data_config: what timm.data.resolve_model_data_config gives; see `channel_config`.
         settings: augmentation and where datasets lie.
+        training: whether there must be training images; without, there need not be a train/.
         tell: receives the progress of decoding when images are cached.
 
     Raises:
@@ -93,12 +99,14 @@ def open_data(
     if (channels := config["input_size"][0]) not in (1, 3):
         raise GrowkitError(f"--data {data}: the model reads {channels} channels, and images have 1 or 3")
     mode = "L" if channels == 1 else "RGB"
-    train, val, classes, files = _opened(data, settings, mode)
+    train, val, classes, files = _opened(data, settings, mode, training=training)
     preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
     cropping = {name: config.get(name) for name in ("crop_pct", "crop_mode")}
     identity = {**files, **{name: str(value) for name, value in (preprocessing | cropping).items()}}
     normalised = Normalisation(config["mean"], config["std"])
     val.transform = _Converted(mode, create_transform(**preprocessing, **cropping, normalize=False))
+    if not training:
+        return Data(train=train, val=val, classes=classes, identity=identity, normalised=normalised)
     augment = _augmentation(settings, preprocessing)
     if settings.cache == "none":
         train.transform = _Converted(mode, augment)
@@ -114,12 +122,21 @@ def open_data(
     return Data(train=train, val=val, classes=classes, identity=identity)
 
 
-def _opened(data: str, settings: FitSettings, mode: str) -> tuple[Any, Any, list[str], dict[str, str]]:
-    """Open both splits, without transforms; return them, the class names, and what tells these files from others."""
+def _opened(
+    data: str, settings: FitSettings, mode: str, *, training: bool
+) -> tuple[Any, Any, list[str], dict[str, str]]:
+    """Open both splits, without transforms; return them, the class names, and what tells these files from others.
+
+    Without `training` the first is empty.
+    """
     prefix, slash, _ = data.partition("/")
     if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
-        train, val = (_timm_dataset(data, split, settings, mode) for split in ("train", settings.val_split))
-        return train, val, _class_names(train), {"dataset": data}
+        val = _timm_dataset(data, settings.val_split, settings, mode)
+        train = _timm_dataset(data, "train", settings, mode) if training else Subset(val, [])
+        return train, val, _class_names(train if training else val), {"dataset": data}
+    if not training:
+        val, classes = open_val_folder(Path(data), settings.val_split, mode)
+        return Subset(val, []), val, classes, {"validation files": _digest(val.reader)}
     train, val, classes = open_folders(Path(data), settings.val_split, mode)
     return train, val, classes, {"files": _digest(train.reader), "validation files": _digest(val.reader)}
 

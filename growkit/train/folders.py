@@ -20,17 +20,10 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
         GrowkitError: a folder is missing or unusable, classes differ, or there is only one class.
     """
     shown = visible(path)
-    if not path.is_dir():
-        lies = "is a file" if path.exists() else "no such folder"
-        raise GrowkitError(
-            f"--data {shown}: {lies}; give one that holds train/ and val/, or a timm dataset such as torch/cifar10"
-        )
+    _refuse_no_folder(path, "train/ and val/")
     names = ("train", _val_folder(path, val_split))
-    for name in names:
-        if not (path / name).is_dir():
-            put = f"put training images in {shown}/train/CLASS/ and images for evaluation in {shown}/{names[1]}/CLASS/"
-            raise GrowkitError(f"{shown}/{name}: no such folder; {_meant(path, name) or put}")
-    train, val = (Pictures(FolderReader(path / name), mode) for name in names)
+    put = f"put training images in {shown}/train/CLASS/ and images for evaluation in {shown}/{names[1]}/CLASS/"
+    train, val = (_pictures_in(path, name, mode, put) for name in names)
     classes, others = (list(pictures.reader.class_to_idx) for pictures in (train, val))
     if classes != others:
         only = next(name for name in (*classes, *others) if (name in classes) != (name in others))
@@ -48,6 +41,32 @@ def open_folders(path: Path, val_split: str, mode: str) -> tuple["Pictures", "Pi
     return train, val, classes
 
 
+def open_val_folder(path: Path, val_split: str, mode: str) -> tuple["Pictures", list[str]]:
+    """Open the folder `val_split` means, as Pictures without transforms, and list its classes.
+
+    Raises:
+        GrowkitError: it is missing or unusable.
+    """
+    _refuse_no_folder(path, "val/")
+    name = _val_folder(path, val_split)
+    val = _pictures_in(path, name, mode, f"put images for evaluation in {visible(path)}/{name}/CLASS/")
+    return val, list(val.reader.class_to_idx)
+
+
+def _refuse_no_folder(path: Path, holding: str) -> None:
+    if not path.is_dir():
+        lies = "is a file" if path.exists() else "no such folder"
+        raise GrowkitError(
+            f"--data {visible(path)}: {lies}; give one that holds {holding}, or a timm dataset such as torch/cifar10"
+        )
+
+
+def _pictures_in(path: Path, name: str, mode: str, put: str) -> "Pictures":
+    if not (path / name).is_dir():
+        raise GrowkitError(f"{visible(path)}/{name}: no such folder; {_meant(path, name) or put}")
+    return Pictures(FolderReader(path / name), mode)
+
+
 def _val_folder(path: Path, val_split: str) -> str:
     """Return the folder that --val-split names, as it names a dataset's split; by default val/, or else validation/."""
     if val_split == FitSettings.val_split and ((path / "val").is_dir() or not (path / val_split).is_dir()):
@@ -58,10 +77,11 @@ def _val_folder(path: Path, val_split: str) -> str:
 def _meant(path: Path, missing: str) -> str | None:
     """Suggest what the user may have meant, judging by the folders around `path`."""
     within = sorted(entry.name for entry in _listed(path) if _is_folder(entry))
+    near = (*path.absolute().parents[:2], *map(path.joinpath, within))
+    if whole := next((folder for folder in near if (folder / missing).is_dir()), None):
+        return f"give --data {visible(whole)}"
     if missing == "train":
-        near = (*path.absolute().parents[:2], *map(path.joinpath, within))
-        whole = next((folder for folder in near if (folder / "train").is_dir()), None)
-        return f"give --data {visible(whole)}" if whole else None
+        return None
     others = [visible(name) for name in within if name != "train"]
     return f"make it, or name the one to evaluate on with --val-split: {', '.join(others[:5])}" if others else None
 

@@ -372,6 +372,7 @@ class Asking:
         settings = SweepSettings(**{**QUICK, **given})
         job = Job(RunFolder(folder), "cpu", say=print)
         bench = bench_of(job, folder, source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE)
+        self.source, self.target = bench.source, bench.target
         space = SearchSpace(bench, settings)
         self.made = [space.combine(answers) for answers in space.combinations.values()]
         self.options = [options for _, options in self.made]
@@ -379,8 +380,8 @@ class Asking:
 
 def test_options_of_a_method_reach_name_options_and_settings(source, digits, tmp_path):
     texts = "mango:noise=0.5,mango:vectors=false,mango:variant=noisy:rank=4,mango:ranks=2x1x2x1:ring-order=BIOL"
-    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1,1x1x2x1", operator_steps="0")
-    common = {"method": "mango", "stages": "both", "steps": 0, "operator_lr": None, "lr": 2e-3}
+    found = Asking(source, digits, tmp_path, methods=texts, rank_choices="1,1x1x2x1", operator_steps="3")
+    common = {"method": "mango", "stages": "both", "steps": 3, "operator_lr": 1e-3, "lr": 2e-3}
     assert found.options == [
         {**common, "rank": 1, "noise": 0.5},
         {**common, "ranks": "1,1,2,1", "noise": 0.5, "ring_order": "BOLI"},
@@ -404,9 +405,26 @@ def test_what_a_method_settles_or_ignores_is_not_asked(source, digits, tmp_path)
         ("lemon", None, 0.1): 1,
         ("mango", 1, 1.0): 2,  # with the operator trained, and not
         ("mango", 1, 0.1): 2,
-        ("mango", 2, 1.0): 4,  # in both ring orders; what the last text gives is among them
-        ("mango", 2, 0.1): 4,
+        ("mango", 2, 1.0): 3,  # trained in both ring orders, and not; what the last text gives is among them
+        ("mango", 2, 0.1): 3,
     }
+
+
+def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_path):
+    choices = {"rank_choices": "4,1,2,2x1x2x4,8", "ring_orders": "BOLI,BIOL", "operator_steps": "0", "noises": "1"}
+    found = Asking(source, digits, tmp_path, methods="mango,mango:variant=noisy", **choices)
+    lossless, noisy = ([o for o in found.options if ("variant" in o) == noisy] for noisy in (False, True))
+    assert [one["rank"] for one in lossless] == [4, 1]
+    assert len(noisy) == 1 + 4 * 2  # what its noise does depends on both
+    pair = found.source.architecture, found.target, found.source.state
+    starts = [
+        grow(*pair, GrowSettings(rank=rank, ring_order=order)).materialize()
+        for rank in (4, 2, 8)
+        for order in ("BOLI", "BIOL")
+    ]
+    for start in starts[1:]:
+        for name, weight in start.state_dict().items():
+            assert torch.allclose(weight, starts[0].state_dict()[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(("flops", "why"), [(30.0, "its operator is the cheapest"), (25.0, "it is the best")])
