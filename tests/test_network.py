@@ -131,17 +131,19 @@ def test_published_weights_of_any_tag_are_loaded_with_the_classes_they_have(
     """timm as it is, but that the weights are random in place of fetched."""
     create = timm.create_model
 
-    def unfetched(name: str, pretrained: bool) -> nn.Module:
-        assert pretrained
-        torch.manual_seed(0 if tag == "dino" else classes)
-        return create(name)
+    def unfetched(name: str, pretrained: bool = False, **arguments: object) -> nn.Module:
+        if pretrained:
+            torch.manual_seed(seed)
+        return create(name, **arguments)
+
+    seed = 0
 
     monkeypatch.setattr("growkit.source.timm.create_model", unfetched)
     source = load_source(f"timm:vit_small_patch16_224.{tag}")
     assert source.architecture.classes == classes
     assert source.model().num_classes == classes
     assert load_source(f"timm:vit_small_patch16_224.{tag}").sha256 == source.sha256 != ""
-    monkeypatch.setattr("growkit.source.timm.create_model", lambda name, pretrained: create(name))  # other weights
+    seed = 1  # other weights
     assert load_source(f"timm:vit_small_patch16_224.{tag}").sha256 != source.sha256
 
 

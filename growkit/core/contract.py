@@ -80,10 +80,11 @@ def cheapest_orders(equation: str, x: tuple[int, ...], cores: Shapes) -> tuple[O
     sizes = np.array([float(size_of[index]) for index in _letters(equation)])
     forwards = np.where(over, sizes, 1).prod(-1) * (1 + (over != left).any(-1))  # (orders, products)
     flops = forwards.sum(-1)
-    training = flops + (forwards * factors).sum(-1) + forwards[:, :-1].sum(-1)
+    gradients = (forwards * factors).sum(-1)
+    training = flops + gradients + forwards[:, :-1].sum(-1)
     elements = np.where(left, sizes, 1).prod(-1)  # of each product's result
     largest, intermediates = elements.max(-1), elements[:, :-1].sum(-1)
-    number = int(np.lexsort((training, flops))[0])
+    number = int(np.lexsort((gradients, flops))[0])
     other = int(np.where(flops <= SPARE * flops[number], training, np.inf).argmin())
     chosen = (number, other) if training[other] < training[number] else (number,)
     found = flops, training, largest, intermediates

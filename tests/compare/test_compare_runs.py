@@ -199,7 +199,7 @@ def test_unreadable_images_are_named_though_nothing_is_left_to_run(source, digit
     shutil.copytree(digits, images)
     broken = sorted((images / "train").rglob("*.png"))[3]
     broken.write_bytes(b"no picture")
-    settings = options(methods="lemon", lrs="1e-3")
+    settings = options(methods="lemon", lrs="1e-3", share=1)
     first = run_compare(tmp_path, source, str(images), settings)
     again = run_compare(tmp_path, source, str(images), settings, resume=True)
     assert first.content["unreadable"] == again.content["unreadable"]

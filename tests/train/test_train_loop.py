@@ -26,7 +26,8 @@ from train_samples import Net
 from growkit.errors import GrowkitError, Terminated
 from growkit.grow import GrownModel, grow
 from growkit.settings import GrowSettings
-from growkit.train import loop, training, watch
+from growkit.train import loop, watch
+from growkit.train import optimizer as optimizer_module
 from growkit.train.batches import train_batches, val_batches
 from growkit.train.data import Data
 from growkit.train.loop import fit
@@ -411,7 +412,7 @@ def test_optimizer_that_is_known_and_cannot_be_made_is_not_said_to_be_mistyped(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("CUDA required")
 
-    monkeypatch.setattr(training, "create_optimizer_v2", refused)
+    monkeypatch.setattr(optimizer_module, "create_optimizer_v2", refused)
     with pytest.raises(GrowkitError, match=r"\(CUDA required\); give adamw, sgd, lamb or another of timm's"):
         fit(Net(), blobs(), replace(PLAIN, opt=optimizer))
 
