@@ -87,6 +87,15 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 TURNED = ("turned_wrong", "turned_right", "changed_wrong")
 
 
+@pytest.mark.parametrize("arguments", [("first",), ("run/onnx/model.onnx",), ("first", "--against", "damaged")])
+def test_evaluation_needs_no_training_images(
+    arguments: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = evaluated(capsys, *arguments)
+    shutil.rmtree(place / "images" / "train")
+    assert evaluated(capsys, *arguments) == whole
+
+
 def test_model_against_its_own_copy_changes_nothing_and_the_run_records_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "timm:NAME unknown": (("grow", "timm:deit_tinny", *TO), "nearest: "),
     "--set without value": (("grow", "small", *TO, "--set", "depth"), "expected KEY=VALUE"),
     "--set of no argument": (("grow", "small", *TO, "--set", "deph=3"), "nearest: depth"),
+    "--from-set of heads that do not divide": (
+        ("grow", "bare.pth", *TO, "--from-set", "num_heads=3"),
+        "num_heads=3: embed_dim=32 is no multiple of it",
+    ),
+    "--tf32 on a CPU": ((*GROW, *DATA, *QUICK, "--tf32", "--device", "cpu"), "--tf32: cpu does not multiply in TF32"),
     "--set close to nothing": (
         ("grow", "small", *TO, "--set", "zzz=3"),
         "no argument 'zzz'; nearest: embed_dim, depth",

@@ -93,6 +93,9 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
             model = timm.create_model(name, **arguments)
     except Exception as error:  # constructors raise errors of every kind on odd arguments
         first = first_line(error)
+        width, heads = arguments.get("embed_dim"), arguments.get("num_heads")
+        if width and heads and width % heads:
+            raise GrowkitError(f"num_heads={heads}: embed_dim={width} is no multiple of it") from None
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"cannot build {name} with {given or 'its defaults'}: {first}") from None
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):

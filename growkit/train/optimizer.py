@@ -48,14 +48,14 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
 
 def numbers_kept(settings: FitSettings) -> float:
     """Return how many numbers the optimizer keeps for each weight of a matrix; ADAMW_KEEPS if it runs on GPUs alone."""
-    probe = nn.Linear(64, 64, bias=False)
-    optimizer = optimizer_of(probe, settings)
-    probe.weight.grad = torch.ones_like(probe.weight)
-    try:
-        with random_kept():
+    with random_kept():
+        probe = nn.Linear(64, 64, bias=False)
+        optimizer = optimizer_of(probe, settings)
+        probe.weight.grad = torch.ones_like(probe.weight)
+        try:
             for _ in range(8):  # Lookahead copies the weights at its sixth update
                 optimizer.step()
-    except Exception:  # each library's own
-        return ADAMW_KEEPS
-    kept = [tensor for tensor in tree_leaves(list(optimizer.state.values())) if isinstance(tensor, Tensor)]
+        except Exception:  # each library's own
+            return ADAMW_KEEPS
+    kept = [tensor for tensor in tree_leaves(optimizer.state_dict()["state"]) if isinstance(tensor, Tensor)]
     return sum(tensor.numel() for tensor in kept if tensor.numel() > 1) / probe.weight.numel()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from growkit.compare.compare import _ends_below_start
+from growkit.compare.figures import guessing
 from growkit.compare.savings import Estimate, estimate, flops_to, saving
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
@@ -56,6 +57,26 @@ def test_interval_is_students(values):
 def test_one_seed_has_no_interval_and_none_no_estimate():
     assert estimate([0.5]).low is None
     assert estimate([]) is None
+
+
+@pytest.mark.parametrize(
+    ("top1", "images", "classes", "told"),
+    [
+        (0.111, 180, 10, True),
+        (0.2, 180, 10, False),
+        (0.111, 100_000, 10, False),  # little, but no chance
+        (0.001, 5000, 1000, True),
+        (0.5, 4, 1, False),
+    ],
+)
+def test_training_from_scratch_that_only_guesses_is_told(top1, images, classes, told):
+    content = {"target": {"arguments": {"num_classes": classes}}, "images": {"test images": images}}
+    scratch = SimpleNamespace(budgets=[SimpleNamespace(top1=Estimate(top1, None, None, 1))])
+    line = guessing(content, scratch)
+    assert (line is not None) == told
+    if told:
+        assert f"top-1 {top1:.1%}, and guessing gives {1 / classes:.1%}" in line
+    assert guessing(content, SimpleNamespace(budgets=[SimpleNamespace(top1=None)])) is None
 
 
 def test_saving_by_hand():

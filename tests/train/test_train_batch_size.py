@@ -22,6 +22,7 @@ from growkit.train.batch_size import largest_batch, with_batch_size
 from growkit.train.data import Data
 from growkit.train.loop import fit
 from growkit.train.memory import keep_what_fits, step_peak
+from growkit.train.optimizer import ADAMW_KEEPS, numbers_kept
 from growkit.train.settings import AUTO, FitSettings
 
 CPU = torch.device("cpu")
@@ -66,6 +67,42 @@ def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(model, 3) + 0.5) / batch_size.ROOM)
     assert 1 <= largest_batch(model, data, SETTINGS, CPU) <= 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("changes", "copies"), [({"model_ema": True}, 1), ({"opt": "lookahead_adamw"}, 1), ({}, 0)])
+def test_moving_average_and_what_the_optimizer_keeps_take_room(
+    changes: dict[str, Any], copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, settings = 4 * sum(p.numel() for p in vit().parameters()), replace(SETTINGS, **changes)
+    for free, found in ((copies * own + peak(vit(), 24) + 0.5, 24), (copies * own + peak(vit(), 24) - 0.5, 16)):
+        monkeypatch.setattr(batch_size, "free_bytes", lambda device, free=free: free / batch_size.ROOM)
+        assert largest_batch(vit(), images(512), settings, CPU) == found
+
+
+def test_moving_average_that_is_there_already_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[FitSettings] = []
+    monkeypatch.setattr(batch_size, "largest_batch", lambda *given, **_: counted.append(given[2]) or 8)
+    settings = replace(SETTINGS, model_ema=True)
+    with pytest.raises(GrowkitError), batch_size.telling_what_fits(vit(), images(), settings, CPU):
+        raise torch.OutOfMemoryError("full")
+    assert [one.model_ema for one in counted] == [False]
+
+
+@pytest.mark.parametrize(
+    ("opt", "numbers"), [("adamw", 2), ("sgd", 1), ("momentum", 1), ("lion", 1), ("lookahead_adamw", 3)]
+)
+def test_numbers_that_an_optimizer_keeps_for_each_weight_are_counted(opt: str, numbers: int) -> None:
+    before = torch.get_rng_state()
+    assert numbers_kept(replace(SETTINGS, opt=opt)) == numbers
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_optimizer_that_runs_on_gpus_alone_is_taken_for_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA only")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", refuse)
+    assert numbers_kept(replace(SETTINGS, opt="sgd")) == ADAMW_KEEPS
 
 
 @pytest.mark.parametrize("native", ["bf16", "fp32"])

@@ -390,6 +390,18 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_images_to_evaluate_on_need_no_others(folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+    data = open_data(str(folder), CONFIG, PLAIN, training=False)
+    assert data.classes == ["cat", "dog"]
+    assert (size_of(data.train), size_of(data.val)) == (0, 6)
+    assert sum(len(labels) for _, labels in val_batches(data, PLAIN)) == 6
+    with pytest.raises(GrowkitError, match="/train: no such folder"):
+        open_data(str(folder), CONFIG, PLAIN)
+    with pytest.raises(GrowkitError, match=f"/val/val: no such folder; give --data {folder}$"):
+        open_data(str(folder / "val"), CONFIG, PLAIN, training=False)
+
+
 @pytest.mark.parametrize("what", LAYOUTS)
 def test_folder_laid_out_wrongly_is_named_with_its_remedy(folder: Path, what: str) -> None:
     change, message = LAYOUTS[what]

@@ -777,6 +777,16 @@ def test_only_training_runs_compiled_and_counts_the_same(monkeypatch: pytest.Mon
     assert result.flops_per_step == fit(Net(), data, PLAIN).flops_per_step
 
 
+def test_progress_says_that_the_first_update_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, *, mode: model)
+    for compile, first in (("default", "compiling first"), (None, "")):
+        notes: list[str] = []
+        settings = replace(PLAIN, compile=compile, log_every=1)
+        fit(Net(), blobs(), settings, progress=lambda done, total, note="", notes=notes: notes.append(note))
+        assert notes[0] == first
+        assert "loss" in notes[-1]
+
+
 def an_operator() -> nn.Module:
     source, target = tiny(16, 1, 2, num_classes=2), tiny(32, 1, 4, num_classes=2)
     return grow(source, target, published_scale(source).state_dict(), GrowSettings(rank=1))

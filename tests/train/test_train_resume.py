@@ -253,6 +253,15 @@ def test_resuming_with_other_settings_names_the_difference(
     assert run.metrics() == before
 
 
+def test_resuming_for_longer_says_how(unbroken: tuple[Run, FitResult]) -> None:
+    run = Run(unbroken[0].folder, unbroken[0].data)
+    says = "; to train what it gave for longer, fine-tune that into another --run"
+    for changes, told in (({"steps": 20}, True), ({"lr": 0.5}, False)):
+        with pytest.raises(GrowkitError) as caught:
+            run.fit(replace(ALL_ON, **changes), resume=True)
+        assert str(caught.value).endswith(says) == told
+
+
 def test_resuming_with_other_settings_names_all_of_them_at_once(unbroken: tuple[Run, FitResult]) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
     says = r"started with batch_size 8, not 4; lr 0\.01, not 0\.5; steps 9, not 5: give the same, or start"
