@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from growkit.errors import Terminated
+from growkit.errors import GrowkitError, Terminated
 from growkit.lock import held
 from growkit_cli.processes import speaks
 from growkit_cli.typed import command_line
@@ -36,7 +36,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         _at_work.append(command.__name__)
         try:
             folder = written(command.__name__, given)
-            with nullcontext() if folder is None else holding(folder):
+            # a report is of the run as it stands, also while another command is at work there
+            with nullcontext() if folder is None else holding(folder, alone=command.__name__ != "report"):
                 return command(*args, **given)
         except KeyboardInterrupt as error:
             if speaks():
@@ -50,24 +51,31 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def written(command: str, given: Mapping[str, Any]) -> Path | None:
     """The run folder that a command with these arguments writes; None if it only reads."""
-    # a report is of a run as it stands, also while another command is at work there
-    reads = command == "report" or (command == "evaluate" and given["against"] is None)
+    reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
     if reads or not speaks():  # torchrun's processes share a run: only the first locks it
         return None
-    return given.get("run")
+    run = given.get("run")
+    # a report of a missing run must say so, and locking it would create it
+    return None if command == "report" and run is not None and not run.exists() else run
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Lock a run folder, and clean up what killed commands left there.
+def holding(folder: Path, *, alone: bool = True) -> Iterator[None]:
+    """Lock a run folder, and clean up what killed commands left there; unless `alone`, go on if another holds it.
 
     Raises:
         GrowkitError: another process holds it.
     """
     from growkit.record import RunFolder
 
-    with held(folder, command_line(), lambda line: print(line, file=sys.stderr)) as alone:
-        if alone:
+    with ExitStack() as stack:
+        try:
+            had = stack.enter_context(held(folder, command_line(), lambda line: print(line, file=sys.stderr)))
+        except GrowkitError:
+            if alone:
+                raise
+            had = False
+        if had:
             RunFolder(folder).clear_left()
         yield
 
