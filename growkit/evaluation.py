@@ -26,6 +26,8 @@ from growkit.train.progress import Progress, Say, followed, no_progress, say_not
 from growkit.train.score import Scores, evaluate, predictor, score_model
 from growkit.train.settings import FitSettings
 
+COMPARING = "comparing on the validation images"  # what commands call that work
+
 
 @dataclass(frozen=True)
 class Answering:

@@ -47,8 +47,8 @@ def export(
 
     Example: growkit export --onnx --precision int8 --data images/
     """
+    from growkit.exporting import Repository, export_model
     from growkit.record import RunFolder
-    from growkit.serving import Repository, export_model
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())

@@ -73,7 +73,7 @@ def verify(
     from functools import partial
 
     from growkit.record import RunFolder
-    from growkit.serving import Evidence, Reference, verify_run
+    from growkit.verifying import Evidence, Reference, verify_run
 
     console = Console(as_json)
     folder = RunFolder(run, command_line=command_line())

@@ -85,7 +85,7 @@ def main() -> int:
         given.onnx,
         VerifySettings(provider=PROVIDER, precision=$precision, max_batch=$max_batch, seed=$seed),
         Material(
-            weights_sha256=source.sha256 or None,
+            weights_sha256=source.sha256,
             labels=source.labels,
             data_sets=HERE / DATA_SETS if DATA_SETS is not None else None,
         ),

@@ -121,7 +121,7 @@ def test_what_one_alone_cannot_be_held_to_is_refused(
 def test_what_needs_no_model_is_refused_before_one_is_loaded(
     accepted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("growkit.serving.load_source", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("growkit.verifying.load_source", lambda *_, **__: pytest.fail("loaded"))
     for words, says in {
         ("verify", "model", "--model-only"): "nothing to hold model against",
         ("verify", "model", "--model-only", "--reference", "nowhere"): "nowhere",

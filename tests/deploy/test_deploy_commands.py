@@ -1,6 +1,5 @@
 """`growkit export` and `growkit verify` on a run folder, as a user meets them."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -18,7 +17,6 @@ from PIL import Image
 from timm.models import save_for_hf
 from typer.testing import CliRunner, Result
 
-from growkit import serving
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
 from growkit.deploy.form import Form
@@ -30,10 +28,11 @@ from growkit.deploy.throughput import Rate, Throughput
 from growkit.deploy.truth import Preprocessing, noise_images
 from growkit.errors import GrowkitError
 from growkit.evaluation import _answering_onnx
+from growkit.exporting import export_model
 from growkit.files import without_folders
 from growkit.record import RunFolder
-from growkit.serving import Evidence, export_model, verify_run
 from growkit.train.settings import FitSettings
+from growkit.verifying import Evidence, verify_run
 from growkit_cli.export import export
 from growkit_cli.verify import verify
 
@@ -245,17 +244,11 @@ def test_verification_of_what_is_not_the_runs_own_leaves_what_the_report_judges(
     assert {path.name: path.read_bytes() for path in (own / "verify").iterdir() if path.is_file()} == before
 
 
-@pytest.mark.parametrize("what", ["a copy of the model", "a model without a hash"])
 def test_verification_of_the_runs_file_and_what_it_was_made_of_is_what_the_report_judges(
-    what: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path
 ) -> None:
     own = RunFolder(tmp_path / "run")
     shutil.copytree(run / "grown", tmp_path / "copy")
-    if what == "a model without a hash":  # as timm:NAME
-        load = serving.load_source
-        monkeypatch.setattr(
-            serving, "load_source", lambda *given, **more: dataclasses.replace(load(*given, **more), sha256="")
-        )
     export_model(own, str(tmp_path / "copy"), ExportSettings())
     verify_run(own, VerifySettings(latency=False), str(tmp_path / "copy"), own.onnx_file)
     assert (own.verify / "report.json").exists()
