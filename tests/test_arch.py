@@ -3,12 +3,14 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from pairs import PAIRS, randomised, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkit.arch import build, detect, find, find_target, full_name, parse_sets, vit
 from growkit.arch.spec import Architecture
@@ -393,6 +395,35 @@ def test_arguments_that_timm_would_take_for_others_are_refused(arguments: dict, 
     with pytest.raises(GrowkitError) as caught:
         find("vit_tiny", arguments)
     assert str(caught.value) == f"cannot build vit_tiny_patch16_224 with {key}={value}: {said}"
+
+
+class Called(TorchDispatchMode):
+    """While entered, collects the names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_network_without_values_draws_none_and_is_the_same_otherwise() -> None:
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    with Called() as drawn:
+        filled = build("deit_tiny_patch16_224", sizes)
+    with Called() as none:
+        bare = build("deit_tiny_patch16_224", sizes, device="meta")
+    drawing = {"erfinv_", "clamp_", "add_", "mul_"}
+    assert drawn.names >= drawing
+    assert not none.names & drawing
+    shapes, wanted = (
+        {name: tuple(value.shape) for name, value in model.state_dict().items()} for model in (bare, filled)
+    )
+    assert shapes == wanted
+    assert repr(bare) == repr(filled)
+    assert bare._model_args == filled._model_args  # timm writes them into config.json
 
 
 def test_arguments_of_every_kind_are_taken() -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -189,10 +190,20 @@ def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_rin
         ("several_processes.py", [], "error: start it with torchrun --nproc-per-node N"),
     ],
 )
-def test_mistake_is_told_in_a_line_before_anything_runs(script: str, words: list[str], told: str) -> None:
-    done = subprocess.run([sys.executable, FOLDER / script, *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"{script}: {told}" in done.stderr.splitlines()[-1]
+def test_mistake_is_told_in_a_line_before_anything_runs(
+    script: str,
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(FOLDER)  # as the folder of a script is
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (2, "")
+    assert f"{script}: {told}" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

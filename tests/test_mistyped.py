@@ -1,23 +1,17 @@
 """Every option of every command, found by introspection, mistyped: exit status 2 and one message that names it."""
 
-import sys
 from typing import Any, get_args
 
 import pytest
-import typer
+from program import COMMAND, growkit
 
-from growkit_cli import main as program
-
-COMMANDS: dict[str, Any] = typer.main.get_command(program.app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = COMMAND.commands  # type: ignore[attr-defined]
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """What the program says to the words, which it must refuse as bad usage."""
-    monkeypatch.setattr(sys, "argv", ["growkit", *words])
-    with pytest.raises(SystemExit) as left:
-        program.main()
-    out, err = capsys.readouterr()
-    assert (left.value.code, out) == (2, ""), words
+    status, out, err = growkit(capsys, *words)
+    assert (status, out) == (2, ""), words
     assert "Traceback" not in err, words
     return err
 
@@ -29,9 +23,7 @@ def is_number(option: Any) -> bool:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_mistyped_option_is_named(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_mistyped_option_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     parameters = COMMANDS[command].params
     options = [p for p in parameters if p.param_type_name == "option"]
     assert options
@@ -47,7 +39,7 @@ def test_every_mistyped_option_is_named(
             if is_number(option):
                 mistakes += [[name, "abc"], [name, ""]]
         for mistake in mistakes:
-            assert name in refused(capsys, monkeypatch, command, *needed, *mistake), (command, mistake)
+            assert name in refused(capsys, command, *needed, *mistake), (command, mistake)
 
 
 def test_numbers_are_recognised() -> None:

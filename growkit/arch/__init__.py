@@ -4,6 +4,7 @@ import ast
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -11,12 +12,15 @@ import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from growkit.arch import recognise, vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GrowkitError, first_line
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
+DRAWING = {Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}  # steps of timm's trunc_normal_
 ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
 KINDS = get_type_hints(VisionTransformer.__init__)
 WORDS = {"true": True, "false": False, "none": None}  # other tools' spelling of what Python capitalises
@@ -76,6 +80,13 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
     return vit.describe(build(name, arguments, device="meta"), name, arguments)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Inside, timm's trunc_normal_ does nothing: on the meta device it has no effect, and takes long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in DRAWING else func(*args, **(kwargs or {}))
+
+
 def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> VisionTransformer:
     """Build the network with random weights, or none at all on the meta device.
 
@@ -89,7 +100,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
         if expected := _expected(key, value):
             raise GrowkitError(f"cannot build {name} with {key}={value}: expected {expected}")
     try:
-        with torch.device(device):
+        with torch.device(device), _Undrawn() if device == "meta" else nullcontext():
             model = timm.create_model(name, **arguments)
     except Exception as error:  # constructors raise errors of every kind on odd arguments
         first = first_line(error)

@@ -200,9 +200,9 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
             tall = HEIGHT + 0.17 * (len(plot.series) + 1)
         else:
             tall = 1 + 0.33 * len(plot.bars if isinstance(plot, Bars) else plot.rows)
-        figure = Figure(figsize=(WIDTH, tall), layout="constrained")
-        (FigureCanvasSVG if kind == "svg" else FigureCanvasAgg)(figure)
-        axes = figure.subplots()
+        back = "none" if transparent else "white"
+        figure = Figure(figsize=(WIDTH, tall), layout="constrained", dpi=DPI, facecolor=back)
+        axes = figure.subplots(subplot_kw={"facecolor": back})
         if isinstance(plot, Plot):
             _lines(figure, axes, plot)
         elif isinstance(plot, Bars):
@@ -212,10 +212,11 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
         if title:
             axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
         stream = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(
-            stream, format=kind, dpi=72 if kind == "svg" else DPI, transparent=transparent, metadata=metadata
-        )
+        # by the canvas itself: savefig draws everything twice
+        if kind == "svg":
+            FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+        else:
+            FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
     return stream.getvalue()
 
 

@@ -7,7 +7,7 @@ INPUT = ("img_size=8", "patch_size=4", "in_chans=1", "mlp_ratio=2")
 SMALL = (*INPUT, "num_heads=2", "embed_dim=16", "depth=1")
 LARGE = ("num_heads=4", "mlp_ratio=2", "embed_dim=32", "depth=2")
 RECIPE = FitSettings(
-    epochs=2, batch_size=64, hflip=0, scale_min=0.8, color_jitter=0, workers=0, cache="device", precision="fp32"
+    epochs=1.25, batch_size=64, hflip=0, scale_min=0.8, color_jitter=0, workers=0, cache="device", precision="fp32"
 )
 
 
@@ -21,7 +21,7 @@ def options(**given: object) -> CompareSettings:
         "lrs": "2e-3",
         "operator_steps": 3,
         "operator_lrs": "1e-3",
-        "evals": 4,
+        "evals": 2,
         "share": 0.5,
     }
     return CompareSettings(**{**quick, **given})

@@ -52,6 +52,14 @@ def whole(source, digits, tmp_path_factory):
     return folder, run_compare(folder, source, digits, settings)
 
 
+@pytest.fixture(scope="module")
+def begun(source, digits, tmp_path_factory):
+    """A comparison of one method, which tests go on with in copies of their own."""
+    folder = tmp_path_factory.mktemp("begun")
+    run_compare(folder, source, digits, options(methods="lemon"), replace(RECIPE, precision="auto"))
+    return folder / "compare"
+
+
 def test_every_arm_has_figures_for_every_budget_and_seed(whole):
     _, compared = whole
     names = [arm.name for arm in compared.arms]
@@ -59,6 +67,7 @@ def test_every_arm_has_figures_for_every_budget_and_seed(whole):
     assert len(names) == 7
     for arm in compared.arms:
         assert [found.budget for found in arm.budgets] == [0.5, 1.0]
+        assert not arm.failures, arm.failures
         assert all(found.top1.count == 2 for found in arm.budgets)
         assert not arm.failures
         assert len(arm.flops_to_target) == 2
@@ -137,8 +146,9 @@ def test_untrained_source_cost_nothing(whole):
     assert mango.saving_including_source.mean < mango.saving.mean
 
 
-def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, source, digits, monkeypatch):
+def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, source, digits, tmp_path, monkeypatch):
     folder, compared = whole
+    shutil.copytree(folder / "compare", tmp_path / "compare")
     trained = []
     train = Bench.train
 
@@ -150,7 +160,7 @@ def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, sourc
     settings = options(**{**compared.content["settings"], "methods": "mango,lemon,bert2bert"})
     counts, run = [], Comparison.run
     monkeypatch.setattr(Comparison, "run", lambda self: (run(self), counts.append((self.finished, self.total)))[0])
-    more = run_compare(folder, source, digits, settings, resume=True)
+    more = run_compare(tmp_path, source, digits, settings, resume=True)
     assert set(trained) == {"bert2bert"}
     assert counts == [(48, 48)]  # what is there already counts, too
     assert [arm.name for arm in more.arms[:4]] == ["from scratch", "mango", "lemon", "bert2bert"]
@@ -167,7 +177,8 @@ def test_test_images_are_scored_once_for_each_chosen_run_alone(source, digits, t
         return score(self, model, test=test)
 
     monkeypatch.setattr(Bench, "score", counting)
-    compared = run_compare(tmp_path, source, digits, options(methods="lemon", lrs="1e-5,2e-5,4e-3"))
+    settings, recipe = options(methods="lemon", lrs="1e-5,2e-5,4e-3"), replace(RECIPE, epochs=2)
+    compared = run_compare(tmp_path, source, digits, settings, recipe)
     assert len(scored) == 2  # of six runs, two are chosen
     assert {arm.budgets[-1].lr for arm in compared.arms} == {4e-3}
     page = (tmp_path / "compare" / "report.html").read_text()
@@ -327,11 +338,12 @@ def test_operator_that_fails_at_every_rate_is_tried_once_at_each(source, digits,
 
 
 def test_arms_that_end_below_their_start_are_named_and_training_from_scratch_has_none(
-    source, digits, tmp_path, monkeypatch
+    begun, source, digits, tmp_path, monkeypatch
 ):
+    shutil.copytree(begun, tmp_path / "compare")
     monkeypatch.setattr("growkit.compare.compare._ends_below_start", lambda arm, metric: True)
     lines = []
-    run_compare(tmp_path, source, digits, options(methods="lemon"), say=lines.append)
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
     assert "warning: worse at the end than at the start: lemon; try lower --lrs or more --epochs" in lines
 
 
@@ -424,9 +436,9 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
     assert not (tmp_path / "compare").exists()
 
 
-def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, tmp_path):
+def test_comparison_that_is_there_is_neither_replaced_nor_mixed(begun, source, digits, tmp_path):
     settings = options(methods="lemon")
-    run_compare(tmp_path, source, digits, settings)
+    shutil.copytree(begun, tmp_path / "compare")
     before = runs_of(tmp_path)
     with pytest.raises(GrowkitError, match="already exists; --resume goes on with it, --force replaces it"):
         run_compare(tmp_path, source, digits, settings)
@@ -437,11 +449,12 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(source, digits, 
     assert runs_of(tmp_path) == before
 
 
-def test_folder_that_a_kill_left_half_emptied_is_replaced_again_and_a_link_stays(source, digits, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
+def test_folder_that_a_kill_left_half_emptied_is_replaced_again_and_a_link_stays(
+    begun, source, digits, tmp_path, monkeypatch
+):
+    shutil.copytree(begun, tmp_path / "elsewhere")
     (tmp_path / "compare").symlink_to("elsewhere")
-    settings = options(methods="lemon", lrs="1e-3")
-    run_compare(tmp_path, source, digits, settings, resume=True)
+    settings = options(methods="lemon")
 
     remove = files._remove
 
@@ -457,13 +470,13 @@ def test_folder_that_a_kill_left_half_emptied_is_replaced_again_and_a_link_stays
             run_compare(tmp_path, source, digits, settings, force=True)
     assert json.loads((tmp_path / "compare" / "begun.json").read_text())["settings"]["methods"] == "lemon"
     assert list((tmp_path / "compare").iterdir()) == [tmp_path / "compare" / "begun.json"]
-    run_compare(tmp_path, source, digits, replace(settings, lrs="2e-3"), force=True)
-    assert {found["lr"] for found in runs_of(tmp_path).values()} == {2e-3}
+    run_compare(tmp_path, source, digits, replace(settings, lrs="1e-3"), force=True)
+    assert {found["lr"] for found in runs_of(tmp_path).values()} == {1e-3}
     assert (tmp_path / "compare").is_symlink()
 
 
-def test_weights_that_a_kill_left_after_the_test_go_with_the_next_start(source, digits, tmp_path):
-    run_compare(tmp_path, source, digits, options(methods="lemon"))
+def test_weights_that_a_kill_left_after_the_test_go_with_the_next_start(begun, source, digits, tmp_path):
+    shutil.copytree(begun, tmp_path / "compare")
     for run in (tmp_path / "compare" / "runs").iterdir():
         (run / "model.safetensors").touch()
     run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
@@ -471,9 +484,9 @@ def test_weights_that_a_kill_left_after_the_test_go_with_the_next_start(source, 
 
 
 @pytest.mark.parametrize("name", ["begun.json", "result.json"])
-def test_file_of_another_version_is_refused_by_name_and_left(source, digits, tmp_path, name):
+def test_file_of_another_version_is_refused_by_name_and_left(begun, source, digits, tmp_path, name):
     settings = options(methods="lemon")
-    run_compare(tmp_path, source, digits, settings)
+    shutil.copytree(begun, tmp_path / "compare")
     path = next((tmp_path / "compare").rglob(name))
     old = path.read_text().replace('"growkit": "', '"growkit": "0.0.')
     path.write_text(old)
@@ -515,10 +528,10 @@ def test_operator_is_trained_again_where_another_budget_needs_what_was_let_go(so
 
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum_steps": 2}])
 def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes, monkeypatch):
-    settings, prices = options(controls="source-longer", budgets="0.5,1"), {}
+    settings, prices = options(methods="mango", controls="source-longer", budgets="0.5,1"), {}
     priced = Costs.operator_flops
     monkeypatch.setattr(Costs, "operator_flops", lambda self, arm: prices.setdefault(arm.name, priced(self, arm)))
-    compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, **changes))
+    compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, epochs=2, **changes))
     assert prices["mango"] > 0
     assert {run["arm"]: run["operator_flops"] for run in compared.content["runs"]} == prices
     full = compared.content["full_flops"]
@@ -543,13 +556,17 @@ def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(sourc
     assert all(warmup == pytest.approx(steps / full) for name, warmup, steps in seen if name != "GrownModel")
 
 
-def test_what_is_left_out_of_the_figures_is_told(source, digits, tmp_path):
-    run_compare(tmp_path, source, digits, options(methods="lemon,net2net", seeds=2, budgets="0.5,1"))
+def test_what_is_left_out_of_the_figures_is_told(whole, source, digits, tmp_path):
+    folder, compared = whole
+    shutil.copytree(folder / "compare", tmp_path / "compare")
+    asked = {**compared.content["settings"], "controls": "none", "seeds": 1, "budgets": "1"}
     lines = []
-    less = run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
-    assert [arm.name for arm in less.arms] == ["from scratch", "lemon"]
+    less = run_compare(tmp_path, source, digits, options(**asked), resume=True, say=lines.append)
+    assert [arm.name for arm in less.arms] == ["from scratch", "mango", "lemon"]
     told = [line for line in lines if line.startswith("not in these figures")]
-    assert [line.split(": ")[1].split(";")[0] for line in told] == ["net2net", "budget 0.5", "seed 1"]
+    left = sorted({arm.name for arm in compared.arms} - {arm.name for arm in less.arms})
+    assert len(left) == 4
+    assert [line.split(": ")[1].split(";")[0] for line in told] == [*left, "budget 0.5", "seed 1"]
 
 
 def test_most_operator_steps_that_are_offered_are_taken(source, digits, tmp_path):
@@ -580,31 +597,31 @@ def test_resume_leaves_a_folder_alone_that_it_did_not_make(source, digits, tmp_p
     assert (tmp_path / "compare" / "precious.txt").read_text() == "mine"
 
 
-def test_runs_on_other_images_are_not_mixed(source, digits, tmp_path):
+def test_runs_on_other_images_are_not_mixed(begun, source, digits, tmp_path):
+    shutil.copytree(begun, tmp_path / "compare")
     shutil.copytree(digits, tmp_path / "digits")
-    settings = options(methods="lemon")
-    run_compare(tmp_path, source, str(tmp_path / "digits"), settings)
     place = next((tmp_path / "digits" / "val").rglob("*.png"))
     place.rename(place.with_stem("another"))
     with pytest.raises(GrowkitError, match=r"begun with other validation images \(some were added, removed or renamed"):
-        run_compare(tmp_path, source, str(tmp_path / "digits"), settings, resume=True)
+        run_compare(tmp_path, source, str(tmp_path / "digits"), options(methods="lemon"), resume=True)
 
 
-def test_runs_of_another_machine_are_not_mixed(source, digits, tmp_path):
-    settings, recipe = options(methods="lemon"), replace(RECIPE, precision="auto")
-    run_compare(tmp_path, source, digits, settings, recipe=recipe)
-    begun = tmp_path / "compare" / "begun.json"
-    content = json.loads(begun.read_text())
+def test_runs_of_another_machine_are_not_mixed(begun, source, digits, tmp_path):
+    settings = options(methods="lemon")
+    shutil.copytree(begun, tmp_path / "compare")
+    written = tmp_path / "compare" / "begun.json"
+    content = json.loads(written.read_text())
     assert content["machine"] == {"device": "cpu", "torch": torch.__version__}
-    assert content["recipe"]["precision"] == "fp32"  # what auto is on a CPU
-    begun.write_text(json.dumps({**content, "machine": {**content["machine"], "device": "cuda"}}))
+    assert content["recipe"]["precision"] == content["operator"]["precision"] == "fp32"  # what auto is on a CPU
+    written.write_text(json.dumps({**content, "machine": {**content["machine"], "device": "cuda"}}))
     with pytest.raises(GrowkitError, match="begun with device cuda, not cpu"):
-        run_compare(tmp_path, source, digits, settings, recipe=recipe, resume=True)
+        run_compare(tmp_path, source, digits, settings, resume=True)
 
 
-def test_other_class_names_are_told(source, digits, tmp_path):
+def test_other_class_names_are_told(begun, source, digits, tmp_path):
+    shutil.copytree(begun, tmp_path / "compare")
     lines = []
     named = replace(source, labels=tuple("abcdefghij"))
-    run_compare(tmp_path, named, digits, options(methods="lemon", share=0.2), say=lines.append)
+    run_compare(tmp_path, named, digits, options(methods="lemon"), resume=True, say=lines.append)
     told = "the source calls its classes a, b, c and 7 more, the data 0, 1, 2 and 7 more: they are taken in order"
     assert told in lines

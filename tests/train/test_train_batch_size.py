@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -34,8 +35,8 @@ def images(count: int = 64) -> Data:
     return Data(train=held, val=held, classes=list("abcd"))
 
 
-def vit() -> nn.Module:
-    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_classes": 4}
+def vit(depth: int = 1) -> nn.Module:
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": depth, "num_classes": 4}
     return timm.create_model("vit_tiny_patch16_224", **sizes)
 
 
@@ -58,13 +59,19 @@ def peak(model: nn.Module, count: int) -> int:
     return step_peak(copy.deepcopy(model).train(), (count, 3, 8, 8), "fp32") - own
 
 
+@cache
+def room_for(count: int) -> float:
+    """Free bytes in which a step of `vit` on so many images just fits."""
+    return (peak(vit(), count) + 0.5) / batch_size.ROOM
+
+
 def test_largest_batch_fits_and_the_next_larger_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = vit(), images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for free, found in ((peak(model, 40), 40), (peak(model, 47), 40), (peak(model, 1) - 1, 0)):
         monkeypatch.setattr(batch_size, "free_bytes", lambda device, free=free: (free + 0.5) / batch_size.ROOM)
         assert largest_batch(model, data, SETTINGS, CPU) == found
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(model, 3) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: room_for(3))
     assert 1 <= largest_batch(model, data, SETTINGS, CPU) <= 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -137,10 +144,12 @@ def test_images_that_are_mixed_are_counted_in_pairs(mixing: dict[str, float], mo
 
 
 def test_blocks_computed_again_leave_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: peak(vit(), 24) / batch_size.ROOM)
+    model = vit(depth=4)
+    free = (peak(model, 24) + 0.5) / batch_size.ROOM
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
     again = replace(SETTINGS, grad_checkpointing=True)
-    assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
-    assert largest_batch(vit(), images(512), again, CPU) > 40
+    assert largest_batch(model, images(512), SETTINGS, CPU) == 24
+    assert largest_batch(model, images(512), again, CPU) > 40
 
 
 def test_grown_models_are_counted_with_their_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +219,7 @@ def test_running_out_of_memory_says_what_fits_for_the_same_images(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = Full(20, error), images()
-    free = (peak(model.net, 20) + 0.5) / batch_size.ROOM
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: room_for(20))
     says = "out of memory on cpu with 32 images a batch; --batch-size 16 --grad-accum-steps 2 fits and takes the same"
     with pytest.raises(GrowkitError, match=says):
         fit(model, data, SETTINGS)
@@ -235,7 +243,7 @@ def test_running_out_of_memory_where_nothing_is_free_any_more_does_not_say_that_
 def test_gradients_of_batches_before_take_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where batches add up, asked for or as the remedy, each but the first finds gradients there already."""
     counted: list[int] = []
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: room_for(24))
     monkeypatch.setattr(batch_size, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
     assert largest_batch(vit(), images(512), SETTINGS, CPU) == 24
     assert largest_batch(vit(), images(512), SETTINGS, CPU, 2) < 24
@@ -305,7 +313,7 @@ def test_other_errors_of_torch_are_left_alone() -> None:
 def test_an_odd_number_of_processes_finds_a_size_and_too_few_images_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: room_for(24))
     alone = largest_batch(vit(), images(512), SETTINGS, CPU)
     monkeypatch.setattr(batch_size.distributed, "size", lambda: 3)
     assert largest_batch(vit(), images(512), SETTINGS, CPU) == alone == 24
@@ -317,7 +325,7 @@ def test_of_several_processes_the_one_with_the_least_room_decides(monkeypatch: p
     """DDP keeps gradients from update to update, so they are there from the first batch on."""
     counted: list[int] = []
     auto = replace(SETTINGS, batch_size=AUTO)
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (peak(vit(), 24) + 0.5) / batch_size.ROOM)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: room_for(24))
     monkeypatch.setattr(batch_size, "step_peak", lambda *given: counted.append(given[3]) or step_peak(*given))
     alone = largest_batch(vit(), images(512), SETTINGS, CPU, 2)
     counted.clear()

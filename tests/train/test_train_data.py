@@ -494,18 +494,16 @@ def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
     assert all(one.numpy().tobytes() in plain for one in got)
 
 
-@pytest.mark.parametrize(
-    ("error", "told"), [(EOFError(), False), (ConnectionResetError(), False), (ValueError("odd"), True)]
-)
-def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(error: Exception, told: bool) -> None:
+def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves() -> None:
     """As Python's thread tells it that hands images on, in a process whose signals are its own."""
+    errors = (EOFError(), ConnectionResetError(), ValueError("odd"))
     code = (
         "import sys; from multiprocessing import Pipe; from growkit.train.loading import _quiet_worker;"
         " ends = Pipe(); _quiet_worker(ends[1], 0);"
-        f" error = {error!r}; sys.excepthook(type(error), error, None)"
+        f" [sys.excepthook(type(error), error, None) for error in {errors!r}]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (type(error).__name__ in done.stderr) == told
+    assert [type(error).__name__ for error in errors if type(error).__name__ in done.stderr] == ["ValueError"]
 
 
 def test_there_are_no_more_readers_than_batches_and_torch_says_nothing_of_their_number(opened: Open) -> None:
