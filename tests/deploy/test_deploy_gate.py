@@ -114,7 +114,7 @@ def test_every_group_alone_catches_some_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if one.fast else pytest.param(name, marks=pytest.mark.slow) for name, one in CLEAN.items()]
+    "name", [name if one.fast else pytest.param(name, marks=pytest.mark.exhaustive) for name, one in CLEAN.items()]
 )
 def test_clean_export_passes_every_check(name: str, tmp_path: Path) -> None:
     one = CLEAN[name]
@@ -134,8 +134,10 @@ def test_clean_exports_are_many_and_different() -> None:
     assert {one.form.precision for one in CLEAN.values()} == set(PRECISIONS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 21))
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=pytest.mark.slow if seed < 4 else pytest.mark.exhaustive) for seed in range(1, 21)],
+)
 @pytest.mark.parametrize("base", ["plain", "standard", "contrib", "pixels", "fp16", "int8"])
 def test_other_images_raise_no_false_alarm(base: str, seed: int, clean) -> None:
     parity = check_parity(model_of(base), clean(base), VerifySettings(seed=seed))
