@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -157,6 +157,35 @@ def _answering_onnx(path: Path, device: str) -> Answering:
     )
 
 
+def _answering(path: str, loading: Loading, precision: str, device: str, say: Say) -> Answering:
+    """Load what classifies images: an ONNX file, or whatever `load_source` takes."""
+    if Path(path).suffix == ".onnx":
+        return _answering_onnx(Path(path), device)
+    loaded = load_source(path, loading, say=say)
+    _refuse_headless(path, loaded.architecture.classes)
+    chosen = pick_device(device)
+    return Answering(
+        path=path,
+        predict=predictor(loaded.model().to(chosen), chosen, precision),
+        preprocessing=loaded.preprocessing,
+        labels=loaded.labels,
+        outputs=loaded.architecture.classes,
+        sha256=loaded.sha256,
+    )
+
+
+def _for_both(
+    data: str, opened: Data, old: Answering, new: Answering, settings: FitSettings, say: Say
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the images as the old model takes them, as the new one does, and their labels."""
+    if _prepares_alike(old, new):
+        yield from ((images, images, labels) for images, labels in val_batches(opened, settings))
+        return
+    say("the two prepare images differently; each gets them its own way")
+    others = open_data(data, old.preprocessing, settings, training=False)
+    yield from in_step(val_batches(others, settings), val_batches(opened, settings))
+
+
 def evaluate_against(
     run: RunFolder,
     model: str,
@@ -190,33 +219,11 @@ def evaluate_against(
             "give one as a model folder, as `growkit finetune` writes it"
         )
 
-    def answering(path: str) -> Answering:
-        if Path(path).suffix == ".onnx":
-            return _answering_onnx(Path(path), device)
-        meant = path in bare or not bare
-        loaded = load_source(path, loading if meant else Loading(ema=loading.ema), say=say)
-        _refuse_headless(path, loaded.architecture.classes)
-        chosen = pick_device(device)
-        return Answering(
-            path=path,
-            predict=predictor(loaded.model().to(chosen), chosen, settings.precision),
-            preprocessing=loaded.preprocessing,
-            labels=loaded.labels,
-            outputs=loaded.architecture.classes,
-            sha256=loaded.sha256,
-        )
-
-    new, old = answering(model), answering(against)
+    meant = {path: loading if path in bare or not bare else Loading(ema=loading.ema) for path in (model, against)}
+    new, old = (_answering(path, meant[path], settings.precision, device, say) for path in (model, against))
     opened = open_data(data, new.preprocessing, settings, training=False)
     _refuse_other_classes(data, opened.classes, old, new)
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]]
-    if _prepares_alike(old, new):
-        batches = ((images, images, labels) for images, labels in val_batches(opened, settings))
-    else:
-        say("the two prepare images differently; each gets them its own way")
-        others = open_data(data, old.preprocessing, settings, training=False)
-        batches = in_step(val_batches(others, settings), val_batches(opened, settings))
-    batches = followed(batches, size_of(opened.val), progress)
+    batches = followed(_for_both(data, opened, old, new, settings, say), size_of(opened.val), progress)
     found = compare_answers(old.predict, new.predict, batches, new.labels or old.labels or opened.classes)
     if recorded:
         read = ("batch_size", "precision", "data_dir", "val_split")
