@@ -84,6 +84,8 @@ def _refuse_other_data(
     told = ""
     if classes and len(classes) != outputs:
         told = f"{len(classes)} classes are not {whose} {outputs}"
+        missing = [name for name in labels or () if name not in classes]
+        told += f", {missing[0]} is missing" if missing else ""
     elif classes and labels and list(labels) != list(classes):
         at, (one, other) = _first_difference(classes, labels)
         told = f"class {at} is {one} and {whose} is {other}"

@@ -27,10 +27,9 @@ from growkit.train.data import Data, open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader
 from growkit.train.loop import FitResult, fit, refuse_settings
-from growkit.train.precision import refuse_tf32
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
-from growkit.train.settings import AUTO, FitSettings
+from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def grow_model(
     device, opened = pick_device(job.device), None
     training = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
     if data is not None:
-        refuse_tf32(training, device)
         opened = open_data(data, source.preprocessing, training, tell=job.tell)
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
@@ -187,7 +185,8 @@ def _train_operator(
         operator = settled(job, grown, opened, operator, device, folder if resumed else None)
     else:  # nothing is trained that could be tried
         number = FitSettings.batch_size if operator.batch_size == AUTO else operator.batch_size
-        operator = replace(operator, batch_size=number, compile=None)
+        mode = None if operator.compile == COMPILE_AUTO else operator.compile
+        operator = replace(operator, batch_size=number, compile=mode)
         refuse_settings(opened, operator)
 
     def score(model: nn.Module, what: str) -> Scores:

@@ -2,12 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
@@ -37,7 +36,7 @@ class Source:
     path: str
     architecture: Architecture
     state: dict[str, Tensor] = field(repr=False)
-    sha256: str  # of the weights file, for timm:NAME of what it would be; empty for random weights
+    sha256: str  # of the weights file, for timm:NAME of the tensors; empty for random weights
     preprocessing: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
     labels: tuple[str, ...] | None
     history: dict[str, Any] | None  # growkit.json, where growkit wrote it
@@ -159,12 +158,21 @@ def _load_timm(path: str) -> Source:
         path=path,
         architecture=architecture,
         state=state,
-        sha256=hashlib.sha256(safetensors.torch.save(state)).hexdigest(),
+        sha256=_digest(state),
         preprocessing=_preprocessing(architecture, config),
         labels=None,
         history=None,
         notes=(),
     )
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Hash names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _from_hub(path: str) -> Path:

@@ -162,6 +162,7 @@ def comparison(name: str = "deit_small_patch16_224") -> dict[str, Any]:
         "recipe": asdict(FitSettings()),
         "operator": {},
         "data": {},
+        "largest_class": 40,
         "images": {"training images": 1200, "held-out images": 100, "test images": 100},
         "full_flops": 4e12,
         "source_flops": 1e12,

@@ -223,7 +223,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "data of fewer classes and no labels": (("seven",), "its 3 classes are not the model's 7; give data with"),
     "ONNX model of other data": (
         ("run/onnx/model.onnx", "--data", "fewer"),
-        "its 2 classes are not the model's 3; give data with",
+        "its 2 classes are not the model's 3, elk is missing; give data with",
     ),
     "model without a classifier": (("headless",), "headless has no classifier to judge; `growkit finetune headless`"),
     "source without a classifier": (("--against", "headless"), "headless has no classifier to judge"),

@@ -29,7 +29,7 @@ def own_bytes() -> int:
         ("source.safetensors", lambda path: save_file(WEIGHTS, path), lambda path: read_checkpoint(path).state),
         (
             "state.pt",
-            lambda path: save_state(path.parent, {"identity": {}, **WEIGHTS}),
+            lambda path: save_state(path.parent, {"identity": {}, "step": 1, "training": {}, **WEIGHTS}),
             lambda path: load_state(path.parent, {}),
         ),
     ],
@@ -48,7 +48,7 @@ def test_what_is_read_is_mapped(
 
 
 def test_state_that_is_mapped_can_be_written_anew(tmp_path: Path) -> None:
-    save_state(tmp_path, {"identity": {}, "moment": torch.ones(1000)})
+    save_state(tmp_path, {"identity": {}, "step": 1, "training": {}, "moment": torch.ones(1000)})
     state = load_state(tmp_path, {})
     state["moment"] += 1
     save_state(tmp_path, state)

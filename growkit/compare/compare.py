@@ -1,5 +1,6 @@
 """growkit compare: every arm on the same images, in the same order, for the same compute; resumable run by run."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from growkit.files import whole_file, write_json
 from growkit.job import Job
 from growkit.lineage import flops_of
 from growkit.source import Source
+from growkit.train.data import labels_of
 from growkit.train.progress import Progress, each
 from growkit.train.settings import FitSettings
 
@@ -102,7 +104,7 @@ class Comparison:
         """Make the runs of one arm, budget and seed: the whole grid on the first seed, its best rate on the others."""
         grid = self.lrs
         best = self.best(arm, budget)
-        if best is not None and (seed != self.seeds[0] or best["test"] is not None):
+        if best is not None and (seed != self.seeds[0] or best["test"] is not None or "test_failed" in best):
             grid = (best["lr"],)  # a choice is final: a rate that failed then is not tried again
         elif seed != self.seeds[0]:
             self.finished += 1
@@ -116,17 +118,22 @@ class Comparison:
             return
         if chosen["test"] is None:
             self._test(Cell(arm, budget, seed, chosen["lr"]), chosen)
+        if chosen["test"] is None:
+            return  # its weights stay, so that --resume can try again
         for lr in self.lrs:  # also those left by a process that died before removing them
             (self.runs / Cell(arm, budget, seed, lr).slug / WEIGHTS).unlink(missing_ok=True)
 
     def best(self, arm: Arm, budget: float) -> dict[str, Any] | None:
-        """The first seed's run that was scored on the test images, else the best one so far; None if there is none."""
+        """The first seed's run that was chosen for the test images, else the best one so far; None if there is none."""
         made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
         finished = [found for found in made if found is not None and "failed" not in found]
         sign = sign_of(self.settings.metric)
         return max(
             finished,
-            key=lambda found: (found["test"] is not None, sign * found["final"][self.settings.metric]),
+            key=lambda found: (
+                found["test"] is not None or "test_failed" in found,
+                sign * found["final"][self.settings.metric],
+            ),
             default=None,
         )
 
@@ -226,15 +233,16 @@ class Comparison:
         return min(tried, key=tried.__getitem__, default=None)
 
     def _test(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Score a chosen run on the test images, once; where that fails, the run has failed."""
+        """Score a chosen run on the test images, once."""
         folder = self.runs / cell.slug
         try:
             with failing():
                 model = self.bench.fresh(cell.arm)
                 model.load_state_dict(load_file(folder / WEIGHTS))
                 result["test"] = asdict(self.bench.score(model, test=True))
+            result.pop("test_failed", None)
         except RunFailedError as reason:
-            result["failed"] = f"on the test images: {reason}"
+            result["test_failed"] = str(reason)
             self.job.say(f"{cell.name}: failed on the test images, the others go on ({reason})")
         write_json(folder / "result.json", result)
 
@@ -295,6 +303,7 @@ def compare_methods(
         say(f"warning: worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
     content = {
         **described(bench, settings, job.run.command_line),
+        "largest_class": max(Counter(labels_of(bench.test.val)).values()),
         "full_flops": comparison.full,
         "source_flops": known,
         "source_score": asdict(bench.source_score()),
@@ -302,8 +311,8 @@ def compare_methods(
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
     }
-    if nothing := guessing(content, arms[0]):
-        say(f"warning: {nothing}")
+    if told := guessing(content, arms[0]):
+        say(f"warning: {told}")
     write_json(folder / "results.json", content)
     write_pages(folder, content, arms)
     return Compared(folder, arms, content)

@@ -101,7 +101,9 @@ def arm_figures(
             else _interval_if(complete, saving(costs, spent, scratch, source=own_source)),
             curve=_mean_curve(whole, metric),
             seconds=estimate([run["seconds"] + run["operator_seconds"] for run in whole]),
-            failures=tuple(_failure(run) for run in runs if run["arm"] == name and "failed" in run),
+            failures=tuple(
+                _failure(run) for run in runs if run["arm"] == name and {"failed", "test_failed"} & run.keys()
+            ),
         )
 
     return tuple(figures(arm) for arm in arms)
@@ -124,13 +126,13 @@ def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
 
 
 def guessing(content: Mapping[str, Any], scratch: ArmFigures) -> str | None:
-    """Return a warning if training from scratch ended no better than guessing, within two standard errors."""
-    found, classes = scratch.budgets[-1].top1, content["target"]["arguments"].get("num_classes", 1000)
-    if found is None or classes < 2:
-        return None
-    chance = 1 / classes
-    error = (chance * (1 - chance) / (content["images"]["test images"] * found.count)) ** 0.5
-    if found.mean > chance + 2 * error:
+    """Return a warning if training from scratch ended no better than guessing, within two standard errors.
+
+    The best guess without looking is the largest class.
+    """
+    found, images = scratch.budgets[-1].top1, content["images"]["test images"]
+    chance = content["largest_class"] / images
+    if found is None or found.mean > chance + 2 * (chance * (1 - chance) / images) ** 0.5:
         return None
     return (
         f"training from scratch learned next to nothing: top-1 {found.mean:.1%}, and guessing gives {chance:.1%}; "
@@ -177,4 +179,5 @@ def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate
 
 
 def _failure(run: Run) -> str:
-    return f"budget {run['budget']:.0%}, seed {run['seed']}, lr {run['lr']:g}: {run['failed']}"
+    why = run["failed"] if "failed" in run else f"on the test images: {run['test_failed']}"
+    return f"budget {run['budget']:.0%}, seed {run['seed']}, lr {run['lr']:g}: {why}"

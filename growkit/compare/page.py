@@ -177,8 +177,8 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         "Training the source took "
         + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
     ]
-    if nothing := guessing(content, scratch):
-        summary.append(f"Beware: {nothing}.")
+    if told := guessing(content, scratch):
+        summary.append(f"Beware: {told}.")
     reading = (
         "Every arm sees the same images in the same order with the same augmentation and schedule, and is trained for "
         "the same FLOPs short of one update, operator training included; its learning rate is the best of the same "

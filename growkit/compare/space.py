@@ -1,6 +1,6 @@
 """The search space of a sweep: the choices of a trial, and the arm and options that its answers give."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,12 +25,13 @@ class SearchSpace:
         grown = growing(bench.source.architecture, bench.target)
         self.staged = LAYERS in grown and len(grown) > 1
         self.learned: dict[str, bool] = {}
-        # Equivalent answers, such as 1e-3 and 0.001, are one combination.
-        self.combinations = {self.key(one): one for one in self._all({})}
+        self.combinations: dict[str, dict[str, str]] = {}
+        for one in self._all({}):
+            self.combinations.setdefault(self.key(one), one)
 
     def key(self, answers: dict[str, str]) -> str:
-        """A key that is equal for equivalent answers."""
-        return repr(self.combine(answers)[1])
+        """A key that is equal for equivalent answers, such as 1e-3 and 0.001."""
+        return key_of(self.combine(answers)[1])
 
     def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each choice's name and options; its answer must be in `answers` before the next one.
@@ -44,30 +45,20 @@ class SearchSpace:
         grow, _ = self._grow(answers)
         if method not in self.learned:
             self.learned[method] = self.bench.costs.learned(grow)
-        if self.learned[method]:
-            yield "operator_steps", _listed(settings.operator_steps)
-        trained = bool(int(answers.get("operator_steps", 0)))
         if grow.method == "mango":
-            # as it starts, a lossless ring differs only in whether there is room for a second path
-            as_it_starts = not trained and grow.variant in (None, "lossless")
             if not fixed & {"rank", "ranks"}:
-                ranks = _listed(settings.rank_choices)
-                yield "rank", _one_of_each(ranks, self._has_room) if as_it_starts else ranks
-            wide = max(bond_ranks(self._grow(answers)[0])) > 1
-            if "ring_order" not in fixed and wide and not as_it_starts:
+                yield "rank", _listed(settings.rank_choices)
+            if "ring_order" not in fixed and max(bond_ranks(self._grow(answers)[0])) > 1:
                 yield "ring_order", _listed(settings.ring_orders)
         if self.staged and "stages" not in fixed:
             yield "stages", _listed(settings.stage_choices)
         if "noise" in find(grow.method).TAKES and "noise" not in fixed:
             yield "noise", _listed(settings.noises)
-        if trained:
-            yield "operator_lr", _listed(settings.operator_lrs)
+        if self.learned[method]:
+            yield "operator_steps", _listed(settings.operator_steps)
+            if int(answers["operator_steps"]):
+                yield "operator_lr", _listed(settings.operator_lrs)
         yield "lr", _listed(settings.lrs)
-
-    @staticmethod
-    def _has_room(rank: str) -> bool:
-        """Whether every bond has an index for a second path."""
-        return min(bond_ranks(GrowSettings(**_ranks(rank)))) > 1
 
     def _all(self, answers: dict[str, str]) -> Iterator[dict[str, str]]:
         for name, choices in self.questions(answers):
@@ -107,16 +98,17 @@ class SearchSpace:
         return replace(grow, **given), given
 
 
+def key_of(options: Mapping[str, Any]) -> str:
+    """A key that is equal for options, as `combine` gives them, of trials that would be the same."""
+    if options["method"] == "mango" and not options["steps"] and options.get("variant") in (None, "lossless"):
+        # as it starts, a lossless ring differs only in whether there is room for a second path
+        ranks = GrowSettings(**{name: options[name] for name in ("rank", "ranks") if name in options})
+        options = {**options, "rank": min(bond_ranks(ranks)) > 1, "ranks": None, "ring_order": None}
+    return repr(sorted(options.items(), key=str))
+
+
 def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _one_of_each(choices: list[str], kind: Callable[[str], object]) -> list[str]:
-    """The first choice of each kind."""
-    first: dict[object, str] = {}
-    for choice in choices:
-        first.setdefault(kind(choice), choice)
-    return list(first.values())
 
 
 def _fixed(method: str) -> set[str]:

@@ -19,7 +19,7 @@ from growkit.compare.folder import begin, identity_of, read_own, refuse_begun
 from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.recommend import Swept, conclude
 from growkit.compare.settings import SCHEMA, SweepSettings, numbers
-from growkit.compare.space import SearchSpace
+from growkit.compare.space import SearchSpace, key_of
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError
 from growkit.files import write_json
@@ -221,7 +221,7 @@ class Pilot:
         seed = self.bench.recipe.seed + len(ended)
         study = self._study(seed=seed)
         study.add_trials(ended)
-        untried = self.space.combinations.keys() - {repr(trial.user_attrs["options"]) for trial in ended}
+        untried = self.space.combinations.keys() - {key_of(trial.user_attrs["options"]) for trial in ended}
 
         for _ in range(REPEATS):
             trial = study.ask()

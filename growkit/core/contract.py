@@ -1,10 +1,10 @@
 """Products of several tensors, pair by pair in the cheapest order, and their gradients.
 
-All orders are compared; a ring has 180. opt_einsum's calls plan anew each time, and torch.einsum copies both factors of
-a pair into an axis order that suits it; either may take longer than the product. So the larger factor keeps its memory
-layout wherever the summed indices are adjacent, (before, summed, after) becoming (before, new, after), or lie at both
-ends, (lead, before, summed) becoming (before, new). float16 factors make float16 intermediates, summed as in
-`float32_sums`; the result of the last product and the gradients of the operands are then float32.
+All orders are compared; a ring has 180. torch.einsum copies both factors of a pair into an axis order that suits it,
+which may take longer than the product. So the larger factor keeps its memory layout wherever the summed indices are
+adjacent, (before, summed, after) becoming (before, new, after), or lie at both ends, (lead, before, summed) becoming
+(before, new). float16 factors make float16 intermediates, summed as in `float32_sums`; the result of the last product
+and the gradients of the operands are then float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,7 +118,7 @@ def _orders(equation: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray, np
 
 @lru_cache(maxsize=8)
 def _paths(operands: int) -> tuple[Path, ...]:
-    """List all pairwise orders as opt_einsum writes them: places among what is left, each product last."""
+    """List all pairwise orders: places among what is left, where each product comes last."""
     if operands == 1:
         return ((),)
     return tuple((pair, *rest) for pair in combinations(range(operands), 2) for rest in _paths(operands - 1))

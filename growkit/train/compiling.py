@@ -1,6 +1,5 @@
 """Whether compiling the network makes a run shorter: it is timed both ways."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +22,10 @@ from growkit.train.progress import Say, StartProgress, each
 from growkit.train.settings import COMPILE_AUTO, FitSettings
 
 MODE = "default"  # the mode that is tried: those with CUDA graphs hold more memory
-ROUNDS = 5  # batches timed each way, in turns
-SHORTEST = 10.0  # seconds; a run that takes less is over before a transformer is compiled
+ROUNDS = 3  # batches timed each way, in turns
+# What a run must be like for the trial not to outweigh what it may save: the compiler takes about a minute for a small
+# transformer on two cores, and the batches that are timed should be few beside the run's.
+SECONDS, BATCHES = 180.0, 30 * ROUNDS
 
 Forward = Callable[..., Any]
 
@@ -32,10 +33,10 @@ Forward = Callable[..., Any]
 def with_compile(
     model: nn.Module, data: Data, settings: FitSettings, device: torch.device, say: Say, tell: StartProgress
 ) -> FitSettings:
-    """Return the settings with `--compile auto` replaced: by a mode if compiling makes the run shorter, or by None.
+    """Return the settings with `--compile auto` replaced: by a mode if batches take less time compiled, or by None.
 
-    Forward and backward passes of the run's batch are timed; the weights stay as they are. Of several processes, the
-    slowest counts.
+    Forward and backward passes of the run's batch are timed; the weights stay as they are. The run uses what the trial
+    compiled. Short runs are not compiled. Of several processes, the slowest counts.
 
     Raises:
         GrowkitError: memory is full without compiling, or the model is to be sharded: at this point it is still whole.
@@ -49,8 +50,9 @@ def with_compile(
         seconds = _stopwatch(model, data, settings, device)
         seconds(model)  # warms up
         total = batches * _slowest(seconds(model))
-    if total < SHORTEST:
-        say(f"--compile auto: not compiled; the run takes about {total:.0f} s, compiling alone takes longer")
+    if total < SECONDS or batches < BATCHES:
+        run = f"{batches:,} batches in about {total:.0f} s"
+        say(f"--compile auto: not compiled; the run is short, {run}, and trying takes a minute")
         return replace(settings, compile=None)
     made_weights.leave_uncompiled(model)
     with seeded("compile", device=device):
@@ -58,22 +60,11 @@ def with_compile(
     if failures := distributed.gathered(failure):
         say(f"--compile auto: not compiled; it cannot be here: {failures[0]}")
         return replace(settings, compile=None)
-    plain, compiled, compiling = map(_slowest, times)
-    after = pays_after(plain, compiled, compiling)
-    told = f"a batch takes {compiled / plain:.2f} x the time, compiling {compiling:.0f} s"
-    if after < batches:
-        say(f"--compile auto: compiled; {told}: that pays after {after:,.0f} of {batches:,} batches")
-        return replace(settings, compile=MODE)
-    say(f"--compile auto: not compiled; {told}: that does not pay in {batches:,} batches")
-    return replace(settings, compile=None)
-
-
-def pays_after(plain: float, compiled: float, compiling: float) -> float:
-    """Return the number of batches after which compiling has paid; infinite if it never does.
-
-    All in seconds: a batch uncompiled, a batch compiled, and compiling.
-    """
-    return compiling / (plain - compiled) if compiled < plain else math.inf
+    plain, compiled = map(_slowest, times)
+    mode = MODE if compiled < plain else None
+    told = f"a batch takes {compiled / plain:.2f} x the time compiled"
+    say(f"--compile auto: {'compiled' if mode else 'not compiled'}; {told}")
+    return replace(settings, compile=mode)
 
 
 def _stopwatch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Callable[[Forward], float]:
@@ -99,19 +90,19 @@ def _stopwatch(model: nn.Module, data: Data, settings: FitSettings, device: torc
 
 def _times(
     model: nn.Module, seconds: Callable[[Forward], float], tell: StartProgress
-) -> tuple[tuple[float, float, float], list[str]]:
-    """Return the seconds of a batch uncompiled, compiled and of compiling, and why it failed, if it did."""
+) -> tuple[tuple[float, float], list[str]]:
+    """Return the seconds of a batch uncompiled and compiled, and why it failed, if it did."""
     try:
         progress = tell("compiling")
         progress(0, 1)
         compiled = torch.compile(model, mode=MODE)
-        first = seconds(compiled)
+        seconds(compiled)
         progress(1, 1)
         rounds = [(seconds(model), seconds(compiled)) for _ in each(range(ROUNDS), tell("timing uncompiled, compiled"))]
     except Exception as error:  # dynamo, the compiler, the driver and a full memory each raise their own kinds
-        return (0.0, 0.0, 0.0), [first_line(error, 160)]
+        return (0.0, 0.0), [first_line(error, 160)]
     plain, fast = map(median, zip(*rounds, strict=True))
-    return (plain, fast, first - fast), []
+    return (plain, fast), []
 
 
 def _slowest(seconds: float) -> float:

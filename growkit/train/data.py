@@ -131,9 +131,10 @@ def _opened(
     """
     prefix, slash, _ = data.partition("/")
     if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
-        val = _timm_dataset(data, settings.val_split, settings, mode)
-        train = _timm_dataset(data, "train", settings, mode) if training else Subset(val, [])
-        return train, val, _class_names(train if training else val), {"dataset": data}
+        splits = ("train", settings.val_split) if training else (settings.val_split,)
+        first, *others = (_timm_dataset(data, split, settings, mode) for split in splits)
+        train, val = (first, *others) if training else (Subset(first, []), first)
+        return train, val, _class_names(first), {"dataset": data}
     if not training:
         val, classes = open_val_folder(Path(data), settings.val_split, mode)
         return Subset(val, []), val, classes, {"validation files": _digest(val.reader)}

@@ -146,7 +146,7 @@ def refuse_indivisible(images: int) -> None:
         fewer, more = max(n for n in able if n < size()), min((n for n in able if n > size()), default=None)
         raise GrowkitError(
             f"--batch-size: {images} images do not divide among {size()} processes; start {fewer}"
-            f"{f' or {more}' if more else ''}, or set --batch-size {max(images // size(), 1) * size()}"
+            f"{f' or {more}' if more else ''} processes, or set --batch-size {max(images // size(), 1) * size()}"
         )
 
 

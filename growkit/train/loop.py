@@ -375,7 +375,7 @@ def updates_made(folder: Path, data: Data, settings: FitSettings, device: torch.
     Raises:
         GrowkitError: no state to resume from, or a state of another run.
     """
-    return int(resuming.load_state(folder, _identity(data, settings, device))["step"])
+    return int(resuming.load_state(folder, _identity(data, settings, device), checked=False)["step"])
 
 
 def _state_of(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:

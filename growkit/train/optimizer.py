@@ -49,7 +49,7 @@ def optimizer_of(model: nn.Module, settings: FitSettings) -> torch.optim.Optimiz
 def numbers_kept(settings: FitSettings) -> float:
     """Return how many numbers the optimizer keeps for each weight of a matrix; ADAMW_KEEPS if it runs on GPUs alone."""
     with random_kept():
-        probe = nn.Linear(64, 64, bias=False)
+        probe = nn.Linear(64, 256, bias=False)  # as an MLP's: what some keep depends on the shape
         optimizer = optimizer_of(probe, settings)
         probe.weight.grad = torch.ones_like(probe.weight)
         try:

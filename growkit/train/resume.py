@@ -60,14 +60,14 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), stream)
 
 
-def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the state in `folder`, on the CPU.
+def load_state(folder: Path, identity: Mapping[str, Any], *, checked: bool = True) -> dict[str, Any]:
+    """Read the state in `folder`, on the CPU; unless `checked`, without reading all of it.
 
     Raises:
         GrowkitError: there is none, it is damaged, or its run had other settings or data
             than `identity`; the message names the differences.
     """
-    state = _read_state(folder / STATE)
+    state = _read_state(folder / STATE, checked=checked)
     before = state["identity"]
     differing = [
         difference(name, before.get(name), identity.get(name))
@@ -75,10 +75,14 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         if before.get(name) != identity.get(name)
     ]
     if differing:
-        longer = any(before.get(name) != identity.get(name) for name in ("epochs", "steps"))
+        longer = any(_is_more(identity.get(name), before.get(name)) for name in ("epochs", "steps"))
         more = "; to train what it gave for longer, fine-tune that into another --run" if longer else ""
         raise GrowkitError(f"{folder}: the run was started with {'; '.join(differing)}: give the same, or {ANEW}{more}")
     return state
+
+
+def _is_more(now: object, was: object) -> bool:
+    return isinstance(now, int | float) and isinstance(was, int | float) and now > was
 
 
 def difference(name: str, was: object, now: object) -> str:
@@ -102,23 +106,23 @@ def begun_with(folder: Path, name: str, *kinds: type) -> Any:
     Raises:
         GrowkitError: there is no state, or it is damaged.
     """
-    found = _read_state(folder / STATE)["identity"].get(name)
+    found = _read_state(folder / STATE, checked=False)["identity"].get(name)
     if not isinstance(found, kinds):
         raise _damaged(folder / STATE)
     return found
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, *, checked: bool) -> dict[str, Any]:
     if not path.exists():
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not notice a flipped bit
-            state: Any = (
-                None if archive.testzip() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            )
+        with zipfile.ZipFile(path) as archive:
+            whole = not checked or archive.testzip() is None  # torch does not notice a flipped bit
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if whole else None
     except Exception:  # torch raises whatever its reader stumbles over
         state = None
-    if not isinstance(state, dict) or not {"identity", "step", "training"} <= state.keys():
+    kinds = {"identity": dict, "step": int, "training": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise _damaged(path)
     return state
 

@@ -300,23 +300,34 @@ def test_seed_of_which_training_from_scratch_failed_leaves_no_interval(source, d
 
 
 def test_run_that_fails_on_the_test_images_does_not_end_the_others(source, digits, tmp_path, monkeypatch):
-    score, tests = Bench.score, []
+    fresh, asked = Bench.fresh, []
 
-    def failing(self, model, *, test=False):
-        if test:
-            tests.append(model)
-            if len(tests) == 2:  # from scratch comes first
-                raise GrowkitError("the model's outputs are not finite")
-        return score(self, model, test=test)
+    def failing(self, arm):  # of a run that is to be tested, its network is made anew
+        asked.append(arm.name)
+        if asked.count("lemon") == 1 == len(asked) - asked.index("lemon"):
+            raise GrowkitError("the model's outputs are not finite")
+        return fresh(self, arm)
 
-    monkeypatch.setattr(Bench, "score", failing)
-    lines = []
-    compared = run_compare(tmp_path, source, digits, options(methods="lemon,net2net"), say=lines.append)
+    monkeypatch.setattr(Bench, "fresh", failing)
+    lines, settings = [], options(methods="lemon,net2net", seeds=2, lrs="1e-3,2e-3")
+    compared = run_compare(tmp_path, source, digits, settings, say=lines.append)
     _, lemon, net2net = compared.arms
-    assert lemon.failures == ("budget 100%, seed 0, lr 0.002: on the test images: the model's outputs are not finite",)
-    assert lemon.budgets[-1].top1 is None
-    assert net2net.budgets[-1].top1 is not None
-    assert any("lr 0.002: failed on the test images, the others go on" in line for line in lines)
+    (failure,) = lemon.failures
+    assert failure.endswith("on the test images: the model's outputs are not finite")
+    assert (lemon.budgets[-1].top1.count, lemon.budgets[-1].top1.low) == (1, None)
+    assert net2net.budgets[-1].top1.count == 2
+    assert any("failed on the test images, the others go on" in line for line in lines)
+    tested = {(r["seed"], r["lr"]) for r in compared.content["runs"] if r["arm"] == "lemon" and r["test"]}
+    trained = []
+    monkeypatch.setattr(Bench, "train", lambda *given, **_: trained.append(given))
+    again = run_compare(tmp_path, source, digits, settings, resume=True)
+    assert trained == []
+    assert again.arms[1].failures == ()
+    assert again.arms[1].budgets[-1].top1.count == 2
+    both = {(r["seed"], r["lr"]) for r in again.content["runs"] if r["arm"] == "lemon" and r["test"]}
+    ((_, rate),) = tested
+    assert both == {(0, rate), (1, rate)}  # the rate that the first seed chose
+    assert not list((tmp_path / "compare").rglob("*.safetensors"))
 
 
 def test_operator_that_fails_at_every_rate_is_tried_once_at_each(source, digits, tmp_path, monkeypatch):

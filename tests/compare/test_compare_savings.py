@@ -60,22 +60,22 @@ def test_one_seed_has_no_interval_and_none_no_estimate():
 
 
 @pytest.mark.parametrize(
-    ("top1", "images", "classes", "told"),
+    ("top1", "images", "largest", "told"),
     [
-        (0.111, 180, 10, True),
-        (0.2, 180, 10, False),
-        (0.111, 100_000, 10, False),  # little, but no chance
-        (0.001, 5000, 1000, True),
-        (0.5, 4, 1, False),
+        (0.111, 180, 18, True),
+        (0.2, 180, 18, False),
+        (0.111, 100_000, 10_000, False),  # little, but no chance
+        (0.9, 100, 90, True),  # always the same answer
+        (0.001, 5000, 5, True),
     ],
 )
-def test_training_from_scratch_that_only_guesses_is_told(top1, images, classes, told):
-    content = {"target": {"arguments": {"num_classes": classes}}, "images": {"test images": images}}
-    scratch = SimpleNamespace(budgets=[SimpleNamespace(top1=Estimate(top1, None, None, 1))])
+def test_training_from_scratch_that_only_guesses_is_told(top1, images, largest, told):
+    content = {"largest_class": largest, "images": {"test images": images}}
+    scratch = SimpleNamespace(budgets=[SimpleNamespace(top1=Estimate(top1, None, None, 3))])
     line = guessing(content, scratch)
     assert (line is not None) == told
     if told:
-        assert f"top-1 {top1:.1%}, and guessing gives {1 / classes:.1%}" in line
+        assert f"top-1 {top1:.1%}, and guessing gives {largest / images:.1%}" in line
     assert guessing(content, SimpleNamespace(budgets=[SimpleNamespace(top1=None)])) is None
 
 

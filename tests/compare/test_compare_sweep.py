@@ -412,7 +412,7 @@ def test_what_a_method_settles_or_ignores_is_not_asked(source, digits, tmp_path)
 
 def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_path):
     choices = {"rank_choices": "4,1,2,2x1x2x4,8", "ring_orders": "BOLI,BIOL", "operator_steps": "0", "noises": "1"}
-    found = Asking(source, digits, tmp_path, methods="mango,mango:variant=noisy", **choices)
+    found = Asking(source, digits, tmp_path, methods="mango,mango:rank=8,mango:variant=noisy", **choices)
     lossless, noisy = ([o for o in found.options if ("variant" in o) == noisy] for noisy in (False, True))
     assert [one["rank"] for one in lossless] == [4, 1]
     assert len(noisy) == 1 + 4 * 2  # what its noise does depends on both

@@ -58,8 +58,8 @@ CASES: dict[str, tuple[FitSettings, GrowSettings | None]] = {  # with the growth
     "plain": (replace(PLAIN, aa="rand-m9-mstd0.5", reprob=0.3), None),
     "accumulated": (replace(PLAIN, grad_accum_steps=2, smoothing=0.1, model_ema=True, workers=1), None),
     "resident": (replace(PLAIN, cache="device", color_jitter=0.0), None),
-    # SGD: Adam divides what is zero but for rounding by 1e-8, and here that is enough to move a weight by 1e-11
-    "grown": (replace(PLAIN, opt="sgd"), MANGO),
+    # Adam divides what is zero but for rounding by 1e-8: here that moves a weight by 1e-12, and in two stages by 1e-11
+    "grown": (replace(PLAIN, lr=0.001), MANGO),
     "grown, accumulated": (replace(ACCUMULATED, model_ema=True), MANGO),
     "grown in two stages": (replace(PLAIN, opt="sgd"), replace(MANGO, stages="width-first")),
     "grown without a ring": (PLAIN, GrowSettings(method="ligo")),
@@ -379,7 +379,7 @@ def test_sharding_without_torchrun_is_refused_with_the_remedy(images: Path) -> N
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[str, Any]]) -> None:
-    expected = "--batch-size: 9 images do not divide among 2 processes; start 1 or 3, or set --batch-size 8"
+    expected = "--batch-size: 9 images do not divide among 2 processes; start 1 or 3 processes, or set --batch-size 8"
     assert [found["odd"] for found in both] == [expected] * 2
     assert "3 is odd; set --batch-size 4" in both[0]["mixed"]
 

@@ -256,7 +256,7 @@ def test_resuming_with_other_settings_names_the_difference(
 def test_resuming_for_longer_says_how(unbroken: tuple[Run, FitResult]) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
     says = "; to train what it gave for longer, fine-tune that into another --run"
-    for changes, told in (({"steps": 20}, True), ({"lr": 0.5}, False)):
+    for changes, told in (({"steps": 20}, True), ({"steps": 5}, False), ({"lr": 0.5}, False)):
         with pytest.raises(GrowkitError) as caught:
             run.fit(replace(ALL_ON, **changes), resume=True)
         assert str(caught.value).endswith(says) == told
@@ -332,7 +332,14 @@ def test_state_of_which_a_bit_was_flipped_is_refused(tmp_path: Path, opened: Ope
         run.fit(ALL_ON, resume=True)
 
 
-@pytest.mark.parametrize("content", [{}, {"identity": {}}, {"identity": {}, "step": 1}, [1]], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({}, [1], {"identity": {}}, {"identity": {}, "step": 1}, {"identity": 5, "step": 1, "training": {}}),
+        *({"identity": {}, "step": None, "training": {}}, {"identity": {}, "step": 1, "training": [1]}),
+    ],
+    ids=str,
+)
 def test_state_that_lacks_something_is_refused(content: object, tmp_path: Path, opened: Open) -> None:
     torch.save(content, tmp_path / "state.pt")
     with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
