@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from growkit.train.agreement import Agreement, ClassChange, Part
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
-SOURCE, GROWN, TUNED, ONNX = ("a1" * 32, "b2" * 32, "c3" * 32, "d4" * 32)
+FILES = {name: name.encode() for name in ("grown/model.safetensors", "finetuned/model.safetensors", "onnx/model.onnx")}
+SOURCE = "a1" * 32
+GROWN, TUNED, ONNX = (sha256(content).hexdigest() for content in FILES.values())
 SECTIONS = (
     "Source",
     "Growth",
@@ -195,6 +198,8 @@ def write_run(folder: Path, *, compared: bool = False, name: str = "small.pth", 
     parity = {"checks": verification()["checks"][:6], "figures": verification()["numerics"]}
     exported = {"bytes": 343_000_000, "opset": 18, "ir": 8, "sha256": ONNX, "provenance": provenance, "parity": parity}
     write_json(run.onnx / "export.json", exported)
+    for place, content in FILES.items():
+        (folder / place).write_bytes(content)
     write_json(run.verify / "report.json", verification())
     if compared:
         write_json(run.compare / "results.json", comparison())

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from growkit.report.facts import Step
-from growkit.report.page import Gate, Mark, Report, Section, Table, cell, render, write_report
+from growkit.report.page import STYLE, Gate, Mark, Report, Section, Table, cell, render, write_report
 from growkit.report.plot import Bar, Bars, Dots, Plot, Point, Series, draw, save
 from growkit.report.steps import machines, step_sections
 
@@ -103,6 +103,12 @@ def test_page_is_written_whole(tmp_path: Path) -> None:
         (1234567, "1,234,567"),
         (0.5, "0.5000"),
         (1234.56, "1,235"),
+        (9.9999, "10.00"),
+        (-99.999, "-100.0"),
+        (999.99, "1,000"),
+        (0.99999, "1.000"),
+        (9.9994, "9.999"),
+        (999999.9, "1,000,000"),
         (1.2e-7, "1.20×10⁻⁷"),
         (-2.5e18, "-2.50×10¹⁸"),
         (0.0, "0"),
@@ -115,6 +121,10 @@ def test_page_is_written_whole(tmp_path: Path) -> None:
 )
 def test_cell_shows_value_as_a_reader_wants_it(value: object, text: str) -> None:
     assert cell(value) == text
+
+
+def test_style_has_no_empty_lines() -> None:
+    assert all(line.strip() for line in STYLE.strip("\n").split("\n"))
 
 
 def test_columns_of_numbers_are_set_right() -> None:
@@ -377,6 +387,59 @@ def test_dots_show_values_and_the_level_they_are_held_against() -> None:
     assert {"batch 1, <b>", "0.90", "0.50", "ratio (dashed: as fast)"} <= set(texts(svg))
     assert not {"none", "nan"} & set(texts(svg))
     assert "t: no finite values" in draw(Dots("t", rows[2:], "ratio", ("as fast", 1.0)))
+
+
+BEYOND = {
+    "an interval wider than any float": (-1e308, 1e308),
+    "an endless interval": (-math.inf, math.inf),
+    "an interval of no numbers": (math.nan, math.nan),
+    "an interval the wrong way round": (3.0, 0.5),
+    "an interval beside its value": (2.0, 3.0),
+    "an integer too large for a float": (0.5, 10**400),
+}
+
+
+@pytest.mark.parametrize("kind", [Bars, Dots])
+@pytest.mark.parametrize("what", BEYOND)
+def test_interval_that_cannot_be_drawn_does_not_cost_the_value(
+    what: str, kind: type[Bars | Dots], recwarn: pytest.WarningsRecorder
+) -> None:
+    bars = [Bar("a", 1.0, *BEYOND[what]), Bar("b", 0.5, 0.4, 0.6)]
+    svg = draw(Bars("t", bars, "ratio") if kind is Bars else Dots("t", bars, "ratio", ("as fast", 1.0)))
+    assert {"a", "b", "1" if kind is Bars else "1.00"} <= set(texts(svg))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+HUGE = 1e308
+FAR_OFF: dict[str, Plot | Bars | Dots] = {
+    "a bar": Bars("t", [Bar("a", HUGE), Bar("b", -HUGE), Bar("c", 1.0)], "x"),
+    "a dot": Dots("t", [Bar("a", HUGE), Bar("c", 1.0)], "x", ("level", 1.0)),
+    "y": plot(Series("a", [(0, 1), (1, HUGE), (2, -HUGE)])),
+    "x": plot(Series("a", [(HUGE, 1), (-HUGE, 1), (1, 1)])),
+    "x of a log axis": plot(Series("a", [(HUGE, 1), (1, 1)]), log_x=True),
+    "a band": plot(Series("a", [(0, 1), (1, 2)], low=[-HUGE, 1], high=[HUGE, 2])),
+    "a reference": Plot("t", [Series("a", [(0, 1), (1, 2)])], "x", "y", reference=("source", HUGE)),
+}
+
+
+@pytest.mark.parametrize("what", FAR_OFF)
+def test_value_too_large_to_draw_leaves_the_rest(what: str, recwarn: pytest.WarningsRecorder) -> None:
+    assert draw(FAR_OFF[what]).startswith("<svg")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("value", [1.7e7, -1e99])
+def test_large_values_beside_bars_are_short(value: float) -> None:
+    assert f"{value:.3g}" in texts(draw(Bars("t", [Bar("a", value)], "ms")))
+    assert f"{value:.3g}" in texts(draw(Dots("t", [Bar("a", value)], "ms", ("level", 1.0))))
+
+
+def test_plot_that_matplotlib_refuses_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise ValueError("Axis limits cannot be NaN or Inf")
+
+    monkeypatch.setattr("growkit.report.plot._render", refuse)
+    assert "title: no finite values" in draw(plot(Series("a", [(0, 1)])))
 
 
 def test_small_values_of_bars_keep_three_digits() -> None:

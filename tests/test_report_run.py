@@ -1,5 +1,6 @@
 """The page of a run: it tells every part, decides as the checks did, and no damage or markup gets the better of it."""
 
+import hashlib
 import json
 import math
 import shlex
@@ -24,12 +25,14 @@ from report_samples import (
 from test_cli import growkit
 from test_report import EVIL, Page
 
+from growkit.deploy.store import sha256_of_files
 from growkit.errors import GrowkitError
 from growkit.files import read_json, write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
 from growkit.report.facts import read_facts
 from growkit.report.page import Gate, render
+from growkit.report.plot import Bars, Chart, draw
 from growkit.report.run import run_report
 
 Change = Callable[[RunFolder], None]
@@ -141,6 +144,37 @@ def without(*commands: str, **scores: float) -> Change:
     return change
 
 
+def unscored(made: str) -> Change:
+    """Without the scores in this file, or in the figures of the step of this command."""
+
+    def change(run: RunFolder) -> None:
+        path = run.path / made
+        if path.is_file():
+            write_json(path, {key: value for key, value in read_json(path).items() if key != "scores"})
+        content = record(run)
+        for step in content["steps"]:
+            if step["command"] == made:
+                step["figures"] = {**step["figures"], "best": None}
+        write_json(run.record, content)
+
+    return change
+
+
+def operator_only(*, trained: bool) -> Change:
+    """Grown, with or without training of the operator, and neither scored after it nor fine-tuned."""
+
+    def change(run: RunFolder) -> None:
+        in_turn(without("evaluate", "finetune", "export", "verify"), removed("finetuned", "onnx", "verify"))(run)
+        content, path = record(run), run.grown / "growkit.json"
+        del content["steps"][0]["figures"]["scores"]["operator"]
+        if not trained:
+            content["steps"][0]["figures"]["operator"] = None
+            write_json(path, read_json(path) | {"operator": None})
+        write_json(run.record, content)
+
+    return change
+
+
 def removed(*names: str) -> Change:
     def change(run: RunFolder) -> None:
         for name in names:
@@ -196,6 +230,17 @@ def in_turn(*changes: Change) -> Change:
 def stopped(run: RunFolder) -> dict[str, Any]:
     content = read_json(run.finetuned / "growkit.json")
     return content | {"fit": content["fit"] | {"interrupted": True}}
+
+
+def replaced(place: str, content: bytes | None = b"garbage") -> Change:
+    """Another file at this place of the run, or none."""
+
+    def change(run: RunFolder) -> None:
+        (run.path / place).unlink()
+        if content is not None:
+            (run.path / place).write_bytes(content)
+
+    return change
 
 
 def killed(run: RunFolder) -> None:
@@ -290,11 +335,37 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
     "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),
+    "fine-tuned and not scored": (in_turn(without("evaluate"), unscored("finetune")), ACCURATE, "not done", "not yet"),
+    "fine-tuning was killed before a score was kept": (
+        in_turn(killed, without("evaluate"), unscored("finetuned/growkit.json")),
+        ACCURATE,
+        "not done",
+        "not yet",
+    ),
+    "operator trained and not scored": (operator_only(trained=True), ACCURATE, "not done", "not yet"),
+    "grown by a fixed rule and not trained": (operator_only(trained=False), ACCURATE, "pass", "not yet"),
     "no scores at all": (without("evaluate", "grow"), ACCURATE, "not done", "not yet"),
     "another file verified": (spoiled(onnx_sha256="ee" * 32), TOGETHER, "fail", "no"),
     "fine-tuned again": (again("finetune", finetuned="ee" * 32), TOGETHER, "fail", "no"),
     "grown again": (again("grow", grown="ee" * 32), TOGETHER, "fail", "no"),
     "exported again, the same": (again("export"), TOGETHER, "pass", "yes"),
+    "the ONNX file was replaced": (replaced("onnx/model.onnx"), TOGETHER, "fail", "no"),
+    "the ONNX file was replaced before it was verified": (
+        in_turn(removed("verify"), replaced("onnx/model.onnx")),
+        TOGETHER,
+        "fail",
+        "no",
+    ),
+    "the ONNX file was replaced and its record is lost": (
+        in_turn(replaced("onnx/model.onnx"), replaced("onnx/export.json", None)),
+        TOGETHER,
+        "fail",
+        "no",
+    ),
+    "the ONNX file is gone": (replaced("onnx/model.onnx", None), TOGETHER, "not done", "not yet"),
+    "the weights were replaced": (replaced("finetuned/model.safetensors"), TOGETHER, "fail", "no"),
+    "the weights are gone": (replaced("finetuned/model.safetensors", None), TOGETHER, "not done", "not yet"),
+    "weights that do not ship were replaced": (replaced("grown/model.safetensors"), TOGETHER, "pass", "yes"),
 }
 
 
@@ -306,6 +377,51 @@ def test_gate_and_verdict_follow_from_what_happened(happened: str, tmp_path: Pat
     assert gates(run)[gate] == mark
     assert verdict(run).mark == ships
     assert (gate in verdict(run).line) is (mark not in ("pass", "note"))
+
+
+def split_export(run: RunFolder, *listed: str) -> None:
+    """The weights of the ONNX file in a second one; what export.json lists."""
+    content = read_json(run.onnx / "export.json")
+    (run.onnx / "model.onnx.data").write_bytes(b"weights")
+    sha256 = sha256_of_files((run.onnx_file, run.onnx / "model.onnx.data"))
+    write_json(run.onnx / "export.json", content | {"files": listed, "sha256": sha256})
+    write_json(run.verify / "report.json", verification(onnx_sha256=sha256))
+
+
+def test_weights_beside_the_onnx_file_belong_to_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    split_export(run, "model.onnx", "model.onnx.data")
+    assert (gates(run)[TOGETHER], verdict(run).mark) == ("pass", "yes")
+    replaced("onnx/model.onnx.data")(run)
+    assert verdict(run).mark == "no"
+    assert "onnx/model.onnx with model.onnx.data is not the file that was verified: run `growkit export`" in text(run)
+    replaced("onnx/model.onnx.data", None)(run)
+    assert (gates(run)[TOGETHER], verdict(run).mark) == ("not done", "not yet")
+
+
+@pytest.mark.parametrize("listed", [["other.onnx"], ["../copy.onnx"], ["\0"], [3], "model.onnx"], ids=repr)
+def test_list_of_files_cannot_hide_the_one_that_is_served(listed: object, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for place in ("onnx/other.onnx", "copy.onnx"):
+        shutil.copy(run.onnx_file, run.path / place)
+    replaced("onnx/model.onnx")(run)
+    write_json(run.onnx / "export.json", read_json(run.onnx / "export.json") | {"files": listed})
+    assert verdict(run).mark != "yes"
+
+
+def test_every_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be of gigabytes."""
+    run = write_run(tmp_path / "run")
+    hashed = list[str]()
+    real = hashlib.file_digest
+
+    def noted(stream: Any, digest: Any) -> Any:
+        hashed.append(str(Path(stream.name).relative_to(run.path)))
+        return real(stream, digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    render(run_report(run))
+    assert sorted(hashed) == ["finetuned/model.safetensors", "onnx/model.onnx"]
 
 
 def test_model_that_was_held_alone_and_is_no_more_decides_nothing(tmp_path: Path) -> None:
@@ -441,6 +557,35 @@ def test_comparison_that_counts_is_named_where_others_were_made_since(tmp_path: 
     assert f"Done 2 times; this is {number + 1}. evaluate. Others: {len(steps)}. evaluate" in text(run)
 
 
+@pytest.mark.parametrize("command", ["export", "verify"])
+def test_step_that_made_the_file_on_the_page_is_named_where_others_were_made_since(
+    command: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    if command == "export":
+        removed("verify")(run)  # else its checks are shown
+    again(command, **{"model.onnx": "ee" * 32})(run)
+    steps = record(run)["steps"]
+    number = next(n for n, step in enumerate(steps, 1) if step["command"] == command)
+    assert f"Done 2 times; this is {number}. {command}. Others: {len(steps)}. {command}" in text(run)
+    content = record(run)
+    content["steps"][number - 1]["hashes"] = {}
+    write_json(run.record, content)
+    assert "Done 2 times" not in text(run)  # no step is known to have made what is shown
+
+
+def test_times_are_sorted_by_batch_size_and_not_as_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = verification()
+    one = content["latency"]["comparisons"][0]
+    content["latency"]["comparisons"] = [{**one, "batch": batch} for batch in (1024, 16, "some", 8, 1)]
+    write_json(run.verify / "report.json", content)
+    (latency,) = [section for section in run_report(run).sections if section.title == "Latency"]
+    (bars,) = [plot for plot in latency.plots if isinstance(plot, Bars)]
+    batches = [bar.name.rpartition(", ")[0] for bar in bars.bars]
+    assert list(dict.fromkeys(batches)) == [f"batch {size}" for size in ("1", "8", "16", "1,024", "some")]
+
+
 def test_figures_nobody_knows_yet_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     content = verification()
@@ -464,20 +609,52 @@ def test_figures_nobody_knows_yet_are_shown(tmp_path: Path) -> None:
         assert words in told, words
 
 
+DRAWN: dict[str, str] = {}
+
+
+def draw_once(chart: Chart) -> str:
+    """Draw for real, but equal charts only once for all tests: most pages differ in one or none."""
+    if repr(chart) not in DRAWN:
+        DRAWN[repr(chart)] = draw(chart)
+    return DRAWN[repr(chart)]
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("growkit.report.page.draw", draw_once)
+
+
+MISSING = {  # what the page says where a file is JSON, but of something else
+    "grown/growkit.json": "Nothing was grown in this run.",
+    "onnx/export.json": "opset None",
+    "verify/report.json": "These are the export's own checks",
+    "compare/results.json": "Another version of growkit made the comparison",
+}
+
+
 @pytest.mark.parametrize(
     "broken", ["record.json", "grown/growkit.json", "onnx/export.json", "verify/report.json", "compare/results.json"]
 )
 @pytest.mark.parametrize("content", ["{", "[1, 2]", '{"steps": 3}', "\\xff", '{"schema": 1}'])
+@pytest.mark.usefixtures("drawn_once")
 def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", compared=True)
+    whole = text(run)
     (run.path / broken).write_bytes(content.encode("latin-1").decode("unicode_escape").encode("latin-1"))
-    report = run_report(run)
-    assert tuple(section.title for section in report.sections) == SECTIONS
-    if content in ("{", "[1, 2]"):
-        assert f"{broken} is damaged and was left out." in report.summary
+    told = text(run)
+    assert tuple(section.title for section in run_report(run).sections) == SECTIONS
+    if content not in ('{"steps": 3}', '{"schema": 1}'):
+        line = f"{broken} is damaged and was left out."
+    elif broken == "record.json":
+        line = "record.json holds no list of steps and was left out."
+    else:  # whole, but of something else
+        line = MISSING[broken]
+    assert line in told
+    assert line not in whole
 
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [], [1], {}, {"a": 1}, "nan", True], ids=repr)
+@pytest.mark.usefixtures("drawn_once")
 def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "run", compared=True)
     files = [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]
@@ -485,7 +662,7 @@ def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> N
         content = json.loads(path.read_text())
         for key in content:
             path.write_text(json.dumps({**content, key: odd}))
-            run_report(whole)
+            render(run_report(whole))
         path.write_text(json.dumps(content))
     kept = whole.record.read_text()
     for number, step in enumerate(json.loads(kept)["steps"]):
@@ -495,7 +672,7 @@ def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> N
                 spoil = content["steps"][number] if key is None else content["steps"][number][part]
                 spoil[part if key is None else key] = odd
                 write_json(whole.record, content)
-                run_report(whole)
+                render(run_report(whole))
 
 
 def paths(node: object, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -506,11 +683,13 @@ def paths(node: object, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield from paths(entry, (*above, key))
 
 
-@pytest.mark.parametrize("odd", [10**400, math.inf, "--nan"], ids=["400 digits", "infinity", "no number"])
-def test_numbers_beyond_reason_anywhere_still_make_a_page(
-    odd: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("growkit.report.page.draw", lambda plot: repr(plot))  # the drawing itself takes a second
+@pytest.mark.parametrize(
+    "odd",
+    [10**400, math.inf, 1e308, -1e308, "--nan"],
+    ids=["400 digits", "infinity", "nearly infinity", "less than nothing", "no number"],
+)
+@pytest.mark.usefixtures("drawn_once")
+def test_numbers_beyond_reason_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "run", compared=True)
     for path in [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]:
         kept = path.read_text()
@@ -523,6 +702,15 @@ def test_numbers_beyond_reason_anywhere_still_make_a_page(
             path.write_text(json.dumps(content))
             render(run_report(whole))
         path.write_text(kept)
+
+
+@pytest.mark.parametrize("end", [1e308, math.inf])
+def test_interval_beyond_reason_does_not_end_the_report(end: float, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = verification()
+    content["latency"]["comparisons"][0] |= {"low": -end, "high": end}
+    write_json(run.verify / "report.json", content)
+    assert "Time of the file against others" in text(run)
 
 
 @pytest.mark.parametrize("kept", [("grow",), ("grow", "finetune"), ("train",), ("deploy to the moon",)])
@@ -592,6 +780,19 @@ def test_command_that_was_resumed_is_told_once_and_options_of_nothing_are_told(t
     assert "aa –" not in told
 
 
+def test_repeated_command_is_told_where_it_ran_last(tmp_path: Path) -> None:
+    """Exported, fine-tuned again, exported anew: the other way round would export the model before."""
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    typed = ["export --onnx", "finetune", "export --onnx --force"]
+    content["steps"] = [
+        {**as_step(words.split()[0], {}, {}, {}), "command_line": f"growkit {words}"} for words in typed
+    ]
+    write_json(run.record, content)
+    (told,) = [section for section in run_report(run).sections if section.title == "Provenance"]
+    assert list(told.code) == ["growkit finetune", "growkit export --onnx"]
+
+
 def test_run_that_only_trained_is_not_asked_for_a_source(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run.trained).mkdir()
@@ -634,6 +835,9 @@ def test_command_takes_only_the_run_folder(tmp_path: Path, capsys: pytest.Captur
 def test_strict_report_says_no_by_its_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     assert growkit(capsys, "report", "--run", run.path, "--strict")[0] == 0
+    run.onnx_file.write_bytes(b"garbage")
+    status, out, _ = growkit(capsys, "report", "--run", run.path, "--strict")
+    assert (status, "may it ship? no" in out) == (1, True)
     removed("verify")(run)
     assert growkit(capsys, "report", "--run", run.path)[0] == 0
     assert growkit(capsys, "report", "--run", run.path, "--strict")[0] == 1

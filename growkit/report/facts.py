@@ -1,12 +1,13 @@
 """Read a run folder for its report: whatever is missing or damaged is left out, and what is damaged is named."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from growkit.errors import GrowkitError
-from growkit.files import read_json
+from growkit.files import read_json, refuse_no_file
 from growkit.record import RunFolder
 
 Content = Mapping[str, Any]
@@ -112,11 +113,11 @@ def read_facts(run: RunFolder) -> Facts:
     if not isinstance(found, list) or (listed and "steps" not in listed):
         damaged.append(f"{run.record.name} holds no list of steps and was left out.")
         found = []
-    for number, content in enumerate(found, 1):
+    for place, content in enumerate(found, 1):
         if isinstance(content, Mapping):
-            steps.append(Step(number, content))
+            steps.append(Step(place, content))
         else:
-            damaged.append(f"Step {number} of {run.record.name} is damaged and was left out.")
+            damaged.append(f"Step {place} of {run.record.name} is damaged and was left out.")
     trained, grown, tuned = (read(folder / "growkit.json") for folder in (run.trained, run.grown, run.finetuned))
     furthest = run.finetuned if tuned else run.grown if grown else run.trained
     facts = Facts(
@@ -135,6 +136,19 @@ def read_facts(run: RunFolder) -> Facts:
     if not any((steps, trained, grown, tuned, facts.export, facts.verify, facts.comparison, damaged)):
         raise GrowkitError(f"{run.path} holds nothing of a run; `growkit grow` begins one, --run names another")
     return facts
+
+
+def sha256_on_disk(paths: Sequence[Path]) -> str | None:
+    """SHA-256 over the bytes of all files, as export.json and verify's report tell it; None if one is unreadable."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            refuse_no_file(path)
+            with path.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+    except (GrowkitError, OSError):
+        return None
+    return digest.hexdigest()
 
 
 def mapping(value: object) -> Content:

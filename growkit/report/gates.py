@@ -1,15 +1,17 @@
 """The gates that decide on rollout, each a question with a verdict, and the overall verdict."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, percent
-from growkit.report.growth import EXACT, gap_of, scores_of, start_line
+from growkit.report.facts import Facts, Step, mapping, number, percent, sha256_on_disk, texts
+from growkit.report.growth import EXACT, gap_of, operator_fit, scores_of, start_line
 from growkit.report.page import Gate, Mark, cell
 from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
 from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of predictions is not chance
+TOGETHER = "The files belong together"
 LINES = 3  # checks quoted per group
 
 
@@ -126,7 +128,9 @@ def _accuracy(facts: Facts) -> Gate:
         return Gate(name, Mark("not done"), line)
     scores_by_stage = scores_of(facts)
     source, stage = scores_by_stage.get("source"), "tuned" if facts.tuned or facts.latest("finetune") else "operator"
-    model = scores_by_stage.get(stage) or scores_by_stage.get("step0")
+    model = scores_by_stage.get(stage)
+    if model is None and stage == "operator" and not operator_fit(facts):
+        model = scores_by_stage.get("step0")  # nothing was trained since
     remedy = "`growkit evaluate --against SOURCE` tells image by image."
     if source is None or model is None:
         return Gate(name, Mark("not done"), f"Not measured here: {remedy}")
@@ -190,7 +194,6 @@ def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str,
 
 def _together(facts: Facts) -> Iterator[Gate]:
     """Whether the same model was fine-tuned, exported and verified; steps may have run more than once."""
-    name = "The files belong together"
     tune, grow, export = (facts.latest(command) for command in ("finetune", "grow", "export"))
     verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
     shipped, run = facts.shipped, facts.path.resolve().name
@@ -209,14 +212,44 @@ def _together(facts: Facts) -> Iterator[Gate]:
         )
     elif tune and grow and _differ(tune.hashes.get("source"), grow.hashes.get("grown")):
         line = "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
+    elif replaced := _replaced(facts):
+        yield replaced
+        return
     elif verified and weights and shipped:
         yield Gate(
-            name, Mark("pass"), f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…."
+            TOGETHER, Mark("pass"), f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…."
         )
         return
     else:
         return
-    yield Gate(name, Mark("fail"), line)
+    yield Gate(TOGETHER, Mark("fail"), line)
+
+
+def _replaced(facts: Facts) -> Gate | None:
+    """A gate if a file in the run folder is missing, or is not the one that the records tell of.
+
+    The records tell of the file that was checked; only its bytes tell whether it still lies there.
+    """
+    onnx, verified = facts.path / "onnx", facts.verify.get("onnx_sha256")
+    names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
+    known: list[tuple[list[Path], object, str]] = []  # files, their SHA-256 on record, the end of the line
+    if facts.export or (onnx / "model.onnx").exists():
+        remedy = f"that was {'verified' if verified else 'exported'}: run `growkit export` and `verify` again."
+        known.append(([onnx / name for name in names], verified or facts.export.get("sha256"), remedy))
+    if facts.shipped:
+        stage, sha256 = facts.shipped
+        remedy = "on record: restore it, or run the steps from there again."
+        known.append(([facts.path / stage / "model.safetensors"], sha256, remedy))
+    for files, wanted, remedy in known:
+        if not wanted:
+            continue
+        found = sha256_on_disk(files)
+        named = f"{files[0].parent.name}/{' with '.join(file.name for file in files)}"
+        if found is None:
+            return Gate(TOGETHER, Mark("not done"), f"{named} cannot be read: is it missing?")
+        if found != wanted:
+            return Gate(TOGETHER, Mark("fail"), f"{named} is not the file {remedy}")
+    return None
 
 
 def _differ(one: object, other: object) -> bool:

@@ -120,7 +120,7 @@ def growth_section(facts: Facts) -> Section:
         f"{stages.get(str(settings.get('stages')), words(settings.get('stages')))}; seed {settings.get('seed')}.",
         f"Before any training: {start_line(facts)}",
     ]
-    fit = mapping(facts.grown.get("operator")) or mapping(step.figures.get("operator") if step else None)
+    fit = operator_fit(facts)
     if fit:
         size = number(step.figures.get("operator_parameters")) if step else None
         of = f" of {_many(size)} parameters" if size else ""
@@ -131,6 +131,12 @@ def growth_section(facts: Facts) -> Section:
     after = "operator trained" if fit else "grown"
     table = _scores(facts, ("source", "source"), ("step0", "grown, before training"), ("operator", after))
     return Section("Growth", "\n".join(lines), table, _curves(fit, "Training the growth operator"))
+
+
+def operator_fit(facts: Facts) -> Mapping[str, Any]:
+    """Figures of the training of the growth operator; empty if it was not trained."""
+    step = facts.latest("grow")
+    return mapping(facts.grown.get("operator")) or mapping(step.figures.get("operator") if step else None)
 
 
 def start_line(facts: Facts) -> str:

@@ -138,7 +138,6 @@ footer { margin-top: 3rem; }
   .long { overflow-wrap: anywhere; }
   th, td, th.number, td.number { padding: 0.25rem 0.5rem; } td.number { white-space: normal; }
   pre { font-size: 8pt; white-space: pre-wrap; break-inside: avoid; }
- 
   .plots { grid-template-columns: 1fr 1fr; } thead { display: table-header-group; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
   .gates li { grid-template-columns: 6rem 12rem 1fr; padding: 0.3rem 0; }
@@ -193,7 +192,8 @@ def cell(value: object) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if 1e-3 <= abs(value) < 1e6:
-        return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+        exponent = int(f"{value:.3e}".partition("e")[2])  # of the rounded value: 9.9999 is 10.00
+        return f"{value:,.{max(0, 3 - exponent)}f}"
     return scientific(value, 2)
 
 

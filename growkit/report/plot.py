@@ -25,6 +25,8 @@ POINTS = 400  # per series; more would only make the page heavy
 DPI = 250  # of PNG files
 TICK = 36  # characters of a label beside a bar, or on the y axis
 TEXT = 80  # characters of any other text
+LONG = 1e6  # from here on a value beside its bar has an exponent
+FAR = 1e100  # larger values are not drawn: sums of what fits a float may not fit one
 # The page's --line-0 to --line-5, --ink, --soft and --grid in light mode.
 COLOURS = ("#0b62c4", "#b84a00", "#00775a", "#9a3d86", "#6b5d00", "#4a5568")
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e6eaef"
@@ -131,9 +133,13 @@ def _power(value: float) -> str:
 def draw(plot: Chart) -> str:
     """Draw a chart as an <svg> element in the page's colours; a sentence if there is nothing finite to show."""
     plot = _legible(plot)
+    nothing = f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
     if not _finite(plot):
-        return f'<p class="empty">{escape(plot.title)}: no finite values to plot</p>'
-    svg = _render(plot, "svg", transparent=True).decode()
+        return nothing
+    try:
+        svg = _render(plot, "svg", transparent=True).decode()
+    except ValueError:  # matplotlib's of values it cannot place; one plot must not cost the page
+        return nothing
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -185,7 +191,7 @@ def _finite(plot: Chart) -> bool:
     if isinstance(plot, Bars | Dots):
         return any(_shown(bar) is not None for bar in (plot.bars if isinstance(plot, Bars) else plot.rows))
     points = (point for series in plot.series for point in series.points)
-    return any(math.isfinite(x) and math.isfinite(y) and (x > 0 or not plot.log_x) for x, y in points)
+    return any(_drawable(x) and _drawable(y) and (x > 0 or not plot.log_x) for x, y in points)
 
 
 def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -> bytes:
@@ -225,7 +231,7 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         kept = _thinned(series, plot.log_x)
         xs = [series.points[i][0] for i in kept]
-        ys = [series.points[i][1] if math.isfinite(series.points[i][1]) else math.nan for i in kept]
+        ys = [_or_gap(series.points[i][1]) for i in kept]
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[index % len(MARKERS)]
         (line,) = axes.plot(
@@ -238,14 +244,14 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
         )
         drawn.append(line)
         if series.low is not None and series.high is not None:
-            low, high = ([band[i] for i in kept] for band in (series.low, series.high))
+            low, high = ([_or_gap(band[i]) for i in kept] for band in (series.low, series.high))
             axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
     if plot.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: _power(value))
         axes.xaxis.set_minor_formatter("")
     names = [series.name for series in plot.series]
-    if plot.reference is not None:
+    if plot.reference is not None and _drawable(plot.reference[1]):
         drawn.append(axes.axhline(plot.reference[1], color=SOFT, linewidth=1, linestyle=(0, (1, 2))))
         names.append(plot.reference[0])
     axes.grid(True)
@@ -260,26 +266,23 @@ def _thinned(series: Series, log_x: bool) -> list[int]:
     count = len(series.points)
     every = max(1, math.ceil(count / POINTS))
     kept = sorted({*range(0, count, every), count - 1} if count else ())
-    return [i for i in kept if math.isfinite(series.points[i][0]) and (series.points[i][0] > 0 or not log_x)]
+    return [i for i in kept if _drawable(series.points[i][0]) and (series.points[i][0] > 0 or not log_x)]
 
 
 def _bars(axes: "Axes", plot: Bars) -> None:
     places = range(len(plot.bars))
-    values = [bar.value if bar.value is not None and math.isfinite(bar.value) else 0.0 for bar in plot.bars]
-    axes.barh(places, values, height=0.62, color=COLOURS[0], alpha=0.85)
+    intervals = [_interval(bar) for bar in plot.bars]
+    axes.barh(places, [value for value, _, _ in intervals], height=0.62, color=COLOURS[0], alpha=0.85)
     ends = []
-    for place, (bar, value) in enumerate(zip(plot.bars, values, strict=True)):
-        end = max(value, 0.0)
+    for place, (bar, (value, low, high)) in enumerate(zip(plot.bars, intervals, strict=True)):
+        end = max(high, 0.0)
         if bar.low is not None and bar.high is not None:
-            axes.errorbar(
-                value, place, xerr=[[value - bar.low], [bar.high - value]], color=INK, capsize=3, linewidth=1.2
-            )
-            end = max(end, bar.high)
-        shown = "" if bar.value is None or not math.isfinite(bar.value) else _digits(bar.value)
+            axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=INK, capsize=3, linewidth=1.2)
+        shown = "" if _shown(bar) is None else _digits(value)
         text = "  ".join(part for part in (shown, _tick(bar.note)) if part)
         axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
         ends.append(end)
-    low = min([0.0, *values, *(bar.low for bar in plot.bars if bar.low is not None)])
+    low = min(0.0, *(low for _, low, _ in intervals))
     longest = max(len(_tick(bar.note)) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
@@ -298,12 +301,11 @@ def _dots(axes: "Axes", plot: Dots) -> None:
     level = plot.level[1]
     reach = [level]
     for place, bar in enumerate(rows):
-        value = bar.value or 0.0
-        low, high = (value if end is None or not math.isfinite(end) else end for end in (bar.low, bar.high))
-        low, high = min(low, value), max(high, value)
+        value, low, high = _interval(bar)
         xerr = [[value - low], [high - value]]
         axes.errorbar(value, place, xerr=xerr, fmt="o", color=COLOURS[0], ecolor=INK, capsize=3, linewidth=1.2)
-        text = "  ".join(part for part in (f"{value:.2f}", _tick(bar.note)) if part)
+        shown = f"{value:.2f}" if abs(value) < LONG else f"{value:.3g}"
+        text = "  ".join(part for part in (shown, _tick(bar.note)) if part)
         axes.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         reach += [low, high]
     span = (max(reach) - min(reach)) or 1.0
@@ -324,10 +326,27 @@ def _tick(name: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """One decimal, or three significant digits below 10."""
-    return f"{value:.1f}" if abs(value) >= 10 or value == 0 else f"{value:.3g}"
+    """One decimal, or three significant digits below 10 and from a million."""
+    return f"{value:.1f}" if 10 <= abs(value) < LONG or value == 0 else f"{value:.3g}"
 
 
 def _shown(bar: Bar) -> float | None:
     """The value of a bar if it can be drawn, else None."""
-    return bar.value if bar.value is not None and math.isfinite(bar.value) else None
+    return bar.value if bar.value is not None and _drawable(bar.value) else None
+
+
+def _interval(bar: Bar) -> tuple[float, float, float]:
+    """Value, low and high of a bar as they can be drawn, low <= value <= high; an end that cannot be is the value."""
+    value = _shown(bar) or 0.0
+    low, high = (value if end is None or not _drawable(end) else end for end in (bar.low, bar.high))
+    return value, min(low, value), max(high, value)
+
+
+def _drawable(value: float) -> bool:
+    """Whether a value is finite and within reach; of an integer too large for a float math.isfinite cannot tell."""
+    return abs(value) <= FAR
+
+
+def _or_gap(value: float) -> float:
+    """The value if it can be drawn, else nan, at which a line breaks."""
+    return value if _drawable(value) else math.nan

@@ -119,8 +119,9 @@ def _provenance(facts: Facts) -> Section:
     steps = facts.steps
     licence = mapping(facts.config.get("pretrained_cfg")).get("license")
     lines = []
-    typed = (command_line(step.content.get("command_line")) for step in steps)
-    commands = list(dict.fromkeys(line for line in typed if line))  # a resumed command is listed once
+    typed = [command_line(step.content.get("command_line")) for step in steps]
+    # a repeated command is listed once, where it ran last: what ran before it may have made what it read
+    commands = list(dict.fromkeys(line for line in reversed(typed) if line))[::-1]
     if steps:
         kept = f"As they were typed, in order, but for {', '.join(ONCE)}."
         lines.append(kept if commands else "How the steps were started is not on record.")

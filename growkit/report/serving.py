@@ -1,5 +1,6 @@
 """ONNX parity and latency as sections of a page."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,11 @@ def parity_section(facts: Facts) -> Section:
         )
     steps = facts.all("verify" if content is facts.verify else "export")
     # comparisons of a model or file alone with a reference have other checks
-    lines += earlier_line([step for step in steps if step.command == "export" or _is_whole(step)])
+    steps = tuple(step for step in steps if step.command == "export" or _is_whole(step))
+    sha256 = content.get("onnx_sha256") if content is facts.verify else facts.export.get("sha256")
+    # other files may have been exported and verified since; without the step of this one nothing is claimed
+    shown = next((step for step in reversed(steps) if step.hashes.get("model.onnx") == sha256), None)
+    lines += earlier_line(steps, shown) if shown else []
     parts = [_group(group, checks) for group, checks in groups.items()]
     return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
 
@@ -155,14 +160,15 @@ def latency_section(facts: Facts) -> Section:
         Bar(name, number(one.get("ratio")), number(one.get("low")), number(one.get("high")))
         for name, one in zip(names, compared, strict=True)
     ]
-    absolute: dict[str, Bar] = {}
+    absolute: dict[str, tuple[float, Bar]] = {}  # with the batch to sort by
     for one in compared:
+        batch = number(one.get("batch"))
         for side, milliseconds in ((one.get("subject"), "subject_ms"), (one.get("baseline"), "baseline_ms")):
             name = f"batch {cell(one.get('batch'))}, {side}"
             median = number(mapping(one.get(milliseconds)).get("p50"))
             if side != "itself" and median is not None:
-                absolute.setdefault(name, Bar(name, median))
-    bars = sorted(absolute.values(), key=lambda bar: bar.name.split(",")[0])  # stable: batch by batch
+                absolute.setdefault(name, (math.inf if batch is None else batch, Bar(name, median)))
+    bars = [bar for _, bar in sorted(absolute.values(), key=lambda entry: entry[0])]  # stable within a batch
     plots: list[Chart] = [
         Dots("Time of the file against others", ratios, "ratio of times", ("as fast", 1.0)),
         Bars("Time per call, median", bars, "ms"),
