@@ -31,7 +31,8 @@ from growkit.files import read_json, write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
 from growkit.report.facts import read_facts
-from growkit.report.page import Gate, render
+from growkit.report.gates import shipping
+from growkit.report.page import Gate, Mark, render
 from growkit.report.plot import Bars, Chart, draw
 from growkit.report.run import run_report
 
@@ -888,3 +889,10 @@ def test_depth_that_only_the_architectures_name_says_is_told(tmp_path: Path) -> 
     told = text(run)
     assert "layers 4 to 12" in told
     assert "58,000" in told
+
+
+def test_open_gates_are_told_with_what_is_open_about_them() -> None:
+    gates = [Gate("It is fast", Mark("inconclusive"), ""), Gate("It answers", Mark("not done"), "")]
+    assert shipping([*gates, Gate("It is there", Mark("pass"), "")]).line == (
+        "Open: It is fast (undecided); It answers (not checked)."
+    )

@@ -18,17 +18,14 @@ LINES = 3  # checks quoted per group
 def shipping(gates: Sequence[Gate]) -> Gate:
     """May it ship: no if a gate failed, not yet if one is open."""
     failed = [gate.name for gate in gates if gate.mark == "fail"]
-    unsure = [gate.name for gate in gates if gate.mark == "inconclusive"]
-    undone = [gate.name for gate in gates if gate.mark == "not done"]
+    left = {"inconclusive": "undecided", "not done": "not checked"}
+    unsure = [f"{gate.name} ({left[gate.mark]})" for gate in gates if gate.mark in left]
     if not gates:
         return Gate("May it ship?", Mark("not yet"), "Nothing was grown or trained in this run yet: `growkit grow`.")
     if failed:
         return Gate("May it ship?", Mark("no"), f"Failed: {'; '.join(failed)}.")
-    if unsure or undone:
-        told = [
-            f"{what}: {'; '.join(names)}." for what, names in (("Unsure", unsure), ("Not checked", undone)) if names
-        ]
-        return Gate("May it ship?", Mark("not yet"), " ".join(told))
+    if unsure:
+        return Gate("May it ship?", Mark("not yet"), f"Open: {'; '.join(unsure)}.")
     return Gate("May it ship?", Mark("yes"), "Every gate passed.")
 
 
