@@ -12,6 +12,7 @@ from growkit.deploy.folder import MODEL, Exported, write_export
 from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.deploy.triton import refuse_taken, write_model_repository
+from growkit.deploy.unmeant import READING, Need, unmeant
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, prepared_for, refuse_unjudgeable
 from growkit.files import (
@@ -70,6 +71,11 @@ def export_model(
     _refuse_folders(target, triton, force)
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
+    for line in unmeant(
+        Need(reading or FitSettings(), READING, data is not None, "without --data"),
+        Need(settings, ("latency_seconds",), settings.for_ is not None, "without --for"),
+    ):
+        say(line)
     source = load_source(model, loading, say=say)
     refuse_answers(settings.form(), source.architecture.classes)
     if triton is not None:
@@ -134,9 +140,16 @@ def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> Non
         raise GrowkitError(f"--out {target}: the current folder cannot be replaced; name another")
     refuse_unwritable(target.absolute().parent)
     refuse_existing(target, force, "export.json", elsewhere="--out writes elsewhere")
-    if triton is not None and triton.folder.resolve().is_relative_to(target.resolve()):
+    if triton is None:
+        return
+    if triton.folder.resolve().is_relative_to(target.resolve()):
         raise GrowkitError(
             f"--triton {triton.folder}: {target} is replaced whole by the next export; name one outside it"
+        )
+    if target.resolve().is_relative_to(triton.folder.resolve()):
+        raise GrowkitError(
+            f"--triton {triton.folder}: Triton takes every folder in it for a model, also {target}; "
+            "name another with --out, or with --run"
         )
 
 
@@ -166,8 +179,8 @@ def _calibrating(
 def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
     """Say what was written, and how close it is to the model."""
     made, figures = exported.export, exported.parity.figures
-    for choice in exported.choices:
-        say(f"{choice.attention} attention: {choice.verdict}; {choice.why}")
+    for choice in exported.content["choices"]:
+        say(f"{choice['attention']} attention: {choice['verdict']}; {choice['why']}")
     say(
         f"wrote {target / MODEL}: {made.form.precision}, {made.bytes / 1e6:.1f} MB, opset {made.opset}, "
         f"IR {made.ir}, {made.nodes} nodes" + (f", weights in {made.files[1]}" if made.files[1:] else "")
@@ -203,5 +216,7 @@ def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -
         f"wrote {model.folder / str(model.version)}: a model repository for Triton and KServe; "
         f"config.pbtxt was {config}"
     )
-    for remark in model.remarks:
-        say(f"warning: {remark}")
+    configuring = ("max_batch", "queue_delay", "instances", "kind")
+    kept = Need(triton.settings, configuring, model.configured, "to a config.pbtxt that is kept", prefix="triton_")
+    for line in (*unmeant(kept), *(f"warning: {remark}" for remark in model.remarks)):
+        say(line)

@@ -17,6 +17,7 @@ from growkit.deploy.settings import VerifySettings
 from growkit.deploy.store import form_in, refuse_missing
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.truth import at_image_size, preprocessing
+from growkit.deploy.unmeant import READING, Need, unmeant
 from growkit.deploy.verify import Verification, timing_steps, verify_alone, verify_onnx
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, labelled
@@ -83,7 +84,8 @@ def verify_run(
     if junit is not None:
         refuse_unwritable(junit, suffix=".xml")
     updating = reference is not None and reference.update
-    _refuse_alone(model, file, reference)
+    _refuse_alone(model, file, reference, loading)
+    remarks = _remarks(settings, evidence, model, file, updating=updating)
     settings = _settled(settings, evidence, alone=model is None or file is None, updating=updating)
     golden = None
     if reference is not None and updating:
@@ -92,6 +94,8 @@ def verify_run(
         golden = read_golden(reference.folder)
     if file is not None:
         refuse_missing(file)
+    for line in remarks:
+        say(line)
 
     source, held = None if model is None else load_source(model, loading, say=say), None
     if source is not None and file is not None:
@@ -117,7 +121,8 @@ def verify_run(
         "reference": str(reference.folder) if reference else None,
         **verified.report,
     }
-    if reference is not None and updating and verified.verdict != "fail":
+    # not what is inconclusive: the next verification would call right whatever the file answered
+    if reference is not None and updating and verified.verdict == "pass":
         if golden is None or held is None:
             assert file is not None  # a model alone has made its golden above
             held = onnx_subject(file, provider=report["provider"]["used"])
@@ -130,8 +135,10 @@ def verify_run(
     return replace(verified, report=report)
 
 
-def _refuse_alone(model: str | None, file: Path | None, reference: Reference | None) -> None:
-    """Raise GrowkitError if there is nothing to compare with."""
+def _refuse_alone(model: str | None, file: Path | None, reference: Reference | None, loading: Loading) -> None:
+    """Raise GrowkitError if there is nothing to compare with, or no model to load as `loading` says."""
+    if model is None and loading != AS_IT_IS:
+        raise GrowkitError(f"{file} is an ONNX file: leave out --from, --from-set and --no-ema")
     if model is not None and file is not None:
         return
     if reference is None or (model is None and reference.update):
@@ -178,6 +185,8 @@ def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updat
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     if settings.max_latency_ratio is not None and not settings.latency:
         raise GrowkitError("--max-latency-ratio is judged by timing: leave out --no-latency")
+    if settings.compiled and not settings.latency:
+        raise GrowkitError("--compiled times the model compiled: leave out --no-latency")
     if timed and updating:
         raise GrowkitError(
             "--max-latency-ratio and --compiled time a file, which --update-reference does not: leave them out"
@@ -185,6 +194,22 @@ def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updat
     if timed and alone:
         raise GrowkitError("--max-latency-ratio and --compiled time a file beside its model: name both")
     return replace(settings, latency=False) if alone or updating else settings
+
+
+def _remarks(
+    settings: VerifySettings, evidence: Evidence, model: str | None, file: Path | None, *, updating: bool
+) -> list[str]:
+    """Name the options that have no effect here."""
+    both = model is not None and file is not None
+    untimed = "with --update-reference" if updating else "where a model or a file is verified alone"
+    untimed = untimed if settings.latency else "with --no-latency"
+    timing = ("latency_seconds", "latency_margin", "throughput_seconds", "throughput_batch")
+    return unmeant(
+        Need(settings, timing, settings.latency and both and not updating, untimed),
+        Need(settings, ("max_batch",), both, "where a model or a file is verified alone"),
+        Need(settings, ("provider",), file is not None, "to a model alone"),
+        Need(evidence.reading, READING, evidence.data is not None, "without --data"),
+    )
 
 
 def _record(

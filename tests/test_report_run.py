@@ -215,7 +215,7 @@ ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
 
 def held(what: str, verdict: str, sha256: str) -> Change:
     """A model or a file alone, held against a reference."""
-    check = {"group": "golden", "name": f"{what}: weights", "verdict": verdict, "line": f"why the {what}"}
+    check = {"group": "reference", "name": f"{what}: weights", "verdict": verdict, "line": f"why the {what}"}
     identity = {"weights_sha256" if what == "model" else "onnx_sha256": sha256}
     return lambda run: write_json(run.verify / f"held-{what}.json", {"checks": [check], **identity})
 
@@ -283,7 +283,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "no",
     ),
     "the model alone is not what the verified file is": (
-        in_turn(one_check("golden", "pass"), held("model", "fail", TUNED)),
+        in_turn(one_check("reference", "pass"), held("model", "fail", TUNED)),
         GOLDEN,
         "fail",
         "no",

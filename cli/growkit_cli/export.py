@@ -25,7 +25,12 @@ def export(
     reading: FitSettings,
     loading: Loading,
     model: Model = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the one format so far.")] = True,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx", help="Write ONNX: the only format so far, and what is written without this option, too."
+        ),
+    ] = True,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder to write; RUN/onnx when left out."),

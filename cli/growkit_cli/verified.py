@@ -9,6 +9,8 @@ from growkit_cli.console import Console
 LINES = 5  # findings printed per group
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from growkit.deploy.checks import Check
     from growkit.deploy.verify import Verification
 
@@ -86,6 +88,16 @@ def show(console: Console, verified: "Verification") -> None:
     if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")
+
+
+def not_written(reference: "Path | None", verified: "Verification") -> str:
+    """Say in a line why what was verified did not become the reference."""
+    (why, *more) = sorted((c for c in verified.checks if c.verdict != "pass"), key=lambda c: c.verdict != "fail")
+    others = f", and {len(more)} more" if more else ""
+    return (
+        f"{reference} was not written: only what passes becomes a reference, and this is "
+        f"{'wrong' if why.verdict == 'fail' else 'inconclusive'} ({why.group}: {why.line}{others})"
+    )
 
 
 def _nearest(checks: "Sequence[Check]") -> str:

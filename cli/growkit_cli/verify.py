@@ -13,7 +13,7 @@ from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, ModelOrFile, Run, with_loading, with_settings
 from growkit_cli.progress import telling
 from growkit_cli.typed import command_line
-from growkit_cli.verified import show
+from growkit_cli.verified import not_written, show
 
 if TYPE_CHECKING:
     from growkit.record import RunFolder
@@ -66,7 +66,7 @@ def verify(
     if answers differ, reproduce.py beside it reproduces that. If the file is not the run's own, or the model is of
     another run, all this goes into RUN/verify/other, which the run's report leaves out.
 
-    Exit status: 0 passed, 1 a check said no, 2 bad usage or input.
+    Exit status: 0 passed, 1 a check said no or --update-reference wrote none, 2 bad usage or input.
 
     Example: growkit verify --data imagenet/ --max-latency-ratio 1.0 --junit junit.xml
     """
@@ -98,15 +98,12 @@ def verify(
             tell=tell,
             show=partial(show, console),
         )
+    told = verified.report.get("reference_update")
     if update_reference:
-        told = verified.report.get("reference_update")
-        console.say(
-            f"{told}; hold it with --reference {reference}"
-            if told
-            else f"{reference} was not written: only what passes becomes a reference"
-        )
+        console.say(f"{told}; hold it with --reference {reference}" if told else not_written(reference, verified))
     console.result(verified.report)
-    if verified.verdict == "fail" or (strict and verified.verdict == "inconclusive"):
+    unwritten = update_reference and not told
+    if verified.verdict == "fail" or unwritten or (strict and verified.verdict == "inconclusive"):
         raise typer.Exit(1)
 
 

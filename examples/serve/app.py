@@ -27,10 +27,13 @@ MAX_PIXELS = 50_000_000  # of a decoded image: a small file can hold a huge one
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the model and answer once before the first request is taken."""
+    parallel = int(os.environ.get("PARALLEL", "1"))
+    if parallel < 1:  # every request would wait for ever
+        raise ValueError(f"PARALLEL={parallel}: expected 1 or more answers at a time")
     classifier = Classifier(Path(os.environ.get("MODEL", "run/onnx/model.onnx")), int(os.environ.get("THREADS", "0")))
     classifier.best(Image.new("RGB", (224, 224)))
     app.state.classifier = classifier
-    app.state.turns = asyncio.Semaphore(int(os.environ.get("PARALLEL", "1")))
+    app.state.turns = asyncio.Semaphore(parallel)
     yield
     app.state.classifier = None  # not ready while the last answers are sent
 

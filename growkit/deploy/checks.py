@@ -11,8 +11,8 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 class Check:
     """A single check.
 
-    group     provider, structure, weights, numbers, predictions, pixels, answers, pictures, accuracy, reference, golden
-              or latency
+    group     provider, structure, weights, numbers, predictions, pixels, answers, pictures, accuracy, data sets,
+              reference or latency
     name      unique inside the group, as in 'batch 5: relative RMS error'
     verdict   'inconclusive' where noise, or too little data or time, leaves it open
     measured  a number, or a word where there is none

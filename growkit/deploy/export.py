@@ -74,7 +74,7 @@ def export_onnx(
     core = captured(model, prepared.input_size, form)
     if not any(node.op_type == "Attention" for node in core.graph.node):  # the operator cannot express the model's
         form = replace(form, attention="unfused")
-    proto = in_precision(core, prepared, form, calibration)
+    proto = converted(core, prepared, form, calibration)
     if form.pixels:
         proto = with_pixels(proto, prepared, form.batch)
     proto = with_output(proto, form)
@@ -101,7 +101,7 @@ def export_onnx(
     )
 
 
-def in_precision(
+def converted(
     core: onnx.ModelProto, prepared: Preprocessing, form: Form, calibration: np.ndarray | None
 ) -> onnx.ModelProto:
     """Convert `core` to the precision of `form`; inputs and outputs stay float32.

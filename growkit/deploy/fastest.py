@@ -6,7 +6,7 @@ Off by default: on CPUs the candidates are worth a few percent at most, and cost
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,6 @@ class Choice:
     verdict: str
     why: str
     comparisons: tuple[Comparison, ...] = ()
-
-    def told(self) -> dict[str, Any]:
-        """Return the choice as export.json stores it."""
-        return asdict(self)
 
 
 def candidates(form: Form, place: str) -> tuple[Form, ...]:

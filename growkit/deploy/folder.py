@@ -30,7 +30,6 @@ class Exported:
 
     export: Export
     parity: Parity
-    choices: tuple[Choice, ...]
     content: dict[str, Any]
 
 
@@ -99,7 +98,7 @@ def write_export(
         "labels": list(labels) if labels is not None else None,
         "provenance": provenance,
         "settings": asdict(settings),
-        "choices": [choice.told() for choice in choices],
+        "choices": [asdict(choice) for choice in choices],
         "parity": {
             "provider": parity.provider,
             "figures": parity.figures,
@@ -108,4 +107,4 @@ def write_export(
     }
     content = plain(content)
     write_json(folder / "export.json", content)
-    return Exported(export, parity, choices, content)
+    return Exported(export, parity, content)

@@ -34,11 +34,11 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
                 f"run {UPDATE} if the change was meant"
             )
         )
-        checks.append(check("golden", f"{word}: {what}", same, short(after), short(before), line))
+        checks.append(check("reference", f"{word}: {what}", same, short(after), short(before), line))
     if was.architecture and now.architecture:
         same = was.architecture == now.architecture
         line = f"{word}: {now.architecture}" + ("" if same else f", the reference is of {was.architecture}")
-        checks.append(check("golden", f"{word}: architecture", same, now.architecture, was.architecture, line))
+        checks.append(check("reference", f"{word}: architecture", same, now.architecture, was.architecture, line))
     if now.preprocessing:
         differing = [key for key in was.preprocessing if now.preprocessing.get(key) != was.preprocessing[key]]
         said, meant = (
@@ -46,7 +46,7 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
             for given in (now.preprocessing, was.preprocessing)
         )
         line = f"{word}: preprocessing is " + ("the reference's" if not differing else f"{said}; was {meant}")
-        checks.append(check("golden", f"{word}: preprocessing", not differing, said, meant, line))
+        checks.append(check("reference", f"{word}: preprocessing", not differing, said, meant, line))
     own = golden.tolerance if now.precision == was.precision else TOLERANCE[now.precision]
     limit = own if tolerance is None else tolerance
     other = "" if now.precision == was.precision else f"; the reference is of {was.precision}, this of {now.precision}"
@@ -62,13 +62,13 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
         shape = _shape(data_set.images.shape[1:])
         reason = first_line(error)
         line = f"{label} refuses the stored images of {shape}: the reference is another model's ({reason})"
-        return [check("golden", label, False, "refused", "ok", line)]
+        return [check("reference", label, False, "refused", "ok", line)]
     wanted = data_set.logits
     if got.shape != wanted.shape:
         line = (
             f"{label} answers {_shape(got.shape)}, stored is {_shape(wanted.shape)}: the reference is another model's"
         )
-        return [check("golden", label, False, _shape(got.shape), _shape(wanted.shape), line)]
+        return [check("reference", label, False, _shape(got.shape), _shape(wanted.shape), line)]
     off = relative(rms(got.astype(np.float64) - wanted), spread)
     line = f"{label}: answers differ by relative RMS {off:.3g}, allowed {limit:.3g}{note}"
     top = np.sort(wanted.astype(np.float64), axis=1)
@@ -77,8 +77,8 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
     changed = int((certain & (got.argmax(axis=1) != wanted.argmax(axis=1))).sum())
     told = f"{label}: {changed} of {int(certain.sum())} certain predictions changed"
     return [
-        check("golden", label, off <= limit, off, limit, line),  # `not >` would let NaN pass
-        check("golden", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
+        check("reference", label, off <= limit, off, limit, line),  # `not >` would let NaN pass
+        check("reference", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
     ]
 
 

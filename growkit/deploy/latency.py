@@ -244,15 +244,13 @@ def percentiles(seconds: list[float]) -> Percentiles:
 
 
 def equivalence(comparison: Comparison, noise: float, limit: float) -> Verdict:
-    """Judge by equivalence: pass when the whole interval is within `limit`, fail when all of it is above.
+    """Judge by equivalence: pass when the whole interval is within `limit`, fail when it is above by more than `noise`.
 
-    noise  of the same machine in the A/A run; above NOISY nothing is concluded
+    noise  of the same machine in the A/A run, as a fraction; above NOISY nothing passes
     """
-    if noise > NOISY:
-        return "inconclusive"
-    if comparison.high <= limit:
-        return "pass"
-    return "fail" if comparison.low > limit else "inconclusive"
+    if comparison.low > limit * (1 + noise):
+        return "fail"
+    return "pass" if comparison.high <= limit and noise <= NOISY else "inconclusive"
 
 
 @multiplying(tf32=False)  # for PyTorch; runtime.py does so for ONNX Runtime
@@ -390,10 +388,14 @@ def latency_check(comparison: Comparison, noise: float, limit: float) -> Check:
         f"batch {comparison.batch}: {comparison.ratio:.3f} x the time of {comparison.baseline} "
         f"[{comparison.low:.3f}, {comparison.high:.3f}], allowed {limit:.2f}"
     )
+    itself = f"the file against itself may be off by {noise:.1%}"
     if noise > NOISY:
-        line += f"; the machine is too noisy: the file against itself may be off by {noise:.1%}"
+        noisy = "slower by more than the machine's noise" if verdict == "fail" else "the machine is too noisy"
+        line += f"; {noisy}: {itself}"
         if comparison.foreign is not None and comparison.foreign > CONTENDED:
             line += f", and other programs took {comparison.foreign:.0%} of its processors"
+    elif verdict == "inconclusive" and comparison.low > limit:
+        line += f"; the interval is past the limit by no more than noise: {itself}"
     elif verdict == "inconclusive":
         line += "; the interval contains the limit, give it more time with --latency-seconds"
     name = f"batch {comparison.batch}: against {comparison.baseline}"

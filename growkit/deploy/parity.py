@@ -294,12 +294,12 @@ def _stored(session: Session, model: nn.Module, form: Form, limits: Limits, fold
                 got = run(fed)
             except Exception as error:  # data sets of another model do not even fit
                 line = f"{label} refuses the stored input: {first_line(error)}"
-                checks.append(check("reference", label, False, "refused", "ok", line))
+                checks.append(check("data sets", label, False, "refused", "ok", line))
                 continue
             if list(got) != list(wanted) or any(got[key].shape != value.shape for key, value in wanted.items()):
                 shapes = [", ".join(f"{key} {value.shape}" for key, value in each.items()) for each in (got, wanted)]
-                checks.append(check("reference", label, False, *shapes))
+                checks.append(check("data sets", label, False, *shapes))
                 continue
             off = off_from_stored(got, wanted)
-            checks.append(check("reference", label, off <= limits.relative_rms, off, limits.relative_rms))
+            checks.append(check("data sets", label, off <= limits.relative_rms, off, limits.relative_rms))
     return checks

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 
 from growkit.deploy.inputs import extremes
-from growkit.deploy.limits import LIMITS
 from growkit.deploy.numbers import in_batches, rms
 from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.parts import core_session
@@ -43,7 +42,7 @@ FAILING = $failing  # the first run whose numbers were wrong
 PROVIDER = $provider
 
 
-def failing_input_is_wrong(network, file: Path) -> bool:
+def show_failing_input(network, file: Path) -> None:
     """Run the failing input and say how far the file is off, in standard deviations of the logits."""
     form = form_in(file)
     network = at_image_size(network, form.image_size)
@@ -57,16 +56,14 @@ def failing_input_is_wrong(network, file: Path) -> bool:
         got = in_batches(session, images, FAILING["batch"])
     except Exception as error:
         print(f"{FAILING['run']}: refused: {error}")
-        return True
+        return
     if got.shape != wanted.shape:
         print(f"{FAILING['run']}: logits {got.shape}, expected {wanted.shape}")
-        return True
+        return
     difference = got.astype(np.float64) - wanted
     off, most = rms(difference) / spread, np.abs(difference).max() / spread
-    limits = LIMITS[form.precision]
-    print(f"{FAILING['run']}: relative RMS error {off:.3g}, allowed {limits.relative_rms:.3g}")
+    print(f"{FAILING['run']}: relative RMS error {off:.3g}")
     print(f"{FAILING['run']}: largest error / std {most:.3g}, at image {int(np.abs(difference).max(axis=1).argmax())}")
-    return not (off <= limits.relative_rms and (limits.largest is None or most <= limits.largest))
 
 
 def main() -> int:
@@ -78,8 +75,9 @@ def main() -> int:
     model = given.model if given.model != MODEL or not (HERE / MODEL).exists() else str(HERE / MODEL)
     source = load_source(model, $loading)
     network = source.model()
-    if FAILING is not None and failing_input_is_wrong(network, given.onnx):
-        return 1
+    if FAILING is not None:
+        show_failing_input(network, given.onnx)
+    # what is allowed is judged as `growkit verify` does, by the same function
     parity = check_parity(
         network,
         given.onnx,

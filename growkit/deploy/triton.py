@@ -38,6 +38,7 @@ from growkit.files import refuse_existing, refuse_unwritable, whole_folder, writ
 from growkit.ranges import refuse_choice
 from growkit.text import clipped, some, visible
 
+CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and part of a URL
@@ -62,12 +63,13 @@ def write_model_repository(
     """Write the model of `exported`, a folder of `growkit export`, into a Triton model repository.
 
     Weights are copied: a repository often lies on another file system, and a hard link would let an edit of one file
-    change the other. A model that is already there gets another version; its config.pbtxt is then kept as it is. With
-    `force` a version that `settings` names is replaced.
+    change the other. A model that is already there gets another version, or with `force` another file for the version
+    that `settings` names; its config.pbtxt and all else in its folder are kept as they are.
 
     Raises:
         GrowkitError: tritonclient is missing; a setting out of range; the version is there and `force` was not given;
-            the other versions take other tensors, labels or preprocessing; the file or its data sets do not fit Triton.
+            the config.pbtxt that is there is for other tensors or labels; the other versions want images prepared
+            otherwise; the file or its data sets do not fit Triton.
     """
     proto = load_graph(exported / MODEL)
     name = settings.name or default_name(proto)
@@ -75,7 +77,7 @@ def write_model_repository(
     refuse_taken(repository, name, settings, force, prepared)
     target, version = repository / name, settings.version or 1
     signature, labels = signature_of(proto), _labels(proto)
-    if set(versions_in(target)) - {version}:
+    if (target / CONFIG).exists():  # perhaps tuned by hand, so it is kept even where its only version is replaced
         config = read_config(target)
         _refuse_another(target, config, signature, labels)
         with whole_folder(target / str(version)) as partial:
@@ -86,7 +88,7 @@ def write_model_repository(
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target) as partial:
         # first, so that a polling server sees a config whose name is not the folder's, and leaves it alone
-        (partial / "config.pbtxt").write_text(_text(config), encoding="utf-8")
+        (partial / CONFIG).write_text(_text(config), encoding="utf-8")
         write_json(partial / "metadata.json", kserve_metadata(config, [version]))
         if labels is not None and any(output.label_filename for output in config.output):
             (partial / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
@@ -123,11 +125,12 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
             f"{target / str(settings.version)} already exists; --triton-version {max(there) + 1} adds a version, "
             "--triton-name another model, --force replaces it"
         )
-    if others := [number for number in there if number != settings.version]:
+    if there or (target / CONFIG).exists():
         read_config(target)  # it is kept as it is
+    elif target.exists():
+        refuse_existing(target, force, CONFIG, elsewhere="--triton-name another model")
+    if others := [number for number in there if number != settings.version]:
         _refuse_prepared_otherwise(target, others, prepared)
-    if target.exists() and not there:
-        refuse_existing(target, force, "config.pbtxt", elsewhere="--triton-name another model")
 
 
 def default_name(proto: onnx.ModelProto) -> str:
@@ -225,12 +228,14 @@ def _copy_model(exported: Path, version: Path) -> None:
 
 
 def _refuse_another(target: Path, config: Any, signature: Signature, labels: list[str] | None) -> None:
-    """Raise GrowkitError unless a file fits the config and labels that the versions in `target` share."""
+    """Raise GrowkitError unless a file fits the config and labels in `target`, which its versions share."""
     problems = signature_problems(config, signature)
     if labels is not None and (target / LABELS).is_file() and lines_of(target / LABELS) != labels:
         problems.append("the class names differ")
     if problems:
-        raise GrowkitError(f"{target} serves another kind of model: {problems[0]}; choose another --triton-name")
+        raise GrowkitError(
+            f"{target} serves another kind of model: {problems[0]}; choose another --triton-name, or move it away"
+        )
 
 
 def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: Any) -> None:

@@ -141,9 +141,9 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     """One gate for each group of checks, and one for each group that a rollout needs and that is missing."""
     content = checked(facts)
     groups = checks_of(content)
-    golden = [*groups.pop("golden", ()), *_held_alone(facts)]
-    if golden:
-        yield Gate(group_name("golden"), mark_of(golden), _line("golden", golden, content))
+    reference = [*groups.pop("reference", ()), *_held_alone(facts)]
+    if reference:
+        yield Gate(group_name("reference"), mark_of(reference), _line("reference", reference, content))
     if not groups:
         remedy = "`growkit verify` does it." if facts.export else "`growkit export --onnx`, then `growkit verify`."
         yield Gate("The ONNX file was verified", Mark("not done"), remedy)
@@ -169,7 +169,7 @@ def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
         one
         for held in facts.held
         if str(held.get("onnx_sha256") or held.get("weights_sha256")) in now
-        for one in checks_of(held).get("golden", ())
+        for one in checks_of(held).get("reference", ())
     ]
 
 

@@ -20,8 +20,8 @@ GROUPS = {  # the known groups of checks, as statements for a reader
     "answers": "Its answers follow from its logits",
     "pictures": "It agrees on your own pictures",
     "accuracy": "It scores like the model",
-    "reference": "It reproduces its reference data",
-    "golden": "It answers as when it was accepted",
+    "data sets": "It reproduces its reference data",
+    "reference": "It answers as when it was accepted",
     "provider": "It runs where it was asked to",
     "latency": "It is as fast as its architecture allows",
 }

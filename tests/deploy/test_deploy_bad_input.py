@@ -322,7 +322,7 @@ def test_another_models_reference_is_a_no(run: Path, tmp_path: Path) -> None:
             shutil.copytree(tmp_path / name / data_set, run / "onnx" / data_set)
         status, output = verified(run)
         assert status == 1, output
-        assert "FAILED reference" in output
+        assert "FAILED data sets" in output
 
 
 def test_unreadable_reference_is_refused(run: Path, tmp_path: Path) -> None:

@@ -141,18 +141,18 @@ def test_both_are_held_where_both_are_named(accepted: Path, capsys: pytest.Captu
         capsys.readouterr()
         assert growkit(accepted, *both, reference) == 0
         report = json.loads(capsys.readouterr().out)
-        names = {c["name"] for c in report["checks"] if c["group"] == "golden"}
+        names = {c["name"] for c in report["checks"] if c["group"] == "reference"}
         assert {re.findall("model|file", name)[0] for name in names} == words
-        assert {"weights", "numbers", "reference"} <= {c["group"] for c in report["checks"]}
+        assert {"weights", "numbers", "data sets"} <= {c["group"] for c in report["checks"]}
         assert report["reference"] == reference
 
 
 @pytest.mark.parametrize(
     ("damage", "command", "told"),
     [
-        (damage_model, MODEL, "FAILED golden: the reference was written for weights"),
-        (damage_file, (*FILE, "reference/onnx"), "FAILED golden: the reference was written for SHA-256"),
-        (damage_file, (*FILE, "reference/model"), "FAILED golden: test_data_set_0: file: answers differ"),
+        (damage_model, MODEL, "FAILED reference: the reference was written for weights"),
+        (damage_file, (*FILE, "reference/onnx"), "FAILED reference: the reference was written for SHA-256"),
+        (damage_file, (*FILE, "reference/model"), "FAILED reference: test_data_set_0: file: answers differ"),
         (other_reference, MODEL, "the reference is another model's"),
         (
             lambda place: (place / "onnx" / "model.onnx").write_text("no model"),
@@ -238,7 +238,7 @@ def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place
     before = (place / "run" / "verify" / "report.json").read_bytes()
     assert growkit(place, *MODEL) == growkit(place, *FILE, "reference/onnx") == 0
     model, file = (json.loads((place / "run" / "verify" / f"held-{of}.json").read_text()) for of in ("model", "file"))
-    assert {one["group"] for one in model["checks"]} == {"golden"}
+    assert {one["group"] for one in model["checks"]} == {"reference"}
     assert (model["model"], model["onnx"], file["model"], file["onnx"]) == ("model", None, None, "onnx/model.onnx")
     assert (place / "run" / "verify" / "report.json").read_bytes() == before
 

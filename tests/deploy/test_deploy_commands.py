@@ -5,6 +5,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
+from growkit.deploy.fastest import Choice
 from growkit.deploy.form import Form
 from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
 from growkit.deploy.runtime import Assignment, Node
@@ -143,6 +145,25 @@ def test_file_that_the_cpu_does_not_run_is_not_said_to_run_there(run: Path, tmp_
     assert report["verdict"] == "inconclusive"
 
 
+@pytest.mark.parametrize("strict", [(), ("--strict",)], ids=["lenient", "strict"])
+def test_file_of_which_nothing_can_be_said_becomes_no_reference(
+    strict: tuple[str, ...], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = verify_module.provider_check
+    monkeypatch.setattr(verify_module, "provider_check", lambda placed, emulated: real(placed, emulated=True))
+    reference = tmp_path / "reference"
+    words = ("verify", "--run", run, "--update-reference", "--reference", reference, *strict)
+    result = call(*words)
+    assert result.exit_code == 1  # whoever goes on would commit nothing
+    assert not reference.exists()
+    said = result.output.replace("\n", " ")
+    assert f"{reference} was not written: only what passes becomes a reference, and this is inconclusive" in said
+    assert "(provider: bfloat16 was emulated" in said
+    monkeypatch.undo()
+    assert call(*words).exit_code == 0
+    assert (reference / "reference.json").exists()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_export_tells_an_error_with_the_limit_it_was_held_to(precision: str, run: Path, tmp_path: Path) -> None:
     result = call("export", run / "grown", "--precision", precision, "--run", tmp_path)
@@ -195,7 +216,7 @@ def test_verify_passes_a_clean_file_with_data_and_junit(run: Path, tmp_path: Pat
     assert report["throughput"]["peak_gflops"] > 0
     assert len(report["latency"]["comparisons"]) == 6
     groups = {c["group"] for c in report["checks"]}
-    assert {"provider", "structure", "weights", "numbers", "accuracy", "reference", "latency"} <= groups
+    assert {"provider", "structure", "weights", "numbers", "accuracy", "data sets", "latency"} <= groups
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in result.output.splitlines()]
     for group in groups:  # a line each, however many checks there are
         ((_, passed, *nearest),) = (row for row in rows if row[0] == group and row[1:])
@@ -391,6 +412,7 @@ def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path)
         (("verify", "--max-accuracy-drop", "-3"), "--max-accuracy-drop -3: expected 0 or more, and at most 100"),
         (("verify", "--max-accuracy-drop", "nan"), "--max-accuracy-drop nan: expected 0 or more, and at most 100"),
         (("verify", "--max-accuracy-drop", "1"), "give --data"),
+        (("verify", "--compiled", "--no-latency"), "leave out --no-latency"),
         (
             ("verify", "--update-reference", "--max-latency-ratio", "1"),
             "time a file, which --update-reference does not",
@@ -398,12 +420,68 @@ def test_int8_file_is_a_no_where_float32_is_asked_for(run: Path, tmp_path: Path)
         (("verify", "--update-reference", "--compiled"), "time a file, which --update-reference does not"),
     ],
 )
-def test_nonsense_is_refused_before_the_work(given: tuple[str, ...], said: str, run: Path, tmp_path: Path) -> None:
+def test_nonsense_is_refused_before_the_work(
+    given: tuple[str, ...], said: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("exporting", "verifying"):
+        monkeypatch.setattr(f"growkit.{module}.load_source", lambda *_, **__: pytest.fail("loaded"))
     command, *options = given
     result = call(command, run / "grown", *options, "--run", tmp_path / "new")
     assert isinstance(result.exception, GrowkitError)
     assert said in str(result.exception)
-    assert "holding" not in result.output
+
+
+UNTIMED = "--latency-seconds, --latency-margin, --throughput-seconds, --throughput-batch mean nothing with --no-latency"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "verify --no-latency --throughput-seconds 5 --throughput-batch 4 --latency-margin 0.5 --latency-seconds 99",
+            UNTIMED,
+        ),
+        ("verify --update-reference --latency-seconds 99", "--latency-seconds means nothing with --update-reference"),
+        ("verify --batch-size 3", "--batch-size means nothing without --data"),
+        (
+            "verify --model-only --reference R --update-reference --max-batch 3",
+            "--max-batch means nothing where a model",
+        ),
+        (
+            "verify --model-only --reference R --update-reference --provider cuda",
+            "--provider means nothing to a model alone",
+        ),
+        ("export --val-split nosuch --data-dir /nowhere", "--data-dir, --val-split mean nothing without --data"),
+        ("export --latency-seconds 3", "--latency-seconds means nothing without --for"),
+        ("verify --latency-seconds 99 --throughput-batch 4", ""),
+        ("verify --data D --batch-size 3 --no-latency --max-batch 3 --provider auto", ""),
+        ("export --for cpu --latency-seconds 3 --data D --val-split nosuch", ""),
+        ("export --onnx", ""),
+    ],
+)
+def test_option_that_means_nothing_is_said_before_the_work(
+    words: str, said: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise GrowkitError("loading")
+
+    for module in ("exporting", "verifying"):
+        monkeypatch.setattr(f"growkit.{module}.load_source", load)
+    monkeypatch.chdir(tmp_path)
+    command, *options = words.split()
+    file = ("--onnx-file", run / "onnx" / "model.onnx") if command == "verify" and "--model-only" not in options else ()
+    result = call(command, run / "grown", *file, *options, "--run", "new")
+    assert str(result.exception) == "loading"
+    told = [line for line in result.output.splitlines() if line.startswith("warning: ")]
+    assert (len(told), said in result.output.replace("\n", " ")) == (bool(said), True)
+
+
+def test_file_alone_is_not_loaded_as_a_checkpoint_is(run: Path, tmp_path: Path) -> None:
+    for option in (("--no-ema",), ("--from", NAME), ("--from-set", "depth=2")):
+        result = call(
+            "verify", run / "onnx" / "model.onnx", "--reference", tmp_path, *option, "--run", tmp_path / "new"
+        )
+        assert "model.onnx is an ONNX file: leave out --from, --from-set and --no-ema" in str(result.exception)
 
 
 def test_force_replaces_only_what_growkit_wrote(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +516,15 @@ def test_place_with_no_other_graph_is_said(run: Path, tmp_path: Path) -> None:
     result = call("export", run / "grown", "--for", "tensorrt", "--run", tmp_path)
     assert result.exit_code == 0, result.output
     assert "--for tensorrt: there is no other graph to try" in result.output
+
+
+def test_graphs_that_were_tried_are_said_and_stored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = Choice("contrib", "slower", "batch 1: 1.200 x [1.100, 1.300]")
+    monkeypatch.setattr(folder, "fastest", lambda model, form, place, **_: (form, (tried,)))
+    result = call("export", run / "grown", "--for", "cpu", "--run", tmp_path)
+    assert "\ncontrib attention: slower; batch 1: 1.200 x [1.100, 1.300]\n" in result.output
+    (stored,) = json.loads((tmp_path / "onnx" / "export.json").read_text())["choices"]
+    assert stored == {**asdict(tried), "comparisons": []}
 
 
 @pytest.mark.parametrize(

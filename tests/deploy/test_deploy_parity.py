@@ -164,7 +164,7 @@ def test_reference_data_of_the_model_passes_and_of_another_fails(
     write_data_sets(make_model(5), tmp_path / "other", seed=0)
     assert check_parity(model, exported, material=Material(data_sets=tmp_path / "own")).passed
     parity = check_parity(model, exported, material=Material(data_sets=tmp_path / "other"))
-    assert failed_groups(parity) == {"reference"}
+    assert failed_groups(parity) == {"data sets"}
     assert len(parity.failed) == 4  # two data sets, file and model
 
 

@@ -210,6 +210,15 @@ def test_bad_upload_gets_a_plain_answer(body: bytes, status: int, said: str, cli
     assert said in response.json()["detail"]
 
 
+@pytest.mark.parametrize("parallel", ["0", "-1"])
+def test_service_that_could_never_answer_does_not_start(
+    parallel: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLEL", parallel)
+    with pytest.raises(ValueError, match=f"PARALLEL={parallel}: expected 1 or more"), type(client)(client.app):
+        pass
+
+
 def test_upload_without_a_length_is_bounded_too(client: Any) -> None:
     response = client.post("/classify", content=iter([b"x" * 10_000] * 10))
     assert response.status_code == 413

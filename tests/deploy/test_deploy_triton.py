@@ -1,6 +1,7 @@
 """A Triton model repository says what the file in it is, and a wrong one is found without a server."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +43,10 @@ def write_exported(
     labels: list[str] | None = ["a", "b", "c", "d", "e"],  # noqa: B006  (never changed)
     architecture: str = "vit",
     mean: float = 0.5,
+    seed: int = 0,
 ) -> Path:
     """What `growkit export` leaves: a linear classifier over pooled pixels, with reference data from NumPy."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     weight = generator.standard_normal((3, CLASSES)).astype(np.float32)
     batch = dims[0]
     shapes: dict[str, tuple[int, tuple[str | int, ...]]] = {
@@ -352,12 +354,30 @@ def test_existing_version_is_replaced_only_with_force(written: Path, tmp_path: P
     first = TritonSettings(name="m", version=1)
     with pytest.raises(GrowkitError, match=r"already exists; --triton-version 2 adds .* --force"):
         write_model_repository(other, written.parent, first)
-    write_model_repository(other, written.parent, first, force=True)
-    assert config_of(written).input[0].data_type == model_config_pb2.TYPE_UINT8
-    write_model_repository(other, written.parent, TritonSettings(name="m", version=2))
-    write_model_repository(other, written.parent, TritonSettings(name="m", version=1, max_batch=4), force=True)
-    assert (written / "2" / "model.onnx").is_file()  # of several versions force replaces one
-    assert config_of(written).max_batch_size == 32
+    before = {p: p.read_bytes() for p in written.rglob("*") if p.is_file()}
+    with pytest.raises(GrowkitError, match=r"another kind of model: input 'pixels' of type FP32, .*, or move it away"):
+        write_model_repository(other, written.parent, first, force=True)
+    assert {p: p.read_bytes() for p in written.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("versions", [(), (1,), (1, 2)], ids=["no version", "its only version", "one of two"])
+def test_what_is_tuned_by_hand_is_kept_however_many_versions_there_are(
+    versions: tuple[int, ...], written: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(written / "1")
+    for version in versions:
+        write_model_repository(tmp_path / "onnx", written.parent, TritonSettings(name="m", version=version))
+    change(lambda config: setattr(config.instance_group[0], "count", 4))(written)
+    (written / "README").write_text("mine")
+    tuned = (written / "config.pbtxt").read_bytes()
+    other = write_exported(tmp_path / "new", mean=0.1 if len(versions) < 2 else 0.5, seed=1)
+    settings = TritonSettings(name="m", version=1, max_batch=4)
+    model = write_model_repository(other, written.parent, settings, force=bool(versions))
+    assert not model.configured
+    assert (written / "1" / "model.onnx").read_bytes() == (other / "model.onnx").read_bytes()
+    assert (written / "2").exists() == (2 in versions)
+    assert (written / "config.pbtxt").read_bytes() == tuned
+    assert (written / "README").read_text() == "mine"
     assert check_model_repository(written) == []
 
 
@@ -508,12 +528,43 @@ def test_export_writes_the_repository_after_the_folder(source: Path, tmp_path: P
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
 
 
+def test_options_of_a_config_that_is_kept_are_told(source: Path, tmp_path: Path) -> None:
+    words = ("--run", tmp_path / "run", source, "--force", "--triton", tmp_path / "models", "--triton-version", "1")
+    for more in ((), ("--triton-max-batch", "4", "--triton-kind", "gpu")):
+        result = call(*words, *more)
+        assert result.exit_code == 0, result.output
+        told = "warning: --triton-max-batch, --triton-kind mean nothing to a config.pbtxt that is kept"
+        assert (told in result.output.replace("\n", " ")) == bool(more)
+        assert ("config.pbtxt was kept" in result.output.replace("\n", " ")) == bool(more)
+    assert config_of(tmp_path / "models" / NAME).max_batch_size == 32
+
+
 def test_repository_that_cannot_be_is_refused_before_the_export(source: Path, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file, where a folder should be")
     result = call("--run", tmp_path / "run", source, "--triton", tmp_path / "models")
     assert isinstance(result.exception, GrowkitError)
     assert "cannot be written (not a directory)" in str(result.exception)
     assert not (tmp_path / "run" / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "models", "said"),
+    [
+        ("onnx", "onnx/models", "is replaced whole by the next export; name one outside it"),
+        ("onnx", "onnx", "is replaced whole by the next export; name one outside it"),
+        ("models/vit", "models", "Triton takes every folder in it for a model, also"),
+        ("models/other/1", "models", "name another with --out"),
+    ],
+)
+def test_export_and_repository_inside_each_other_are_refused_before_the_work(
+    out: str, models: str, said: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.exporting.load_source", lambda *_, **__: pytest.fail("loaded"))
+    words = ("--out", tmp_path / out, "--triton", tmp_path / models, "--triton-name", "vit")
+    result = call("--run", tmp_path / "run", source, *words)
+    assert isinstance(result.exception, GrowkitError)
+    assert said in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_repository_leaves_the_export_and_says_so(
