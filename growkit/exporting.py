@@ -11,6 +11,7 @@ from torch import Tensor
 from growkit.deploy.folder import MODEL, Exported, write_export
 from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.settings import ExportSettings, TritonSettings
+from growkit.deploy.store import SUFFIX
 from growkit.deploy.triton import refuse_taken, write_model_repository
 from growkit.deploy.unmeant import READING, Need, unmeant
 from growkit.errors import GrowkitError
@@ -31,6 +32,7 @@ from growkit.train.progress import Say, StartProgress, followed, say_nothing, st
 from growkit.train.settings import FitSettings
 
 CALIBRATION = 256  # images to calibrate int8-static on
+WRITES = ("export.json", MODEL, MODEL + SUFFIX, "test_data_set_[0-9]/input_0.pb", "test_data_set_[0-9]/output_*.pb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def export_model(
         "history": without_folders(without_curves(source.history)),
     }
     try:
-        with whole_folder(target) as partial:
+        with whole_folder(target, replace=force) as partial:
             exported = write_export(
                 source.model(),
                 partial,
@@ -139,7 +141,7 @@ def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> Non
     if target.resolve() == Path.cwd():
         raise GrowkitError(f"--out {target}: the current folder cannot be replaced; name another")
     refuse_unwritable(target.absolute().parent)
-    refuse_existing(target, force, "export.json", elsewhere="--out writes elsewhere")
+    refuse_existing(target, force, "export.json", writes=WRITES, elsewhere="--out writes elsewhere")
     if triton is None:
         return
     if triton.folder.resolve().is_relative_to(target.resolve()):

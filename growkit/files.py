@@ -8,14 +8,17 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from growkit.errors import GrowkitError, UnwritableError
 
 LEFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+LOCK = ".growkit.lock"  # as in lock.py, which is no part of what is written
+SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what systems leave where a folder was looked at
 ELSEWHERE = "name another place"
 KEPT = "what was complete before is as it was"
 REMEDIES = {
@@ -32,17 +35,22 @@ REMEDIES = {
     errno.EISDIR: ("it is a folder", "name a file"),
     errno.ENAMETOOLONG: ("the name is too long", "name it shorter"),
 }
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what only a write fails with
 _open: set[str] = set()  # hidden names this process is writing under
 
 
 def refuse_existing(
-    path: Path, force: bool, *known: str, resumable: bool = False, elsewhere: str = "--run writes elsewhere"
+    path: Path,
+    force: bool,
+    *marks: str,
+    writes: Collection[str] = (),
+    resumable: bool = False,
+    elsewhere: str = "--run writes elsewhere",
 ) -> None:
-    """Raise GrowkitError if `path` exists without `force`, or is a folder that holds none of the `known` names.
+    """Raise GrowkitError if `path` exists without `force`, or is not growkit's to replace: see refuse_foreign.
 
-    `resumable` means that --resume could continue what is there. --force replaces only what growkit wrote. Called
-    before the work starts, so that nobody waits an hour for a refusal.
+    `resumable` means that --resume could continue what is there. Called before the work starts, so that nobody waits
+    an hour for a refusal.
     """
     clear_left(path.parent, path.name)  # it may lie under a hidden name
     if not path.exists():
@@ -50,9 +58,45 @@ def refuse_existing(
     if not force:
         resume = "--resume goes on with it, " if resumable else ""
         raise GrowkitError(f"{path} already exists; {resume}--force replaces it, {elsewhere}")
-    held = [entry.name for entry in path.iterdir()] if path.is_dir() else ["a file"]
-    if known and held and not set(known) & set(held):
-        raise GrowkitError(f"{path} is not growkit's to replace: it holds no {known[0]}; name another folder")
+    refuse_foreign(path, *marks, writes=writes)
+
+
+def refuse_foreign(
+    path: Path, *marks: str, writes: Collection[str] = (), elsewhere: str = "name another folder"
+) -> None:
+    """Raise GrowkitError if `path` is there and replacing it would lose what growkit did not write.
+
+    marks   names of which growkit's folder holds one at least, if anything
+    writes  where the folder goes as a whole: all that growkit writes there, as `_is_of` matches it
+    """
+    if not path.exists():
+        return
+    held = {entry.name for entry in path.iterdir() if not LEFT.fullmatch(entry.name)} if path.is_dir() else {"a file"}
+    unmarked = marks and held and not held & set(marks)
+    foreign = _foreign(path, writes) if writes else None
+    told = [f"it holds no {marks[0]}"] if unmarked else []
+    told += [f"{foreign} in it, which growkit did not write, would be lost"] if foreign else []
+    if told:
+        move = "" if unmarked else ", or move that away"
+        raise GrowkitError(f"{path} is not growkit's to replace: {', and '.join(told)}; {elsewhere}{move}")
+
+
+def _foreign(folder: Path, writes: Collection[str]) -> str | None:
+    """The first entry below `folder` that growkit does not write there, or a system, a lock or a killed writer."""
+    for entry in sorted(folder.rglob("*")):
+        parts = entry.relative_to(folder).parts
+        if parts[-1] in (LOCK, *SYSTEMS) or any(map(LEFT.fullmatch, parts)):
+            continue
+        if not any(_is_of(parts, Path(name).parts, entry.is_dir()) for name in writes):
+            return "/".join(parts)
+    return None
+
+
+def _is_of(parts: tuple[str, ...], wanted: tuple[str, ...], is_dir: bool) -> bool:
+    """Whether this is the entry `wanted`, as runs/*/state.pt, a folder above it, or below it where that ends in **."""
+    if not all(map(fnmatchcase, parts, wanted)):
+        return False
+    return len(parts) == len(wanted) or (is_dir if len(parts) < len(wanted) else wanted[-1] == "**")
 
 
 def refuse_both(force: bool, resume: bool) -> None:
@@ -74,7 +118,7 @@ def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
         if path.suffix.lower() != suffix:
             raise _unwritable(path, f"it is there, and no {suffix} file", "name another file, or remove it")
         there = there.parent
-    probe = _beside(there / path.name)
+    probe = _beside(there / (path.name or "probe"))  # inside: "." has no name
     try:
         probe.mkdir()
     except OSError as error:
@@ -110,16 +154,27 @@ def writing(path: Path) -> Iterator[None]:
 def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
     """Return why `path` was not written, and the remedy; None if `error` is about something else."""
     if isinstance(error, OSError):
-        name = error.filename2 or error.filename
-        inside = name is None or Path(os.fsdecode(name)).absolute().is_relative_to(path.parent.absolute())
-        # errors of mkdir and rename name folders above
-        inside = inside or path.absolute().is_relative_to(Path(os.fsdecode(name)).absolute())
-        return REMEDIES.get(error.errno or 0) if inside else None
+        # rename has two names; a file that was opened by its number has that for a name
+        names = [name for name in (error.filename, error.filename2) if not isinstance(name, int | None)]
+        ours = any(_concerns(Path(os.fsdecode(name)), path) for name in names) if names else error.errno in WRITING
+        return REMEDIES.get(error.errno or 0) if ours else None
     told = re.search(r"os error (\d+)", str(error))  # Rust's wording
     if told is not None:
         return REMEDIES.get(int(told[1]))
     under = error.__context__
-    return REMEDIES.get(under.errno or 0) if isinstance(under, OSError) and under.errno in FULL else None
+    return _refusal(under, path) if isinstance(under, OSError) and under.errno in (*WRITING, errno.EIO) else None
+
+
+def _concerns(name: Path, path: Path) -> bool:
+    """Whether `name` is `path`, its hidden name, something below either, or a folder above, as mkdir's errors name."""
+    name, path = name.absolute(), path.absolute()
+    if path.is_relative_to(name):
+        return True
+    if not name.is_relative_to(path.parent):
+        return False
+    first = name.relative_to(path.parent).parts[0]
+    hidden = LEFT.fullmatch(first)
+    return path.name == (hidden["name"] if hidden else first)
 
 
 @contextmanager
@@ -168,14 +223,18 @@ def whole_files(folder: Path, *names: str) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; swap it in when the block ends without error.
 
     If `path` is a link it stays one. A process killed between the two renames of a swap leaves the old folder beside
     `path`, under a hidden name that ends in .old; `clear_left` restores its name.
 
+    replace  whether what is at `path` by then may go; outside a run folder, whose lock is held, another command may
+             have written it meanwhile
+
     Raises:
         UnwritableError: the disk is full, or `path` cannot be written there.
+        GrowkitError: another command wrote `path` meanwhile.
     """
     with writing(path):
         path = path.resolve() if path.is_symlink() else path
@@ -188,9 +247,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for part in (*partial.rglob("*"), partial):
                 _sync(part)
-            if path.exists():
+            if replace and path.exists():
                 os.rename(path, old)
-            os.rename(partial, path)
+            try:
+                os.rename(partial, path)  # the system replaces no folder that holds anything, and no file
+            except OSError as error:
+                if not path.exists():
+                    raise
+                raise GrowkitError(
+                    f"{path} was written by another command meanwhile; --force replaces it, or name another folder"
+                ) from error
             _sync(path.parent)
         finally:
             if old.exists() and not path.exists():
@@ -246,6 +312,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            error.filename = str(path)  # of a broken disk, the error might be one of reading
             raise
     finally:
         os.close(descriptor)
@@ -273,9 +340,15 @@ def _host() -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
+    """Write `content` as indented JSON, whole or not at all; see `as_json`."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        partial.write_text(as_json(content), encoding="utf-8")
+
+
+def as_json(content: Any) -> str:
+    """`content` as indented JSON; what JSON cannot express, NaN, the infinities and paths too, as strings."""
+    known = json.loads(json.dumps(content, default=str), parse_constant=lambda name: str(float(name)))
+    return json.dumps(known, indent=2, allow_nan=False) + "\n"
 
 
 def without_folders(value: object) -> object:

@@ -11,7 +11,7 @@ from torch import nn
 from growkit.adapt import head_is_new, with_classes, with_input
 from growkit.arch import find_target
 from growkit.arch.spec import Architecture
-from growkit.checkpoint import OPERATOR, WEIGHTS, write_model, write_tensors
+from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, write_model, write_tensors
 from growkit.errors import GrowkitError
 from growkit.files import sha256_of, whole_folder
 from growkit.grow import GrownModel, grow, lossless_gap
@@ -30,6 +30,8 @@ from growkit.train.loop import FitResult, fit, refuse_settings
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
+
+WRITES = (CONFIG, HISTORY, WEIGHTS, OPERATOR)  # in run/grown, which is replaced whole
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def grow_model(
     _refuse_unmeant(job, data, operator)
     source = with_input(source, sets)
     _refuse_mistyped(source, to, sets, settings)
-    resumed = goes_on(job, run.grown, None if data is None else run.operator / STATE)
+    resumed = goes_on(job, run.grown, None if data is None else run.operator / STATE, writes=WRITES)
     device, opened = pick_device(job.device), None
     training = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
     if data is not None:

@@ -1,5 +1,6 @@
 """What growing, training and fine-tuning share: whether they go on, and what is settled before they begin."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from growkit.checkpoint import WEIGHTS
-from growkit.files import refuse_existing, sha256_of
+from growkit.files import refuse_existing, refuse_foreign, sha256_of
 from growkit.job import Job
 from growkit.text import counted
 from growkit.train.batch_size import STEP, with_batch_size
@@ -27,10 +28,11 @@ LAST = "last"  # inside a trained folder: the state to resume, and the last weig
 START = "start.json"  # in there: the scores before fine-tuning
 
 
-def goes_on(job: Job, output: Path, state: Path | None) -> bool:
+def goes_on(job: Job, output: Path, state: Path | None, *, writes: Collection[str] = ()) -> bool:
     """Whether to resume from `state`: on request, or because torchrun restarted this job after a failure.
 
-    A run that ended before it saved anything starts anew.
+    A run that ended before it saved anything starts anew. `writes` is what `output` may hold where it is replaced
+    whole, on resuming too.
 
     Raises:
         GrowkitError: the run cannot be written, or `output` or `state` exists and is neither replaced nor resumed.
@@ -42,9 +44,11 @@ def goes_on(job: Job, output: Path, state: Path | None) -> bool:
         if not (job.resume or anew):
             resumable = state is not None and state.exists()
             if not _only_begun(output):
-                refuse_existing(output, job.force, WEIGHTS, LAST, resumable=resumable)
+                refuse_existing(output, job.force, WEIGHTS, LAST, writes=writes, resumable=resumable)
             if state is not None and resumable:
                 refuse_existing(state.parent, job.force, STATE, resumable=True)
+        else:
+            refuse_foreign(output, writes=writes)
         if state is None:
             return False
         if job.resume and not state.exists() and not (output / WEIGHTS).exists():

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -652,6 +654,53 @@ def test_what_a_run_leaves_that_was_killed_before_it_saved_anything_is_in_nobody
     assert growkit(capsys, *words)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "stage", "entry"),
+    [
+        (GROW, "grown", "NOTES.md"),
+        ((*GROW, *DATA, "--resume"), "grown", "NOTES.md"),
+        (("export", "small"), "onnx", "NOTES.md"),
+        (("export", "small"), "onnx", "model.safetensors"),  # a model's own folder, named by --out
+        (("compare", *GROW[1:], *DATA), "compare", "runs/mango/thoughts.txt"),
+    ],
+)
+def test_force_never_loses_what_growkit_did_not_write(
+    words: tuple[str, ...],
+    stage: str,
+    entry: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    mark = {"grown": "model.safetensors", "onnx": "export.json", "compare": "begun.json"}[stage]
+    for name in (mark, entry):
+        (tmp_path / stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stage / name).write_text("mine")
+    before = listing(tmp_path)
+    force = () if "--resume" in words else ("--force",)
+    status, _, err = growkit(capsys, *words, "--run", tmp_path, *force)
+    assert (status, listing(tmp_path)) == (2, before)
+    assert f"{entry} in it, which growkit did not write, would be lost; name another folder" in err
+
+
+def test_export_replaces_nothing_that_another_wrote_meanwhile(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_export(model: object, folder: Path, *_: object, **__: object) -> SimpleNamespace:
+        (folder / "model.onnx").write_text("ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.onnx").write_text("theirs")
+        return SimpleNamespace(parity=SimpleNamespace(passed=True))
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("growkit.exporting.write_export", write_export)
+    status, _, err = growkit(capsys, "export", "small", "--out", tmp_path / "out", "--run", tmp_path / "run")
+    assert (status, "out was written by another command meanwhile; --force replaces it" in err) == (2, True)
+    assert listing(tmp_path) == {"out": None, "out/model.onnx": b"theirs"}
+
+
 def test_training_that_does_harm_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -950,7 +999,7 @@ def test_demo_removes_nothing_that_is_not_its_own(
     before = listing(tmp_path)
     status, _, err = growkit(capsys, "demo", tmp_path / "photos", *force)
     assert status == 2
-    assert ("is not the demo's to replace" if force else "already exists") in err
+    assert ("a.jpg in it, which growkit did not write, would be lost" if force else "already exists") in err
     assert "name another folder" in err
     assert listing(tmp_path) == before
 
@@ -962,6 +1011,31 @@ def test_demo_never_replaces_a_run_that_it_did_not_make(tmp_path: Path, capsys: 
     status, _, err = growkit(capsys, "demo", tmp_path, "--force")
     assert (status, listing(tmp_path)) == (2, before)
     assert "it holds no digits; name another folder" in err
+
+
+def test_page_that_is_a_folder_is_refused_by_its_own_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").mkdir()
+    status, _, err = growkit(capsys, "report", "--run", tmp_path)
+    assert (status, err) == (2, f"error: {tmp_path}/report.html: cannot be written (it is a folder); name a file\n")
+
+
+def test_demo_asks_for_the_lock_of_its_runs_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("digits/train/0", "run/grown", "from-scratch/trained"):
+        (tmp_path / name).mkdir(parents=True)
+    asked: list[Path] = []
+
+    @contextmanager
+    def holding(folder: Path) -> Iterator[None]:
+        asked.append(folder.relative_to(tmp_path))
+        yield
+
+    monkeypatch.setattr("growkit_cli.demo.holding", holding)
+    monkeypatch.setattr("growkit_cli.demo._demo", lambda *_: None)
+    assert growkit(capsys, "demo", tmp_path, "--force")[0] == 0
+    assert asked == [Path(), Path("run"), Path("from-scratch")]
+    assert listing(tmp_path) == {}
 
 
 def test_demo_says_nothing_on_stdout_but_its_json(

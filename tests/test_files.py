@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from growkit import files, lock
 from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import (
     read_json,
@@ -21,6 +23,7 @@ from growkit.files import (
     whole_folder,
     write_json,
 )
+from growkit_cli.console import Console
 
 
 def names_in(folder: Path) -> list[str]:
@@ -118,6 +121,25 @@ def test_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypatch: pyte
     assert names_in(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("there", ["folder", "file"])
+def test_what_another_command_wrote_meanwhile_is_not_replaced_unasked(tmp_path: Path, there: str) -> None:
+    path = tmp_path / "model"
+    theirs = path / "theirs" if there == "folder" else path
+
+    def work(replace: bool) -> None:
+        with whole_folder(path, replace=replace) as partial:
+            (partial / "ours").write_text("ours")
+            theirs.parent.mkdir(exist_ok=True)
+            theirs.write_text("theirs")
+
+    with pytest.raises(GrowkitError, match=r"model was written by another command meanwhile; --force replaces it"):
+        work(replace=False)
+    assert theirs.read_text() == "theirs"
+    assert names_in(tmp_path) == ["model"]
+    work(replace=True)
+    assert names_in(path) == ["ours"]
+
+
 def test_folder_replaces_a_file_of_its_name(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("a file")
@@ -160,6 +182,19 @@ def test_json_survives_a_round_trip(tmp_path: Path) -> None:
     assert read_json(path) == {"path": "x", "numbers": [1, 2.5]}
 
 
+def test_what_is_written_is_json_also_of_numbers_that_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in deploy.checks.plain, they become words."""
+    numbers = {"loss": math.nan, "gaps": [math.inf, (-math.inf, 0.1, 1e-300, 10**20)], "nan": "NaN", "none": None}
+    expected = {"loss": "nan", "gaps": ["inf", ["-inf", 0.1, 1e-300, 10**20]], "nan": "NaN", "none": None}
+    write_json(tmp_path / "a.json", numbers)
+    Console(as_json=True).result(numbers)
+    for text in ((tmp_path / "a.json").read_text(), capsys.readouterr().out):
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+        assert text.endswith("\n}\n")
+
+
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, 1)
@@ -193,12 +228,52 @@ def test_force_replaces_what_growkit_wrote_and_nothing_else(tmp_path: Path) -> N
     (ours / "last").mkdir()
     (theirs / "holiday.jpg").touch()
     file.touch()
-    known = ("model.safetensors", "last")
+    marks = ("model.safetensors", "last")
     for path in (ours, empty, tmp_path / "absent"):
-        refuse_existing(path, True, *known)
+        refuse_existing(path, True, *marks)
     for path in (theirs, file):
         with pytest.raises(GrowkitError, match=f"{path.name} is not growkit's to replace: it holds no model"):
-            refuse_existing(path, True, *known)
+            refuse_existing(path, True, *marks)
+
+
+WRITES = ("begun.json", "runs/*/state.pt", "run/**")
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("begun.json", None),
+        ("runs/a/state.pt", None),
+        ("runs/a/.state.pt.abcdef-1-01234567.partial/data.pkl", None),  # of a killed writer
+        ("runs/.growkit.lock", None),
+        ("run/any/thing", None),
+        ("NOTES.md", "NOTES.md"),
+        ("notes/a/b", "notes"),
+        ("runs/state.pt", "runs/state.pt"),
+        ("runs/a/state.pt/mine", "runs/a/state.pt/mine"),
+        ("runs/a/b/state.pt", "runs/a/b"),
+        (".hidden", ".hidden"),
+    ],
+)
+def test_force_replaces_no_folder_that_holds_more_than_growkit_writes(
+    entry: str, told: str | None, tmp_path: Path
+) -> None:
+    for name in ("begun.json", entry):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).touch()
+    if told is None:
+        refuse_existing(tmp_path / "own", True, "begun.json", writes=WRITES)
+        return
+    with pytest.raises(GrowkitError) as caught:
+        refuse_existing(tmp_path / "own", True, "begun.json", writes=WRITES)
+    assert str(caught.value).endswith(
+        f"own is not growkit's to replace: {told} in it, which growkit did not write, would be lost; "
+        "name another folder, or move that away"
+    )
+
+
+def test_lock_that_is_no_part_of_a_folder_is_the_one_that_commands_hold() -> None:
+    assert files.LOCK == lock.LOCK
 
 
 def test_file_to_replace_is_of_the_same_kind(tmp_path: Path) -> None:
@@ -219,3 +294,27 @@ def test_what_cannot_be_written_has_the_name_it_was_to_have(tmp_path: Path) -> N
     with pytest.raises(UnwritableError) as caught:
         fill()
     assert str(caught.value).startswith(f"{tmp_path / 'onnx' / 'model.onnx'}: cannot be written (the disk is full); ")
+
+
+@pytest.mark.parametrize("name", [".", "new", "new/er", "page.html"])
+def test_only_the_folder_that_is_written_need_be_writable(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root may write anywhere, the folder above is one where no folder can be made."""
+    here, made = tmp_path / "here", []
+    here.mkdir()
+    monkeypatch.chdir(here)
+    make = os.mkdir
+
+    def mkdir(path: Path, *rest: int) -> None:
+        made.append(Path(path).absolute().parent)
+        if made[-1] != here:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *rest)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    refuse_unwritable(Path(name), suffix=".html" if name.endswith("html") else None)
+    assert made == [here]
+    assert names_in(here) == []
+    with pytest.raises(UnwritableError, match="permission denied"):
+        refuse_unwritable(Path(".."))

@@ -849,7 +849,7 @@ def test_strict_report_says_no_by_its_exit_status(tmp_path: Path, capsys: pytest
     [
         (("--run", "nowhere"), "nowhere: no such run folder; `growkit grow` makes one"),
         (("--run", "empty"), "empty holds nothing of a run; `growkit grow` begins one"),
-        (("--run", "run", "--out", "empty"), "--out empty is a folder; name a file"),
+        (("--run", "run", "--out", "empty"), "empty: cannot be written (it is a folder); name a file"),
     ],
 )
 def test_mistake_is_one_line_and_exit_2(

@@ -1,6 +1,5 @@
 """Output of the commands: tables and progress for people, one JSON object for programs."""
 
-import json
 import math
 import os
 import sys
@@ -26,6 +25,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from growkit.files import as_json
 from growkit.text import visible
 
 QUICK = 1.0  # seconds; shorter work leaves no trace on the screen
@@ -75,8 +75,7 @@ class Console:
     def result(self, content: dict[str, Any]) -> None:
         """With --json, print `content` as the one JSON object on stdout."""
         if self.as_json:
-            json.dump(content, sys.stdout, indent=2, default=str)
-            sys.stdout.write("\n")
+            sys.stdout.write(as_json(content))
 
     @contextmanager
     def progress(self, title: str, *, rarely: bool = False) -> Iterator[Callable[[int], "Bar"]]:

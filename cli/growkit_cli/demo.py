@@ -11,7 +11,8 @@ from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
 
 INTERRUPTED = (130, 143)
-OWN = ("digits", "run", "from-scratch", "report.html", LOCK)  # names that the demo writes in its folder
+RUNS = ("run", "from-scratch")
+OWN = ("digits", *RUNS, "report.html")  # names that the demo writes in its folder
 
 
 def demo(
@@ -25,20 +26,17 @@ def demo(
     """
     import shutil
 
-    from growkit.errors import GrowkitError
     from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
-    refuse_existing(out, force, "digits", LOCK, elsewhere="name another folder")
+    writes = ("digits/*/[0-9]/*.png", *(f"{run}/**" for run in RUNS), "report.html")
+    refuse_existing(out, force, "digits", LOCK, writes=writes, elsewhere="name another folder")
     refuse_unwritable(out)
     with holding(out):
-        if foreign := [path for path in out.iterdir() if path.name not in OWN]:
-            raise GrowkitError(f"{foreign[0]} is not the demo's to replace; move it, or name another folder")
-        olds = [out / name for name in OWN if name != LOCK]
-        for run in filter(Path.is_dir, olds):
+        for run in filter(Path.is_dir, (out / name for name in RUNS)):
             with holding(run):  # remove nothing while a command is using one of them
                 pass
-        for old in olds:
+        for old in (out / name for name in OWN):
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:

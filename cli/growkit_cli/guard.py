@@ -51,12 +51,20 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def written(command: str, given: Mapping[str, Any]) -> Path | None:
     """The run folder that a command with these arguments writes; None if it only reads."""
-    reads = (command == "evaluate" and given["against"] is None) or (command == "report" and given["out"] is not None)
+    run = given.get("run")
+    reads = (command == "evaluate" and not _recorded(given)) or (command == "report" and given["out"] is not None)
     if reads or not speaks():  # torchrun's processes share a run: only the first locks it
         return None
-    run = given.get("run")
     # a report of a missing run must say so, and locking it would create it
     return None if command == "report" and run is not None and not run.exists() else run
+
+
+def _recorded(given: Mapping[str, Any]) -> bool:
+    """Whether `evaluate` adds a comparison to the run's record: of a model that the run holds."""
+    from growkit.record import RunFolder
+
+    model = given["model"]
+    return given["against"] is not None and (model is None or RunFolder(given["run"]).holds(str(model)))
 
 
 @contextmanager

@@ -28,7 +28,6 @@ def report(
     """
     from dataclasses import asdict
 
-    from growkit.errors import GrowkitError
     from growkit.files import refuse_unwritable
     from growkit.record import RunFolder
     from growkit.report.page import write_report
@@ -37,8 +36,6 @@ def report(
     console = Console(as_json)
     folder = RunFolder(run)
     page = out or folder.report
-    if page.is_dir():
-        raise GrowkitError(f"--out {page} is a folder; name a file, such as {page / 'report.html'}")
     refuse_unwritable(page, suffix=".html")
     made = run_report(folder)
     write_report(page, made)

@@ -10,6 +10,7 @@ import torch
 
 from growkit import __version__
 from growkit.arch.spec import Architecture
+from growkit.checkpoint import WEIGHTS
 from growkit.compare.bench import UNREADABLE, Bench
 from growkit.compare.settings import SCHEMA, CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
@@ -18,9 +19,18 @@ from growkit.job import Job
 from growkit.record import hardware, versions
 from growkit.train.data import size_of
 from growkit.train.loop import comparable
-from growkit.train.resume import difference
+from growkit.train.resume import METRICS, STATE, difference
 
 BEGUN = "begun.json"
+WRITES = (  # by compare, sweep or both; Optuna's lock has names of its own while it is renamed
+    *(BEGUN, UNREADABLE, "source.json", "results.json", "results.md", "report.html", "plots/*.svg", "plots/*.png"),
+    *("study.log", "study.log.lock*"),
+    *(
+        f"{folder}/*/{name}"
+        for folder in ("runs", "starts", "from-scratch")
+        for name in (STATE, METRICS, WEIGHTS, "result.json", "start.json")
+    ),
+)
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
@@ -57,7 +67,7 @@ def refuse_begun(job: Job, folder: Path) -> None:
     """Raise GrowkitError if the run cannot be written, or `folder` exists and is neither resumed nor replaced."""
     job.run.refuse_unusable()
     if not job.resume:
-        refuse_existing(folder, job.force, BEGUN, resumable=(folder / BEGUN).exists())
+        refuse_existing(folder, job.force, BEGUN, writes=WRITES, resumable=(folder / BEGUN).exists())
 
 
 def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str], test: bool) -> None:

@@ -22,12 +22,13 @@ from growkit import __version__
 from growkit.deploy.subject import Identity, Subject
 from growkit.deploy.truth import Preprocessing, noise_images, normalised
 from growkit.errors import GrowkitError
-from growkit.files import read_json, whole_folder, write_json
+from growkit.files import read_json, refuse_foreign, whole_folder, write_json
 from growkit.record import versions
 
 SCHEMA = 1
 FILE, INPUT, OUTPUT = "reference.json", "input_0.pb", "output_0.pb"
 DATA_SET = re.compile(r"test_data_set_\d+")
+WRITES = (FILE, f"test_data_set_[0-9]/{INPUT}", f"test_data_set_[0-9]/{OUTPUT}")
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 # Relative RMS difference of the logits. One float32 rounding of its input moves an int8 file by up to 0.034.
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": 1e-1}
@@ -119,17 +120,9 @@ def write_golden(folder: Path, golden: Golden) -> None:
 
 def refuse_unreplaceable(folder: Path) -> None:
     """Raise GrowkitError where a new reference would replace something else."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise GrowkitError(f"{folder} is a file; --reference names a folder")
-    for entry in sorted(folder.iterdir()):
-        inside = sorted(entry.iterdir()) if DATA_SET.fullmatch(entry.name) and entry.is_dir() else [entry]
-        for path in inside:
-            if path.name not in ((INPUT, OUTPUT) if path.parent != folder else (FILE,)):
-                raise GrowkitError(f"{path} is no part of a reference and would be lost; name another --reference")
-    if any(folder.iterdir()) and not (folder / FILE).is_file():
-        raise GrowkitError(f"{folder} holds no {FILE}, so it is not growkit's to replace; name another --reference")
+    refuse_foreign(folder, FILE, writes=WRITES, elsewhere="name another --reference")
 
 
 def read_golden(folder: Path) -> Golden:

@@ -41,6 +41,10 @@ from growkit.text import clipped, some, visible
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+WRITES = (
+    *(CONFIG, "metadata.json", LABELS, "warmup/input_*.bin"),
+    *(f"[0-9]*/{MODEL}", f"[0-9]*/{MODEL}/{MODEL}*"),
+)
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and part of a URL
 
 
@@ -80,13 +84,13 @@ def write_model_repository(
     if (target / CONFIG).exists():  # perhaps tuned by hand, so it is kept even where its only version is replaced
         config = read_config(target)
         _refuse_another(target, config, signature, labels)
-        with whole_folder(target / str(version)) as partial:
+        with whole_folder(target / str(version), replace=force) as partial:
             _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(config, versions_in(target)))
         return ModelRepository(target, version, configured=False, remarks=_remarks(target, config, labels))
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
-    with whole_folder(target) as partial:
+    with whole_folder(target, replace=force) as partial:
         # first, so that a polling server sees a config whose name is not the folder's, and leaves it alone
         (partial / CONFIG).write_text(_text(config), encoding="utf-8")
         write_json(partial / "metadata.json", kserve_metadata(config, [version]))
@@ -128,7 +132,7 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
     if there or (target / CONFIG).exists():
         read_config(target)  # it is kept as it is
     elif target.exists():
-        refuse_existing(target, force, CONFIG, elsewhere="--triton-name another model")
+        refuse_existing(target, force, CONFIG, writes=WRITES, elsewhere="--triton-name another model")
     if others := [number for number in there if number != settings.version]:
         _refuse_prepared_otherwise(target, others, prepared)
 

@@ -133,9 +133,9 @@ def _damaged(path: Path) -> GrowkitError:
 
 def clear(folder: Path) -> None:
     """Make `folder` ready for a new run: no state and no metrics in it."""
-    with writing(folder / STATE):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, METRICS):
+    for name in (STATE, METRICS):
+        with writing(folder / name):
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / name).unlink(missing_ok=True)
 
 
