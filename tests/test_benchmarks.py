@@ -61,10 +61,21 @@ def test_no_benchmark_hides_a_standard_module(script: Path) -> None:
     assert script.stem not in sys.stdlib_module_names
 
 
-@pytest.mark.slow  # each start imports torch
+def status_of(monkeypatch: pytest.MonkeyPatch, script: str, *words: str) -> object:
+    """Run a script in this process, which must end at once; its exit status."""
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(FOLDER)  # as the folder of a script is
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    return left.value.code
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_help_of_benchmark_works(script: Path) -> None:
-    assert "usage" in run(script.name, "--help")
+def test_help_of_benchmark_works(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, script.name, "--help") == 0
+    assert "usage" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # three starts of torch
@@ -197,12 +208,9 @@ def test_mistake_is_told_in_a_line_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    monkeypatch.syspath_prepend(FOLDER)  # as the folder of a script is
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    status = status_of(monkeypatch, script, *words)
     out, err = capsys.readouterr()
-    assert (left.value.code, out) == (2, "")
+    assert (status, out) == (2, "")
     assert f"{script}: {told}" in err.splitlines()[-1]
 
 
