@@ -346,9 +346,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def as_json(content: Any) -> str:
-    """`content` as indented JSON; what JSON cannot express, NaN, the infinities and paths too, as strings."""
-    known = json.loads(json.dumps(content, default=str), parse_constant=lambda name: str(float(name)))
-    return json.dumps(known, indent=2, allow_nan=False) + "\n"
+    """`content` as indented JSON; see `plain`."""
+    return json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can express it: NaN, the infinities, paths and other types as strings."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: str(float(name)))
 
 
 def without_folders(value: object) -> object:
@@ -386,7 +390,10 @@ def refuse_no_file(path: Path) -> None:
     raise GrowkitError(f"{path}: {'not a file' if there else 'no such file'}")
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(*paths: Path) -> str:
+    """SHA-256 over the bytes of all files, as hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()

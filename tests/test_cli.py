@@ -447,39 +447,31 @@ def test_batch_that_memory_bounds_is_said_to_be_the_largest_that_fits(
 
 
 @pytest.mark.parametrize("command", [("finetune", "small"), GROW])
-def test_batch_size_is_found_once_for_a_run(
+@pytest.mark.parametrize(
+    ("option", "seeks", "told", "value"),
+    [
+        ("batch-size", "batch_size.free_bytes", "--batch-size 8 is what the run was started with", 8),
+        ("compile", "compiling._stopwatch", "--compile auto: not compiled, as the run was started", None),
+    ],
+)
+def test_what_is_automatic_is_found_once_for_a_run(
+    option: str,
+    seeks: str,
+    told: str,
+    value: object,
     command: tuple[str, ...],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     stopped: Callable[..., tuple[str, ...]],
 ) -> None:
-    from growkit.train import batch_size
-
-    words = stopped(*command, "--batch-size", "auto")
-    monkeypatch.setattr(batch_size, "free_bytes", lambda device: pytest.fail("looked for another"))
+    words = stopped(*command, f"--{option}", "auto")
+    monkeypatch.setattr(f"growkit.train.{seeks}", lambda *_: pytest.fail("sought again"))
     status, out, err = growkit(capsys, *words, "--resume")
     assert status == 0, err
-    assert "--batch-size 8 is what the run was started with" in out
-
-
-@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
-def test_compiling_is_decided_once_for_a_run(
-    command: tuple[str, ...],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    stopped: Callable[..., tuple[str, ...]],
-) -> None:
-    from growkit.train import compiling
-
-    words = stopped(*command, "--compile", "auto")
-    monkeypatch.setattr(compiling, "_stopwatch", lambda *_: pytest.fail("timed again"))
-    status, out, err = growkit(capsys, *words, "--resume")
-    assert status == 0, err
-    assert "--compile auto: not compiled, as the run was started" in out
+    assert told in out
     *_, step = json.loads((tmp_path / "record.json").read_text())["steps"]
-    assert (step["options"].get("operator") or step["options"])["compile"] is None
+    assert (step["options"].get("operator") or step["options"])[option.replace("-", "_")] == value
 
 
 GOES_ON = "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere"

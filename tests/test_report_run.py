@@ -25,9 +25,8 @@ from report_samples import (
 from test_cli import growkit
 from test_report import EVIL, Page
 
-from growkit.deploy.store import sha256_of_files
 from growkit.errors import GrowkitError
-from growkit.files import read_json, write_json
+from growkit.files import read_json, sha256_of, write_json
 from growkit.record import RunFolder
 from growkit.report.commands import command_line
 from growkit.report.facts import read_facts
@@ -384,7 +383,7 @@ def split_export(run: RunFolder, *listed: str) -> None:
     """The weights of the ONNX file in a second one; what export.json lists."""
     content = read_json(run.onnx / "export.json")
     (run.onnx / "model.onnx.data").write_bytes(b"weights")
-    sha256 = sha256_of_files((run.onnx_file, run.onnx / "model.onnx.data"))
+    sha256 = sha256_of(run.onnx_file, run.onnx / "model.onnx.data")
     write_json(run.onnx / "export.json", content | {"files": listed, "sha256": sha256})
     write_json(run.verify / "report.json", verification(onnx_sha256=sha256))
 

@@ -7,7 +7,6 @@ one-sided, with spinning threads, and given as a share of the float32 matmul pea
 """
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -17,12 +16,12 @@ from pathlib import Path
 import timm
 import torch
 
-from growkit.deploy.checks import plain
 from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import measure_latency
 from growkit.deploy.runtime import assignment, environment, open_session
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.throughput import batches_up_to, measure_throughput
+from growkit.files import as_json
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def main() -> None:
             "latency": asdict(latency),
             "throughput": asdict(throughput),
         }
-        arguments.out.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
+        arguments.out.write_text(as_json(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ bfloat16 is computed in float32 arithmetic with every result rounded: ONNX Runti
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 import tempfile
@@ -25,7 +24,6 @@ from onnx import numpy_helper
 from torch import nn
 
 from growkit.deploy import int8, sixteen_bits
-from growkit.deploy.checks import plain
 from growkit.deploy.export import export_onnx
 from growkit.deploy.latency import Call, compare
 from growkit.deploy.limits import LIMITS, accuracy_drop_interval
@@ -33,6 +31,7 @@ from growkit.deploy.runtime import environment, open_session
 from growkit.deploy.stored_weights import explain, stored_in
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
+from growkit.files import as_json
 from growkit.source import load_source
 
 PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "int8": "int8", "int8-static": "int8"}
@@ -90,7 +89,7 @@ def main() -> None:
         print("\n" + table(defects))
     if arguments.out:
         content = {"command": shlex.join(sys.argv), "environment": environment(), "files": rows, "defects": defects}
-        arguments.out.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
+        arguments.out.write_text(as_json(content), encoding="utf-8")
 
 
 def opened(arguments: argparse.Namespace) -> tuple[nn.Module, np.ndarray, np.ndarray, tuple[np.ndarray, ...] | None]:

@@ -1,8 +1,7 @@
 """One verdict of a verification: what was measured, what was allowed, and a line that says so."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -41,12 +40,3 @@ def shown(value: float | str) -> str:
     if value != 1 and f"{value:.3g}" == "1":
         return f"1 {'-' if value < 1 else '+'} {abs(1 - value):.2g}"
     return f"{value:.3g}"
-
-
-def plain(value: Any) -> Any:
-    """Return `value` with what JSON cannot express, NaN and the infinities, as strings."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,9 +21,10 @@ from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.outputs import with_output
 from growkit.deploy.pixels import with_pixels
 from growkit.deploy.sixteen_bits import brain, half
-from growkit.deploy.store import LIMIT, sha256_of_files, weight_bytes, write_graph
+from growkit.deploy.store import LIMIT, weight_bytes, write_graph
 from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
 from growkit.errors import GrowkitError
+from growkit.files import sha256_of
 
 OUTER_SEEDS = range(1000, 1008)  # of the extremes that int8-static is calibrated with, besides the user's images
 
@@ -93,7 +94,7 @@ def export_onnx(
         path=path,
         files=tuple(file.name for file in files),
         bytes=sum(file.stat().st_size for file in files),
-        sha256=sha256_of_files(files),
+        sha256=sha256_of(*files),
         opset=form.opset,
         ir=form.ir,
         nodes=nodes,

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from growkit.deploy.checks import plain
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
@@ -19,7 +18,7 @@ from growkit.deploy.parity import Material, Parity, check_parity
 from growkit.deploy.parts import whole_session
 from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.truth import at_image_size, preprocessing
-from growkit.files import write_json
+from growkit.files import plain, write_json
 
 MODEL = "model.onnx"
 

@@ -4,7 +4,6 @@ One protobuf message holds 2 GB, so bigger models need the second file. The loca
 is not trusted: only plain names in the file's own folder are read.
 """
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -123,15 +122,6 @@ def bytes_unread(path: Path) -> int:
             end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
             ends[_location(tensor)] = max(ends.get(_location(tensor), 0), end)
     return sum(max(0, path.with_name(name).stat().st_size - end) for name, end in ends.items())
-
-
-def sha256_of_files(paths: tuple[Path, ...]) -> str:
-    """SHA-256 over the bytes of all files, as hex; of one file it is the file's own."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()
 
 
 def weight_bytes(proto: onnx.ModelProto) -> int:

@@ -19,10 +19,11 @@ from growkit.deploy.form import form_of
 from growkit.deploy.numbers import in_batches
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import open_session
-from growkit.deploy.store import files_of, json_in, props_of, read_graph, refuse_missing, sha256_of_files
+from growkit.deploy.store import files_of, json_in, props_of, read_graph, refuse_missing
 from growkit.deploy.structure import QUANTISERS
 from growkit.deploy.truth import Preprocessing, logits_of, preprocessing, truth_of
 from growkit.errors import GrowkitError
+from growkit.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
             architecture=_text(provenance.get("architecture")),
             preprocessing=prepared,
             weights_sha256=_text(provenance.get("weights_sha256")),
-            onnx_sha256=sha256_of_files(files),
+            onnx_sha256=sha256_of(*files),
         ),
         run=run,
         answers=run,

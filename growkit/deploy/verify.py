@@ -12,7 +12,7 @@ import onnx
 from torch import nn
 
 from growkit.deploy.bounded import bound_of, memory_bounded
-from growkit.deploy.checks import Check, Verdict, check, plain
+from growkit.deploy.checks import Check, Verdict, check
 from growkit.deploy.form import Form
 from growkit.deploy.golden import Golden
 from growkit.deploy.golden_checks import check_golden
@@ -21,12 +21,12 @@ from growkit.deploy.parity import Material, Parity, check_parity
 from growkit.deploy.parts import whole_session
 from growkit.deploy.runtime import Assignment, assignment, environment
 from growkit.deploy.settings import VerifySettings
-from growkit.deploy.store import files_of, form_in, sha256_of_files
+from growkit.deploy.store import files_of, form_in
 from growkit.deploy.subject import Subject, model_subject, onnx_subject
 from growkit.deploy.throughput import Throughput, batches_up_to, measure_throughput
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.errors import GrowkitError, first_line
-from growkit.files import sha256_of
+from growkit.files import plain, sha256_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def verify_onnx(
         *(latency.checks if latency else ()),
     )
     report = {
-        "onnx_sha256": sha256_of_files(parity.files) if parity.files else sha256_of(file),
+        "onnx_sha256": sha256_of(*(parity.files or (file,))),
         "weights_sha256": material.weights_sha256,
         "provider": _provider(settings, parity.provider, chosen, placed),
         "environment": facts,

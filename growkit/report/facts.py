@@ -1,13 +1,12 @@
 """Read a run folder for its report: whatever is missing or damaged is left out, and what is damaged is named."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from growkit.errors import GrowkitError
-from growkit.files import read_json, refuse_no_file
+from growkit.files import read_json, refuse_no_file, sha256_of
 from growkit.record import RunFolder
 
 Content = Mapping[str, Any]
@@ -140,15 +139,12 @@ def read_facts(run: RunFolder) -> Facts:
 
 def sha256_on_disk(paths: Sequence[Path]) -> str | None:
     """SHA-256 over the bytes of all files, as export.json and verify's report tell it; None if one is unreadable."""
-    digest = hashlib.sha256()
     try:
         for path in paths:
             refuse_no_file(path)
-            with path.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
+        return sha256_of(*paths)
     except (GrowkitError, OSError):
         return None
-    return digest.hexdigest()
 
 
 def mapping(value: object) -> Content:

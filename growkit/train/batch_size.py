@@ -40,6 +40,20 @@ def recompute_blocks(model: nn.Module) -> None:
     enable(True)
 
 
+def ready_to_try(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Tensor:
+    """Bring the model to the device as training would, and return one training image (1, C, H, W) there.
+
+    Raises:
+        GrowkitError: there are fewer images than processes.
+    """
+    model.to(device)
+    if settings.grad_checkpointing:
+        recompute_blocks(model)
+    few = replace(settings, batch_size=distributed.size(), workers=0)  # one for each process
+    distributed.refuse_indivisible(images_per_batch(data, few))
+    return next(train_batches(data, few, 0, 1, device=device))[0].to(device)
+
+
 def largest_batch(
     model: nn.Module,
     data: Data,
@@ -55,20 +69,15 @@ def largest_batch(
     two small batches, counted without computing anything, and again from one of the resulting size. The final size is
     counted too, with `tried` also run on a GPU or under `ulimit -v`, and halved until it fits.
     """
-    model.to(device)
-    if settings.grad_checkpointing:
-        recompute_blocks(model)
-    few = replace(settings, batch_size=distributed.size(), workers=0)
-    distributed.refuse_indivisible(images_per_batch(data, few))
-    images = next(train_batches(data, few, 0, 1, device=device))[0].to(device)
+    image = ready_to_try(model, data, settings, device)
     batches = min(batches, 2)  # from the second batch on, the earlier ones' gradients are held
 
-    ahead = BATCHES_AHEAD * images[0].numel() * images.element_size() if device.type == "cuda" else 0
+    ahead = BATCHES_AHEAD * image.numel() * image.element_size() if device.type == "cuda" else 0
 
     precision = precision_on(device, settings.precision)  # resolved here: the counted model is on no real device
 
     def counted(size: int) -> int:
-        return size * ahead + step_peak(without_storage(model), (size, *images.shape[1:]), precision, batches)
+        return size * ahead + step_peak(without_storage(model), (size, *image.shape[1:]), precision, batches)
 
     small, large = counted(8), counted(16)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
@@ -90,7 +99,7 @@ def largest_batch(
     def suits(size: int) -> bool:
         if counted(size) > room:
             return False
-        return not tried or (device.type != "cuda" and not limited()) or _runs(model, images, size, settings, batches)
+        return not tried or (device.type != "cuda" and not limited()) or _runs(model, image, size, settings, batches)
 
     while fits and not suits(fits):
         fits = fits // 2 // pairs * pairs
@@ -104,10 +113,10 @@ def _beside(model: nn.Module, own: int, settings: FitSettings) -> int:
     return int(more * learned) + (own if settings.model_ema else 0)
 
 
-def _runs(model: nn.Module, images: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
-    keep_what_fits(model, (count, *images.shape[1:]), precision_on(images.device, settings.precision))
+def _runs(model: nn.Module, image: Tensor, count: int, settings: FitSettings, batches: int) -> bool:
+    keep_what_fits(model, (count, *image.shape[1:]), precision_on(image.device, settings.precision))
     try:
-        try_update(model, model, images[:1].expand(count, -1, -1, -1).contiguous(), settings, batches)
+        try_update(model, model, image.expand(count, -1, -1, -1).contiguous(), settings, batches)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS has another
         if not is_memory_full(error):
             raise

@@ -1,4 +1,4 @@
-"""Whether compiling the network makes a run shorter: it is timed both ways."""
+"""Whether batches take less time with the network compiled: they are timed both ways."""
 
 import time
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch import nn
 from growkit.errors import GrowkitError, first_line
 from growkit.seeds import seeded
 from growkit.train import distributed, made_weights
-from growkit.train.batch_size import recompute_blocks, telling_what_fits, try_update
-from growkit.train.batches import images_per_batch, train_batches
+from growkit.train.batch_size import ready_to_try, telling_what_fits, try_update
+from growkit.train.batches import images_per_batch
 from growkit.train.data import Data
 from growkit.train.length import length_of
 from growkit.train.memory import keep_what_fits
@@ -51,8 +51,8 @@ def with_compile(
         seconds(model)  # warms up
         total = batches * _slowest(seconds(model))
     if total < SECONDS or batches < BATCHES:
-        run = f"{batches:,} batches in about {total:.0f} s"
-        say(f"--compile auto: not compiled; the run is short, {run}, and trying takes a minute")
+        short = f"takes about {max(total, 1):.0f} s" if total < SECONDS else f"has fewer than {BATCHES} batches"
+        say(f"--compile auto: not compiled; the run {short}, and trying a minute or more")
         return replace(settings, compile=None)
     made_weights.leave_uncompiled(model)
     with seeded("compile", device=device):
@@ -69,13 +69,8 @@ def with_compile(
 
 def _stopwatch(model: nn.Module, data: Data, settings: FitSettings, device: torch.device) -> Callable[[Forward], float]:
     """Return what times a batch of `model`, forwards and backwards, given the model or what calls it."""
-    model.to(device)
-    if settings.grad_checkpointing:
-        recompute_blocks(model)
     size = images_per_batch(data, settings) // distributed.size()
-    few = replace(settings, batch_size=distributed.size(), workers=0)
-    image = next(train_batches(data, few, 0, 1, device=device))[0][:1].to(device)
-    images = image.expand(size, -1, -1, -1).contiguous()
+    images = ready_to_try(model, data, settings, device).expand(size, -1, -1, -1).contiguous()
     keep_what_fits(model, images.shape, precision_on(device, settings.precision))
 
     def seconds(forward: Forward) -> float:

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from growkit.deploy.checks import Check, check, plain, shown
+from growkit.deploy.checks import Check, check, shown
 from growkit.deploy.junit import junit_xml as xml_of
+from growkit.files import plain
 
 junit_xml = functools.partial(xml_of, started=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), seconds=1.25)
 

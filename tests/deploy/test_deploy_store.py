@@ -12,9 +12,10 @@ from torch import nn
 
 from growkit.deploy.export import export_onnx
 from growkit.deploy.parity import check_parity
-from growkit.deploy.store import files_of, read_graph, sha256_of_files, write_graph
+from growkit.deploy.store import files_of, read_graph, write_graph
 from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError, UnwritableError
+from growkit.files import sha256_of
 
 
 @pytest.fixture
@@ -40,13 +41,13 @@ def test_read_graph_gives_the_same_weights_from_one_file_and_from_two(exported: 
 
 
 def test_hash_covers_both_files(beside: Path, exported: Path) -> None:
-    before = sha256_of_files(files_of(beside))
+    before = sha256_of(*files_of(beside))
     data = beside.with_name("model.onnx.data")
     content = bytearray(data.read_bytes())
     content[100] ^= 1
     data.write_bytes(content)
-    assert sha256_of_files(files_of(beside)) != before
-    assert sha256_of_files(files_of(exported)) == hashlib.sha256(exported.read_bytes()).hexdigest()
+    assert sha256_of(*files_of(beside)) != before
+    assert sha256_of(*files_of(exported)) == hashlib.sha256(exported.read_bytes()).hexdigest()
 
 
 def test_stale_weights_beside_the_file_are_found(model: nn.Module, beside: Path, tmp_path: Path) -> None:

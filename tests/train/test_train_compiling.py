@@ -71,14 +71,20 @@ def test_the_faster_way_is_taken(compiled: float, mode: str | None, timed: Calla
     assert decided() == (mode, f"--compile auto: {'compiled' if mode else 'not compiled'}; {told}")
 
 
-@pytest.mark.parametrize(("plain", "batches"), [(1.79, 100), (9.0, 89), (0.01, 10_000)])
+@pytest.mark.parametrize(
+    ("plain", "batches", "short"),
+    [
+        (1.79, 100, "takes about 179 s"),
+        (9.0, 89, f"has fewer than {compiling.BATCHES} batches"),
+        (0.00001, 1, "takes about 1 s"),
+    ],
+)
 def test_short_run_is_never_compiled(
-    plain: float, batches: int, timed: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
+    plain: float, batches: int, short: str, timed: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed(plain, plain / 2)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
-    run = f"{batches:,} batches in about {plain * batches:.0f} s"
-    told = f"--compile auto: not compiled; the run is short, {run}, and trying takes a minute"
+    told = f"--compile auto: not compiled; the run {short}, and trying a minute or more"
     assert decided(replace(AUTO, steps=batches)) == (None, told)
 
 
