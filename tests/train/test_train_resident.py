@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from train_samples import CONFIG, Net
 
 from growkit.errors import GrowkitError
-from growkit.train import augment, resident
+from growkit.train import augment, batch_size, resident
 from growkit.train.augment import _crops, crop_and_flip
 from growkit.train.batches import _Places, train_batches, val_batches
 from growkit.train.data import Data, hold_out, open_data
@@ -229,6 +229,15 @@ def test_parts_decode_their_own_images_once_and_no_others(opened: Open, decoding
     assert decodings == [12, 4]
     list(val_batches(tested, short))
     assert decodings == [12, 4, 8]
+
+
+def test_all_images_take_their_room_before_a_batch_size_is_found(
+    opened: Open, decodings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[int]] = []
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: (there.append([*decodings]), 1e9)[1])
+    batch_size.largest_batch(Net(), opened(RESIDENT), RESIDENT, torch.device("cpu"))
+    assert there == [[26, 12]]
 
 
 def test_decoding_is_told_as_it_goes(images: Path) -> None:
