@@ -474,6 +474,25 @@ def test_what_is_automatic_is_found_once_for_a_run(
     assert (step["options"].get("operator") or step["options"])[option.replace("-", "_")] == value
 
 
+@pytest.mark.parametrize(("given", "kept"), [("default", "default"), ("auto", None)])
+def test_compiling_means_nothing_to_a_rule_and_is_recorded_as_given(
+    given: str, kept: str | None, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--method", "lemon", *DATA, "--compile", given, "--workers", "0", "--run", tmp_path)
+    assert growkit(capsys, *GROW, *words)[0] == 0
+    (step,) = json.loads((tmp_path / "record.json").read_text())["steps"]
+    assert step["options"]["operator"]["compile"] == kept
+
+
+def test_mistakes_are_told_before_compiling_is_tried(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.stage.with_compile", lambda *_: pytest.fail("tried"))
+    words = ("--opt", "adamm", "--compile", "auto", "--workers", "0", "--run", tmp_path)
+    status, _, err = growkit(capsys, "finetune", "small", *DATA, *words)
+    assert (status, "nearest: adam" in err) == (2, True)
+
+
 GOES_ON = "already exists; --resume goes on with it, --force replaces it, --run writes elsewhere"
 
 
