@@ -17,7 +17,7 @@ help:
 	@echo "make demo    the whole way on scikit-learn's digits, into growkit-demo/"
 	@echo "make test    the tests"
 	@echo "make check   linter, formatter, types, contents of the wheel, benchmarks in small, growth on digits, torchrun and compiler"
-	@echo "make exhaustive    all hostile files, options, deaths and clean exports, of which make test draws some"
+	@echo "make exhaustive    all hostile files, options, deaths, clean exports and names of timm, of which make test draws some"
 	@echo "make constraints    the versions in .venv, which the tests have passed with, into constraints.txt"
 
 demo: .venv/demo.stamp

@@ -46,7 +46,7 @@ def test_line_is_what_the_code_does(name: str) -> None:
     assert without_numbers(LINES[name]) == without_numbers(script.line_of(name))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in OURS if name not in SAMPLE])
 def test_every_line_is_what_the_code_does(name: str) -> None:
     assert without_numbers(LINES[name]) == without_numbers(script.line_of(name))

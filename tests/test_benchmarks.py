@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,24 @@ BIG = ["embed_dim=48", "depth=3", "num_heads=3"]
 
 
 def run(script: str, *words: object) -> str:
-    """Standard output of a benchmark."""
+    """Standard output of a benchmark in a process of its own."""
     command = [sys.executable, FOLDER / script, *words]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """As `run`, but in the process of the tests, which has imported torch already."""
+
+    def run_here(script: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.syspath_prepend(FOLDER)  # as the folder of a script is
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
 
 
 def not_finite(content: Any, path: str = "") -> list[str]:
@@ -78,12 +92,12 @@ def test_help_of_benchmark_works(
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # three starts of torch
-def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_operator_benchmark_writes_finite_figures(run_here: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "operator.json"
     sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
     options = ["--ranks", 2, "--batch-size", 2, "--grad-accum-steps", 2, "--rounds", 1, "--device", "cpu", "--out", out]
-    assert "promised" in run("operator_cost.py", *sizes, *options)
+    assert "promised" in run_here("operator_cost.py", *sizes, *options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     (arithmetic,), (step,) = content["arithmetic"], content["steps"]
@@ -97,27 +111,41 @@ def test_operator_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert content["hardware"]["cores"] >= 1
 
 
-@pytest.mark.slow  # a start of torch, and two of torchrun's
-def test_steps_for_a_gpu_run_one_by_one_and_a_failing_one_is_told(tmp_path: Path) -> None:
-    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_steps_for_a_gpu_run_one_by_one_with_options_that_exist_and_a_failing_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"  # says what it is asked to run, sees two GPUs, and fails at one step
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && echo 2 && exit\necho "$@"\ncase "$*" in *latency.py*) exit 3; esac\n'
+    )
+    python.chmod(0o755)
     (tmp_path / "train").mkdir()
     script = [FOLDER.parent / "gpu.sh", tmp_path, tmp_path / "out"]
+    here = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
 
-    def steps(*names: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*map(str, script), *names], capture_output=True, text=True, env=here)
+    def steps(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*map(str, words)], capture_output=True, text=True, env=here)
 
-    nowhere = subprocess.run([script[0], tmp_path / "out", tmp_path / "out"], capture_output=True, text=True, env=here)
+    nowhere = steps(script[0], tmp_path / "out", tmp_path / "out")
     assert nowhere.returncode == 2
     assert nowhere.stderr == f"{tmp_path / 'out'}: no folder train/ in it; give a folder of images\n"
-    wrong = steps("all")
+    wrong = steps(*script, "all")
     assert (wrong.returncode, wrong.stderr) == (2, "all: no such step\n")
-    done = steps("throughput", "several")
+    assert steps(*script, "several", "operator").returncode == 0
+    done = steps(*script)
     assert done.returncode == 1
-    told = done.stdout.splitlines()
-    assert told[0].startswith("throughput: exit 2 after ")  # there are no images
-    if torch.cuda.device_count() != 1:
-        assert told[1].startswith("several: exit 0 after "), (tmp_path / "out" / "several.log").read_text()
-        assert not_finite(json.loads((tmp_path / "out" / "several.json").read_text(encoding="utf-8"))) == []
+    names = ["tests", "operator", "rank10", "batches", "latency", "throughput", "reading", "savings", "several"]
+    told = dict(line.split(": exit ") for line in done.stdout.splitlines())
+    assert list(told) == names
+    assert [name for name, left in told.items() if not left.startswith("0 after ")] == ["latency"]
+    for name in names[1:]:
+        words = (tmp_path / "out" / f"{name}.log").read_text().split()
+        called = next(word for word in words if word.endswith(".py"))
+        options = {word for word in words[words.index(called) :] if word.startswith("--")}
+        assert status_of(monkeypatch, Path(called).name, "--help") == 0
+        described = capsys.readouterr().out
+        assert [option for option in options if option not in described] == [], name
 
 
 @pytest.fixture
@@ -215,10 +243,12 @@ def test_mistake_is_told_in_a_line_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_operator_benchmark_counts_without_timing(tmp_path: Path) -> None:
+def test_operator_benchmark_counts_without_timing(run_here: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "operator.json"
     sizes = ["--small", ",".join(["vit_tiny", *SMALL]), "--big", ",".join(["vit_tiny", *BIG])]
-    assert "counted" in run("operator_cost.py", *sizes, "--ranks", 2, "--count-only", "--device", "cpu", "--out", out)
+    assert "counted" in run_here(
+        "operator_cost.py", *sizes, "--ranks", 2, "--count-only", "--device", "cpu", "--out", out
+    )
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["steps"] == []
@@ -251,10 +281,10 @@ def test_startup_benchmark_writes_finite_figures_of_every_command(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_latency_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+def test_latency_benchmark_writes_finite_figures(run_here: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     options = ["--model", "test_vit", "--batches", 1, 2, "--seconds", 0.1, "--throughput-seconds", 0.1, "--out", out]
-    assert "peak: " in run("latency.py", *options)
+    assert "peak: " in run_here("latency.py", *options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     baselines = ["itself", "stock export", "PyTorch"]
@@ -265,7 +295,7 @@ def test_latency_benchmark_writes_finite_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
+def test_throughput_benchmark_writes_finite_figures(run_here: Callable[..., str], tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for label in range(2):
@@ -277,7 +307,7 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     out = tmp_path / "throughput.json"
     sets = [word for item in SMALL for word in ("--set", item)]
     options = ["--batch-size", 4, "--workers", 0, "--steps", 2, "--rounds", 1, "--device", "cpu", "--out", out]
-    run("throughput.py", "--data", tmp_path / "images", "--model", "vit_tiny", *sets, *options)
+    run_here("throughput.py", "--data", tmp_path / "images", "--model", "vit_tiny", *sets, *options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["ratio"] > 0
@@ -287,7 +317,7 @@ def test_throughput_benchmark_writes_finite_figures(tmp_path: Path) -> None:
     assert content["epochs_end_in_segments"]  # of a few images
     options = ["--batch-size", 4, "--workers", 1, "--steps", 2, "--rounds", 2, "--device", "cpu", "--out", out]
     augmented = ["--aa", "rand-m9-mstd0.5", "--reprob", 0.5]
-    run("throughput.py", "--data", tmp_path / "images", "--read-only", *augmented, *options)
+    run_here("throughput.py", "--data", tmp_path / "images", "--read-only", *augmented, *options)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert list(content["ratios"]) == ["growkit"]
@@ -358,7 +388,7 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two exports
-def test_precision_benchmark_writes_every_file_and_defect(tmp_path: Path) -> None:
+def test_precision_benchmark_writes_every_file_and_defect(run_here: Callable[..., str], tmp_path: Path) -> None:
     write_digits(tmp_path / "digits")
     sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = build("vit_tiny_patch16_224", {**sizes, "num_classes": 10})
@@ -368,7 +398,7 @@ def test_precision_benchmark_writes_every_file_and_defect(tmp_path: Path) -> Non
     write_model(tmp_path / "model", model, preprocessing=dict(model.pretrained_cfg), labels=None, history={})
     out = tmp_path / "precision.json"
     words = ["--model", tmp_path / "model", "--data", tmp_path / "digits", "--images", 16, "--calibration", 8]
-    told = run("precision.py", *words, "--samples", 50, "--seconds", 0.2, "--out", out)
+    told = run_here("precision.py", *words, "--samples", 50, "--seconds", 0.2, "--out", out)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert "| trained | fp16 |" in told
     files = {(row["model"], row["file"]) for row in content["files"]}

@@ -150,8 +150,13 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
                 break
             if batch is None:
                 if dataset.stand_ins:
-                    raise UnreadablePictureError(f"{told[0]}; nor can the {dataset.stand_ins} images after it be read")
-                raise UnreadablePictureError(_with_others(told, batches))
+                    why = f"{told[0]}; nor can the {dataset.stand_ins} images after it be read"
+                else:
+                    why = _with_others(told, batches)
+                del (
+                    batches
+                )  # held by the error's frames, it might be left to the collector, which torch stalls for 10 s
+                raise UnreadablePictureError(why)
             due += 1
             yield batch, told
 

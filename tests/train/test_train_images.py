@@ -1,6 +1,7 @@
 """Images and image folders as they are found: every kind is read as timm reads it, or named in a line."""
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -253,6 +254,7 @@ def test_training_on_images_that_many_cannot_be_read_of_is_refused(
     folder: Path, settings: FitSettings, workers: int
 ) -> None:
     settings = replace(settings, workers=workers)
+    before = set(multiprocessing.active_children())
     for path in (folder / "train" / "dog").iterdir():
         path.write_bytes(b"")
     for batch_size in (6, 1):
@@ -267,6 +269,7 @@ def test_training_on_images_that_many_cannot_be_read_of_is_refused(
     ) as caught:
         list(train_batches(data, settings, 0, 1))
     assert "\n" not in str(caught.value)
+    assert not set(multiprocessing.active_children()) - before, "a process reads on for an error that is kept"
 
 
 def test_two_of_many_unreadable_images_end_no_run(tmp_path: Path) -> None:

@@ -95,9 +95,15 @@ def test_operator_step_peaks_little_above_a_plain_step(small_to_base, rank, most
     assert step_peak(operator, (256, 3, 224, 224), "bf16") <= most * plain
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize(("depth", "rank", "most"), [(2, 1, 1.25), (2, 4, 1.25), (12, 4, 1.25), (12, 10, 1.5)])
+@pytest.mark.parametrize(
+    ("batches", "depth", "rank", "most"),
+    [
+        pytest.param(batches, depth, rank, most, marks=pytest.mark.slow if drawn else pytest.mark.exhaustive)
+        for batches, drawn_ranks in ((1, {(2, 1), (2, 4), (12, 10)}), (2, {(12, 4)}))
+        for depth, rank, most in ((2, 1, 1.25), (2, 4, 1.25), (12, 4, 1.25), (12, 10, 1.5))
+        for drawn in [(depth, rank) in drawn_ranks]
+    ],
+)
 def test_operator_of_a_small_model_peaks_little_above_a_plain_step_at_any_batch(
     depth: int, rank: int, most: float, batches: int
 ) -> None:
