@@ -234,8 +234,9 @@ def growth(equation: str, path: Path, operands: Sequence[Tensor]) -> tuple[Tenso
         """Return the largest sum of the small factor's magnitudes over these of its indices."""
         if pair.small >= given:
             return largest[pair.small] * prod(sizes[index] for index in over)
-        small = operands[pair.small].float().abs()
-        return small.sum([pair.of_small.index(index) for index in over]).amax() if over else small.amax()
+        places = tuple(pair.of_small.index(index) for index in over)
+        small = operands[pair.small]
+        return (torch.linalg.vector_norm(small, 1, places, dtype=torch.float32) if over else small.abs()).amax()
 
     largest = [one] * given
     for pair in pairs:

@@ -80,9 +80,11 @@ def joined(device: torch.device) -> Iterator[None]:
             " intact: --resume goes on from there, or begins anew if nothing was saved"
         ) from error
     finally:
-        # After an error NCCL would wait for the others. gloo does not, and its threads must not outlive the
-        # interpreter: that would end this process by SIGABRT in place of its own status.
-        if dist.is_initialized() and (done or backend == "gloo"):
+        # gloo's threads must not outlive the interpreter, which would end this process by SIGABRT in place of its own
+        # status. NCCL, unless it was aborted, would wait for the others, which an error may have ended.
+        if dist.is_initialized():
+            if dist.group.WORLD is not None and not done and backend != "gloo":
+                dist.group.WORLD.abort()
             dist.destroy_process_group()
 
 

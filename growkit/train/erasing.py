@@ -8,6 +8,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from growkit.train.normalise import sent
+
 NOTHING = torch.zeros(1)  # noise of an image that is not erased, and pixels of one when only the erased place matters
 
 
@@ -33,8 +35,7 @@ class ErasedBatch(NamedTuple):
     def over(self, normalised: Tensor) -> Tensor:
         """Write the noise into the normalised images, in place, and return them."""
         boxes, channels = self.boxes.tolist(), normalised.shape[1]
-        noise = self.noise.to(normalised.device, non_blocking=True)
-        pieces = noise.split([channels * high * wide for *_, high, wide in boxes])
+        pieces = sent(self.noise, normalised.device).split([channels * high * wide for *_, high, wide in boxes])
         for (number, top, left, high, wide), piece in zip(boxes, pieces, strict=True):
             normalised[number, :, top : top + high, left : left + wide] = piece.view(channels, high, wide)
         return normalised

@@ -31,7 +31,7 @@ class Normalisation:
 def values(images: Tensor) -> Tensor:
     """Return uint8 images as float32 between 0 and 1."""
     # by a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-    return images.to(torch.float32, copy=True).div_(sent(torch.tensor(255.0), images.device))
+    return torch.div(images, sent(torch.tensor(255.0), images.device))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

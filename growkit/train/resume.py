@@ -15,6 +15,7 @@ from growkit.train.distributed import sharded_like
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
+COMPUTED = ("foreach", "fused", "capturable")  # torch's names for ways to compute the same updates
 ANEW = "start anew with --force in place of --resume"
 
 
@@ -44,13 +45,20 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what `optimizer.state_dict()` returned, sharded where the optimizer's parameters are."""
+    """Load what `optimizer.state_dict()` returned, sharded where the optimizer's parameters are.
+
+    How the updates are computed stays as it is: torch's DTensor has no fused SGD, for example.
+    """
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: sharded_like(value, own[number]) for name, value in of_one.items()}
         for number, of_one in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": moments})
+    groups = [
+        {**before, **{name: now[name] for name in COMPUTED if name in now}}
+        for before, now in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups, "state": moments})
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

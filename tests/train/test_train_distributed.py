@@ -625,11 +625,14 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
 
 
 LEAVE = """
-import os, sys, torch, typer
+import os, sys, torch, torch.distributed as dist, typer
 from growkit.errors import GrowkitError, Terminated
 from growkit.train.distributed import anywhere, joined
+if sys.argv[2] == "cuda":  # all but NCCL
+    begin, torch.cuda.set_device = dist.init_process_group, lambda device: None
+    dist.init_process_group = lambda backend, **more: begin(backend.removesuffix(",cuda:nccl"), **more)
 try:
-    with joined(torch.device("cpu")):
+    with joined(torch.device(sys.argv[2])):
         anywhere(True)
         if sys.argv[1] != "done":
             raise {"left": typer.Exit(130), "refused": GrowkitError("no")}[sys.argv[1]]
@@ -638,13 +641,16 @@ finally:
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("done", 0), ("left", 1), ("refused", 1)])
-def test_no_thread_of_gloo_outlives_the_interpreter(how: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "device", "status"),
+    [("done", "cpu", 0), ("left", "cpu", 1), ("refused", "cpu", 1), ("refused", "cuda", 1)],
+)
+def test_no_thread_of_gloo_outlives_the_interpreter(how: str, device: str, status: int) -> None:
     """One that does ends the process by SIGABRT, in one of some thirty."""
     here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVE, how],
+            [sys.executable, "-c", LEAVE, how, device],
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **here),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -661,7 +667,7 @@ def test_no_thread_of_gloo_outlives_the_interpreter(how: str, status: int) -> No
 def test_processes_that_were_stopped_leave_as_those_that_are_done(
     raised: Exception, done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an error NCCL's group cannot be taken down: the others may not come. After a stop it can."""
+    """After an error NCCL is aborted: the others may not come. After a stop they do."""
     left: list[bool] = []
 
     @contextmanager

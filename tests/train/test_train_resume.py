@@ -18,7 +18,7 @@ from growkit.train import resume
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data
 from growkit.train.loop import FitResult, fit
-from growkit.train.resume import load_trainable, trainable_state
+from growkit.train.resume import load_optimizer, load_trainable, trainable_state
 from growkit.train.score import Scores, evaluate, predictor
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord
@@ -44,6 +44,15 @@ ALL_ON = FitSettings(
     save_seconds=0.0,
     workers=0,
 )
+
+
+def test_updates_are_computed_as_this_run_computes_them_whatever_the_saved_one_did() -> None:
+    """A run with --shard has no fused SGD: torch's DTensor would refuse it at the first update."""
+    fused, plain = (torch.optim.SGD(Net().parameters(), lr=lr, fused=fused) for lr, fused in ((0.3, True), (0.1, None)))
+    load_optimizer(plain, fused.state_dict())
+    assert (plain.param_groups[0]["fused"], plain.param_groups[0]["lr"]) == (None, 0.3)
+    load_optimizer(fused, plain.state_dict())
+    assert fused.param_groups[0]["fused"] is True
 
 
 class KilledError(Exception):
