@@ -27,6 +27,7 @@ from growkit.train.data import Data, open_data
 from growkit.train.device import pick_device
 from growkit.train.distributed import by_leader
 from growkit.train.loop import FitResult, fit, refuse_settings
+from growkit.train.precision import refuse_tf32
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
@@ -84,7 +85,10 @@ def grow_model(
     device, opened = pick_device(job.device), None
     training = replace(operator or FitSettings(**OPERATOR_DEFAULTS), seed=settings.seed)
     if data is not None:
+        refuse_tf32(training, device)
         opened = open_data(data, source.preprocessing, training, tell=job.tell)
+        if training.batch_size != AUTO:  # else after growing, once it is known
+            refuse_settings(opened, replace(training, compile=None))
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
     for note in (*source.adapted, *notes, *_remarks(source, settings, data, operator)):

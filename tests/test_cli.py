@@ -275,6 +275,21 @@ def test_mistake_is_one_line_and_exit_2_and_nothing_is_written(
     assert listing(here) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("--tf32", "--device", "cpu"), ("--min-lr", "1"), ("--opt", "adamm"), ("--weight-decay", "1", "--lr", "1")],
+)
+def test_settings_of_operator_training_are_refused_before_growing(
+    words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.growing.grow", lambda *_: pytest.fail("growing a large model takes half a minute"))
+    before = listing(here)
+    status, _, err = growkit(capsys, *GROW, *DATA, *words)
+    assert status == 2
+    assert err.startswith(f"error: {words[0]}")
+    assert listing(here) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that must be missing here")
 @pytest.mark.parametrize("arguments", [GROW, ("finetune", "small", *DATA), ("evaluate", "small", *DATA)])
 def test_cuda_on_a_machine_without_it_is_refused_with_the_remedy(
