@@ -46,8 +46,8 @@ class Page(HTMLParser):
         return {name for name, _ in self.elements}
 
 
-def plot(*series: Series, title: str = "title", log_x: bool = False) -> Plot:
-    return Plot(title, series, "step", "loss", log_x)
+def plot(*series: Series, title: str = "title") -> Plot:
+    return Plot(title, series, "step", "loss")
 
 
 def texts(svg: str) -> list[str]:
@@ -141,15 +141,6 @@ def test_line_passes_through_its_points_upwards() -> None:
     assert (y[0] - y[2]) == pytest.approx(4 * (y[0] - y[1]), abs=0.5)
 
 
-def test_log_axis_spaces_powers_of_ten_evenly_and_skips_zero() -> None:
-    svg = draw(plot(Series("a", [(0, 9), (1e15, 1), (1e16, 1), (1e17, 1)]), log_x=True))
-    (path,) = lines(svg)
-    x = [float(point.split()[0]) for point in re.split("[ML]", path)[1:]]
-    assert len(x) == 3
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
-    assert {"10¹⁵", "10¹⁶", "10¹⁷"} <= set(texts(svg))
-
-
 def test_line_breaks_where_a_value_is_not_finite() -> None:
     points = [(0, 1), (1, 1), (2, math.nan), (3, math.inf), (4, 1), (5, 1)]
     (path,) = lines(draw(plot(Series("a", points))))
@@ -175,9 +166,8 @@ def test_plot_without_finite_points_says_so_and_saves_nothing(points: list[Point
         [(0, 1), (0.5, 2), (1, 1e6)],
     ],
 )
-@pytest.mark.parametrize("log_x", [True, False])
-def test_drawing_stays_inside(points: list[Point], log_x: bool) -> None:
-    svg = draw(plot(Series("a", [(x + log_x, y) for x, y in points]), log_x=log_x))
+def test_drawing_stays_inside(points: list[Point]) -> None:
+    svg = draw(plot(Series("a", points)))
     _, _, width, height = map(float, ElementTree.fromstring(svg).attrib["viewBox"].split())
     (path,) = lines(svg)
     for x, y in (point.split()[:2] for point in re.split("[ML]", path)[1:]):
@@ -416,7 +406,6 @@ FAR_OFF: dict[str, Plot | Bars | Dots] = {
     "a dot": Dots("t", [Bar("a", HUGE), Bar("c", 1.0)], "x", ("level", 1.0)),
     "y": plot(Series("a", [(0, 1), (1, HUGE), (2, -HUGE)])),
     "x": plot(Series("a", [(HUGE, 1), (-HUGE, 1), (1, 1)])),
-    "x of a log axis": plot(Series("a", [(HUGE, 1), (1, 1)]), log_x=True),
     "a band": plot(Series("a", [(0, 1), (1, 2)], low=[-HUGE, 1], high=[HUGE, 2])),
     "a reference": Plot("t", [Series("a", [(0, 1), (1, 2)])], "x", "y", reference=("source", HUGE)),
 }

@@ -14,6 +14,7 @@ from report_samples import (
     GROWN,
     ONNX,
     SECTIONS,
+    SOURCE,
     TUNED,
     agreement,
     as_step,
@@ -264,7 +265,46 @@ def test_comparison_of_another_version_is_not_read_as_an_empty_one(tmp_path: Pat
     assert "Another version of growkit made the comparison: run `growkit compare` again." in text(run)
 
 
+def tuned_again_and_killed(run: RunFolder) -> None:
+    """Fine-tuned, then once more from another start: killed with a worse model kept. Nothing else was done of it."""
+    in_turn(without("evaluate", "export", "verify"), removed("onnx", "verify"))(run)
+    (run.finetuned / "model.safetensors").write_bytes(b"worse")
+    content = read_json(run.finetuned / "growkit.json")
+    del content["fit"]
+    sha256 = sha256_of(run.finetuned / "model.safetensors")
+    write_json(run.finetuned / "growkit.json", content | {"scores": scores(0.7), "weights_sha256": sha256})
+
+
+def damaged(place: str) -> Change:
+    def change(run: RunFolder) -> None:
+        (run.path / place).write_text("{")
+
+    return change
+
+
+def trained_here(run: RunFolder) -> None:
+    write_json(run.trained / "growkit.json", {"fit": {"steps": 3}, "weights_sha256": SOURCE})
+
+
+def another_model_exported(run: RunFolder) -> None:
+    """Another model was exported since, and the file held against the source."""
+    content = record(run)
+    by_name = {step["command"]: step for step in content["steps"]}
+    content["steps"] += [
+        by_name["export"] | {"hashes": {"weights": "ee" * 32, "model.onnx": "ff" * 32}},
+        by_name["evaluate"] | {"hashes": {"source": SOURCE, "model": "ff" * 32}, "figures": agreement(60, 10, 1e-9)},
+    ]
+    write_json(run.record, content)
+
+
+def exported_elsewhere(run: RunFolder) -> None:
+    content = record(run)
+    content["steps"][3]["options"]["out"] = str(run.path.parent / "elsewhere")
+    write_json(run.record, content)
+
+
 GOLDEN = "It answers as when it was accepted"
+WHOLE = "The record is whole"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
     "a number is off": (one_check("numbers", "fail"), NUMBERS, "fail", "no"),
     "too noisy": (
@@ -330,9 +370,29 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "inconclusive",
         "not yet",
     ),
+    "fine-tuning was killed after another had ended": (tuned_again_and_killed, ACCURATE, "inconclusive", "not yet"),
+    "fine-tuning was stopped, and its record is damaged": (
+        damaged("finetuned/growkit.json"),
+        WHOLE,
+        "inconclusive",
+        "not yet",
+    ),
+    "what was grown of a model trained here is damaged": (
+        in_turn(trained_here, without("evaluate"), damaged("grown/growkit.json")),
+        WHOLE,
+        "inconclusive",
+        "not yet",
+    ),
+    "the comparison of methods is damaged": (
+        in_turn(lambda run: run.compare.mkdir(), damaged("compare/results.json")),
+        TOGETHER,
+        "pass",
+        "yes",
+    ),
     "more answers turned wrong": (evaluated(60, 10, 1e-9), ACCURATE, "fail", "no"),
     "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
+    "more answers of another model turned wrong": (another_model_exported, ACCURATE, "pass", "yes"),
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
     "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),
     "fine-tuned and not scored": (in_turn(without("evaluate"), unscored("finetune")), ACCURATE, "not done", "not yet"),
@@ -363,6 +423,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "no",
     ),
     "the ONNX file is gone": (replaced("onnx/model.onnx", None), TOGETHER, "not done", "not yet"),
+    "the folder of the ONNX file is gone": (removed("onnx"), TOGETHER, "not done", "not yet"),
     "the weights were replaced": (replaced("finetuned/model.safetensors"), TOGETHER, "fail", "no"),
     "the weights are gone": (replaced("finetuned/model.safetensors", None), TOGETHER, "not done", "not yet"),
     "weights that do not ship were replaced": (replaced("grown/model.safetensors"), TOGETHER, "pass", "yes"),
@@ -465,7 +526,7 @@ def test_a_source_of_other_classes_is_no_measure_but_one_tuned_to_them_is(tmp_pa
 
 def test_file_that_was_exported_elsewhere_and_verified_is_the_runs(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    in_turn(removed("onnx"), spoiled(weights_sha256=TUNED))(run)
+    in_turn(removed("onnx"), exported_elsewhere)(run)
     assert VERIFIED not in gates(run)
     assert verdict(run).mark == "yes"
 

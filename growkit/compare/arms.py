@@ -12,6 +12,7 @@ from growkit.settings import GrowSettings
 
 SCRATCH, LONGER = "from scratch", "source trained longer"
 OPTIONS = {f.name: f.type for f in fields(GrowSettings) if f.name not in ("method", "seed")}
+OPTIONS |= {"steps": int, "lr": float}
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,10 @@ def parse_arm(text: str) -> Arm:
     for part in parts:
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
-        kinds = {**OPTIONS, "steps": int, "lr": float}
-        if not equals or key not in kinds:
-            raise GrowkitError(f"--methods {text}: {part!r} is no option; choose from {', '.join(sorted(kinds))}")
+        if not equals or key not in OPTIONS:
+            raise GrowkitError(f"--methods {text}: {part!r} is no option; choose from {', '.join(sorted(OPTIONS))}")
         try:
-            given[key] = _value(kinds[key], value)
+            given[key] = _value(OPTIONS[key], value)
         except ValueError:
             raise GrowkitError(f"--methods {text}: {value!r} is no value for {key}") from None
     steps, rate = given.pop("steps", None), given.pop("lr", None)

@@ -22,7 +22,7 @@ from growkit.files import read_json, whole_file, write_json
 from growkit.grow import grow
 from growkit.job import Job
 from growkit.pictures import UnreadablePictureError
-from growkit.settings import OPERATOR_DEFAULTS
+from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source, untrained
 from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
@@ -35,6 +35,7 @@ from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, interruption
 
 UNREADABLE = "unreadable.json"  # lines about unreadable training images, kept for resuming
+START = "start.json"  # scores of a start, and what its operator took
 Watch = Callable[[StepRecord], None]
 
 
@@ -70,6 +71,7 @@ class Bench:
 
     data       training images, with the held-out images used for selection as validation images
     test       the images scored once, as validation images
+    share      of the training images that data has; more than was asked for where a class has few
     recipe     how the full budget is spent from scratch
     operator   how operators are trained
     costs      what arms cost
@@ -80,6 +82,7 @@ class Bench:
     target: Architecture
     data: Data
     test: Data
+    share: float
     recipe: FitSettings
     operator: FitSettings
     costs: Costs
@@ -116,35 +119,44 @@ class Bench:
             model = build(self.target.name, self.target.arguments)
             model.load_state_dict(untrained(self.target, seed=seed))
             return Start(model, None, None, 0, 0.0)
-        settings = replace(arm.grow, seed=seed)
         rate = "" if operator_lr is None else f"-lr{operator_lr!r}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
-        kept, figures = folder / WEIGHTS, folder / "start.json"
+        kept, figures = folder / WEIGHTS, folder / START
         if kept.exists() and figures.exists():  # a kill may have left only one of them
             model = self.fresh(arm)
             model.load_state_dict(load_file(kept))
         else:
-            state = untrained(self.source.architecture, seed=seed) if arm.fresh_source else self.source.state
-            grown = grow(self.source.architecture, self.target, state, settings)
-            model = grown.materialize()
-            if operator_lr is not None or not figures.exists():
-                found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
-                if operator_lr is not None:
-                    recipe = replace(self.operator, steps=self.costs.operator_steps(arm), lr=operator_lr, seed=seed)
-                    fitted = self._fit(grown, recipe, folder, None, progress)
-                    model = grown.materialize()
-                    with whole_file(kept) as partial:
-                        write_tensors(partial, model.cpu().state_dict())
-                    found |= {
-                        "flops": fitted.flops_per_step * fitted.steps,
-                        "seconds": fitted.seconds,
-                        "operator": asdict(self.score(model)),
-                        "losses": [round(loss, 6) for loss in fitted.losses],
-                    }
-                write_json(figures, found)
+            model = self._grown(arm, replace(arm.grow, seed=seed), operator_lr, folder, progress)
         found = read_json(figures)
         after = Scores(**found["operator"]) if "operator" in found else None
         return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
+
+    def _grown(
+        self, arm: Arm, settings: GrowSettings, operator_lr: float | None, folder: Path, progress: Progress
+    ) -> nn.Module:
+        """Grow the target and train its operator, if it has a rate; write the weights so trained and all figures."""
+        source = self.source.architecture
+        state = untrained(source, seed=settings.seed) if arm.fresh_source else self.source.state
+        grown = grow(source, self.target, state, settings)
+        model = grown.materialize()
+        if operator_lr is None and (folder / START).exists():
+            return model
+        found: dict[str, Any] = {"step0": asdict(self.score(model)), "flops": 0, "seconds": 0.0}
+        if operator_lr is not None:
+            steps = self.costs.operator_steps(arm)
+            recipe = replace(self.operator, steps=steps, lr=operator_lr, seed=settings.seed)
+            fitted = self._fit(grown, recipe, folder, None, progress)
+            model = grown.materialize()
+            with whole_file(folder / WEIGHTS) as partial:
+                write_tensors(partial, model.cpu().state_dict())
+            found |= {
+                "flops": fitted.flops_per_step * fitted.steps,
+                "seconds": fitted.seconds,
+                "operator": asdict(self.score(model)),
+                "losses": [round(loss, 6) for loss in fitted.losses],
+            }
+        write_json(folder / START, found)
+        return model
 
     def _fit(
         self,
@@ -276,9 +288,10 @@ def bench_of(
     if not adapted.own_head:
         job.say(head_is_new(source, data))
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
+    kept, whole = size_of(chosen.train), size_of(opened.train)
     if split.share < 1:
-        job.say(f"trains on {size_of(chosen.train):,} of {size_of(opened.train):,} images")
+        job.say(f"trains on {kept:,} of {whole:,} images")
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     operator = replace(recipe, **own)
     costs = Costs(adapted, target, chosen, recipe, operator)
-    return Bench(adapted, target, chosen, tested, recipe, operator, costs, device, folder, job.tell)
+    return Bench(adapted, target, chosen, tested, kept / whole, recipe, operator, costs, device, folder, job.tell)

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
 from growkit.compare.figures import ArmFigures, arm_figures, guessing
-from growkit.compare.folder import begin, described, identity_of, read_own, refuse_begun
-from growkit.compare.metric import sign_of
+from growkit.compare.folder import begin, described, read_own, refuse_begun
 from growkit.compare.page import write_pages
-from growkit.compare.settings import SCHEMA, CompareSettings, numbers
+from growkit.compare.savings import sign_of
+from growkit.compare.settings import SCHEMA, CompareSettings, numbers, percent
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, write_json
 from growkit.job import Job
@@ -41,7 +42,7 @@ class Cell:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.arm.name}, budget {self.budget:.0%}, seed {self.seed}, lr {self.lr:g}"
+        return f"{self.arm.name}, budget {percent(self.budget)}, seed {self.seed}, lr {self.lr:g}"
 
     @property
     def slug(self) -> str:
@@ -69,15 +70,15 @@ class Comparison:
         """Refuse what cannot work before anything runs, and record what is compared.
 
         Raises:
-            GrowkitError: an arm's operator uses up the smallest budget, or the folder holds a comparison with other
-                settings or of another version.
+            GrowkitError: an arm's operator uses up the smallest budget, the last seed is too large, or the folder holds
+                a comparison with other settings or of another version.
         """
         own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
         self.bench.refuse_settings(self.lrs, [*self.operator_lrs, *own_rates])
+        replace(self.bench.recipe, seed=self.seeds[-1])  # refuses a seed that is too large
         for arm in each(self.arms, self.bench.tell("counting what methods cost")):
             self.bench.costs.steps_within(arm, self.full * self.budgets[0], self.bench.costs.operator_flops(arm))
-        own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.job, self.bench, own, free=EXTENDABLE, test=True)
+        begin(self.job, self.bench, self.settings, free=EXTENDABLE, test=True)
 
     def run(self) -> list[dict[str, Any]]:
         """Make every missing run and score the chosen ones on the test images; return all results.
@@ -102,18 +103,17 @@ class Comparison:
 
     def _cell_of(self, arm: Arm, budget: float, seed: int) -> None:
         """Make the runs of one arm, budget and seed: the whole grid on the first seed, its best rate on the others."""
-        grid = self.lrs
-        best = self.best(arm, budget)
-        if best is not None and (seed != self.seeds[0] or best["test"] is not None or "test_failed" in best):
+        grid, best, first = self.lrs, self.best(arm, budget), seed == self.seeds[0]
+        if best is not None and (not first or _is_chosen(best)):
             grid = (best["lr"],)  # a choice is final: a rate that failed then is not tried again
-        elif seed != self.seeds[0]:
+        elif not first:
             self.finished += 1
             return  # every rate failed; the reasons are on file
-        if seed == self.seeds[0]:
+        if first:
             self.finished += len(self.lrs) - len(grid)
         for lr in grid:
             self._run(Cell(arm, budget, seed, lr))
-        chosen = self.best(arm, budget) if seed == self.seeds[0] else self._result(Cell(arm, budget, seed, grid[0]))
+        chosen = self.best(arm, budget) if first else self._result(Cell(arm, budget, seed, grid[0]))
         if chosen is None or "failed" in chosen:
             return
         if chosen["test"] is None:
@@ -127,26 +127,13 @@ class Comparison:
         """The first seed's run that was chosen for the test images, else the best one so far; None if there is none."""
         made = [self._result(Cell(arm, budget, self.seeds[0], lr)) for lr in self.lrs]
         finished = [found for found in made if found is not None and "failed" not in found]
-        sign = sign_of(self.settings.metric)
-        return max(
-            finished,
-            key=lambda found: (
-                found["test"] is not None or "test_failed" in found,
-                sign * found["final"][self.settings.metric],
-            ),
-            default=None,
-        )
+        metric = self.settings.metric
+        return max(finished, key=lambda run: (_is_chosen(run), sign_of(metric) * run["final"][metric]), default=None)
 
     def results(self) -> list[dict[str, Any]]:
         """Every run on file that belongs to this comparison, failed ones too, in order."""
-        cells = [
-            Cell(arm, budget, seed, lr)
-            for arm in self.arms
-            for budget in self.budgets
-            for seed in self.seeds
-            for lr in self.lrs
-        ]
-        return [found for cell in cells if (found := self._result(cell)) is not None]
+        cells = product(self.arms, self.budgets, self.seeds, self.lrs)
+        return [found for cell in cells if (found := self._result(Cell(*cell))) is not None]
 
     def left_out(self) -> list[str]:
         """Methods, budgets and seeds on file that the settings do not ask for."""
@@ -154,8 +141,11 @@ class Comparison:
         arms = {found["arm"] for found in made} - {arm.name for arm in self.arms}
         budgets = {found["budget"] for found in made} - set(self.budgets)
         seeds = {found["seed"] for found in made} - set(self.seeds)
-        told = [f"budget {budget:g}" for budget in sorted(budgets)], [f"seed {seed}" for seed in sorted(seeds)]
-        return [*sorted(arms), *told[0], *told[1]]
+        return [
+            *sorted(arms),
+            *(f"budget {one:g}" for one in sorted(budgets)),
+            *(f"seed {one}" for one in sorted(seeds)),
+        ]
 
     def _run(self, cell: Cell) -> None:
         found = self._result(cell)
@@ -249,6 +239,11 @@ class Comparison:
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         path = self.runs / cell.slug / "result.json"
         return read_own(path) if path.exists() else None
+
+
+def _is_chosen(run: dict[str, Any]) -> bool:
+    """Whether a run was chosen for the test images, scored there or not."""
+    return run["test"] is not None or "test_failed" in run
 
 
 @dataclass(frozen=True)

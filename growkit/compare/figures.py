@@ -1,16 +1,14 @@
 """From the runs of a comparison to the figures of each arm."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from growkit.compare.arms import SCRATCH, Arm
-from growkit.compare.metric import cost_of, curve_of
-from growkit.compare.savings import Estimate, Saving, estimate, saving
-from growkit.compare.settings import numbers
+from growkit.compare.savings import Estimate, Saving, cost_of, curve_of, estimate, saving
+from growkit.compare.settings import numbers, percent
 from growkit.settings import GrowSettings
 
-E = TypeVar("E", Estimate, Saving)
 Run = Mapping[str, Any]  # the result.json of a run
 
 
@@ -19,7 +17,7 @@ class BudgetFigures:
     """An arm's fully decayed runs at one share of the full budget; scores on the test images."""
 
     budget: float
-    seeds: int  # requested; estimates count those that ran, and have no interval if some failed
+    seeds: int  # requested; estimates count those that ran
     lr: float | None
     top1: Estimate | None
     loss: Estimate | None
@@ -31,6 +29,7 @@ class BudgetFigures:
 class ArmFigures:
     """Results of an arm. step0 and after_operator are top-1 on held-out images; FLOPs are per seed, in seed order.
 
+    No estimate has an interval if a seed failed.
     flops_to_target includes operator training, and is None where the target was never reached.
     """
 
@@ -69,44 +68,44 @@ def arm_figures(
         source_flops: FLOPs of training the source; None if unknown.
     """
     chosen = [run for run in runs if run.get("test") is not None]
-    full = max(budgets)
+    full, many = max(budgets), len(seeds)
     targets = {run["seed"]: run for run in chosen if run["arm"] == SCRATCH and run["budget"] == full}
 
     def figures(arm: Arm) -> ArmFigures:
-        name = arm.name
-        own = [run for run in chosen if run["arm"] == name]
+        own = [run for run in chosen if run["arm"] == arm.name]
         whole = sorted((run for run in own if run["budget"] == full), key=lambda run: run["seed"])
         by_seed = {run["seed"]: run for run in whole}
-        paired = sorted(targets) if whole else []
-        costs = tuple(
-            cost_of(by_seed[s], targets[s]["final"][metric], metric) if s in by_seed else None for s in paired
-        )
-        alone = [cost_of(targets[seed], targets[seed]["final"][metric], metric) for seed in paired]
-        scratch = [cost for cost in alone if cost is not None]  # its own end is always reached
-        spent = [by_seed.get(seed, targets[seed])["flops"] for seed in paired]
-        complete = len(paired) == len(seeds)  # in some seed, training from scratch may have failed
-        own_source = 0.0 if (arm.grow is None and not arm.control) or arm.fresh_source else source_flops
+        paired = sorted(targets) if whole else []  # in some seed, training from scratch may have failed
+
+        def costs(made: Mapping[int, Run]) -> list[float | None]:
+            ends = {seed: targets[seed]["final"][metric] for seed in paired}
+            return [cost_of(made[seed], end, metric) if seed in made else None for seed, end in ends.items()]
+
+        own_costs, spent = costs(by_seed), [by_seed.get(seed, targets[seed])["flops"] for seed in paired]
+        scratch = [cost for cost in costs(targets) if cost is not None]  # its own end is always reached
+        untaught = (arm.grow is None and not arm.control) or arm.fresh_source  # nothing was trained before
+        own_source = 0.0 if untaught else source_flops
         return ArmFigures(
-            name=name,
+            name=arm.name,
             control=arm.control,
-            step0=_mean(whole, "step0", "top1"),
-            after_operator=estimate([r["started_from"]["top1"] for r in whole if r["operator_flops"]]),
+            step0=estimate([run["step0"]["top1"] for run in whole if run["step0"]], many),
+            after_operator=estimate([run["started_from"]["top1"] for run in whole if run["operator_flops"]], many),
             operator_lr=next((run["operator_lr"] for run in whole), None),
             operator_flops=max((run["operator_flops"] for run in whole), default=0),
-            budgets=tuple(_budget(own, chosen, budget, len(seeds)) for budget in budgets),
-            flops_to_target=costs,
-            saving=_interval_if(complete, saving(costs, spent, scratch)),
+            budgets=tuple(_budget(own, chosen, budget, many) for budget in budgets),
+            flops_to_target=tuple(own_costs),
+            saving=saving(own_costs, spent, scratch, seeds=many),
             saving_including_source=None
             if own_source is None
-            else _interval_if(complete, saving(costs, spent, scratch, source=own_source)),
-            curve=_mean_curve(whole, metric),
-            seconds=estimate([run["seconds"] + run["operator_seconds"] for run in whole]),
+            else saving(own_costs, spent, scratch, source=own_source, seeds=many),
+            curve=_mean_curve(whole, metric, many),
+            seconds=estimate([run["seconds"] + run["operator_seconds"] for run in whole], many),
             failures=tuple(
-                _failure(run) for run in runs if run["arm"] == name and {"failed", "test_failed"} & run.keys()
+                _failure(run) for run in runs if run["arm"] == arm.name and {"failed", "test_failed"} & run.keys()
             ),
         )
 
-    return tuple(figures(arm) for arm in arms)
+    return tuple(map(figures, arms))
 
 
 def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
@@ -143,36 +142,22 @@ def guessing(content: Mapping[str, Any], scratch: ArmFigures) -> str | None:
 def _budget(own: Sequence[Run], chosen: Sequence[Run], budget: float, seeds: int) -> BudgetFigures:
     mine = [run for run in own if run["budget"] == budget]
     base = {r["seed"]: r["test"]["top1"] for r in chosen if r["arm"] == SCRATCH and r["budget"] == budget}
-    ahead = [run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base]
-    top1, loss, ahead_by = (
-        _interval_if(found is not None and found.count == seeds, found)
-        for found in (_mean(mine, "test", "top1"), _mean(mine, "test", "loss"), estimate(ahead))
-    )
     return BudgetFigures(
         budget=budget,
         seeds=seeds,
         lr=next((run["lr"] for run in mine), None),
-        top1=top1,
-        loss=loss,
-        ahead=ahead_by,
+        top1=estimate([run["test"]["top1"] for run in mine], seeds),
+        loss=estimate([run["test"]["loss"] for run in mine], seeds),
+        ahead=estimate([run["test"]["top1"] - base[run["seed"]] for run in mine if run["seed"] in base], seeds),
         flops=next((run["flops"] for run in mine), None),
     )
 
 
-def _interval_if(complete: bool, found: E | None) -> E | None:
-    """Drop the interval of what is not of all seeds: it would say nothing of those that failed."""
-    return found if found is None or complete else replace(found, low=None, high=None)
-
-
-def _mean(runs: Sequence[Run], scores: str, name: str) -> Estimate | None:
-    return estimate([run[scores][name] for run in runs if run[scores] is not None])
-
-
-def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate], ...]:
+def _mean_curve(runs: Sequence[Run], metric: str, seeds: int) -> tuple[tuple[float, Estimate], ...]:
     """The mean over seeds at each evaluation; all seeds evaluate at the same updates."""
     points = []
     for places in zip(*(curve_of(run, metric) for run in runs), strict=False):
-        found = estimate([score for _, score in places])
+        found = estimate([score for _, score in places], seeds)
         assert found is not None
         points.append((places[0][0], found))
     return tuple(points)
@@ -180,4 +165,4 @@ def _mean_curve(runs: Sequence[Run], metric: str) -> tuple[tuple[float, Estimate
 
 def _failure(run: Run) -> str:
     why = run["failed"] if "failed" in run else f"on the test images: {run['test_failed']}"
-    return f"budget {run['budget']:.0%}, seed {run['seed']}, lr {run['lr']:g}: {why}"
+    return f"budget {percent(run['budget'])}, seed {run['seed']}, lr {run['lr']:g}: {why}"

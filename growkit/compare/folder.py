@@ -11,7 +11,7 @@ import torch
 from growkit import __version__
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import WEIGHTS
-from growkit.compare.bench import UNREADABLE, Bench
+from growkit.compare.bench import START, UNREADABLE, Bench
 from growkit.compare.settings import SCHEMA, CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_folder, write_json
@@ -28,12 +28,12 @@ WRITES = (  # by compare, sweep or both; Optuna's lock has names of its own whil
     *(
         f"{folder}/*/{name}"
         for folder in ("runs", "starts", "from-scratch")
-        for name in (STATE, METRICS, WEIGHTS, "result.json", "start.json")
+        for name in (STATE, METRICS, WEIGHTS, "result.json", START)
     ),
 )
 
 
-def identity_of(bench: Bench) -> dict[str, Any]:
+def _identity(bench: Bench) -> dict[str, Any]:
     """What must be identical for runs to be comparable."""
     images = {"training images": bench.data.train, "held-out images": bench.data.val, "test images": bench.test.val}
     return {
@@ -52,7 +52,7 @@ def identity_of(bench: Bench) -> dict[str, Any]:
 def described(bench: Bench, settings: CompareSettings | SweepSettings, command: str | None) -> dict[str, Any]:
     """The provenance part of results.json."""
     return {
-        **identity_of(bench),
+        **_identity(bench),
         "adapted": bench.source.adapted,
         "unreadable": list(bench.data.unreadable),
         "command": command,
@@ -70,17 +70,19 @@ def refuse_begun(job: Job, folder: Path) -> None:
         refuse_existing(folder, job.force, BEGUN, writes=WRITES, resumable=(folder / BEGUN).exists())
 
 
-def begin(job: Job, bench: Bench, own: dict[str, Any], *, free: Sequence[str], test: bool) -> None:
+def begin(
+    job: Job, bench: Bench, settings: CompareSettings | SweepSettings, *, free: Sequence[str], test: bool
+) -> None:
     """Record in the folder what is measured there; a folder that starts anew is emptied first.
 
     All images that are to be scored, with `test` those of the test too, are read first: one that cannot be read
     would make every run fail at scoring.
 
     Raises:
-        GrowkitError: on resuming, the folder holds results of another version, of settings other than `own` (those in
-            `free` may differ), or something else; or an image cannot be read.
+        GrowkitError: on resuming, the folder holds results of another version, of other images, recipe or settings
+            (those in `free` may differ), or something else; or an image cannot be read.
     """
-    folder = bench.folder
+    folder, own = bench.folder, {**_identity(bench), "settings": asdict(settings)}
     path = folder / BEGUN
     goes_on = job.resume and path.exists()
     if goes_on:

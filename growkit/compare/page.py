@@ -9,7 +9,7 @@ from typing import Any
 from growkit.compare.arms import in_words
 from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of, guessing
 from growkit.compare.savings import Estimate, Saving, estimate
-from growkit.compare.settings import SCHEMA, numbers
+from growkit.compare.settings import SCHEMA, numbers, percent
 from growkit.compare.trials import Tried
 from growkit.files import whole_file
 from growkit.report.page import Report, Section, Table, cell, write_report
@@ -25,32 +25,36 @@ def main_table(arms: Sequence[ArmFigures], metric: str = "top1") -> Rows:
     columns = (
         "method",
         "step 0 (held-out)",
-        *(f"test {'top-1' if metric == 'top1' else metric} at {budget:.0%}" for budget in budgets),
+        *(f"test {'top-1' if metric == 'top1' else metric} at {percent(budget)}" for budget in budgets),
         "top-1 ahead at 100%",
         "saving",
         "saving, source counted",
     )
 
     def score(found: BudgetFigures) -> str:
-        if metric == "top1":
-            text, scored = points(found.top1), found.top1
-        else:
-            text, scored = with_half(found.loss, "{:.4f}"), found.loss
-        some = scored is not None and scored.count < found.seeds
-        return f"{text} ({scored.count} of {found.seeds})" if some and scored is not None else text
+        scored = found.top1 if metric == "top1" else found.loss
+        return _of_seeds(points(scored) if metric == "top1" else with_half(scored, ".4f"), scored, found.seeds)
+
+    def ahead(found: BudgetFigures) -> str:
+        return _of_seeds(points(found.ahead, sign="+"), found.ahead, found.seeds)
 
     rows = [
         (
             arm.name,
             points(arm.step0),
             *(score(found) for found in arm.budgets),
-            points(arm.budgets[-1].ahead, signed=True) if index else "",
+            ahead(arm.budgets[-1]) if index else "",
             share(arm.saving) if index else "",
             share(arm.saving_including_source) if index else "",
         )
         for index, arm in enumerate(arms)
     ]
     return columns, rows
+
+
+def _of_seeds(text: str, found: Estimate | None, seeds: int) -> str:
+    """The text of an estimate, with the number of its seeds if some failed."""
+    return f"{text} ({found.count} of {seeds})" if found is not None and found.count < seeds else text
 
 
 def cost_table(arms: Sequence[ArmFigures]) -> Rows:
@@ -71,38 +75,35 @@ def cost_table(arms: Sequence[ArmFigures]) -> Rows:
             cell(arm.operator_flops / 1e12) if arm.operator_flops else "–",
             f"{arm.operator_lr:g}" if arm.operator_lr else "–",
             points(arm.after_operator),
-            _costs(arm.flops_to_target),
+            _costs(arm.flops_to_target, arm.budgets[-1].seeds),
             cell(arm.budgets[-1].flops / 1e12) if arm.budgets[-1].flops else "–",
             ", ".join("–" if found.lr is None else f"{found.lr:g}" for found in arm.budgets),
-            with_half(arm.seconds, "{:.0f}"),
+            with_half(arm.seconds, ".0f"),
         )
         for arm in arms
     ]
     return columns, rows
 
 
-def _costs(flops: Sequence[float | None]) -> str:
+def _costs(flops: Sequence[float | None], seeds: int) -> str:
     """TFLOP to the target: the mean with its interval, or each seed's if some never reached it."""
     reached = [cost / 1e12 for cost in flops if cost is not None]
     if len(reached) == len(flops):
-        return with_half(estimate(reached), "{:.3g}")
+        return with_half(estimate(reached, seeds), ".3g")
     return ", ".join("never" if cost is None else cell(cost / 1e12) for cost in flops)
 
 
-def with_half(found: Estimate | None, form: str) -> str:
-    """A number with half its 95 % interval, if it has one."""
+def with_half(found: Estimate | None, form: str, *, scale: float = 1, sign: str = "") -> str:
+    """A number with half its 95 % interval, if it has one; `sign` is + to show that of the number."""
     if found is None:
         return "–"
-    text = form.format(found.mean)
-    return text if found.high is None else f"{text} ± {form.format(found.high - found.mean)}"
+    text = f"{scale * found.mean:{sign}{form}}"
+    return text if found.high is None else f"{text} ± {scale * (found.high - found.mean):{form}}"
 
 
-def points(found: Estimate | None, *, signed: bool = False) -> str:
-    """A share as percentage points, with half its 95 % interval if it has one: 59.3 ± 0.8."""
-    if found is None:
-        return "–"
-    text = f"{100 * found.mean:{'+' if signed else ''}.1f}"
-    return text if found.high is None else f"{text} ± {100 * (found.high - found.mean):.1f}"
+def points(found: Estimate | None, *, sign: str = "") -> str:
+    """A share as percentage points: 59.3 ± 0.8."""
+    return with_half(found, ".1f", scale=100, sign=sign)
 
 
 def share(found: Saving | None) -> str:
@@ -130,10 +131,9 @@ def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
         for arm in arms
         if arm.curve
     ]
-    ends = [end.mean for end in (curve[-1][1] for curve in (arms[0].curve,) if curve)]
+    alone = arms[0].curve
     final = [
-        Bar(arm.name, *(_percent(arm.budgets[-1].top1)), note="; ".join(arm.failures[:1]) if arm.failures else "")
-        for arm in arms
+        Bar(arm.name, *_percent(arm.budgets[-1].top1), note=arm.failures[0] if arm.failures else "") for arm in arms
     ]
     saved = [Bar(arm.name, *_percent(arm.saving), note=_censored(arm.saving)) for arm in arms[1:]]
     return {
@@ -142,7 +142,7 @@ def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
             series=curves,
             x_label="TFLOP of training, operator included",
             y_label=unit,
-            reference=("from scratch, at its end", scale * ends[0]) if ends else None,
+            reference=("from scratch, at its end", scale * alone[-1][1].mean) if alone else None,
         ),
         "final": Bars(title="Test top-1 at the full budget, %", bars=final, label="top-1, %"),
         "saving": Bars(title="Compute saved to reach what training from scratch ends with, %", bars=saved, label="%"),
@@ -164,22 +164,39 @@ def _censored(found: Saving | None) -> str:
 
 def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> Report:
     """The page of a comparison; `content` is its results.json."""
-    settings, scratch = content["settings"], arms[0]
-    metric = settings["metric"]
-    drawn = plots(arms, metric)
-    seeds = settings["seeds"]
-    known = content["source_flops"]
-    summary = [
+    metric = content["settings"]["metric"]
+    failures = [(arm.name, line) for arm in arms for line in arm.failures]
+    grown = [(name, in_words(arm["grow"])) for name, arm in content["arm_settings"].items() if arm["grow"] is not None]
+    drawn = list(plots(arms, metric).values())
+    sections = [
+        Section("What each method gave", _reading(content["settings"], arms), Table(*main_table(arms, metric)), drawn),
+        Section("What it cost", table=Table(*cost_table(arms))),
+        *([Section("Failed runs", table=Table(("method", "run"), failures))] if failures else []),
+        Section("Methods", table=Table(("method", "settings"), grown)),
+        *_settings(content, "settings", "recipe", "operator", "data", "versions", "hardware"),
+    ]
+    return Report("growkit compare", _summary(content, arms[0]), sections)
+
+
+def _summary(content: Mapping[str, Any], scratch: ArmFigures) -> list[str]:
+    """What was grown into what, how training from scratch ends, and what training took."""
+    full, known = content["full_flops"], content["source_flops"]
+    lines = [
         f"{content['source']['name']} ({_size(content['source'])}) grown into {_size(content['target'])}, "
-        f"{counted(seeds, 'paired seed')}.",
+        f"{counted(content['settings']['seeds'], 'paired seed')}.",
         f"From scratch the target ends at {points(scratch.budgets[-1].top1)} % on the test images, after "
-        f"{cell(content['full_flops'] / 1e12)} TFLOP ({cell(content['full_flops'] / 2e12)} T multiply-adds).",
+        f"{cell(full / 1e12)} TFLOP ({cell(full / 2e12)} T multiply-adds).",
         "Training the source took "
         + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
     ]
     if told := guessing(content, scratch):
-        summary.append(f"Beware: {told}.")
-    reading = (
+        lines.append(f"Beware: {told}.")
+    return lines
+
+
+def _reading(settings: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
+    """How to read the tables."""
+    text = (
         "Every arm sees the same images in the same order with the same augmentation and schedule, and is trained for "
         "the same FLOPs short of one update, operator training included; its learning rate is the best of the same "
         "grid on held-out images, found on the first seed. Held-out and test images are two parts of the validation "
@@ -189,35 +206,25 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         "ends with, along the full budget; 'source counted' adds the source's own training to C. ≤ marks an upper "
         "bound: some seed never got there, or failed.\n"
         "± is half a 95 % interval over paired seeds (Student's t)."
-        + ("" if seeds > 1 else " One seed has none: a hint, not a result.")
-        + (
-            " A source that is as good as the end of training from scratch saves everything by construction: then only "
-            "scores at equal budget tell methods apart."
-        )
+    )
+    if settings["seeds"] == 1:
+        text += " One seed has none: a hint, not a result."
+    text += (
+        " A source that is as good as the end of training from scratch saves everything by construction: then only "
+        "scores at equal budget tell methods apart."
     )
     rates = numbers("--lrs", settings["lrs"])
     edge = [arm.name for arm in arms if len(rates) > 2 and arm.budgets[-1].lr in (rates[0], rates[-1])]
     if edge:
-        reading += f"\nBest at the edge of the grid of rates, so that a wider one may serve better: {', '.join(edge)}."
-    failures = [(arm.name, line) for arm in arms for line in arm.failures]
-    sections = [
-        Section("What each method gave", reading, Table(*main_table(arms, metric)), list(drawn.values())),
-        Section("What it cost", table=Table(*cost_table(arms))),
-    ]
-    if failures:
-        sections.append(Section("Failed runs", table=Table(("method", "run"), failures)))
-    grown = [(name, in_words(arm["grow"])) for name, arm in content["arm_settings"].items() if arm["grow"] is not None]
-    sections.append(Section("Methods", table=Table(("method", "settings"), grown)))
-    sections += _settings(content, "settings", "recipe", "operator", "data", "versions", "hardware")
-    return Report("growkit compare", summary, sections)
+        text += f"\nBest at the edge of the grid of rates, so that a wider one may serve better: {', '.join(edge)}."
+    return text
 
 
 def savings_section(content: Mapping[str, Any]) -> Section:
     """A comparison as one section of another page; `content` is its results.json."""
     if content.get("schema") != SCHEMA:
         return Section("Savings", "Another version of growkit made the comparison: run `growkit compare` again.")
-    arms = figures_of(content)
-    report = comparison_report(content, arms)
+    report = comparison_report(content, figures_of(content))
     gave, cost, *_ = report.sections
     failed = [section for section in report.sections if section.title == "Failed runs"]
     parts = [Section("How to read this", gave.text, folded=True), replace(cost, folded=True), *failed]
@@ -233,9 +240,8 @@ def _settings(content: Mapping[str, Any], *titles: str) -> list[Section]:
     return [*tables, Section("Command", content["command"])]
 
 
-def markdown(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
+def _markdown(report: Report, content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
     """The comparison's summary and tables as Markdown, for a README or a pull request."""
-    report = comparison_report(content, arms)
     machine, seen = content["hardware"], content["versions"]
     on = ", ".join(f"{name} {seen[name]}" for name in ("python", "torch", "timm", "growkit") if name in seen)
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['torch_threads']} threads"
@@ -264,11 +270,12 @@ def _in_markdown(text: str) -> str:
 
 def write_pages(folder: Path, content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> None:
     """Write report.html, results.md, and each plot as PNG and SVG."""
+    report = comparison_report(content, arms)
     with whole_file(folder / "results.md") as partial:
-        partial.write_text(markdown(content, arms), encoding="utf-8")
+        partial.write_text(_markdown(report, content, arms), encoding="utf-8")
     for name, plot in plots(arms, content["settings"]["metric"]).items():
         save(plot, folder / "plots", name)
-    write_report(folder / "report.html", comparison_report(content, arms))
+    write_report(folder / "report.html", report)
 
 
 def _size(architecture: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from growkit.compare.bench import Bench
 from growkit.compare.folder import described
-from growkit.compare.metric import cost_of, sign_of
 from growkit.compare.page import write_sweep_page
+from growkit.compare.savings import cost_of, sign_of
 from growkit.compare.settings import SweepSettings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
@@ -74,7 +74,7 @@ def conclude(
     saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
     reasons = _reasons(choice, tried, scratch, metric, saving)
     where = [] if folder.parent == Path("run") else ["--run", str(folder.parent)]
-    commands = _commands(best, bench, settings, budget, what, data, where)
+    commands = _commands(best, bench, budget, what, data, where)
     order = tuple(sorted(tried, key=lambda one: (one.state != "finished", -_goodness(one, metric))))
     content = {
         **described(bench, settings, command),
@@ -126,11 +126,11 @@ def _reasons(
         why = "its operator is the cheapest" if priced else "it is the best"
         lines.append(f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these {why}")
     for option in best.options:
-        by_value: dict[str, Tried] = {}
+        by_value: dict[Any, Tried] = {}
         for one in tried:
             if one.state != "finished" or (value := one.options.get(option)) is None:
                 continue
-            by_value[str(value)] = max(by_value.get(str(value), one), one, key=lambda of: _goodness(of, metric))
+            by_value[value] = max(by_value.get(value, one), one, key=lambda of: _goodness(of, metric))
         if len(by_value) > 1:
             told = ", ".join(f"{value} {one.score:.4f}" for value, one in sorted(by_value.items()))
             lines.append(f"best {metric} by {option}: {told}")
@@ -156,7 +156,6 @@ def _reasons(
 def _commands(
     best: Tried,
     bench: Bench,
-    settings: SweepSettings,
     budget: float,
     what: Sequence[str],
     data: str,
@@ -173,10 +172,10 @@ def _commands(
         absent = ("epochs", "seed", "model_ema", "model_ema_decay")
         trained = {"data": data, "steps": steps, "lr": operator_lr}
         grow |= trained | _differing(bench.operator, FitSettings(**OPERATOR_DEFAULTS), but=(*trained, *absent))
-    left = 1 - best.operator_flops * settings.share / budget  # the operator costs the same, out of a larger budget
+    left = 1 - best.operator_flops * bench.share / budget  # the operator costs the same, out of a larger budget
     length = {"epochs": f"{recipe.epochs * left:g}"}
     if recipe.steps is not None:
-        length = {"steps": f"{round(recipe.steps / settings.share * left)}"}
+        length = {"steps": f"{round(recipe.steps / bench.share * left)}"}
     tune = {"data": data, **length, "lr": lr, "seed": recipe.seed}
     if recipe.warmup_epochs is not None:
         tune["warmup_epochs"] = f"{recipe.warmup_epochs * left:g}"  # the same share of the run, as in every trial

@@ -5,9 +5,11 @@ included. A run that never reaches it is censored: its true cost exceeds what it
 and gives an upper bound on its saving.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 Point = tuple[float, float]  # FLOPs so far, score
 
@@ -38,18 +40,35 @@ class Saving:
         return self.reached < self.seeds
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95 % interval; None without values."""
+def sign_of(metric: str) -> int:
+    """1 where a higher score is better, -1 where a lower one is."""
+    return 1 if metric == "top1" else -1
+
+
+def curve_of(run: Mapping[str, Any], metric: str) -> list[Point]:
+    """FLOPs and score along a run, as `Bench.train` gives it."""
+    return [(flops, top1 if metric == "top1" else loss) for flops, top1, loss in run["curve"]]
+
+
+def cost_of(run: Mapping[str, Any], target: float, metric: str) -> float | None:
+    """FLOPs after which a run first reached the score `target`; None if it never did."""
+    return flops_to(curve_of(run, metric), target, higher=sign_of(metric) > 0)
+
+
+def estimate(values: Sequence[float], seeds: int | None = None) -> Estimate | None:
+    """Mean and 95 % interval; None without values.
+
+    Of fewer values than `seeds` there is no interval: it would say nothing of the seeds that failed.
+    """
     count = len(values)
     if not count:
         return None
     mean = sum(values) / count
-    if count == 1:
-        return Estimate(mean, None, None, 1)
+    if count == 1 or (seeds is not None and count < seeds):
+        return Estimate(mean, None, None, count)
     from scipy.stats import t
 
-    deviation = (sum((value - mean) ** 2 for value in values) / (count - 1)) ** 0.5
-    half = float(t.ppf(0.975, count - 1)) * deviation / count**0.5
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / count**0.5
     return Estimate(mean, mean - half, mean + half, count)
 
 
@@ -70,7 +89,12 @@ def flops_to(curve: Sequence[Point], target: float, *, higher: bool) -> float | 
 
 
 def saving(
-    costs: Sequence[float | None], spent: Sequence[float], scratch: Sequence[float], *, source: float = 0.0
+    costs: Sequence[float | None],
+    spent: Sequence[float],
+    scratch: Sequence[float],
+    *,
+    source: float = 0.0,
+    seeds: int | None = None,
 ) -> Saving | None:
     """The saving over paired seeds; None without any.
 
@@ -79,12 +103,13 @@ def saving(
         spent: total FLOPs of each seed's run.
         scratch: FLOPs of training from scratch to the same target.
         source: FLOPs of training the source, if they are to count.
+        seeds: how many were requested; without an interval if training from scratch failed in some.
     """
     values = [
         1 - ((used if cost is None else cost) + source) / alone
         for cost, used, alone in zip(costs, spent, scratch, strict=True)
     ]
-    found = estimate(values)
+    found = estimate(values, seeds)
     if found is None:
         return None
     reached = sum(cost is not None for cost in costs)

@@ -56,15 +56,11 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no comparison can use, naming the option."""
-        refuse_outside(self, "seeds", "operator_steps", "evals", least=1)
-        refuse_outside(self, "hold_out", above=0, below=1)
-        refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
+        refuse_outside(self, "seeds", "operator_steps", least=1)
         refuse_outside(self, "source_flops", least=0, most=1e30)
-        refuse_choice("--metric", self.metric, METRICS)
+        _refuse_shared(self)
         shares = numbers("--budgets", self.budgets)
         _require(max(shares) == 1, f"--budgets {self.budgets}: the largest must be 1, the full budget")
-        numbers("--lrs", self.lrs)
-        numbers("--operator-lrs", self.operator_lrs)
         chosen = [] if self.controls == "none" else self.controls.split(",")
         unknown = [name for name in chosen if name not in CONTROLS]
         _require(not unknown, f"--controls {','.join(unknown)}: choose from {', '.join(CONTROLS)}, or none")
@@ -85,9 +81,9 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
     return found
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise GrowkitError(message)
+def percent(budget: float) -> str:
+    """A share of the full budget, to the digit that --budgets gave: 12.5%."""
+    return f"{100 * budget:g}%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +131,8 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         """Raise GrowkitError on a value that no sweep can use, naming the option."""
-        refuse_outside(self, "hold_out", above=0, below=1)
-        refuse_outside(self, "share", least=SMALLEST_SHARE, most=1)
-        refuse_outside(self, "trials", "evals", least=1)
-        refuse_choice("--metric", self.metric, METRICS)
-        for name in ("operator_lrs", "lrs"):
-            numbers("--" + name.replace("_", "-"), getattr(self, name))
+        refuse_outside(self, "trials", least=1)
+        _refuse_shared(self)
         try:
             whole = all(0 <= int(part) <= MOST for part in self.operator_steps.split(","))
             scales = all(0 <= float(part) <= MOST for part in self.noises.split(","))
@@ -158,3 +150,18 @@ class SweepSettings:
                 all(right(part.strip()) for part in given.split(",")),
                 f"{option} {given}: expected {what}, separated by commas",
             )
+
+
+def _refuse_shared(settings: CompareSettings | SweepSettings) -> None:
+    """Raise GrowkitError on a value of what both have that neither can use."""
+    refuse_outside(settings, "evals", least=1)
+    refuse_outside(settings, "hold_out", above=0, below=1)
+    refuse_outside(settings, "share", least=SMALLEST_SHARE, most=1)
+    refuse_choice("--metric", settings.metric, METRICS)
+    numbers("--lrs", settings.lrs)
+    numbers("--operator-lrs", settings.operator_lrs)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise GrowkitError(message)

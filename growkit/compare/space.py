@@ -91,8 +91,8 @@ class SearchSpace:
         grow = parse_arm(answers["method"]).grow
         assert grow is not None
         given: dict[str, Any] = {name: answers[name] for name in ("ring_order", "stages") if name in answers}
-        if "rank" in answers:
-            given |= _ranks(answers["rank"])
+        if rank := answers.get("rank"):
+            given |= {"ranks": rank.replace("x", ",")} if "x" in rank else {"rank": int(rank)}
         if "noise" in answers:
             given["noise"] = float(answers["noise"])
         return replace(grow, **given), given
@@ -122,15 +122,6 @@ def _fixed(method: str) -> set[str]:
         if name in fixed:
             raise GrowkitError(f"--methods {method}: a sweep takes {name} from {instead}, for every method alike")
     return fixed
-
-
-def _ranks(text: str) -> dict[str, Any]:
-    """'4' is the rank of every bond, '4x4x1x4' one for each."""
-    if "x" in text:
-        return {"ranks": text.replace("x", ",")}
-    if not text.isdecimal():
-        raise GrowkitError(f"--rank-choices {text}: expected whole numbers, or one for each bond as in 4x4x1x4")
-    return {"rank": int(text)}
 
 
 def _text(value: Any) -> str:

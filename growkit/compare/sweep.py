@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -15,9 +14,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from growkit import __version__
 from growkit.compare.arms import SCRATCH, Arm, in_words
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
-from growkit.compare.folder import begin, identity_of, read_own, refuse_begun
-from growkit.compare.metric import cost_of, sign_of
+from growkit.compare.folder import begin, read_own, refuse_begun
 from growkit.compare.recommend import Swept, conclude
+from growkit.compare.savings import cost_of, sign_of
 from growkit.compare.settings import SCHEMA, SweepSettings, numbers
 from growkit.compare.space import SearchSpace, key_of
 from growkit.compare.trials import tried_of
@@ -103,8 +102,7 @@ class Pilot:
         rates = numbers("--lrs", self.settings.lrs), numbers("--operator-lrs", self.settings.operator_lrs)
         self.bench.refuse_settings(*rates)
         self._leave_out_what_is_too_dear()
-        own = {**identity_of(self.bench), "settings": asdict(self.settings)}
-        begin(self.job, self.bench, own, free=("trials",), test=False)
+        begin(self.job, self.bench, self.settings, free=("trials",), test=False)
 
     def _leave_out_what_is_too_dear(self) -> None:
         """Drop combinations whose operator uses up the budget; raise GrowkitError if none is left."""
@@ -147,10 +145,10 @@ class Pilot:
         return best
 
     def _at_rate(self, lr: float) -> dict[str, Any]:
-        """Result of training from scratch at a learning rate, or why it failed."""
-        folder = self.bench.folder / FROM_SCRATCH / f"lr{lr:g}"
+        """Result of training from scratch at a learning rate, or why it failed; final once there are trials."""
+        folder = self.bench.folder / FROM_SCRATCH / f"lr{lr!r}"
         path = folder / "result.json"
-        if path.exists() and "failed" not in (kept := read_own(path)):
+        if path.exists() and ("failed" not in (kept := read_own(path)) or (self.bench.folder / STUDY).exists()):
             return kept
         arm, seed = Arm(SCRATCH), self.bench.recipe.seed
         try:

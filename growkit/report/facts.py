@@ -1,6 +1,6 @@
 """Read a run folder for its report: whatever is missing or damaged is left out, and what is damaged is named."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,22 @@ class Facts:
         """The last step of a command, the one that counts."""
         return next(reversed(self.all(command)), None)
 
+    def figures(self, command: str) -> Content:
+        """The figures of the last step of a command; empty without one."""
+        step = self.latest(command)
+        return step.figures if step else {}
+
+    def hashes(self, command: str) -> Content:
+        """The hashes of the last step of a command; empty without one."""
+        step = self.latest(command)
+        return step.hashes if step else {}
+
+    @property
+    def tuning(self) -> Step | None:
+        """The last fine-tuning on record; None if a later one was killed, after it had kept other weights."""
+        made, now = self.hashes("finetune").get("finetuned"), self.tuned.get("weights_sha256")
+        return None if made and now and made != now else self.latest("finetune")
+
     @property
     def shipped(self) -> tuple[str, str] | None:
         """The folder of the furthest model, as `growkit export` takes it, and the SHA-256 of its weights."""
@@ -79,9 +95,7 @@ class Facts:
             ("train", "trained", self.trained),
         )
         for command, folder, history in made:
-            step = self.latest(command)  # of training that was killed there is none
-            sha256 = history.get("weights_sha256") or (step.hashes.get(folder) if step else None)
-            if sha256:
+            if sha256 := history.get("weights_sha256") or self.hashes(command).get(folder):
                 return folder, str(sha256)
         return None
 
@@ -106,22 +120,12 @@ def read_facts(run: RunFolder) -> Facts:
         damaged.append(f"{path.relative_to(run.path)} is damaged and was left out.")
         return {}
 
-    steps: list[Step] = []
-    listed = read(run.record)
-    found = listed.get("steps", [])
-    if not isinstance(found, list) or (listed and "steps" not in listed):
-        damaged.append(f"{run.record.name} holds no list of steps and was left out.")
-        found = []
-    for place, content in enumerate(found, 1):
-        if isinstance(content, Mapping):
-            steps.append(Step(place, content))
-        else:
-            damaged.append(f"Step {place} of {run.record.name} is damaged and was left out.")
+    steps = tuple(_steps(read(run.record), run.record.name, damaged))
     trained, grown, tuned = (read(folder / "growkit.json") for folder in (run.trained, run.grown, run.finetuned))
     furthest = run.finetuned if tuned else run.grown if grown else run.trained
     facts = Facts(
         path=run.path,
-        steps=tuple(steps),
+        steps=steps,
         trained=trained,
         grown=grown,
         tuned=tuned,
@@ -135,6 +139,19 @@ def read_facts(run: RunFolder) -> Facts:
     if not any((steps, trained, grown, tuned, facts.export, facts.verify, facts.comparison, damaged)):
         raise GrowkitError(f"{run.path} holds nothing of a run; `growkit grow` begins one, --run names another")
     return facts
+
+
+def _steps(record: Content, name: str, damaged: list[str]) -> Iterator[Step]:
+    """The steps of a record; a line for each that is damaged goes to `damaged`."""
+    listed = record.get("steps", [])
+    if not isinstance(listed, list) or (record and "steps" not in record):
+        damaged.append(f"{name} holds no list of steps and was left out.")
+        return
+    for place, content in enumerate(listed, 1):
+        if isinstance(content, Mapping):
+            yield Step(place, content)
+        else:
+            damaged.append(f"Step {place} of {name} is damaged and was left out.")
 
 
 def sha256_on_disk(paths: Sequence[Path]) -> str | None:
@@ -177,7 +194,12 @@ def words(key: object) -> str:
     return str(key).replace("_", " ")
 
 
+def formatted(value: object, form: str) -> str:
+    """A number in this format, as in '.3g'; a dash if it is none."""
+    found = number(value)
+    return "–" if found is None else f"{found:{form}}"
+
+
 def percent(share: object) -> str:
     """A fraction in per cent; a dash if there is none."""
-    value = number(share)
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return formatted(share, ".1%")

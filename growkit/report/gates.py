@@ -11,7 +11,9 @@ from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_
 from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of predictions is not chance
+ACCURATE = "It is at least as accurate as its source"
 TOGETHER = "The files belong together"
+WHOLE = "The record is whole"
 LINES = 3  # checks quoted per group
 
 
@@ -20,13 +22,14 @@ def shipping(gates: Sequence[Gate]) -> Gate:
     failed = [gate.name for gate in gates if gate.mark == "fail"]
     left = {"inconclusive": "undecided", "not done": "not checked"}
     unsure = [f"{gate.name} ({left[gate.mark]})" for gate in gates if gate.mark in left]
+    answer, line = "yes", "Every gate passed."
     if not gates:
-        return Gate("May it ship?", Mark("not yet"), "Nothing was grown or trained in this run yet: `growkit grow`.")
-    if failed:
-        return Gate("May it ship?", Mark("no"), f"Failed: {'; '.join(failed)}.")
-    if unsure:
-        return Gate("May it ship?", Mark("not yet"), f"Open: {'; '.join(unsure)}.")
-    return Gate("May it ship?", Mark("yes"), "Every gate passed.")
+        answer, line = "not yet", "Nothing was grown or trained in this run yet: `growkit grow`."
+    elif failed:
+        answer, line = "no", f"Failed: {'; '.join(failed)}."
+    elif unsure:
+        answer, line = "not yet", f"Open: {'; '.join(unsure)}."
+    return Gate("May it ship?", Mark(answer), line)
 
 
 def gates_of(facts: Facts) -> list[Gate]:
@@ -36,12 +39,19 @@ def gates_of(facts: Facts) -> list[Gate]:
         return []
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
     return [
+        *_whole(facts),
         *_start(facts),
         *_ended(facts),
         *([_accuracy(facts)] if has_source else []),
         *_checks(facts),
         *_together(facts),
     ]
+
+
+def _whole(facts: Facts) -> Iterator[Gate]:
+    """A gate if a file is damaged that might have told why not to ship; the comparison of methods tells nothing."""
+    if damaged := [line for line in facts.damaged if not line.startswith("compare/")]:
+        yield Gate(WHOLE, Mark("inconclusive"), f"{' '.join(damaged)} Restore it, or run its step again.")
 
 
 def _start(facts: Facts) -> Iterator[Gate]:
@@ -74,13 +84,11 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     steps = facts.all("evaluate")
     if not steps:
         return None, ""
-    export = facts.latest("export")
-    known = {facts.shipped[1] if facts.shipped else None, export.hashes.get("model.onnx") if export else None} - {
-        None,
-        "",
-    }
+    shipped = facts.shipped[1] if facts.shipped else None
+    exported = [step for step in facts.all("export") if shipped in (None, step.hashes.get("weights"))]
+    known = [shipped, *(step.hashes.get("model.onnx") for step in exported[-1:])]
     source = mapping(facts.grown.get("source")).get("sha256")
-    own = [step for step in steps if step.hashes.get("model") in known]
+    own = [step for step in steps if (model := step.hashes.get("model")) and model in known]
     if _new_head(facts):  # judge by another run's model: this run's own heads began untrained
         made = (*facts.all("grow"), *facts.all("finetune"))
         stages = {str(sha256) for step in made for sha256 in step.hashes.values()}
@@ -102,39 +110,46 @@ def _new_head(facts: Facts) -> bool:
 
 def _accuracy(facts: Facts) -> Gate:
     """Accuracy against the source, image by image if that was evaluated, else by the two scores."""
-    name = "It is at least as accurate as its source"
     step, stale = behaviour_step(facts)
-    figures = step.figures if step and not stale else {}
-    wrong, right = (number(mapping(figures.get(key)).get("count")) for key in ("turned_wrong", "turned_right"))
-    p = number(figures.get("mcnemar_p"))
-    if wrong is not None and right is not None and p is not None:
-        scores = (mapping(figures.get(key)).get("top1") for key in ("source_scores", "model_scores"))
-        beside = f", against {step.options.get('against')}" if step and _new_head(facts) else ""
-        line = (
-            f"Top-1 {' → '.join(map(percent, scores))}{beside}; {wrong:,.0f} answers turned wrong, "
-            f"{right:,.0f} turned right (p = {p:.2g})."
-        )
-        if wrong <= right:
-            return Gate(name, Mark("pass"), line)
-        return Gate(name, Mark("fail" if p < CHANCE else "inconclusive"), line)
+    if step and not stale and (gate := _by_image(step, new_head=_new_head(facts))):
+        return gate
+    return _by_scores(facts)
+
+
+def _by_image(step: Step, *, new_head: bool) -> Gate | None:
+    """The gate of a comparison of answers; None if its figures are missing."""
+    wrong, right = (number(mapping(step.figures.get(key)).get("count")) for key in ("turned_wrong", "turned_right"))
+    p = number(step.figures.get("mcnemar_p"))
+    if wrong is None or right is None or p is None:
+        return None
+    scores = (mapping(step.figures.get(key)).get("top1") for key in ("source_scores", "model_scores"))
+    beside = f", against {step.options.get('against')}" if new_head else ""
+    line = (
+        f"Top-1 {' → '.join(map(percent, scores))}{beside}; {wrong:,.0f} answers turned wrong, "
+        f"{right:,.0f} turned right (p = {p:.2g})."
+    )
+    return Gate(ACCURATE, Mark("pass" if wrong <= right else "fail" if p < CHANCE else "inconclusive"), line)
+
+
+def _by_scores(facts: Facts) -> Gate:
+    """The gate of the scores on record."""
     if _new_head(facts):
         line = (
             "Its source has other classes, or none, so there is nothing to hold it against: fine-tune the source, too "
             "(`growkit finetune SOURCE --data DATA --run OTHER`), then `growkit evaluate --against OTHER/finetuned`."
         )
-        return Gate(name, Mark("not done"), line)
-    scores_by_stage = scores_of(facts)
-    source, stage = scores_by_stage.get("source"), "tuned" if facts.tuned or facts.latest("finetune") else "operator"
-    model = scores_by_stage.get(stage)
-    if model is None and stage == "operator" and not operator_fit(facts):
-        model = scores_by_stage.get("step0")  # nothing was trained since
+        return Gate(ACCURATE, Mark("not done"), line)
+    scores, tuned = scores_of(facts), facts.tuned or facts.tuning
+    source, model = scores.get("source"), scores.get("tuned" if tuned else "operator")
+    if model is None and not tuned and not operator_fit(facts):
+        model = scores.get("step0")  # nothing was trained since
     remedy = "`growkit evaluate --against SOURCE` tells image by image."
     if source is None or model is None:
-        return Gate(name, Mark("not done"), f"Not measured here: {remedy}")
-    line = f"Top-1 {percent(source['top1'])} → {percent(model['top1'])} on validation images; {remedy}"
+        return Gate(ACCURATE, Mark("not done"), f"Not measured here: {remedy}")
     if source.get("count") != model.get("count"):
-        return Gate(name, Mark("inconclusive"), f"Measured on different images: {remedy}")
-    return Gate(name, Mark("pass" if model["top1"] >= source["top1"] else "inconclusive"), line)
+        return Gate(ACCURATE, Mark("inconclusive"), f"Measured on different images: {remedy}")
+    line = f"Top-1 {percent(source['top1'])} → {percent(model['top1'])} on validation images; {remedy}"
+    return Gate(ACCURATE, Mark("pass" if model["top1"] >= source["top1"] else "inconclusive"), line)
 
 
 def _checks(facts: Facts) -> Iterator[Gate]:
@@ -191,12 +206,10 @@ def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str,
 
 def _together(facts: Facts) -> Iterator[Gate]:
     """Whether the same model was fine-tuned, exported and verified; steps may have run more than once."""
-    tune, grow, export = (facts.latest(command) for command in ("finetune", "grow", "export"))
+    tune, grown = facts.tuning, facts.hashes("grow").get("grown")
     verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
     shipped, run = facts.shipped, facts.path.resolve().name
-    weights = mapping(facts.export.get("provenance")).get("weights_sha256") or (
-        export.hashes.get("weights") if export else None
-    )
+    weights = mapping(facts.export.get("provenance")).get("weights_sha256") or facts.hashes("export").get("weights")
     if verified and exported and verified != exported:
         line = (
             f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: run `growkit verify` again."
@@ -207,7 +220,7 @@ def _together(facts: Facts) -> Iterator[Gate]:
         line = (
             f"The ONNX file was made of other weights than {run}/{shipped[0]}: run `growkit export` and `verify` again."
         )
-    elif tune and grow and _differ(tune.hashes.get("source"), grow.hashes.get("grown")):
+    elif tune and _differ(tune.hashes.get("source"), grown):
         line = "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
     elif replaced := _replaced(facts):
         yield replaced
@@ -227,12 +240,14 @@ def _replaced(facts: Facts) -> Gate | None:
 
     The records tell of the file that was checked; only its bytes tell whether it still lies there.
     """
-    onnx, verified = facts.path / "onnx", facts.verify.get("onnx_sha256")
-    names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
-    known: list[tuple[list[Path], object, str]] = []  # files, their SHA-256 on record, the end of the line
-    if facts.export or (onnx / "model.onnx").exists():
+    onnx, verified, exported = facts.path / "onnx", facts.verify.get("onnx_sha256"), facts.export.get("sha256")
+    made = [step for step in facts.all("export") if step.hashes.get("model.onnx") == verified]
+    made_here = any(Path(str(step.options.get("out"))).resolve() == onnx.resolve() for step in made)
+    known: list[tuple[list[Path], object, str]] = []  # files, their SHA-256 on record, what to do if it differs
+    if made_here or facts.export or (onnx / "model.onnx").exists():
+        names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
         remedy = f"that was {'verified' if verified else 'exported'}: run `growkit export` and `verify` again."
-        known.append(([onnx / name for name in names], verified or facts.export.get("sha256"), remedy))
+        known.append(([onnx / name for name in names], verified or exported, remedy))
     if facts.shipped:
         stage, sha256 = facts.shipped
         remedy = "on record: restore it, or run the steps from there again."

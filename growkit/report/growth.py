@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, percent, rows, texts, words
+from growkit.report.facts import Facts, Step, formatted, mapping, number, percent, rows, texts, words
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
@@ -89,10 +89,9 @@ def _sizes(facts: Facts) -> Table:
     for key in dict.fromkeys((*SIZES, *old, *new)):
         if key in old and (key in SIZES or _plain(old[key]) != _plain(new.get(key, old[key]))):
             body.append((SIZES.get(key, words(key)), _plain(old[key]), _plain(new.get(key))))
-    step = facts.latest("grow")
-    if step is not None and number(step.figures.get("parameters")):
+    if after := number(facts.figures("grow").get("parameters")):
         before = number(mapping(mapping(facts.grown.get("sizes")).get("source")).get("parameters"))
-        body.append(("parameters", None if before is None else _many(before), _many(step.figures["parameters"])))
+        body.append(("parameters", None if before is None else _many(before), _many(after)))
     return Table(("", "source", "grown"), [[cell(value) for value in row] for row in body])
 
 
@@ -122,12 +121,12 @@ def growth_section(facts: Facts) -> Section:
     ]
     fit = operator_fit(facts)
     if fit:
-        size = number(step.figures.get("operator_parameters")) if step else None
+        size = number(facts.figures("grow").get("operator_parameters"))
         of = f" of {_many(size)} parameters" if size else ""
         lines.append(_spent(f"The growth operator{of} was trained", fit))
     else:
         lines.append("The growth operator was not trained.")
-    lines += _earlier(facts, "grow")
+    lines += earlier_line(facts.all("grow"))
     after = "operator trained" if fit else "grown"
     table = _scores(facts, ("source", "source"), ("step0", "grown, before training"), ("operator", after))
     return Section("Growth", "\n".join(lines), table, _curves(fit, "Training the growth operator"))
@@ -135,8 +134,7 @@ def growth_section(facts: Facts) -> Section:
 
 def operator_fit(facts: Facts) -> Mapping[str, Any]:
     """Figures of the training of the growth operator; empty if it was not trained."""
-    step = facts.latest("grow")
-    return mapping(facts.grown.get("operator")) or mapping(step.figures.get("operator") if step else None)
+    return mapping(facts.grown.get("operator")) or mapping(facts.figures("grow").get("operator"))
 
 
 def start_line(facts: Facts) -> str:
@@ -161,14 +159,15 @@ def start_in_words(gap: float, claimed: bool | None, shown: str) -> str:
 
 def gap_of(facts: Facts) -> float | None:
     """Largest difference of logits between source and grown model at step 0."""
-    step = facts.latest("grow")
-    return number(facts.grown.get("step0_gap", step.figures.get("step0_gap") if step else None))
+    return number(facts.grown.get("step0_gap", facts.figures("grow").get("step0_gap")))
 
 
 def tuning_section(facts: Facts) -> Section:
     """Fine-tuning: its cost, its best evaluation, and its score compared with the source."""
-    step = facts.latest("finetune")
+    step = facts.tuning
     fit = mapping(facts.tuned.get("fit")) or (step.figures if step else {})
+    if not fit and facts.tuned:
+        return Section("Fine-tuning", "It was killed before its end: the same command with --resume goes on with it.")
     if not fit:
         return Section("Fine-tuning", "Not done in this run: `growkit finetune` trains the grown model on.")
     settings = mapping(fit.get("settings")) or (step.options if step else {})
@@ -182,15 +181,15 @@ def tuning_section(facts: Facts) -> Section:
         at = places.index(fit["best_step"]) + 1
         each = " (epochs)" if number(settings.get("eval_every")) == 1 else ""
         lines.append(f"Evaluation {at} of {len(places)}{each} was the best, and its weights are kept.")
-    lines += _earlier(facts, "finetune")
+    lines += earlier_line(facts.all("finetune"))
     table = _scores(facts, ("source", "source"), ("operator", "grown"), ("tuned", "fine-tuned"))
     return Section("Fine-tuning", "\n".join(lines), table, _curves(fit, "Fine-tuning", scores_of(facts).get("source")))
 
 
 def scores_of(facts: Facts) -> dict[str, Mapping[str, Any]]:
     """Recorded scores on the validation images by stage: source, step0, operator, tuned."""
-    grow, tune = facts.latest("grow"), facts.latest("finetune")
-    found = {name: mapping(one) for name, one in mapping(grow.figures.get("scores") if grow else None).items()}
+    tune = facts.tuning
+    found = {name: mapping(one) for name, one in mapping(facts.figures("grow").get("scores")).items()}
     if tune is not None:
         found["tuned"] = mapping(tune.figures.get("best"))
         found.setdefault("operator", mapping(tune.figures.get("start")))
@@ -206,9 +205,9 @@ def _scores(facts: Facts, *stages: tuple[str, str]) -> Table | None:
     for key, name in stages:
         if key not in found:
             continue
-        top1, loss = number(found[key]["top1"]) or 0.0, number(found[key].get("loss"))
+        top1 = number(found[key]["top1"]) or 0.0
         change = "" if source is None or key == "source" else f"{100 * (top1 - source):+.1f} points"
-        body.append((name, percent(top1), change, "–" if loss is None else f"{loss:.3f}"))
+        body.append((name, percent(top1), change, formatted(found[key].get("loss"), ".3f")))
     images = {cell(one["count"]) for one in found.values() if number(one.get("count"))}
     of = f"top-1 on {images.pop()} images" if len(images) == 1 else "top-1"
     return Table(("model", of, "against the source", "loss"), body) if body else None
@@ -262,11 +261,6 @@ def _smoothed(found: Sequence[Point]) -> Series:
     blocks = [found[at : at + many] for at in range(0, len(found) - many + 1, many)]
     means = [(block[-1][0], sum(loss for _, loss in block) / many) for block in blocks]
     return Series(f"training, mean of {many}" if many > 1 else "training", means)
-
-
-def _earlier(facts: Facts, command: str) -> list[str]:
-    """A line if a command ran more than once: the last run counts."""
-    return earlier_line(facts.all(command))
 
 
 def earlier_line(steps: Sequence[Step], shown: Step | None = None) -> list[str]:

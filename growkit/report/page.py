@@ -206,18 +206,19 @@ def _verdict(report: Report) -> list[str]:
         for gate in report.gates
     )
     return [
-        f'<div class="verdict {_kind(asked.mark)}">',
+        f'<div class="verdict {_sign(asked.mark)[1]}">',
         f'<p class="answer">{escape(asked.name)} {_mark(asked.mark)}</p>\n<p>{escape(asked.line)}</p>\n</div>',
         *([f'<ul class="gates">\n{gates}\n</ul>'] if gates else []),
     ]
 
 
-def _kind(mark: str) -> str:
-    return SIGNS.get(mark, ("·", "plain"))[1]
+def _sign(mark: str) -> tuple[str, str]:
+    return SIGNS.get(mark, ("·", "plain"))
 
 
 def _mark(mark: str) -> str:
-    return f'<span class="mark {_kind(mark)}">{SIGNS.get(mark, ("·", ""))[0]} {escape(mark)}</span>'
+    sign, colour = _sign(mark)
+    return f'<span class="mark {colour}">{sign} {escape(mark)}</span>'
 
 
 def _contents(sections: Sequence[Section]) -> list[str]:

@@ -74,13 +74,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """A line chart. `log_x` leaves out points whose x is not positive; `reference` is a named level."""
+    """A line chart; `reference` is a named level."""
 
     title: str
     series: Sequence[Series]
     x_label: str
     y_label: str
-    log_x: bool = False
     reference: tuple[str, float] | None = None
 
 
@@ -106,10 +105,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Dots:
-    """Dots with intervals, one per row, the first on top, and a line at a named level."""
+    """Dots with intervals, the first on top, and a line at a named level."""
 
     title: str
-    rows: Sequence[Bar]
+    bars: Sequence[Bar]
     label: str
     level: tuple[str, float]
 
@@ -125,11 +124,6 @@ def scientific(value: float, digits: int) -> str:
     return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
-def _power(value: float) -> str:
-    """A tick on a log axis: plain near one, else a power of ten."""
-    return f"{value:g}" if 1e-3 <= value < 1e4 else scientific(value, 0).removeprefix("1×")
-
-
 def draw(plot: Chart) -> str:
     """Draw a chart as an <svg> element in the page's colours; a sentence if there is nothing finite to show."""
     plot = _legible(plot)
@@ -141,9 +135,8 @@ def draw(plot: Chart) -> str:
     except ValueError:  # matplotlib's of values it cannot place; one plot must not cost the page
         return nothing
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    # styles would apply to the whole page
+    svg = re.sub(r"(<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>)\s*", "", svg, flags=re.DOTALL)
     prefix = "p" + sha256(svg.encode()).hexdigest()[:8]
     used = {name for tag in TAG.findall(svg) for name in re.findall(r'(?:url\(#|href="#)([^)"]+)', tag)}
 
@@ -188,10 +181,10 @@ def _legible(drawn: Any) -> Any:
 
 
 def _finite(plot: Chart) -> bool:
-    if isinstance(plot, Bars | Dots):
-        return any(_shown(bar) is not None for bar in (plot.bars if isinstance(plot, Bars) else plot.rows))
+    if not isinstance(plot, Plot):
+        return any(_shown(bar) is not None for bar in plot.bars)
     points = (point for series in plot.series for point in series.points)
-    return any(_drawable(x) and _drawable(y) and (x > 0 or not plot.log_x) for x, y in points)
+    return any(_drawable(x) and _drawable(y) for x, y in points)
 
 
 def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -> bytes:
@@ -202,10 +195,7 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        if isinstance(plot, Plot):
-            tall = HEIGHT + 0.17 * (len(plot.series) + 1)
-        else:
-            tall = 1 + 0.33 * len(plot.bars if isinstance(plot, Bars) else plot.rows)
+        tall = HEIGHT + 0.17 * (len(plot.series) + 1) if isinstance(plot, Plot) else 1 + 0.33 * len(plot.bars)
         back = "none" if transparent else "white"
         figure = Figure(figsize=(WIDTH, tall), layout="constrained", dpi=DPI, facecolor=back)
         axes = figure.subplots(subplot_kw={"facecolor": back})
@@ -229,27 +219,22 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
 def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
     drawn = []
     for index, series in enumerate(plot.series):
-        kept = _thinned(series, plot.log_x)
+        kept = _thinned(series)
         xs = [series.points[i][0] for i in kept]
         ys = [_or_gap(series.points[i][1]) for i in kept]
         colour = COLOURS[index % len(COLOURS)]
-        marker = MARKERS[index % len(MARKERS)]
         (line,) = axes.plot(
             xs,
             ys,
             color=colour,
             linestyle=DASHES[index % len(DASHES)],
-            marker=marker,
+            marker=MARKERS[index % len(MARKERS)],
             markevery=max(1, len(kept) // 8),
         )
         drawn.append(line)
         if series.low is not None and series.high is not None:
             low, high = ([_or_gap(band[i]) for i in kept] for band in (series.low, series.high))
             axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-    if plot.log_x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: _power(value))
-        axes.xaxis.set_minor_formatter("")
     names = [series.name for series in plot.series]
     if plot.reference is not None and _drawable(plot.reference[1]):
         drawn.append(axes.axhline(plot.reference[1], color=SOFT, linewidth=1, linestyle=(0, (1, 2))))
@@ -261,12 +246,12 @@ def _lines(figure: "Figure", axes: "Axes", plot: Plot) -> None:
         figure.legend(drawn, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 26 else 2)
 
 
-def _thinned(series: Series, log_x: bool) -> list[int]:
+def _thinned(series: Series) -> list[int]:
     """Indices of the points to draw: few enough, and always the last."""
     count = len(series.points)
     every = max(1, math.ceil(count / POINTS))
     kept = sorted({*range(0, count, every), count - 1} if count else ())
-    return [i for i in kept if _drawable(series.points[i][0]) and (series.points[i][0] > 0 or not log_x)]
+    return [i for i in kept if _drawable(series.points[i][0])]
 
 
 def _bars(axes: "Axes", plot: Bars) -> None:
@@ -279,25 +264,22 @@ def _bars(axes: "Axes", plot: Bars) -> None:
         if bar.low is not None and bar.high is not None:
             axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=INK, capsize=3, linewidth=1.2)
         shown = "" if _shown(bar) is None else _digits(value)
-        text = "  ".join(part for part in (shown, _tick(bar.note)) if part)
-        axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        _write_beside(axes, (end, place), 5, shown, bar.note)
         ends.append(end)
     low = min(0.0, *(low for _, low, _ in intervals))
     longest = max(len(_tick(bar.note)) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
-    axes.set_yticks(list(places), [_tick(bar.name) for bar in plot.bars])
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    _name_rows(axes, plot.bars)
     axes.spines["left"].set_visible(low == 0)
     if low < 0:
         axes.axvline(0, color=SOFT, linewidth=1)
     axes.invert_yaxis()
-    axes.grid(True, axis="x")
     axes.set_xlabel(plot.label)
 
 
 def _dots(axes: "Axes", plot: Dots) -> None:
-    rows = [bar for bar in plot.rows if _shown(bar) is not None]
+    rows = [bar for bar in plot.bars if _shown(bar) is not None]
     level = plot.level[1]
     reach = [level]
     for place, bar in enumerate(rows):
@@ -305,19 +287,29 @@ def _dots(axes: "Axes", plot: Dots) -> None:
         xerr = [[value - low], [high - value]]
         axes.errorbar(value, place, xerr=xerr, fmt="o", color=COLOURS[0], ecolor=INK, capsize=3, linewidth=1.2)
         shown = f"{value:.2f}" if abs(value) < LONG else f"{value:.3g}"
-        text = "  ".join(part for part in (shown, _tick(bar.note)) if part)
-        axes.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        _write_beside(axes, (high, place), 6, shown, bar.note)
         reach += [low, high]
     span = (max(reach) - min(reach)) or 1.0
     axes.set_xlim(
         min(reach) - 0.06 * span, max(reach) + span * (0.2 + 0.02 * max(len(_tick(bar.note)) for bar in rows))
     )
     axes.axvline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
-    axes.set_yticks(range(len(rows)), [_tick(bar.name) for bar in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    _name_rows(axes, rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(True, axis="x")
     axes.set_xlabel(f"{plot.label} (dashed: {plot.level[0]})")
+
+
+def _name_rows(axes: "Axes", bars: Sequence[Bar]) -> None:
+    """Write the names of bars beside the y axis, and draw a grid across."""
+    axes.set_yticks(range(len(bars)), [_tick(bar.name) for bar in bars])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(True, axis="x")
+
+
+def _write_beside(axes: "Axes", place: Point, gap: int, value: str, note: str) -> None:
+    """Write a bar's value and note to the right of its end."""
+    text = "  ".join(part for part in (value, _tick(note)) if part)
+    axes.annotate(text, place, xytext=(gap, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _tick(name: str) -> str:

@@ -8,7 +8,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import ONCE, command_line, in_lines
 from growkit.report.facts import Facts, mapping, percent, read_facts
-from growkit.report.gates import behaviour_step, gates_of, shipping
+from growkit.report.gates import WHOLE, behaviour_step, gates_of, shipping
 from growkit.report.growth import (
     earlier_line,
     grown_sizes,
@@ -51,9 +51,7 @@ def run_report(run: RunFolder) -> Report:
     try:
         gates = gates_of(facts)
     except ODD as error:
-        gates = [
-            Gate("The record is whole", Mark("fail"), f"It is damaged ({type(error).__name__}): run the steps again.")
-        ]
+        gates = [Gate(WHOLE, Mark("fail"), f"It is damaged ({type(error).__name__}): run the steps again.")]
     title, summary = _head(facts)
     return Report(title, [*summary, *facts.damaged], sections, shipping(gates), gates)
 
@@ -92,12 +90,11 @@ def _behaviour(facts: Facts) -> Section:
         return Section(
             title, "Not compared: `growkit evaluate --against SOURCE` tells which answers turned wrong or right."
         )
-    lines = [f"{step.options.get('model')} against {step.options.get('against')}, on {step.options.get('data')}."]
+    compared = f"{step.options.get('model')} against {step.options.get('against')}, on {step.options.get('data')}."
+    lines = filter(None, (compared, stale, *earlier_line(facts.all("evaluate"), step)))
     scores, predictions, classes = agreement_sections(step.figures)
     parts = [replace(one, title=one.title.capitalize()) for one in (scores, predictions, replace(classes, folded=True))]
-    return Section(
-        title, "\n".join([*lines, *([stale] if stale else []), *earlier_line(facts.all("evaluate"), step)]), parts=parts
-    )
+    return Section(title, "\n".join(lines), parts=parts)
 
 
 def _savings(facts: Facts) -> Section:
@@ -110,7 +107,7 @@ def _savings(facts: Facts) -> Section:
     made = savings_section(facts.comparison)
     if other and mine and other != mine:
         line = f"The comparison grew another source ({short(other)}…) than this run ({short(mine)}…)."
-        return Section(made.title, f"{line}\n{made.text}", made.table, made.plots, parts=made.parts)
+        return replace(made, text=f"{line}\n{made.text}")
     return made
 
 

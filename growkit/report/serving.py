@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from growkit.report.facts import Facts, Step, mapping, number, rows, words
+from growkit.report.facts import Facts, Step, formatted, mapping, number, rows, words
 from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
 from growkit.report.plot import Bar, Bars, Chart, Dots
@@ -58,11 +58,10 @@ def parity_section(facts: Facts) -> Section:
     content = checked(facts)
     groups = {group: checks for group, checks in checks_of(content).items() if group != "latency"}
     if not groups:
-        missing = (
-            "No ONNX file was written: `growkit export --onnx` writes one." if not facts.export else "Not checked."
-        )
+        missing = "Not checked." if facts.export else "No ONNX file was written: `growkit export --onnx` writes one."
         return Section("ONNX parity", missing)
-    figures = mapping(content.get("numerics") if content is facts.verify else content.get("figures"))
+    verified = content is facts.verify
+    figures = mapping(content.get("numerics" if verified else "figures"))
     lines = []
     if facts.export:
         size = number(facts.export.get("bytes"))
@@ -70,33 +69,36 @@ def parity_section(facts: Facts) -> Section:
         precision = mapping(facts.export.get("form")).get("precision")
         kind = f"{precision}, " if precision else ""
         lines.append(f"model.onnx: {kind}{large}opset {facts.export.get('opset')}, IR {facts.export.get('ir')}.")
-    if content is not facts.verify:
+    if not verified:
         lines.append("These are the export's own checks; `growkit verify` makes more, with data and times.")
-    batches = mapping(figures.get("batches"))
-    worst = [number(mapping(one).get("relative_rms")) for one in batches.values()]
-    known = [one for one in worst if one is not None]
-    if known:
+    lines += _numbers(figures, groups)
+    # comparisons of a model or file alone with a reference have other checks
+    steps = tuple(filter(_is_whole, facts.all("verify"))) if verified else facts.all("export")
+    sha256 = content.get("onnx_sha256") if verified else facts.export.get("sha256")
+    # other files may have been exported and verified since; without the step of this one nothing is claimed
+    shown = next((step for step in reversed(steps) if step.hashes.get("model.onnx") == sha256), None)
+    lines += earlier_line(steps, shown) if shown else []
+    parts = [_group(group, checks) for group, checks in groups.items()]
+    return Section("ONNX parity", "\n".join(lines), _batches(mapping(figures.get("batches"))), parts=parts)
+
+
+def _numbers(figures: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """How far the file's numbers and answers are from the model's, beside what is allowed."""
+    lines = []
+    relative = (number(mapping(one).get("relative_rms")) for one in mapping(figures.get("batches")).values())
+    if known := [one for one in relative if one is not None]:
         allowed = _allowed(groups, "relative RMS error")
         lines.append(f"Its numbers differ from the float64 model by {max(known):.1e} of their spread{allowed}.")
     ratio = number(figures.get("noise_ratio"))
     if ratio is not None:
         allowed = _allowed(groups, "error / PyTorch's own")
         lines.append(f"That is {ratio:.2f} times PyTorch's own error in the file's precision{allowed}.")
-    accuracy = mapping(figures.get("accuracy"))
-    if accuracy:
+    if accuracy := mapping(figures.get("accuracy")):
         lines.append(
             f"On {cell(accuracy.get('samples'))} labelled images it turned {cell(accuracy.get('n01'))} answers right "
             f"and {cell(accuracy.get('n10'))} wrong against PyTorch."
         )
-    steps = facts.all("verify" if content is facts.verify else "export")
-    # comparisons of a model or file alone with a reference have other checks
-    steps = tuple(step for step in steps if step.command == "export" or _is_whole(step))
-    sha256 = content.get("onnx_sha256") if content is facts.verify else facts.export.get("sha256")
-    # other files may have been exported and verified since; without the step of this one nothing is claimed
-    shown = next((step for step in reversed(steps) if step.hashes.get("model.onnx") == sha256), None)
-    lines += earlier_line(steps, shown) if shown else []
-    parts = [_group(group, checks) for group, checks in groups.items()]
-    return Section("ONNX parity", "\n".join(lines), _batches(batches), parts=parts)
+    return lines
 
 
 def _is_whole(step: Step) -> bool:
@@ -115,8 +117,8 @@ def _batches(batches: Mapping[str, Any]) -> Table | None:
     """The error at each batch size."""
     body = []
     for batch, figures in batches.items():
-        relative, largest = (number(mapping(figures).get(key)) for key in ("relative_rms", "largest_over_std"))
-        body.append((str(batch), *("–" if one is None else f"{one:.1e}" for one in (relative, largest))))
+        errors = (formatted(mapping(figures).get(key), ".1e") for key in ("relative_rms", "largest_over_std"))
+        body.append((str(batch), *errors))
     return Table(("batch", "relative error", "largest difference / spread"), body) if body else None
 
 
@@ -160,18 +162,9 @@ def latency_section(facts: Facts) -> Section:
         Bar(name, number(one.get("ratio")), number(one.get("low")), number(one.get("high")))
         for name, one in zip(names, compared, strict=True)
     ]
-    absolute: dict[str, tuple[float, Bar]] = {}  # with the batch to sort by
-    for one in compared:
-        batch = number(one.get("batch"))
-        for side, milliseconds in ((one.get("subject"), "subject_ms"), (one.get("baseline"), "baseline_ms")):
-            name = f"batch {cell(one.get('batch'))}, {side}"
-            median = number(mapping(one.get(milliseconds)).get("p50"))
-            if side != "itself" and median is not None:
-                absolute.setdefault(name, (math.inf if batch is None else batch, Bar(name, median)))
-    bars = [bar for _, bar in sorted(absolute.values(), key=lambda entry: entry[0])]  # stable within a batch
     plots: list[Chart] = [
         Dots("Time of the file against others", ratios, "ratio of times", ("as fast", 1.0)),
-        Bars("Time per call, median", bars, "ms"),
+        Bars("Time per call, median", _medians(compared), "ms"),
     ]
     parts = [Section("Times in ms", table=_times(compared), folded=True), *_throughput(facts)]
     checks = checks_of(facts.verify).get("latency")
@@ -183,17 +176,30 @@ def latency_section(facts: Facts) -> Section:
     return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
 
 
+def _medians(compared: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """One bar for the median time of each thing that was timed, by batch size."""
+    found: dict[str, tuple[float, Bar]] = {}  # with the batch to sort by
+    for one in compared:
+        batch = number(one.get("batch"))
+        for side in ("subject", "baseline"):
+            name = f"batch {cell(one.get('batch'))}, {one.get(side)}"
+            median = number(mapping(one.get(f"{side}_ms")).get("p50"))
+            if one.get(side) != "itself" and median is not None:
+                found.setdefault(name, (math.inf if batch is None else batch, Bar(name, median)))
+    return [bar for _, bar in sorted(found.values(), key=lambda entry: entry[0])]  # stable within a batch
+
+
 def _throughput(facts: Facts) -> list[Section]:
     """Images per second by batch size, and how much of the machine that is."""
     measured = mapping(facts.verify.get("throughput"))
     body = []
     for one in rows(measured.get("rates")):
-        milliseconds, share = mapping(one.get("ms")), number(one.get("share"))
+        milliseconds = mapping(one.get("ms"))
         body.append(
             (
                 cell(one.get("batch")),
                 *(_digits(one.get(key)) for key in ("images_per_second", "gflops")),
-                "–" if share is None else f"{share:.0%}",
+                formatted(one.get("share"), ".0%"),
                 *(_digits(milliseconds.get(key)) for key in ("p50", "p90", "p99")),
             )
         )
@@ -231,8 +237,7 @@ def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
 
 def _digits(value: object) -> str:
     """Three digits, or a dash if there is no number."""
-    found = number(value)
-    return "–" if found is None else f"{found:.3g}"
+    return formatted(value, ".3g")
 
 
 def _any(value: object) -> str:

@@ -4,6 +4,8 @@ import pytest
 
 from growkit.compare.arms import parse_arm, parse_arms
 from growkit.compare.compare import Cell
+from growkit.compare.figures import arm_figures
+from growkit.compare.page import main_table
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 
@@ -41,6 +43,15 @@ def test_arms_that_differ_have_files_that_differ():
     arms = [parse_arm(text) for text in texts]
     assert len({arm.slug for arm in arms}) == len(arms)
     assert len({Cell(arms[0], 1.0, 0, lr).slug for lr in (1e-3, 1.0000001e-3)}) == 2
+
+
+def test_budgets_that_differ_have_names_that_differ():
+    arm, shares = parse_arm("lemon"), (0.125, 0.12, 0.0004, 0.07, 1.0)
+    names = [Cell(arm, share, 0, 1e-3).name for share in shares]
+    assert [name.split(", ")[1] for name in names] == [f"budget {n}%" for n in ("12.5", "12", "0.04", "7", "100")]
+    found = arm_figures([], arms=[arm], seeds=[0], budgets=shares, metric="top1", source_flops=None)
+    columns, _ = main_table(found)
+    assert columns[2:4] == ("test top-1 at 12.5%", "test top-1 at 12%")
 
 
 @pytest.mark.parametrize(

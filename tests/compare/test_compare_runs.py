@@ -20,6 +20,7 @@ from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
 from growkit.errors import GrowkitError
 from growkit.job import Job
+from growkit.ranges import SEEDS
 from growkit.record import RunFolder
 from growkit.train import loop
 from growkit_cli.main import app
@@ -287,7 +288,10 @@ def test_seed_that_failed_counts_as_one_that_never_got_there(source, digits, tmp
     full = arm.budgets[-1]
     assert (full.top1.count, full.seeds, full.top1.low) == (2, 3, None)
     text = (tmp_path / "compare" / "results.md").read_text()
-    assert "(2 of 3)" in next(line for line in text.splitlines() if line.startswith("| lemon"))
+    (row, cost) = (line.split(" | ") for line in text.splitlines() if line.startswith("| lemon"))
+    assert [cell.endswith("(2 of 3)") for cell in row[2:4]] == [True, True]  # score, and how far it is ahead
+    assert not any("±" in cell for cell in (*row, *cost))
+    assert all(point.low is None for _, point in arm.curve)
 
 
 def test_seed_of_which_training_from_scratch_failed_leaves_no_interval(source, digits, tmp_path, monkeypatch):
@@ -297,6 +301,11 @@ def test_seed_of_which_training_from_scratch_failed_leaves_no_interval(source, d
     assert (lemon.budgets[-1].top1.count, lemon.budgets[-1].top1.low is None) == (3, False)
     assert (lemon.budgets[-1].ahead.count, lemon.budgets[-1].ahead.low) == (2, None)
     assert lemon.saving.low is lemon.saving.high is None
+    text = (tmp_path / "compare" / "results.md").read_text()
+    (row, cost) = (line.split(" | ") for line in text.splitlines() if line.startswith("| lemon"))
+    assert row[3].endswith("(2 of 3)")
+    assert "±" in row[2]
+    assert "±" not in cost[4]  # TFLOP to the target
 
 
 def test_run_that_fails_on_the_test_images_does_not_end_the_others(source, digits, tmp_path, monkeypatch):
@@ -435,6 +444,7 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
         ({"operator_steps": 500}, {}, "mango: its operator takes .* leaves nothing of a budget .*at most"),
         ({"hold_out": 0.9999}, {}, "too few validation images"),
         ({"methods": "mango:noise=inf"}, {}, "--noise inf: expected 0 or more"),
+        ({"seeds": 2}, {"seed": SEEDS}, f"--seed {SEEDS + 1}: expected 0 or more, and at most {SEEDS}"),
         ({"methods": "mango:lr=1e-5"}, {"min_lr": 1e-4}, "--min-lr 0.0001: expected at most the learning rate, 1e-05"),
     ],
 )

@@ -35,6 +35,7 @@ from growkit.methods import METHODS, ignored
 from growkit.record import RunFolder
 from growkit.settings import GrowSettings, Loading
 from growkit.source import load_source
+from growkit.train.data import size_of
 from growkit.train.progress import follow_nothing
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
@@ -164,7 +165,7 @@ def commands_of(best, recipe, source, digits, folder, *, budget, share):
     job = Job(RunFolder(folder), "cpu", say=print)
     bench = bench_of(job, folder, source, "deit_tiny", digits, recipe, split=settings, sets=LARGE)
     what = ["a b.pth", "--to", "deit_tiny"]
-    return bench, [parsed(line) for line in _commands(best, bench, settings, budget, what, "my images")]
+    return bench, [parsed(line) for line in _commands(best, bench, budget, what, "my images")]
 
 
 def test_commands_do_what_was_measured(source, digits, tmp_path):
@@ -176,8 +177,19 @@ def test_commands_do_what_was_measured(source, digits, tmp_path):
     assert grow[2] == GrowSettings(**settings, seed=3)
     # `growkit grow` has no epochs, and takes the seed of its draws for the data too
     assert grow[1] == replace(bench.operator, steps=7, lr=3e-4, epochs=10.0, model_ema_decay=0.9998, seed=grow[2].seed)
-    # On all images the budget is 250, of which the operator takes 25.
-    assert tune[1] == replace(recipe, epochs=3.6, lr=2.5e-3, warmup_epochs=0.225)
+    # On all images the budget is 250, of which the operator takes 25; but a class has no 0.4 of an image.
+    assert bench.share == pytest.approx(0.4, rel=2e-3)
+    epochs, warmup = (float(f"{whole * (1 - 25 * bench.share / 100):g}") for whole in (4, 0.25))
+    assert (epochs, warmup) == (pytest.approx(3.6, rel=2e-4), pytest.approx(0.225, rel=2e-4))
+    assert tune[1] == replace(recipe, epochs=epochs, lr=2.5e-3, warmup_epochs=warmup)
+
+
+def test_commands_count_the_images_that_a_pilot_had_and_not_those_it_asked_for(source, digits, tmp_path):
+    recipe = replace(RECIPE, steps=30, batch_size=4)
+    best = replace(BEST, options={**BEST.options, "steps": 0}, operator_flops=0.0)
+    bench, (_, tune) = commands_of(best, recipe, source, digits, tmp_path, budget=100, share=1e-4)
+    assert size_of(bench.data.train) == 10  # one of each class
+    assert tune[1].steps == round(30 * 1442 / 10)
 
 
 def test_commands_keep_a_recipe_in_steps_and_train_no_operator_that_was_not(source, digits, tmp_path):
@@ -303,6 +315,13 @@ def test_training_from_scratch_goes_on_where_it_was_stopped(swept, source, digit
         assert found.content["from_scratch"][name] == swept[1].content["from_scratch"][name]
 
 
+def test_rates_that_differ_little_have_results_of_their_own(source, digits, tmp_path):
+    found = run_sweep(tmp_path, source, digits, operator_steps="0", rank_choices="1", lrs="2e-3,2.0000001e-3")
+    made = [json.loads(path.read_text())["lr"] for path in tmp_path.glob("sweep/from-scratch/*/result.json")]
+    assert sorted(made) == [2e-3, 2.0000001e-3, 4.0000002e-3]
+    assert len(found.tried) == 2
+
+
 def test_rate_that_fails_from_scratch_is_left_out(source, digits, tmp_path, monkeypatch):
     train, failing, lines = Bench.train, [4e-3], []
 
@@ -317,7 +336,12 @@ def test_rate_that_fails_from_scratch_is_left_out(source, digits, tmp_path, monk
     assert "from scratch, lr 0.004: failed (the loss is nan at 0.004)" in lines
     failing.append(2e-3)
     with pytest.raises(GrowkitError, match=r"from scratch: failed at every rate.*nan at 0\.002"):
-        run_sweep(tmp_path / "all", source, digits)
+        run_sweep(tmp_path / "all", source, digits, operator_steps="0")
+    failing.clear()  # what trials were held against stays, and what failed at every rate is tried again
+    again = run_sweep(tmp_path / "one", source, digits, operator_steps="0", resume=True)
+    assert again.content["from_scratch"] == found.content["from_scratch"]
+    tried = run_sweep(tmp_path / "all", source, digits, operator_steps="0", resume=True)
+    assert tried.content["from_scratch"]["lr"] == 4e-3
 
 
 @pytest.mark.parametrize(
@@ -435,6 +459,12 @@ def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, why):
     assert [line for line in lines if "within one standard error" in line] == [
         f"2 trials lie within one standard error (0.0500); of these {why}"
     ]
+
+
+def test_best_scores_by_option_are_listed_in_the_order_of_its_values():
+    tried = [replace(BEST, options={**BEST.options, "steps": steps}, score=steps / 1000) for steps in (100, 20, 0, 3)]
+    lines = _reasons(_Choice(BEST, (BEST,), 0.05), tried, {"final": {"top1": 0.4, "count": 90}}, "top1", 0.2)
+    assert "best top1 by steps: 0 0.0000, 3 0.0030, 20 0.0200, 100 0.1000" in lines
 
 
 def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
