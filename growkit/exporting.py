@@ -1,5 +1,6 @@
 """Exporting a model for serving, as one function into a run folder."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,64 +70,43 @@ def export_model(
             settings or data that do not fit the model.
     """
     run.refuse_unusable()
-    target = out or run.onnx
+    target, reading = out or run.onnx, reading or FitSettings()
     _refuse_folders(target, triton, force)
     if settings.max_accuracy_drop is not None and data is None:
         raise GrowkitError("--max-accuracy-drop is judged on labelled images: give --data")
     for line in unmeant(
-        Need(reading or FitSettings(), READING, data is not None, "without --data"),
+        Need(reading, READING, data is not None, "without --data"),
         Need(settings, ("latency_seconds",), settings.for_ is not None, "without --for"),
     ):
         say(line)
     source = load_source(model, loading, say=say)
     refuse_answers(settings.form(), source.architecture.classes)
-    if triton is not None:
-        name = triton.settings.name or source.architecture.name
-        triton = replace(triton, settings=replace(triton.settings, name=name))
-        prepared = None if settings.form().pixels else source.preprocessing
-        refuse_taken(triton.folder, name, triton.settings, force, prepared)
-    calibration, batches = _calibrating(source, settings, data, reading or FitSettings(), say, tell)
-    provenance = {
-        "weights_sha256": source.sha256,
-        "architecture": source.architecture.name,
-        "arguments": source.architecture.arguments,
-        "history": without_folders(without_curves(source.history)),
-    }
-    try:
-        with whole_folder(target, replace=force) as partial:
-            exported = write_export(
-                source.model(),
-                partial,
-                settings,
-                labels=source.labels,
-                provenance=provenance,
-                calibration=calibration,
-                data=batches,
-                say=say,
-            )
-            if not exported.parity.passed:
-                raise _UnfaithfulError
-    except _UnfaithfulError:
-        for check in exported.parity.failed:
-            say(f"FAILED {check.group}: {check.line}")
-        say(f"{target} was not written: the file does not answer like the model")
-        show(exported)
-        return exported
+    triton = _named(triton, source, settings, force) if triton else None
+    calibration, batches = _calibrating(source, settings, data, reading, say, tell)
+    with contextlib.suppress(_UnfaithfulError), whole_folder(target, replace=force) as partial:
+        exported = write_export(
+            source.model(),
+            partial,
+            settings,
+            labels=source.labels,
+            provenance={
+                "weights_sha256": source.sha256,
+                "architecture": source.architecture.name,
+                "arguments": source.architecture.arguments,
+                "history": without_folders(without_curves(source.history)),
+            },
+            calibration=calibration,
+            data=batches,
+            say=say,
+        )
+        if not exported.parity.passed:
+            raise _UnfaithfulError
     _tell(exported, target, data, say)
     show(exported)
-    made = exported.export
-    run.add(
-        "export",
-        options={
-            "model": source.path,
-            "out": str(target),
-            "data": data,
-            **asdict(settings),
-            "triton": _served(triton) if triton else None,
-        },
-        figures={"bytes": made.bytes, "nodes": made.nodes, "parity": exported.parity.figures},
-        hashes={"weights": source.sha256, "model.onnx": made.sha256},
-    )
+    if not exported.parity.passed:
+        return exported
+    asked = {"model": source.path, "out": str(target), "data": data, **asdict(settings)}
+    _record(run, exported, source, asked, triton)
     if triton is not None:
         _write_repository(target, triton, force, say)
     return exported
@@ -155,6 +135,18 @@ def _refuse_folders(target: Path, triton: Repository | None, force: bool) -> Non
         )
 
 
+def _named(triton: Repository, source: Source, settings: ExportSettings, force: bool) -> Repository:
+    """Name the model in the repository after the source, unless it has a name.
+
+    Raises:
+        GrowkitError: it could not be written there.
+    """
+    name = triton.settings.name or source.architecture.name
+    prepared = None if settings.pixels else source.preprocessing
+    refuse_taken(triton.folder, name, triton.settings, force, prepared)
+    return replace(triton, settings=replace(triton.settings, name=name))
+
+
 def _calibrating(
     source: Source, settings: ExportSettings, data: str | None, reading: FitSettings, say: Say, tell: StartProgress
 ) -> tuple[np.ndarray | None, Iterable[tuple[Tensor, Tensor]] | None]:
@@ -179,7 +171,12 @@ def _calibrating(
 
 
 def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
-    """Say what was written, and how close it is to the model."""
+    """Say what was written and how close it is to the model, or why nothing was."""
+    if not exported.parity.passed:
+        for check in exported.parity.failed:
+            say(f"FAILED {check.group}: {check.line}")
+        say(f"{target} was not written: the file does not answer like the model")
+        return
     made, figures = exported.export, exported.parity.figures
     for choice in exported.content["choices"]:
         say(f"{choice['attention']} attention: {choice['verdict']}; {choice['why']}")
@@ -202,9 +199,19 @@ def _tell(exported: Exported, target: Path, data: str | None, say: Say) -> None:
         say("its effect on accuracy was not measured: give --data, here or to `growkit verify`")
 
 
-def _served(triton: Repository) -> dict[str, Any]:
-    """The Triton settings of an export, for the record."""
-    return {"repository": str(triton.folder), **asdict(triton.settings), "version": triton.settings.version or 1}
+def _record(
+    run: RunFolder, exported: Exported, source: Source, asked: dict[str, Any], triton: Repository | None
+) -> None:
+    made, served = exported.export, None
+    if triton is not None:
+        version = triton.settings.version or 1
+        served = {"repository": str(triton.folder), **asdict(triton.settings), "version": version}
+    run.add(
+        "export",
+        options={**asked, "triton": served},
+        figures={"bytes": made.bytes, "nodes": made.nodes, "parity": exported.parity.figures},
+        hashes={"weights": source.sha256, "model.onnx": made.sha256},
+    )
 
 
 def _write_repository(target: Path, triton: Repository, force: bool, say: Say) -> None:

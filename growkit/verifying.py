@@ -87,11 +87,7 @@ def verify_run(
     _refuse_alone(model, file, reference, loading)
     remarks = _remarks(settings, evidence, model, file, updating=updating)
     settings = _settled(settings, evidence, alone=model is None or file is None, updating=updating)
-    golden = None
-    if reference is not None and updating:
-        refuse_unreplaceable(reference.folder)
-    elif reference is not None:
-        golden = read_golden(reference.folder)
+    golden = _opened(reference) if reference else None
     if file is not None:
         refuse_missing(file)
     for line in remarks:
@@ -99,13 +95,8 @@ def verify_run(
 
     source, held = None if model is None else load_source(model, loading, say=say), None
     if source is not None and file is not None:
-        folder = run.verify if _of_the_run(run, source, file) else run.verify / "other"
-        path, verified = folder / "report.json", _with_file(source, file, settings, golden, evidence, say, tell)
-        _leave_script(run, folder, verified, source, file, settings, say)
-        if folder == run.verify:
-            _tell_less(path, verified, say)
-        else:
-            say(f"{path} is of {file} and {model}; `growkit report` goes by what was verified of {run.onnx_file}")
+        verified = _with_file(source, file, settings, golden, evidence, say, tell)
+        path = _placed(run, source, file, verified, settings, say)
     elif source is not None:
         held = model_subject(source.model(), weights_sha256=source.sha256, architecture=source.architecture.name)
         golden = golden or make_golden(held, seed=settings.seed)
@@ -123,10 +114,10 @@ def verify_run(
     }
     # not what is inconclusive: the next verification would call right whatever the file answered
     if reference is not None and updating and verified.verdict == "pass":
-        if golden is None or held is None:
-            assert file is not None  # a model alone has made its golden above
+        if held is None:
+            assert file is not None  # else refused above
             held = onnx_subject(file, provider=report["provider"]["used"])
-            golden = make_golden(held, seed=settings.seed)
+        golden = golden or make_golden(held, seed=settings.seed)
         report["reference_update"] = update_golden(reference.folder, golden, held)
     write_json(path, report)
     if junit is not None:
@@ -148,10 +139,32 @@ def _refuse_alone(model: str | None, file: Path | None, reference: Reference | N
         )
 
 
+def _opened(reference: Reference) -> Golden | None:
+    """Read the reference; None if it is to be replaced, which must be possible."""
+    if not reference.update:
+        return read_golden(reference.folder)
+    refuse_unreplaceable(reference.folder)
+    return None
+
+
 def _write_junit(path: Path, verified: Verification, started: datetime, seconds: float) -> None:
     text = junit_xml(verified.checks, suite="growkit verify", started=started, seconds=seconds)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _placed(
+    run: RunFolder, source: Source, file: Path, verified: Verification, settings: VerifySettings, say: Say
+) -> Path:
+    """Return where the report on file and model goes; say what else changes there, and write reproduce.py if needed."""
+    folder = run.verify if _of_the_run(run, source, file) else run.verify / "other"
+    path = folder / "report.json"
+    _leave_script(run, folder, verified, source, file, settings, say)
+    if folder == run.verify:
+        _tell_less(path, verified, say)
+    else:
+        say(f"{path} is of {file} and {source.path}; `growkit report` goes by what was verified of {run.onnx_file}")
+    return path
 
 
 def _of_the_run(run: RunFolder, source: Source, file: Path) -> bool:

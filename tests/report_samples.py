@@ -10,9 +10,10 @@ from typing import Any
 from growkit.compare.arms import parse_arms
 from growkit.compare.settings import SCHEMA, CompareSettings
 from growkit.deploy.checks import check
-from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
+from growkit.deploy.latency import Latency, latency_check
 from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.throughput import Rate, Throughput
+from growkit.deploy.timing import Comparison, Percentiles
 from growkit.files import write_json
 from growkit.record import RunFolder
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS, GrowSettings

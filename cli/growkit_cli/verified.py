@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from growkit.deploy.checks import Check
+    from growkit.deploy.latency import Latency
+    from growkit.deploy.throughput import Throughput
     from growkit.deploy.verify import Verification
 
 
@@ -29,65 +31,65 @@ def show(console: Console, verified: "Verification") -> None:
         ],
     )
     if verified.latency:
-        console.table(
-            f"times in ms on {verified.latency.provider}, {counted(verified.latency.threads, 'thread')}",
-            ("file against", "batch", "ratio", "low", "high", "p50", "p99", "its p50"),
-            [
-                (
-                    c.baseline,
-                    c.batch,
-                    f"{c.ratio:.3f}",
-                    f"{c.low:.3f}",
-                    f"{c.high:.3f}",
-                    f"{c.subject_ms.p50:.4g}",
-                    f"{c.subject_ms.p99:.4g}",
-                    f"{c.baseline_ms.p50:.4g}",
-                )
-                for c in verified.latency.comparisons
-            ],
-        )
-        for batch, seconds in verified.latency.compile_seconds.items():
-            console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, not included in the times")
-        for note in verified.latency.notes:
-            console.say(f"warning: {note}")
+        _show_latency(console, verified.latency)
     if verified.throughput:
-        console.table(
-            f"throughput on {verified.throughput.provider}, {counted(verified.throughput.threads, 'thread')}, "
-            "spinning, as is ONNX Runtime's default",
-            ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
-            [
-                (
-                    rate.batch,
-                    f"{rate.images_per_second:.4g}",
-                    f"{rate.ms.p50:.4g}",
-                    f"{rate.ms.p90:.4g}",
-                    f"{rate.ms.p99:.4g}",
-                    f"{rate.gflops:.3g}",
-                    f"{rate.share:.0%}",
-                )
-                for rate in verified.throughput.rates
-            ],
-        )
-        console.say(verified.throughput.line)
+        _show_throughput(console, verified.throughput)
     if verified.assignment and verified.assignment.fallen_back:
         console.say(f"warning: {verified.assignment.line}")
-    failed = verified.verdict == "fail"
-    accuracy = (verified.report["numerics"] or {}).get("accuracy")
-    if accuracy:
+    numerics = verified.report["numerics"] or {}
+    if accuracy := numerics.get("accuracy"):
         console.say(
             f"top-1 {accuracy['top1']:.2%}, PyTorch's {accuracy['torch_top1']:.2%}, on {accuracy['samples']:,} images"
         )
-    diagnosis = (verified.report["numerics"] or {}).get("diagnosis")
     for group, checks in by_group.items():
         # the diagnosed cause comes before its consequences
-        noes = sorted((c for c in checks if c.verdict != "pass"), key=lambda c: c.line != diagnosis)
+        noes = sorted((c for c in checks if c.verdict != "pass"), key=lambda c: c.line != numerics.get("diagnosis"))
         for c in noes[:LINES]:
             console.say(f"{'FAILED' if c.verdict == 'fail' else 'warning:'} {c.group}: {c.line}")
         if noes[LINES:]:
             console.say(f"{group}: {len(noes) - LINES} more like these are in the report")
-    if verified.report["settings"]["latency"] and verified.parity and not verified.latency and failed:
+    untimed = verified.report["settings"]["latency"] and verified.parity and not verified.latency
+    if untimed and verified.verdict == "fail":
         console.say("latency was not measured: the answers come first")
     console.say(f"verdict: {verified.verdict}")
+
+
+def _show_latency(console: Console, latency: "Latency") -> None:
+    console.table(
+        f"times in ms on {latency.provider}, {counted(latency.threads, 'thread')}",
+        ("file against", "batch", "ratio", "low", "high", "p50", "p99", "its p50"),
+        [
+            (
+                c.baseline,
+                c.batch,
+                *(f"{ratio:.3f}" for ratio in (c.ratio, c.low, c.high)),
+                *(f"{ms:.4g}" for ms in (c.subject_ms.p50, c.subject_ms.p99, c.baseline_ms.p50)),
+            )
+            for c in latency.comparisons
+        ],
+    )
+    for batch, seconds in latency.compile_seconds.items():
+        console.say(f"compiling PyTorch at batch {batch} took {seconds:.1f} s, not included in the times")
+    for note in latency.notes:
+        console.say(f"warning: {note}")
+
+
+def _show_throughput(console: Console, throughput: "Throughput") -> None:
+    console.table(
+        f"throughput on {throughput.provider}, {counted(throughput.threads, 'thread')}, "
+        "spinning, as is ONNX Runtime's default",
+        ("batch", "images/s", "p50 ms", "p90", "p99", "GFLOP/s", "of peak"),
+        [
+            (
+                rate.batch,
+                *(f"{value:.4g}" for value in (rate.images_per_second, rate.ms.p50, rate.ms.p90, rate.ms.p99)),
+                f"{rate.gflops:.3g}",
+                f"{rate.share:.0%}",
+            )
+            for rate in throughput.rates
+        ],
+    )
+    console.say(throughput.line)
 
 
 def not_written(reference: "Path | None", verified: "Verification") -> str:

@@ -25,10 +25,10 @@ from torch import nn
 
 from growkit.deploy import int8, sixteen_bits
 from growkit.deploy.export import export_onnx
-from growkit.deploy.latency import Call, compare
 from growkit.deploy.limits import LIMITS, accuracy_drop_interval
 from growkit.deploy.runtime import environment, open_session
 from growkit.deploy.stored_weights import explain, stored_in
+from growkit.deploy.timing import Call, compare
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
 from growkit.files import as_json

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from growkit.deploy.checks import Check, check
+from growkit.deploy.checks import Check, check, refused
 from growkit.deploy.limits import Limits, accuracy_drop_interval, accuracy_verdict
 from growkit.deploy.numbers import predictions, relative, rms
 from growkit.deploy.truth import logits_of
@@ -21,12 +21,15 @@ def accuracy_checks(
 ) -> tuple[list[Check], dict[str, Any]]:
     """Return checks and figures on labelled batches: images (B, C, H, W) and classes (B,).
 
-    run  the file: images -> logits (B, classes)
+    run  the file: images -> logits (B, classes); what it refuses, or answers with another shape, is a failed check
 
     Raises:
         GrowkitError: there is no labelled sample, or a label that has no logit.
     """
-    got, plain, truth = _answers(run, model, data)
+    answers = _answers(run, model, data)
+    if isinstance(answers, Check):
+        return [answers], {}
+    got, plain, truth = answers
     refuse_labels(int(truth.min()), int(truth.max()), plain.shape[1])  # both get those wrong, hiding a loss
     spread = float(plain.std())
     off = relative(rms(got.astype(np.float64) - plain), spread)
@@ -77,13 +80,18 @@ def accuracy_checks(
 
 def _answers(
     run: Callable[[np.ndarray], np.ndarray], model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run file and model on all images; return the logits of both and the labels."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Check:
+    """Run file and model on all images; return the logits of both and the labels, or why they cannot be compared."""
     got, plain, labels = [], [], []
     for images, classes in data:
         batch = np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)
-        got.append(run(batch))
         plain.append(logits_of(model, batch))
+        try:
+            got.append(run(batch))
+        except Exception as error:  # of ONNX Runtime's own kinds
+            return refused("accuracy", "labelled images", error)
+        if got[-1].shape != plain[-1].shape:
+            return check("accuracy", "shape of logits", False, str(got[-1].shape), str(plain[-1].shape))
         labels.append(classes.cpu().numpy())
     if not got:
         raise GrowkitError("the data set holds no labelled sample; check --data")

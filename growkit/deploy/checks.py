@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from growkit.errors import first_line
+
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 
@@ -31,6 +33,11 @@ def check(group: str, name: str, passed: bool, measured: float | str, limit: flo
     """Make a check with two outcomes; without `line`, its line is made from name, measured and limit."""
     line = line or f"{name}: {shown(measured)}, allowed {shown(limit)}"
     return Check(group, name, "pass" if passed else "fail", measured, limit, line)
+
+
+def refused(group: str, name: str, error: Exception) -> Check:
+    """Make the check of a run that another library ended with `error`."""
+    return check(group, f"{name}: runs", False, "refused", "ok", f"{name}: {first_line(error)}")
 
 
 def shown(value: float | str) -> str:

@@ -4,7 +4,7 @@ The folders are read by onnx_test_runner, onnxruntime_perf_test and onnx.backend
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from growkit.deploy.form import Form
+from growkit.deploy.form import PLAIN, Form
 from growkit.deploy.inputs import as_model_takes
 from growkit.deploy.numbers import relative, rms
+from growkit.deploy.parts import whole_session
 from growkit.deploy.pixels import INPUT, resized
 from growkit.deploy.truth import Preprocessing, logits_of, noise_images, noise_pixels, preprocessing, truth_of
 from growkit.deploy.whole import answer
@@ -30,28 +31,25 @@ def write_data_sets(
     folder: Path,
     *,
     seed: int,
-    form: Form | None = None,
-    run: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None,
-) -> tuple[Path, ...]:
-    """Write test_data_set_0 and test_data_set_1 in `folder`, of BATCHES or the file's fixed size; return both.
+    form: Form = PLAIN,
+    file: Path | None = None,
+) -> None:
+    """Write test_data_set_0 and test_data_set_1 in `folder`, of BATCHES or the file's fixed size.
 
     form  of the file they are for; sets the inputs and outputs
-    run   runs the file itself; its outputs are stored if it is below float32, otherwise the float64 model's
+    file  its own outputs are stored if it is given, otherwise the float64 model's
     """
-    form = form or Form()
     truth, prepared = truth_of(model), preprocessing(model)
-    folders = []
+    session = None if file is None else whole_session(file, form)
     for index, batch in enumerate((form.batch, form.batch) if form.batch else BATCHES):
         fed = made_inputs(prepared, form, batch, seed + index)
-        outputs = run(fed) if run is not None and form.precision != "fp32" else model_answers(truth, form, fed)
+        outputs = session.outputs(fed) if session else model_answers(truth, form, fed)
         target = folder / f"test_data_set_{index}"
         target.mkdir(parents=True)
         _write(target / "input_0.pb", INPUT if form.pixels else "input", fed)
         for place, (name, value) in enumerate(outputs.items()):
             stored = value.astype(np.int64 if name == "classes" else np.float32)
             _write(target / f"output_{place}.pb", name, stored)
-        folders.append(target)
-    return tuple(folders)
 
 
 def made_inputs(prepared: Preprocessing, form: Form, batch: int, seed: int) -> np.ndarray:
@@ -72,9 +70,9 @@ def read_data_sets(folder: Path) -> Iterator[tuple[str, np.ndarray, dict[str, np
     if not found:
         raise GrowkitError(f"{folder} holds no test_data_set_*; `growkit export` writes them beside model.onnx")
     for data_set in found:
-        _, fed = _read(data_set / "input_0.pb")
+        _, fed = read_tensor(data_set / "input_0.pb")
         places = max(1, len(list(data_set.glob("output_*.pb"))))
-        yield data_set.name, fed, dict(_read(data_set / f"output_{place}.pb") for place in range(places))
+        yield data_set.name, fed, dict(read_tensor(data_set / f"output_{place}.pb") for place in range(places))
 
 
 def model_answers(model: nn.Module, form: Form, fed: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,9 +111,14 @@ def _write(path: Path, name: str, value: np.ndarray) -> None:
     path.write_bytes(numpy_helper.from_array(value, name).SerializeToString(deterministic=True))
 
 
-def _read(path: Path) -> tuple[str, np.ndarray]:
-    refuse_no_file(path)
+def read_tensor(path: Path) -> tuple[str, np.ndarray]:
+    """Read the name and values of a tensor.
+
+    Raises:
+        GrowkitError: it is missing or damaged, or holds NaN or infinity.
+    """
     try:
+        refuse_no_file(path)
         tensor = onnx.load_tensor(str(path))
         array = numpy_helper.to_array(tensor).copy()  # its own is read-only
         if array.dtype.kind == "f" and not np.isfinite(array).all():

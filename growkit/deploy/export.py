@@ -15,7 +15,7 @@ from torch import nn
 
 from growkit import __version__
 from growkit.deploy.capture import captured
-from growkit.deploy.form import KEY, Form
+from growkit.deploy.form import KEY, PLAIN, Form
 from growkit.deploy.inputs import extremes
 from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.outputs import with_output
@@ -46,7 +46,7 @@ class Export:
 def export_onnx(
     model: nn.Module,
     path: Path,
-    form: Form | None = None,
+    form: Form = PLAIN,
     *,
     external: bool = False,
     calibration: np.ndarray | None = None,
@@ -67,7 +67,6 @@ def export_onnx(
     Raises:
         GrowkitError: weights that are not float32, or a form that does not fit the model.
     """
-    form = form or Form()
     others = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
     if others:
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")

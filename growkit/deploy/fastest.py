@@ -16,15 +16,13 @@ from growkit.deploy.contention import Contention
 from growkit.deploy.data_sets import made_inputs
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form
-from growkit.deploy.latency import NOISY, Comparison, compare
 from growkit.deploy.parity import check_parity
-from growkit.deploy.runtime import open_session
+from growkit.deploy.runtime import PROVIDERS, open_session
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.timing import NOISY, Comparison, compare
 from growkit.deploy.truth import preprocessing
 from growkit.errors import GrowkitError
 from growkit.ranges import refuse_choice
-
-PLACES = ("cpu", "cuda", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def candidates(form: Form, place: str) -> tuple[Form, ...]:
     Raises:
         GrowkitError: an unknown place.
     """
-    refuse_choice("--for", place, PLACES)
+    refuse_choice("--for", place, PROVIDERS)
     if form.exporter != "dynamo" or form.precision not in ("fp32", "fp16"):
         return ()
     kinds = ["standard"] if form.opset >= 23 else []
@@ -77,6 +75,7 @@ def fastest(
     """
     tried = candidates(form, place)
     if not tried:
+        say(f"--for {place}: there is no other graph to try; the portable one is written")
         return form, ()
     batches = (form.batch,) if form.batch else batches
     with tempfile.TemporaryDirectory() as name:
@@ -86,50 +85,45 @@ def fastest(
             open_session(plain, provider=place)
         except GrowkitError as error:
             return form, tuple(Choice(one.attention, "not measured", str(error)) for one in tried)
-        prepared = preprocessing(model)
-        fed = {batch: made_inputs(prepared, form, batch, seed) for batch in batches}
+        fed = {batch: made_inputs(preprocessing(model), form, batch, seed) for batch in batches}
         timed = functools.partial(compare, seconds=seconds, seed=seed, foreign=Contention().lap)
 
-        def opened(path: Path, batch: int) -> Callable[[], Callable[[], object]]:
-            def fresh() -> Callable[[], object]:
-                session = open_session(path, provider=place)
-                return lambda: session.outputs(fed[batch])
+        def opened(path: Path, batch: int) -> Callable[[], object]:
+            session = open_session(path, provider=place)
+            return lambda: session.outputs(fed[batch])
 
-            return fresh
+        def against_plain(path: Path, what: str, **names: Any) -> tuple[Comparison, ...]:
+            found = []
+            for batch in batches:
+                say(f"timing {what}, batch {batch}")
+                sides = (functools.partial(opened, file, batch) for file in (path, plain))
+                found.append(timed(*sides, batch=batch, **names))
+            return tuple(found)
 
-        noise = 0.0
-        for batch in batches:
-            say(f"timing the plain graph against itself, batch {batch}")
-            noise = max(noise, timed(opened(plain, batch), opened(plain, batch), batch=batch).noise)
-        choices, best, best_ratio = [], form, 1.0
+        noise = max(c.noise for c in against_plain(plain, "the plain graph against itself"))
+        choices = []
         for one in tried:
             path = export_onnx(model, folder / f"{one.attention}.onnx", one, calibration=calibration).path
             parity = check_parity(model, path, VerifySettings(provider=place, seed=seed))
             if not parity.passed:
                 choices.append(Choice(one.attention, "not faithful", parity.failed[0].line))
                 continue
-            found, names = [], (one.attention, "plain")
-            for batch in batches:
-                say(f"timing {one.attention} attention against the plain graph, batch {batch}")
-                found.append(timed(opened(path, batch), opened(plain, batch), names=names, batch=batch))
-            choice = judged(one.attention, tuple(found), noise)
-            choices.append(choice)
-            ratio = max(c.ratio for c in found)
-            if choice.verdict == "kept" and ratio < best_ratio:
-                best, best_ratio = one, ratio
-    choices = [
-        replace(c, verdict="faster", why=f"{c.why}; another is faster still")
-        if c.verdict == "kept" and c.attention != best.attention
-        else c
-        for c in choices
-    ]
-    return best, tuple(choices)
+            what = f"{one.attention} attention against the plain graph"
+            choices.append(judged(one.attention, against_plain(path, what, names=(one.attention, "plain")), noise))
+    kept = [choice for choice in choices if choice.verdict == "kept"]
+    best = min(kept, key=lambda choice: max(c.ratio for c in choice.comparisons), default=None)
+    chosen = form if best is None else replace(form, attention=best.attention)
+    return chosen, tuple(_overtaken(one) if one in kept and one is not best else one for one in choices)
+
+
+def _overtaken(choice: Choice) -> Choice:
+    return replace(choice, verdict="faster", why=f"{choice.why}; another is faster still")
 
 
 def judged(attention: str, found: tuple[Comparison, ...], noise: float) -> Choice:
     """Keep a candidate whose whole interval is faster at some batch size, and at no batch size slower.
 
-    noise  of the plain graph against itself; above latency.NOISY nothing is concluded
+    noise  of the plain graph against itself; above timing.NOISY nothing is concluded
     """
     told = ", ".join(f"batch {c.batch}: {c.ratio:.3f} x [{c.low:.3f}, {c.high:.3f}]" for c in found)
     if noise > NOISY:

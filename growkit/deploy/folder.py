@@ -15,7 +15,6 @@ from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.fastest import Choice, fastest
 from growkit.deploy.parity import Material, Parity, check_parity
-from growkit.deploy.parts import whole_session
 from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.files import plain, write_json
@@ -67,8 +66,6 @@ def write_export(
             calibration=calibration,
             say=say,
         )
-        if not choices:
-            say(f"--for {settings.for_}: there is no other graph to try; the portable one is written")
     say("exporting")
     export = export_onnx(
         model,
@@ -80,16 +77,15 @@ def write_export(
         provenance=provenance,
     )
     say("comparing the file with PyTorch")
-    run = None if form.precision == "fp32" else whole_session(folder / MODEL, form).outputs
-    write_data_sets(model, folder, seed=settings.seed, form=form, run=run)
-    run = None  # frees its weights
+    lower = form.precision != "fp32"
+    write_data_sets(model, folder, seed=settings.seed, form=form, file=folder / MODEL if lower else None)
     parity = check_parity(
         model,
         folder / MODEL,
         VerifySettings(max_batch=settings.max_batch, seed=settings.seed, max_accuracy_drop=settings.max_accuracy_drop),
         Material(weights_sha256=provenance.get("weights_sha256"), labels=labels, data_sets=folder, data=data),
     )
-    content: dict[str, Any] = {
+    content = {
         "schema": 1,
         "file": MODEL,
         **{name: value for name, value in asdict(export).items() if name != "path"},
@@ -104,6 +100,5 @@ def write_export(
             "checks": [asdict(c) for c in parity.checks],
         },
     }
-    content = plain(content)
     write_json(folder / "export.json", content)
-    return Exported(export, parity, content)
+    return Exported(export, parity, plain(content))

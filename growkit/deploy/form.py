@@ -4,6 +4,7 @@ The file carries its form in its metadata, so that a check knows what to expect 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -16,7 +17,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-static")
 ATTENTIONS = ("unfused", "standard", "contrib")
 EXPORTERS = ("dynamo", "torchscript")
 LARGEST_BATCH = 4096
-MOST_DIGITS = 18  # of K in top-K
 LARGEST_IMAGE = 2048  # a file may claim any size, and checks make images of that size
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
@@ -92,9 +92,8 @@ class Form:
     @property
     def top(self) -> int | None:
         """K of output top-K."""
-        head, _, count = self.output.partition("-")
-        known = head == "top" and count.isascii() and count.isdecimal() and len(count) <= MOST_DIGITS
-        return int(count) if known and int(count) > 0 else None
+        found = re.fullmatch(r"top-0*([1-9][0-9]{0,17})", self.output)
+        return int(found[1]) if found else None
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -106,6 +105,9 @@ class Form:
         return json.dumps(asdict(self), sort_keys=True)
 
 
+PLAIN = Form()
+
+
 def form_of(props: Mapping[str, str]) -> Form:
     """Return the form that a file's metadata claims; the default one if it claims none.
 
@@ -113,7 +115,7 @@ def form_of(props: Mapping[str, str]) -> Form:
         GrowkitError: the claim is not one that growkit writes.
     """
     if KEY not in props:
-        return Form()
+        return PLAIN
     try:
         stored: Any = json.loads(props[KEY])
         unknown = sorted(set(stored) - {f.name for f in fields(Form)})

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from growkit import __version__
 from growkit.deploy.subject import Identity, Subject
-from growkit.deploy.truth import Preprocessing, noise_images, normalised
+from growkit.deploy.truth import Preprocessing, noise_pixels, normalised
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_foreign, whole_folder, write_json
 from growkit.record import versions
@@ -64,8 +64,7 @@ def reference_images(prepared: Preprocessing, seed: int) -> tuple[np.ndarray, np
 
     Their pixels are 8-bit, as in photographs, so they compress and can be given to a file that takes pixels too.
     """
-    mean, std = (np.reshape(v, (-1, 1, 1)) for v in (prepared.mean, prepared.std))
-    noise = np.rint(np.clip(noise_images(prepared, 4, seed) * std + mean, 0, 1) * 255)
+    noise = np.rint(255 * noise_pixels(prepared.input_size, 4, seed))
     pixels = np.concatenate([noise, np.zeros_like(noise[:1]), np.full_like(noise[:1], 255)])
     images = normalised(prepared, pixels / 255)
     return images[:1], images[1:]

@@ -47,9 +47,10 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
         )
         line = f"{word}: preprocessing is " + ("the reference's" if not differing else f"{said}; was {meant}")
         checks.append(check("reference", f"{word}: preprocessing", not differing, said, meant, line))
-    own = golden.tolerance if now.precision == was.precision else TOLERANCE[now.precision]
-    limit = own if tolerance is None else tolerance
-    other = "" if now.precision == was.precision else f"; the reference is of {was.precision}, this of {now.precision}"
+    limit, other = golden.tolerance, ""
+    if now.precision != was.precision:
+        limit, other = TOLERANCE[now.precision], f"; the reference is of {was.precision}, this of {now.precision}"
+    limit = limit if tolerance is None else tolerance
     for data_set in golden.data_sets:
         checks += _answers(data_set, subject, limit, golden.spread, label=f"{data_set.name}: {word}", note=other)
     return tuple(checks)
@@ -77,7 +78,7 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
     changed = int((certain & (got.argmax(axis=1) != wanted.argmax(axis=1))).sum())
     told = f"{label}: {changed} of {int(certain.sum())} certain predictions changed"
     return [
-        check("reference", label, off <= limit, off, limit, line),  # `not >` would let NaN pass
+        check("reference", label, off <= limit, off, limit, line),  # not `off > limit`, which NaN is not
         check("reference", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
     ]
 

@@ -12,6 +12,7 @@ from growkit.pictures import SUFFIXES, open_picture
 from growkit.text import visible
 
 SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
+PICTURES = 64  # of the user, at most
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -39,8 +40,8 @@ def made_pictures(prepared: Preprocessing, seed: int) -> dict[str, Image.Image]:
     return found
 
 
-def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict[str, Image.Image]:
-    """Read at most `most` pictures below `folder`, evenly spaced in order of name, in the model's colour mode.
+def read_pictures(folder: Path, prepared: Preprocessing) -> dict[str, Image.Image]:
+    """Read at most PICTURES pictures below `folder`, evenly spaced in order of name, in the model's colour mode.
 
     Raises:
         GrowkitError: there are none, one cannot be read, or the model takes no pictures; the message names it.
@@ -53,8 +54,8 @@ def read_pictures(folder: Path, prepared: Preprocessing, most: int = 64) -> dict
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
     within = sorted((path.relative_to(folder), path) for path in paths)
     shown = [(name, path) for name, path in within if not any(part.startswith(".") for part in name.parts)]
-    if len(shown) > most:
-        shown = [shown[place * len(shown) // most] for place in range(most)]
+    if len(shown) > PICTURES:
+        shown = [shown[place * len(shown) // PICTURES] for place in range(PICTURES)]
     if not shown:
         raise GrowkitError(f"--images {folder}: holds no picture ({', '.join(SUFFIXES)})")
     return {visible(name): open_picture(str(path), MODES[channels]) for name, path in shown}

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import chi2
 
-from growkit.deploy.checks import Check, check
+from growkit.deploy.checks import Check, check, refused
 from growkit.deploy.limits import Limits
 from growkit.deploy.runtime import Session
-from growkit.errors import first_line
 
 RARE = 1e-4
 
@@ -63,7 +62,7 @@ def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[
         try:
             answers = in_batches(session, truth.images if batch == truth.batches[0] else truth.images[:batch], batch)
         except Exception as error:  # of ONNX Runtime's own kinds; which batch fails is what counts
-            checks.append(_refused(name, error))
+            checks.append(refused("numbers", name, error))
             continue
         # the smallest batch is run on all images and shows the true noise; a run of few may show more by chance
         noise = 0.0 if batch == truth.batches[0] else max(usual, truth.own(batch))
@@ -94,7 +93,7 @@ def number_checks(session: Session, truth: Truth, limits: Limits) -> tuple[list[
         try:
             answers = in_batches(session, image, truth.batches[0])
         except Exception as error:
-            checks.append(_refused(name, error))
+            checks.append(refused("numbers", name, error))
             continue
         made, extremes[name] = compared(name, answers, wanted, truth.spread, limits, noise=usual)
         checks += made
@@ -146,7 +145,7 @@ def compared(
     ]
     checks = [
         check(group, f"{name}: finite", finite, "yes" if finite else "no", "yes"),
-        # `not >` would let NaN pass
+        # not `v > limit`, which NaN is not
         *(check(group, f"{name}: {w}", v <= limit, v, limit) for w, v, limit in limited if limit is not None),
     ]
     figures["cosine_min"] = float(cosines(got, wanted).min())
@@ -221,11 +220,6 @@ def relative(value: float, spread: float) -> float:
     if spread > 0:
         return value / spread
     return 0.0 if value == 0 else math.inf
-
-
-def _refused(name: str, error: Exception) -> Check:
-    line = f"{name}: {first_line(error)}"
-    return check("numbers", f"{name}: runs", False, "refused", "ok", line)
 
 
 def _invariant(alone: np.ndarray, got: np.ndarray, batch: int, spread: float, limit: float) -> Check:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from growkit.deploy.accuracy import accuracy_checks
 from growkit.deploy.bounded import bound_of, memory_bounded
-from growkit.deploy.checks import Check, check
+from growkit.deploy.checks import Check, check, refused
 from growkit.deploy.data_sets import model_answers, off_from_stored, read_data_sets
 from growkit.deploy.diagnose import diagnose, failing_run, told
-from growkit.deploy.form import Form, form_of
+from growkit.deploy.form import PLAIN, Form, form_of
 from growkit.deploy.inputs import as_model_takes, extremes, made_pictures
 from growkit.deploy.limits import LIMITS, Limits
 from growkit.deploy.numbers import Truth, compared, in_batches, number_checks
@@ -99,7 +99,7 @@ def check_parity(
     settings = settings or VerifySettings()
     valid, opened, proto = _opened(file, settings.provider)
     if opened is None:
-        return Parity((valid,), {}, "none", Form())
+        return Parity((valid,), {}, "none", PLAIN)
     form = opened.form
     sizes = sizes_claimed(proto, form)
     if sizes.verdict == "fail":  # images of a merely claimed size may exhaust memory
@@ -135,8 +135,9 @@ def check_parity(
         def run(batch: np.ndarray) -> np.ndarray:
             return in_batches(core, batch, form.batch or len(batch))
 
-        made, figures["accuracy"] = accuracy_checks(run, plain, material.data, limits)
+        made, scores = accuracy_checks(run, plain, material.data, limits)
         checks += made
+        figures |= {"accuracy": scores} if scores else {}
     return opened.parity(checks, figures)
 
 
@@ -239,8 +240,11 @@ def _numbers(
     if form.precision == "fp16" and provider == "cpu":
         # the CPU leaves stretches of a float16 graph unrounded; elsewhere every node is rounded
         rounded = core_session(file, form, prepared, rounded=True)
-        got = in_batches(rounded, known.images, known.batches[0])
-        checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
+        try:
+            got = in_batches(rounded, known.images, known.batches[0])
+            checks += compared("every node rounded", got, known.expected, known.spread, limits)[0]
+        except Exception as error:  # of ONNX Runtime's own kinds, here and below
+            checks.append(refused("numbers", "every node rounded", error))
     return checks, figures
 
 
@@ -264,7 +268,11 @@ def _around(
     if form.output == "logits":
         return [], {}
     fed = known.images[: known.batches[-1]]
-    return answer_checks(whole.outputs(fed), core.run(fed), form, f"batch {len(fed)}"), {}
+    name = f"batch {len(fed)}"
+    try:
+        return answer_checks(whole.outputs(fed), core.run(fed), form, name), {}
+    except Exception as error:
+        return [refused("answers", name, error)], {}
 
 
 def _pictures(
@@ -279,7 +287,11 @@ def _pictures(
     checks: list[Check] = []
     for name, picture in given.items():
         image = as_model_takes(prepared, [picture])
-        got = in_batches(core, image, known.batches[0])
+        try:
+            got = in_batches(core, image, known.batches[0])
+        except Exception as error:
+            checks.append(refused("pictures", name, error))
+            continue
         checks += compared(name, got, logits_of(truth, image), known.spread, limits, "pictures", noise=known.own())[0]
     return checks
 

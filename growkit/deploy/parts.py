@@ -1,6 +1,5 @@
 """Parts of a file as sessions of their own: the network between pixels and probabilities, and the preprocessing."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,15 @@ import onnx
 from onnx import TensorProto, helper
 
 from growkit.deploy.form import Form
-from growkit.deploy.runtime import Session, open_session
+from growkit.deploy.runtime import Session, on_cuda_or_cpu, open_session
 from growkit.deploy.sixteen_bits import emulated
 from growkit.deploy.store import read_graph
 from growkit.deploy.truth import Preprocessing
-from growkit.errors import GrowkitError
 
 
-def whole_session(file: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
-    """Open the file itself.
-
-    ONNX Runtime's CPU provider has no bfloat16, so its arithmetic is emulated there (see sixteen_bits.emulated).
-    """
-    if form.precision == "bf16" and provider in ("cpu", "auto"):
-        if provider == "auto":
-            with contextlib.suppress(GrowkitError):
-                return open_session(file, provider="cuda", **options)
-        return _session(read_graph(file), file.parent, form, provider="cpu", **options)
-    return open_session(file, provider=provider, **options)
+def whole_session(file: Path, form: Form, **options: Any) -> Session:
+    """Open the file itself."""
+    return _session(file, form, **options)
 
 
 def core_session(file: Path, form: Form, prepared: Preprocessing, *, rounded: bool = False, **options: Any) -> Session:
@@ -42,7 +32,7 @@ def core_session(file: Path, form: Form, prepared: Preprocessing, *, rounded: bo
     graph = inner_graph(file, form, prepared, weights=rounded or form.precision == "bf16")
     if rounded:
         return open_session(emulated(graph).SerializeToString(), **{**options, "optimise": False})
-    return _session(graph, file.parent, form, **options)
+    return _session(file, form, graph, **options)
 
 
 def inner_graph(file: Path, form: Form, prepared: Preprocessing, *, weights: bool = False) -> onnx.ModelProto:
@@ -74,7 +64,7 @@ def front_session(file: Path, form: Form, prepared: Preprocessing, **options: An
     """
     proto = read_graph(file, weights=form.precision == "bf16")
     made = helper.make_tensor_value_info("input", TensorProto.FLOAT, [form.batch or "batch", *prepared.input_size])
-    return _session(between(proto, proto.graph.input[0], made), file.parent, form, **options)
+    return _session(file, form, between(proto, proto.graph.input[0], made), **options)
 
 
 def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.ValueInfoProto) -> onnx.ModelProto:
@@ -115,7 +105,17 @@ def between(proto: onnx.ModelProto, given: onnx.ValueInfoProto, made: onnx.Value
     return part
 
 
-def _session(graph: onnx.ModelProto, folder: Path, form: Form, *, provider: str = "cpu", **options: Any) -> Session:
+def _session(
+    file: Path, form: Form, part: onnx.ModelProto | None = None, *, provider: str = "cpu", **options: Any
+) -> Session:
+    """Open the file, or a part of it.
+
+    ONNX Runtime's CPU provider has no bfloat16, so its arithmetic is emulated there (see sixteen_bits.emulated).
+    """
+    if form.precision == "bf16" and provider == "auto":
+        return on_cuda_or_cpu(lambda place: _session(file, form, part, provider=place, **options))
     if form.precision == "bf16" and provider == "cpu":
-        graph, options = emulated(graph), {**options, "optimise": False}
-    return open_session(graph.SerializeToString(), folder=folder, provider=provider, **options)
+        part, options = emulated(read_graph(file) if part is None else part), {**options, "optimise": False}
+    if part is None:
+        return open_session(file, provider=provider, **options)
+    return open_session(part.SerializeToString(), folder=file.parent, provider=provider, **options)

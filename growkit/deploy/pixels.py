@@ -30,6 +30,7 @@ def with_pixels(core: onnx.ModelProto, prepared: Preprocessing, batch: int | Non
     Raises:
         GrowkitError: the preprocessing cannot be done in a graph.
     """
+    _refuse_unfit(prepared)
     graph = parser.parse_graph(_source(prepared, batch))
     channels = prepared.input_size[0]
     for name, values in (("mean", prepared.mean), ("std", prepared.std)):
@@ -51,8 +52,8 @@ def resized(prepared: Preprocessing) -> tuple[int, int]:
     return math.floor(height / prepared.crop_pct), math.floor(width / prepared.crop_pct)
 
 
-# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize with `axes` after a Transpose
-def _source(prepared: Preprocessing, batch: int | None) -> str:
+def _refuse_unfit(prepared: Preprocessing) -> None:
+    """Raise GrowkitError where the preprocessing cannot be done in a graph."""
     channels, height, width = prepared.input_size
     if prepared.interpolation not in FILTERS:
         raise GrowkitError(
@@ -67,63 +68,67 @@ def _source(prepared: Preprocessing, batch: int | None) -> str:
         raise GrowkitError(
             f"--pixels: crop mode {prepared.crop_mode} for {height} x {width} cannot be done in a graph; leave it out"
         )
-    rows, columns = resized(prepared)
-    if prepared.crop_mode == "squash":
-        # Pillow shrinks before it enlarges: where the width grows, a shrinking height is resized first
-        size = f"""
-        new_h = Constant<value_ints=[{rows}]>()
-        new_w = Constant<value_ints=[{columns}]>()
-        h = Shape<start=1, end=2>({INPUT})
-        w = Shape<start=2, end=3>({INPUT})
-        wider = Greater(new_w, w)
-        lower = Min(h, new_h)
-        first_h = Where(wider, lower, h)
-        kept_first = Shape<start=0, end=2>(turned)
-        first_sizes = Concat<axis=0>(kept_first, first_h, w)
-        first = Resize<{FILTERS[prepared.interpolation]}>(turned, , , first_sizes)"""
-    else:  # the shorter edge becomes `rows`, the longer one is rounded down as in torchvision
-        size = f"""
-        h = Shape<start=1, end=2>({INPUT})
-        w = Shape<start=2, end=3>({INPUT})
-        edge = Constant<value_ints=[{rows}]>()
-        short = Min(h, w)
-        long_h = Mul(h, edge)
-        long_w = Mul(w, edge)
-        new_h = Div(long_h, short)
-        new_w = Div(long_w, short)
-        first = Identity(turned)"""
 
-    def middle(length: int, name: str) -> str:  # int(round(x / 2)) of torchvision: halves round to even
-        return f"""
-        crop_{name} = Constant<value_ints=[{length}]>()
-        rest_{name} = Sub(new_{name}, crop_{name})
-        half_{name} = Div(rest_{name}, two)
-        odd_{name} = Mod(rest_{name}, two)
-        half_odd_{name} = Mod(half_{name}, two)
-        up_{name} = Mul(odd_{name}, half_odd_{name})
-        start_{name} = Add(half_{name}, up_{name})
-        end_{name} = Add(start_{name}, crop_{name})"""
 
-    body = f"""
+# sizes of all four axes: ONNX Runtime 1.31 fails on a linear Resize with `axes` after a Transpose
+def _source(prepared: Preprocessing, batch: int | None) -> str:
+    """Return the graph in ONNX's text format: the image, channels first -> first -> scaled -> cropped -> input.
+
+    The crop starts at torchvision's int(round(rest / 2)), where halves round to even.
+    """
+    channels, height, width = prepared.input_size
+    count = str(batch) if batch is not None else "batch"
+    return f"""
+    pixels (uint8[{count}, height, width, {channels}] {INPUT})
+        => (float[{count}, {channels}, {height}, {width}] input)
+    {{
         turned = Transpose<perm=[0, 3, 1, 2]>({INPUT})
-        {size}
-        two = Constant<value_ints=[2]>()
-        {middle(height, "h")}
-        {middle(width, "w")}
+        h = Shape<start=1, end=2>({INPUT})
+        w = Shape<start=2, end=3>({INPUT})
+        {_squashed(prepared) if prepared.crop_mode == "squash" else _shorter_edge(prepared)}
         kept = Shape<start=0, end=2>(first)
-        sizes = Concat<axis=0>(kept, new_h, new_w)
+        sizes = Concat<axis=0>(kept, new)
         scaled = Resize<{FILTERS[prepared.interpolation]}>(first, , , sizes)
-        starts = Concat<axis=0>(start_h, start_w)
-        ends = Concat<axis=0>(end_h, end_w)
+        crop = Constant<value_ints=[{height}, {width}]>()
+        rest = Sub(new, crop)
+        two = Constant<value_ints=[2]>()
+        half = Div(rest, two)
+        odd = Mod(rest, two)
+        half_odd = Mod(half, two)
+        up = Mul(odd, half_odd)
+        starts = Add(half, up)
+        ends = Add(starts, crop)
         axes = Constant<value_ints=[2, 3]>()
         cropped = Slice(scaled, starts, ends, axes)
         levels = Cast<to=1>(cropped)
         most = Constant<value_float=255.0>()
         unit = Div(levels, most)
         centred = Sub(unit, mean)
-        input = Div(centred, std)"""
-    count = str(batch) if batch is not None else "batch"
-    return (
-        f"pixels (uint8[{count}, height, width, {channels}] {INPUT}) "
-        f"=> (float[{count}, {channels}, {height}, {width}] input)\n{{{body}\n}}"
-    )
+        input = Div(centred, std)
+    }}"""
+
+
+def _squashed(prepared: Preprocessing) -> str:
+    """Both edges get the size wanted, a shrinking height first where the width grows: Pillow shrinks, then enlarges."""
+    rows, columns = resized(prepared)
+    return f"""
+        rows = Constant<value_ints=[{rows}]>()
+        columns = Constant<value_ints=[{columns}]>()
+        new = Concat<axis=0>(rows, columns)
+        wider = Greater(columns, w)
+        lower = Min(h, rows)
+        first_h = Where(wider, lower, h)
+        kept_first = Shape<start=0, end=2>(turned)
+        first_sizes = Concat<axis=0>(kept_first, first_h, w)
+        first = Resize<{FILTERS[prepared.interpolation]}>(turned, , , first_sizes)"""
+
+
+def _shorter_edge(prepared: Preprocessing) -> str:
+    """The shorter edge gets the size wanted; the longer one is rounded down as in torchvision."""
+    return f"""
+        edge = Constant<value_ints=[{resized(prepared)[0]}]>()
+        edges = Concat<axis=0>(h, w)
+        enlarged = Mul(edges, edge)
+        shorter = Min(h, w)
+        new = Div(enlarged, shorter)
+        first = Identity(turned)"""

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernelError
 
 from growkit.deploy import libraries
 from growkit.errors import GrowkitError
@@ -125,17 +126,11 @@ def open_session(
         GrowkitError: the provider asked for is unknown or does not really run here.
     """
     if provider == "auto":
-        given: dict[str, Any] = {
-            "threads": threads,
-            "optimise": optimise,
-            "spinning": spinning,
-            "folder": folder,
-        }
-        try:
-            return replace(open_session(file, provider="cuda", **given), note="provider auto: CUDA runs here")
-        except GrowkitError as error:
-            why = str(error).partition(ELSE_CPU)[0]
-            return replace(open_session(file, provider="cpu", **given), note=f"provider auto: the CPU; {why}")
+        return on_cuda_or_cpu(
+            lambda place: open_session(
+                file, provider=place, threads=threads, optimise=optimise, spinning=spinning, folder=folder
+            )
+        )
     refuse_choice("provider", provider, (*PROVIDERS, "auto"))
     # get_available_providers() says what the wheel was compiled for, not what runs (ort#17801)
     if PROVIDERS[provider] not in ort.get_available_providers():
@@ -143,16 +138,7 @@ def open_session(
             provider, "this ONNX Runtime was built without it: pip install onnxruntime-gpu in place of onnxruntime"
         )
     threads = threads or torch.get_num_threads()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = _options(threads, optimise, spinning, folder)
     source = file if isinstance(file, bytes) else str(file)
     wanted = _wanted(provider)
     with _quiet() as said:
@@ -168,12 +154,36 @@ def open_session(
         except Exception as error:
             if provider == "cpu":
                 raise
-            ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])  # raises if the file is at fault
+            with contextlib.suppress(NoKernelError):  # the CPU has none for bfloat16
+                ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])  # raises if the file is at fault
             raise _not_running(provider, *_reasons(provider, str(error))) from None
     if inner.get_providers()[0] != PROVIDERS[provider]:
         raise _not_running(provider, *_reasons(provider, said.getvalue()))
     inner.disable_fallback()  # else a run that fails there is silently repeated on the CPU
     return Session(inner, inner.get_inputs()[0].name, provider, threads)
+
+
+def _options(threads: int, optimise: bool, spinning: bool, folder: Path | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def on_cuda_or_cpu(opened: Callable[[str], Session]) -> Session:
+    """Return what `opened` opens on CUDA where that runs, else on the CPU, with a note of which and why."""
+    try:
+        return replace(opened("cuda"), note="provider auto: CUDA runs here")
+    except GrowkitError as error:
+        why = str(error).partition(ELSE_CPU)[0]
+        return replace(opened("cpu"), note=f"provider auto: the CPU; {why}")
 
 
 def _wanted(provider: str) -> dict[str, dict[str, str]]:

@@ -19,7 +19,7 @@ FLOAT, HALF, BRAIN = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT1
 SUFFIX = {FLOAT: "float32", HALF: "float16", BRAIN: "bfloat16"}
 HEADROOM = 4  # images in service may drive an activation this much higher than those measured
 LARGEST_HALF = 65504 / HEADROOM
-SCORES = " scores"
+SCORES = " scores"  # behind the name of an Attention's output: its scores, while they are measured
 
 
 def half(
@@ -98,41 +98,8 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
     Casts are inserted only where the two types meet, one per tensor. A weight that both read is stored in both.
     """
     floats = _floats(proto)
-    weights = {t.name: t for t in proto.graph.initializer if t.data_type == FLOAT}
     outputs = {value.name for value in proto.graph.output}
-    made = onnx.ModelProto()
-    made.CopyFrom(proto)
-    graph = made.graph
-    for part in ("node", "initializer", "value_info"):
-        graph.ClearField(part)
-    graph.initializer.extend(t for t in proto.graph.initializer if t.data_type != FLOAT)
-    # (tensor, type) -> the name of that tensor in that type
-    there: dict[tuple[str, int], str] = {(v.name, FLOAT): v.name for v in graph.input}
-    taken = set(floats) | set(weights)
-
-    def fresh(name: str, wanted: int) -> str:
-        chosen = f"{name}_{SUFFIX[wanted]}"
-        while chosen in taken:
-            chosen += "_"
-        taken.add(chosen)
-        return chosen
-
-    def cast(source: str, target: str, wanted: int) -> None:
-        graph.node.append(helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=wanted))
-
-    def wanted_in(name: str, wanted: int) -> str:
-        if (name, wanted) not in there:
-            if name in weights:
-                first = not any(key[0] == name for key in there)
-                there[name, wanted] = name if first else fresh(name, wanted)
-                array = rounded_to(numpy_helper.to_array(weights[name]), wanted)
-                graph.initializer.append(numpy_helper.from_array(array, there[name, wanted]))
-            else:
-                source = next(stored for (key, _), stored in there.items() if key == name)
-                there[name, wanted] = fresh(name, wanted)
-                cast(source, there[name, wanted], wanted)
-        return there[name, wanted]
-
+    made = _Lowered(proto, floats)
     for original in proto.graph.node:
         node = onnx.NodeProto()
         node.CopyFrom(original)
@@ -143,26 +110,67 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
         own = kind if reads and node.name not in kept else FLOAT
         fixed = _fixed(proto, node)
         for index in reads:
-            node.input[index] = wanted_in(node.input[index], FLOAT if index in fixed else own)
+            node.input[index] = made.named(node.input[index], FLOAT if index in fixed else own)
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT:
                 attribute.i = own
-        graph.node.append(node)
-        for index, name in enumerate(original.output):
-            if name not in floats:
-                continue
-            there[name, own] = name
-            if own != FLOAT and name in outputs:
-                node = graph.node[-1]
-                there[name, own] = node.output[index] = fresh(name, own)
-                cast(there[name, own], name, FLOAT)
-                there[name, FLOAT] = name
+        lowered_outputs = [i for i, name in enumerate(original.output) if own != FLOAT and name in floats & outputs]
+        for index in lowered_outputs:
+            node.output[index] = made.fresh(node.output[index], own)
+        made.proto.graph.node.append(node)
+        for name, stored in zip(original.output, node.output, strict=True):
+            if name in floats:
+                made.names[name, own] = stored
+        for index in lowered_outputs:
+            made.cast(node.output[index], original.output[index], FLOAT)
+            made.names[original.output[index], FLOAT] = original.output[index]
     order = {t.name: index for index, t in enumerate(proto.graph.initializer)}
-    stored = sorted(graph.initializer, key=lambda t: order.get(t.name, len(order)))
-    graph.ClearField("initializer")
-    graph.initializer.extend(stored)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    stored_in_order = sorted(made.proto.graph.initializer, key=lambda t: order.get(t.name, len(order)))
+    made.proto.graph.ClearField("initializer")
+    made.proto.graph.initializer.extend(stored_in_order)
+    onnx.checker.check_model(made.proto, full_check=True)
+    return made.proto
+
+
+class _Lowered:
+    """A graph in the making, whose tensors get a name for each type in which they are read.
+
+    names  (tensor, type) -> the name of that tensor in that type
+    """
+
+    def __init__(self, original: onnx.ModelProto, floats: set[str]):
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(original)
+        for part in ("node", "initializer", "value_info"):
+            self.proto.graph.ClearField(part)
+        self.proto.graph.initializer.extend(t for t in original.graph.initializer if t.data_type != FLOAT)
+        self.weights = {t.name: t for t in original.graph.initializer if t.data_type == FLOAT}
+        self.names = {(v.name, FLOAT): v.name for v in original.graph.input}
+        self.taken = set(floats)
+
+    def named(self, name: str, wanted: int) -> str:
+        """Return the name of a tensor in the type wanted; where there is none yet, store or cast it."""
+        if (name, wanted) not in self.names:
+            there = next((stored for (known, _), stored in self.names.items() if known == name), None)
+            self.names[name, wanted] = chosen = name if there is None else self.fresh(name, wanted)
+            if name in self.weights:
+                array = rounded_to(numpy_helper.to_array(self.weights[name]), wanted)
+                self.proto.graph.initializer.append(numpy_helper.from_array(array, chosen))
+            else:
+                self.cast(there or name, chosen, wanted)
+        return self.names[name, wanted]
+
+    def fresh(self, name: str, wanted: int) -> str:
+        """Return a name that no tensor has yet."""
+        chosen = f"{name}_{SUFFIX[wanted]}"
+        while chosen in self.taken:
+            chosen += "_"
+        self.taken.add(chosen)
+        return chosen
+
+    def cast(self, source: str, target: str, wanted: int) -> None:
+        """Add a node that makes `target`, of the type wanted, from `source`."""
+        self.proto.graph.node.append(helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=wanted))
 
 
 def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
 
-from growkit.deploy.form import Form, form_of
+from growkit.deploy.form import PLAIN, Form, form_of
 from growkit.errors import GrowkitError, first_line
 from growkit.files import refuse_no_file, whole_file, whole_files
 
@@ -84,6 +84,12 @@ def json_in(props: Mapping[str, str], key: str) -> Any:
         return text
 
 
+def object_in(props: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Parse the metadata under `key` as a JSON object; an empty one where it is anything else."""
+    value = json_in(props, key)
+    return value if isinstance(value, dict) else {}
+
+
 def form_in(path: Path) -> Form:
     """Return the form that a file claims; the default one if it cannot be read, which its checks will report.
 
@@ -95,7 +101,7 @@ def form_in(path: Path) -> Form:
     try:
         proto = onnx.load_model(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds
-        return Form()
+        return PLAIN
     return form_of(props_of(proto))
 
 

@@ -1,7 +1,6 @@
 """Does the file match its form: inputs, outputs, operators, metadata, and no trace of the exporting machine?"""
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -17,9 +16,10 @@ from onnx import TensorProto
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import CONTRIB, Form
 from growkit.deploy.pixels import INPUT
-from growkit.deploy.store import json_in, props_of, without_weights
+from growkit.deploy.store import json_in, object_in, props_of, without_weights
 from growkit.deploy.truth import Preprocessing
-from growkit.text import short
+from growkit.files import plain
+from growkit.text import short, some
 
 RANDOM = {
     "Bernoulli",
@@ -72,8 +72,10 @@ def structure_checks(
         "classes": f"int64 {batch} x {form.top}",
     }
 
+    domains = ["ai.onnx", CONTRIB] if form.attention == "contrib" else ["ai.onnx"]
+
     def exactly(name: str, got: list[str] | int | None, wanted: list[str] | int) -> Check:
-        said, expected = ((", ".join(v) or "none") if isinstance(v, list) else str(v) for v in (got, wanted))
+        said, expected = ((some(v) or "none") if isinstance(v, list) else str(v) for v in (got, wanted))
         line = f"{name}: {said}" + ("" if got == wanted else f", expected {expected}")
         return check("structure", name, got == wanted, said, expected, line)
 
@@ -82,7 +84,7 @@ def structure_checks(
         exactly("output", outputs, [f"{name}: {answers[name]}" for name in form.outputs]),
         exactly("opset", opsets.get("ai.onnx"), form.opset),
         exactly("IR version", proto.ir_version, form.ir),
-        exactly("operator domains", _domains(proto), domains_of(form)),
+        exactly("operator domains", sorted({n.domain or "ai.onnx" for n in proto.graph.node}), domains),
         exactly("operators that have no place", _misplaced(proto, form), []),
         exactly(f"not {form.precision}", _not_in_precision(proto, form.precision), []),
         exactly("read by nobody", _unread(proto), []),
@@ -99,15 +101,6 @@ def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
     right &= form.image_size is None or form.pixels or shape[2:] == [form.image_size] * 2
     told = f"batch {form.batch or 'any'}, image size {form.image_size or 'its own'}"
     return check("structure", "sizes", right, ", ".join(given), told, f"sizes: {', '.join(given)}, but claimed: {told}")
-
-
-def domains_of(form: Form) -> list[str]:
-    """Return the operator domains of a file of this form."""
-    return ["ai.onnx", CONTRIB] if form.attention == "contrib" else ["ai.onnx"]
-
-
-def _domains(proto: onnx.ModelProto) -> list[str]:
-    return sorted({node.domain or "ai.onnx" for node in proto.graph.node})
 
 
 def _misplaced(proto: onnx.ModelProto, form: Form) -> list[str]:
@@ -132,7 +125,7 @@ def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
     quantisers = {n.op_type for n in graph.node} & QUANTISERS
     found += sorted(quantisers - OF_INT8.get(precision, set()))
     if precision in HALVES.values():
-        sizes = {kind: sum(_size(t) for t in weights.values() if t.data_type == kind) for kind in (1, *HALVES)}
+        sizes = {kind: sum(math.prod(t.dims) for t in weights.values() if t.data_type == kind) for kind in (1, *HALVES)}
         found += [f"{sizes[1]} float32 weights"] if 2 * sizes[1] > sum(sizes.values()) else []
     elif precision in OF_INT8:
         by_weight, products = set(weights), {"MatMulInteger"} if precision == "int8" else {"MatMul", "Gemm"}
@@ -152,11 +145,7 @@ def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
                 found.append(f"{node.op_type} {node.name} in float32")
             right += low
         found += [] if right else ["no product in int8"]
-    return found[:3] + ([f"{len(found) - 3} more"] if len(found) > 3 else [])
-
-
-def _size(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims)
+    return found
 
 
 def _unread(proto: onnx.ModelProto) -> list[str]:
@@ -170,7 +159,7 @@ def _unread(proto: onnx.ModelProto) -> list[str]:
             wanted.update(node.input)
             wanted.update(_read_inside(node))
     unread += [tensor.name for tensor in proto.graph.initializer if tensor.name not in wanted]
-    return unread[::-1][:3] + ([f"{len(unread) - 3} more"] if len(unread) > 3 else [])
+    return unread[::-1]
 
 
 def _read_inside(node: onnx.NodeProto) -> set[str]:
@@ -215,8 +204,7 @@ def _metadata(
     labels: Sequence[str] | None,
 ) -> list[Check]:
     props = props_of(proto)
-    stored = json_in(props, "preprocessing")
-    wanted = json.loads(json.dumps(prepared))
+    stored, wanted = json_in(props, "preprocessing"), plain(prepared)
     checks = [
         check(
             "structure",
@@ -228,8 +216,7 @@ def _metadata(
         )
     ]
     if weights_sha256 is not None:
-        provenance = json_in(props, "growkit.provenance")
-        found = provenance.get("weights_sha256") if isinstance(provenance, dict) else None
+        found = object_in(props, "growkit.provenance").get("weights_sha256")
         same = found == weights_sha256
         line = f"exported from weights {short(found)}" + (
             "" if same else f", but this model's are {short(weights_sha256)}: export it again"

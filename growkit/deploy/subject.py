@@ -3,7 +3,6 @@
 import copy
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +18,11 @@ from growkit.deploy.form import form_of
 from growkit.deploy.numbers import in_batches
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import open_session
-from growkit.deploy.store import files_of, json_in, props_of, read_graph, refuse_missing
+from growkit.deploy.store import files_of, json_in, object_in, props_of, read_graph, refuse_missing
 from growkit.deploy.structure import QUANTISERS
 from growkit.deploy.truth import Preprocessing, logits_of, preprocessing, truth_of
 from growkit.errors import GrowkitError
-from growkit.files import sha256_of
+from growkit.files import plain, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def model_subject(model: nn.Module, *, weights_sha256: str | None = None, archit
             of="model",
             precision=names[dtype],
             architecture=architecture,
-            preprocessing=_as_json(asdict(preprocessing(model))) if described else {},
+            preprocessing=plain(asdict(preprocessing(model))) if described else {},
             tensors_sha256=tensors_sha256(model) if dtype is torch.float32 else None,
             weights_sha256=weights_sha256,
         ),
@@ -120,13 +119,8 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
     refuse_missing(file)
     proto = read_graph(file, weights=False)
     props = props_of(proto)
-    provenance, prepared, form = (
-        _object(json_in(props, "growkit.provenance")),
-        _object(json_in(props, "preprocessing")),
-        form_of(props),
-    )
-    labels = json_in(props, "labels")
-    files = files_of(file)
+    provenance, prepared = object_in(props, "growkit.provenance"), object_in(props, "preprocessing")
+    form, labels, files = form_of(props), json_in(props, "labels"), files_of(file)
     bound = bound_of(files)
     with memory_bounded(bound, provider=provider):
         if prepared:
@@ -175,13 +169,3 @@ def tensors_sha256(model: nn.Module) -> str:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """`value` where it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` as it comes back from a JSON file: tuples are lists there."""
-    return json.loads(json.dumps(value))

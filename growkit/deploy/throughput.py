@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.deploy.contention import CONTENDED, Contention
-from growkit.deploy.form import Form
-from growkit.deploy.latency import Percentiles, percentiles
+from growkit.deploy.form import PLAIN, Form
 from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import Session, open_session
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.timing import Percentiles, percentiles
 from growkit.deploy.truth import noise_images, preprocessing
 
 CALLS = 20  # at least, at batch 1: percentiles are reported
@@ -87,7 +87,7 @@ def measure_throughput(
     file: Path,
     settings: VerifySettings,
     *,
-    form: Form | None = None,
+    form: Form = PLAIN,
     batches: tuple[int, ...] = (1, 2, 4, 8),
     progress: Callable[[int, str], None] = lambda done, note: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -105,7 +105,7 @@ def measure_throughput(
     macs = count_macs(model, torch.from_numpy(noise_images(prepared, 1, seed)))
 
     def opening(spinning: bool) -> Session:
-        return core_session(file, form or Form(), prepared, provider=settings.provider, spinning=spinning)
+        return core_session(file, form, prepared, provider=settings.provider, spinning=spinning)
 
     opened = opening(spinning=False)
     provider, threads = opened.provider, opened.threads

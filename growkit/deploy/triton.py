@@ -5,7 +5,6 @@ NAME/config.pbtxt  NAME/metadata.json  NAME/labels.txt  NAME/warmup/*.bin  NAME/
 The config is built as the published protobuf message, not as text, and the result is checked before it appears.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
+from growkit.deploy.data_sets import read_tensor
 from growkit.deploy.form import form_of
 from growkit.deploy.settings import TritonSettings
 from growkit.deploy.signature import Signature, Tensor, load_graph, signature_of
-from growkit.deploy.store import files_of, json_in, props_of
+from growkit.deploy.store import files_of, json_in, object_in, props_of
 from growkit.deploy.triton_check import (
+    CONFIG,
     MODEL,
     VERSIONS_SERVED,
     check_model_repository,
+    fits,
     kserve_metadata,
     lines_of,
     read_config,
@@ -34,11 +34,10 @@ from growkit.deploy.triton_check import (
     versions_in,
 )
 from growkit.errors import GrowkitError
-from growkit.files import refuse_existing, refuse_unwritable, whole_folder, write_json
+from growkit.files import plain, refuse_existing, refuse_unwritable, whole_folder, write_json
 from growkit.ranges import refuse_choice
 from growkit.text import clipped, some, visible
 
-CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 WRITES = (
@@ -76,11 +75,12 @@ def write_model_repository(
             otherwise; the file or its data sets do not fit Triton.
     """
     proto = load_graph(exported / MODEL)
-    name = settings.name or default_name(proto)
-    prepared = None if form_of(props_of(proto)).pixels else json_in(props_of(proto), "preprocessing")
+    props = props_of(proto)
+    name = settings.name or str(object_in(props, "growkit.provenance").get("architecture") or "model")
+    prepared = None if form_of(props).pixels else object_in(props, "preprocessing")
     refuse_taken(repository, name, settings, force, prepared)
     target, version = repository / name, settings.version or 1
-    signature, labels = signature_of(proto), _labels(proto)
+    signature, labels = signature_of(proto), _labels(props)
     if (target / CONFIG).exists():  # perhaps tuned by hand, so it is kept even where its only version is replaced
         config = read_config(target)
         _refuse_another(target, config, signature, labels)
@@ -106,7 +106,9 @@ def write_model_repository(
     return ModelRepository(target, version, configured=True)
 
 
-def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Any = None) -> None:
+def refuse_taken(
+    repository: Path, name: str, settings: TritonSettings, force: bool, prepared: Mapping[str, Any] | None = None
+) -> None:
     """Raise GrowkitError for what would stop a later write; called before the work starts.
 
     `prepared` says how clients must prepare images, as Source.preprocessing does; None for a file that does so itself.
@@ -137,19 +139,13 @@ def refuse_taken(repository: Path, name: str, settings: TritonSettings, force: b
         _refuse_prepared_otherwise(target, others, prepared)
 
 
-def default_name(proto: onnx.ModelProto) -> str:
-    """Return the architecture that the file's metadata names, or 'model'."""
-    provenance = json_in(props_of(proto), "growkit.provenance")
-    return str((isinstance(provenance, dict) and provenance.get("architecture")) or "model")
-
-
 def _text(config: Any) -> str:
     return str(schema()[1].MessageToString(config, as_utf8=True))
 
 
-def _labels(proto: onnx.ModelProto) -> list[str] | None:
+def _labels(props: Mapping[str, str]) -> list[str] | None:
     """Return the class names of the file's metadata, each on one line, for Triton reads them line by line."""
-    stored = json_in(props_of(proto), "labels")
+    stored = json_in(props, "labels")
     return [visible(" ".join(str(label).split())) for label in stored] if isinstance(stored, list) else None
 
 
@@ -197,29 +193,19 @@ def _fill(value: Any, tensor: Tensor, batched: bool) -> None:
 
 def _samples(signature: Signature, exported: Path) -> list[np.ndarray]:
     """Return an array for each input, batch included, from the first data set that fits; one image where batched."""
+    from tritonclient.utils import np_to_triton_dtype
+
     for folder in sorted(exported.glob("test_data_set_*")):
-        arrays = [_array(folder / f"input_{index}.pb") for index in range(len(signature.inputs))]
+        arrays = [read_tensor(folder / f"input_{index}.pb")[1] for index in range(len(signature.inputs))]
         if signature.batched:
             arrays = [array[:1] for array in arrays]
-        if all(_fits(array, tensor) for array, tensor in zip(arrays, signature.inputs, strict=True)):
+        if all(
+            fits(array.shape, tensor.shape) and np_to_triton_dtype(array.dtype) == tensor.datatype
+            for array, tensor in zip(arrays, signature.inputs, strict=True)
+        ):
             return arrays
     wanted = ", ".join(f"{t.name} {t.datatype} {list(t.shape)}" for t in signature.inputs)
     raise GrowkitError(f"{exported}: no test_data_set_* fits the file's input ({wanted}); export again")
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        return numpy_helper.to_array(onnx.load_tensor(str(path)))
-    except Exception as error:  # protobuf and numpy_helper raise a dozen kinds
-        raise GrowkitError(f"{path}: not a readable ONNX tensor ({error}); export again") from None
-
-
-def _fits(array: np.ndarray, tensor: Tensor) -> bool:
-    from tritonclient.utils import np_to_triton_dtype
-
-    same = len(array.shape) == len(tensor.shape)
-    dims = zip(array.shape, tensor.shape, strict=True) if same else ()
-    return same and np_to_triton_dtype(array.dtype) == tensor.datatype and all(w in (-1, d) for d, w in dims)
 
 
 def _copy_model(exported: Path, version: Path) -> None:
@@ -242,15 +228,13 @@ def _refuse_another(target: Path, config: Any, signature: Signature, labels: lis
         )
 
 
-def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: Any) -> None:
+def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: Mapping[str, Any] | None) -> None:
     """Raise GrowkitError where images prepared for the newest of `versions` would be wrong for `prepared`."""
     files = [file for file in (target / str(version) / MODEL for version in reversed(versions)) if file.exists()]
-    if not files or not isinstance(prepared, Mapping):
+    if not files or not prepared:
         return
     before = load_graph(files[0] / MODEL if files[0].is_dir() else files[0])
-    was, now = json_in(props_of(before), "preprocessing"), json.loads(json.dumps(dict(prepared)))
-    if not isinstance(was, dict):
-        return
+    was, now = object_in(props_of(before), "preprocessing"), plain(prepared)
     # the signature covers the size of images
     for key in sorted((was.keys() & now.keys()) - {"input_size"}):
         if was[key] != now[key]:

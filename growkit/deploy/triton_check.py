@@ -16,6 +16,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from growkit.deploy.signature import Signature, load_graph, signature_of
 from growkit.errors import GrowkitError
 
+CONFIG = "config.pbtxt"
 MODEL = "model.onnx"  # Triton's own name for it, as a file or as a folder of several
 VERSIONS_SERVED = 2  # the newest and, to roll back to without loading anything, the one before
 
@@ -95,7 +96,7 @@ def read_config(folder: Path) -> Any:
         GrowkitError: config.pbtxt is missing or does not follow the schema.
     """
     model_config, text_format = schema()
-    file = folder / "config.pbtxt"
+    file = folder / CONFIG
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), model_config.ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
@@ -134,7 +135,11 @@ def _file_problems(config: Any, version: Path) -> list[str]:
         return [str(error)]
     for tensor in proto.graph.initializer:
         if uses_external_data(tensor):
-            info = ExternalDataInfo(tensor)
+            try:
+                info = ExternalDataInfo(tensor)
+            except ValueError as error:
+                problems.append(f"{tensor.name} lies nowhere in the file beside it: {error}")
+                continue
             data = file.parent / info.location
             if not data.is_file() or data.stat().st_size < (info.offset or 0) + (info.length or 0):
                 problems.append(f"{info.location} is missing or too short for {tensor.name}")
@@ -193,13 +198,16 @@ def _warmup_problems(config: Any, folder: Path) -> list[str]:
             problems.append(f"{warmup.name!r} gives {sorted(warmup.inputs)}, the model takes {sorted(inputs)}")
             continue
         for name, given in warmup.inputs.items():
-            wanted = list(inputs[name].dims)
-            free = len(given.dims) == len(wanted) and all(w in (-1, d) for d, w in zip(given.dims, wanted, strict=True))
-            if not free or given.data_type != inputs[name].data_type:
+            if not fits(given.dims, inputs[name].dims) or given.data_type != inputs[name].data_type:
                 problems.append(f"{name!r} is {datatype_of(given)} {list(given.dims)}, not what the input takes")
                 continue
             problems += _data_problems(given, folder / "warmup" / given.input_data_file)
     return problems
+
+
+def fits(dims: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether an array of these dims may be given where dims are `wanted`, of which -1 is any."""
+    return len(dims) == len(wanted) and all(w in (-1, d) for d, w in zip(dims, wanted, strict=True))
 
 
 def _data_problems(given: Any, file: Path) -> list[str]:
@@ -222,11 +230,24 @@ def _label_problems(config: Any, folder: Path) -> list[str]:
         file = folder / output.label_filename
         if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
             problems.append(f"{output.label_filename} of {output.name!r} is not in the model's folder")
-        elif not takes_labels(output, len(lines_of(file)), bool(config.max_batch_size)):
-            problems.append(f"{len(lines_of(file))} lines for {output.name!r} with dims {list(output.dims)}")
+            continue
+        try:
+            count = len(lines_of(file))
+        except GrowkitError as error:
+            problems.append(str(error))
+            continue
+        if not takes_labels(output, count, bool(config.max_batch_size)):
+            problems.append(f"{count} lines for {output.name!r} with dims {list(output.dims)}")
     return problems
 
 
 def lines_of(file: Path) -> list[str]:
-    """Lines as Triton counts them: by newline alone."""
-    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    """Return lines as Triton counts them: by newline alone.
+
+    Raises:
+        GrowkitError: the file is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise GrowkitError(f"{file}: not in UTF-8 ({error})") from None

@@ -13,7 +13,7 @@ from torch import nn
 
 from growkit.deploy.bounded import bound_of, memory_bounded
 from growkit.deploy.checks import Check, Verdict, check
-from growkit.deploy.form import Form
+from growkit.deploy.form import PLAIN, Form
 from growkit.deploy.golden import Golden
 from growkit.deploy.golden_checks import check_golden
 from growkit.deploy.latency import Latency, measure_latency
@@ -201,25 +201,21 @@ def verify_alone(
     if isinstance(subject, Path):
         opened, valid = _open(subject, settings.provider)
         checks.append(valid)
+        sha256 = opened.identity.onnx_sha256 if opened else sha256_of(subject)  # of all its files, or of what is there
     else:
-        opened = subject
+        opened, sha256 = subject, None
     if opened is not None:
         if settings.precision is not None:
             wanted, found = settings.precision.partition("-")[0], opened.identity.precision
             checks.append(check("structure", "precision", found == wanted, found, wanted))
         checks += check_golden(golden, opened, tolerance=tolerance)
     report = {
-        "onnx_sha256": _sha256(subject, opened) if isinstance(subject, Path) else None,
+        "onnx_sha256": sha256,
         "weights_sha256": opened.identity.weights_sha256 if opened else None,
         "provider": _provider(settings, opened.provider if opened else None),
         "environment": environment(),
     }
     return _verified(checks, settings, report)
-
-
-def _sha256(file: Path, opened: Subject | None) -> str | None:
-    """Return the hash of all files of an ONNX file; of the file alone if it does not open."""
-    return opened.identity.onnx_sha256 if opened else sha256_of(file)
 
 
 def _open(file: Path, provider: str) -> tuple[Subject | None, Check]:
@@ -256,7 +252,7 @@ def _as_claimed(file: Path) -> tuple[tuple[Path, ...], Form]:
     try:
         return files_of(file), form_in(file)
     except Exception:  # protobuf has its own kinds
-        return (), Form()
+        return (), PLAIN
 
 
 def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:

@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from growkit.deploy.checks import Check, check
+from growkit.deploy.checks import Check, check, refused
 from growkit.deploy.form import Form
 from growkit.deploy.inputs import as_file_takes, as_model_takes
 from growkit.deploy.numbers import in_batches
 from growkit.deploy.runtime import Session
 from growkit.deploy.truth import Preprocessing
-from growkit.errors import first_line
 
 SOFTMAX = 1e-5  # largest difference of a probability from the softmax of the logits inside
 LEVELS = 2  # of 255: how far one pixel may be off; seen: 1, and 2 where noise is enlarged a hundredfold
@@ -37,8 +36,8 @@ def answer(form: Form, logits: np.ndarray) -> dict[str, np.ndarray]:
 
 def answer_checks(got: Mapping[str, np.ndarray], logits: np.ndarray, form: Form, name: str) -> list[Check]:
     """Check the outputs `got` of the whole file against the `logits` of the network inside."""
-    checks = []
-    for output, wanted in answer(form, logits).items():
+    checks, expected = [], answer(form, logits)
+    for output, wanted in expected.items():
         label = f"{name}: {output}"
         if output not in got or got[output].shape != wanted.shape:
             found = str(got[output].shape) if output in got else "missing"
@@ -49,7 +48,7 @@ def answer_checks(got: Mapping[str, np.ndarray], logits: np.ndarray, form: Form,
             given = got[output]
             inside = ((given >= 0) & (given < every.shape[1])).all()
             taken = np.take_along_axis(every, given.clip(0, every.shape[1] - 1), axis=1)
-            off = float(np.abs(taken - answer(form, logits)["scores"]).max()) if inside else float("inf")
+            off = float(np.abs(taken - expected["scores"]).max()) if inside else float("inf")
         else:
             scale = max(1.0, float(np.abs(wanted).max()))
             off = float(np.abs(got[output] - wanted).max()) / scale
@@ -82,8 +81,7 @@ def pixel_checks(
             answers = whole.outputs(levels)
             logits = in_batches(core, got, batch)
         except Exception as error:  # ONNX Runtime has its own kinds
-            line = f"{name}: {first_line(error)}"
-            checks.append(check("pixels", f"{name}: runs", False, "refused", "ok", line))
+            checks.append(refused("pixels", name, error))
             continue
         if got.shape[1:] != wanted.shape[1:]:
             checks.append(check("pixels", f"{name}: shape", False, str(got.shape[1:]), str(wanted.shape[1:])))

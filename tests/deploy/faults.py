@@ -478,23 +478,17 @@ def resized_as_floats(proto: onnx.ModelProto) -> None:
 
 
 def crop_one_off(proto: onnx.ModelProto) -> None:
-    behind("pixels_start_w", ("Add", [np.array([1])], {}))(proto)
-    behind("pixels_end_w", ("Sub", [np.array([0])], {}))(proto)
+    behind("pixels_starts", ("Add", [np.array([0, 1])], {}))(proto)
 
 
 def halves_down(proto: onnx.ModelProto) -> None:
     """A crop that starts at 1.5 starts at 1, not at the even 2."""
-    maker(proto, "pixels_start_h").input[1] = constant(proto, np.array([0]), "never_up")
-    maker(proto, "pixels_start_w").input[1] = "never_up"
+    maker(proto, "pixels_starts").input[1] = constant(proto, np.array([0]), "never_up")
 
 
 def squashed(proto: onnx.ModelProto) -> None:
     """The long edge is resized like the short one."""
-    for side in ("h", "w"):
-        maker(proto, f"pixels_new_{side}").input[0] = f"pixels_squashed_{side}"
-        place = list(proto.graph.node).index(maker(proto, f"pixels_new_{side}"))
-        node = helper.make_node("Mul", ["pixels_short", "pixels_edge"], [f"pixels_squashed_{side}"])
-        proto.graph.node.insert(place, node)
+    maker(proto, "pixels_new").input[1] = "pixels_edges"
 
 
 def not_normalised(proto: onnx.ModelProto) -> None:

@@ -22,11 +22,12 @@ from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
 from growkit.deploy.fastest import Choice
 from growkit.deploy.form import Form
-from growkit.deploy.latency import Comparison, Latency, Percentiles, latency_check
+from growkit.deploy.latency import Latency, latency_check
 from growkit.deploy.runtime import Assignment, Node
 from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.subject import onnx_subject
 from growkit.deploy.throughput import Rate, Throughput
+from growkit.deploy.timing import Comparison, Percentiles
 from growkit.deploy.truth import Preprocessing, noise_images
 from growkit.errors import GrowkitError
 from growkit.evaluation import _answering_onnx

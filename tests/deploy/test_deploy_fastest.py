@@ -9,8 +9,8 @@ from growkit.deploy import fastest as module
 from growkit.deploy.fastest import candidates, fastest, judged
 from growkit.deploy.folder import write_export
 from growkit.deploy.form import Form
-from growkit.deploy.latency import Comparison, Percentiles
 from growkit.deploy.settings import ExportSettings
+from growkit.deploy.timing import Comparison, Percentiles
 from growkit.errors import GrowkitError
 
 
@@ -89,6 +89,20 @@ def test_faster_graph_that_is_not_the_fastest_is_not_called_slow(
     assert {choice.attention: choice.verdict for choice in choices} == {"standard": "kept", "contrib": "faster"}
     assert choices[1].why.endswith("another is faster still")
     assert form.attention == "standard"
+
+
+def test_graph_that_is_faster_at_one_batch_size_and_no_slower_at_the_other_is_kept(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(subject, baseline, *, names=("subject", "baseline"), batch=1, **more):  # type: ignore[no-untyped-def]
+        if names == ("subject", "baseline"):
+            return measured(1.0, 0.999, 1.001, batch)
+        return measured(0.9, 0.89, 0.91, batch) if batch == 1 else measured(1.001, 0.991, 1.011, batch)
+
+    monkeypatch.setattr(module, "compare", compare)
+    form, (choice,) = fastest(model, Form(), "cpu", batches=(1, 2))
+    assert (form.attention, choice.verdict) == ("contrib", "kept")
+    assert "another is faster" not in choice.why
 
 
 def test_graph_that_is_no_faster_is_left(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

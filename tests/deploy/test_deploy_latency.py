@@ -10,15 +10,9 @@ import torch
 from deploy_models import ARGUMENTS, NAME
 from torch import nn
 
-from growkit.deploy.latency import (
-    Comparison,
-    Percentiles,
-    compare,
-    equivalence,
-    latency_check,
-    measure_latency,
-)
+from growkit.deploy.latency import equivalence, latency_check, measure_latency
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.timing import Comparison, Percentiles, compare
 
 
 class Machine:

@@ -11,11 +11,13 @@ import timm
 import torch
 from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
 from faults import folded_batch, prepares, version, zeroed
+from PIL import Image
 from torch import nn
 
 from growkit.deploy import parity as parity_module
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
 from growkit.deploy.numbers import by_chance, cosines
 from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.settings import VerifySettings
@@ -209,6 +211,30 @@ def test_lost_accuracy_is_counted_and_certified_changes_fail(model: nn.Module, e
     assert accuracy["n10"] > accuracy["n01"]
     assert accuracy["predictions"]["certified_changed"] > 0
     assert "certified predictions changed" in {c.name for c in parity.failed}
+
+
+@pytest.mark.parametrize("form", [Form(), Form(precision="fp16"), Form(output="top-2")], ids=["plain", "fp16", "top-2"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_classes": 3}, r"shape of logits: \(16, 3\), allowed \(16, 7\)"),
+        ({"img_size": 24}, "labelled images: .*(invalid dimensions|Reshape)"),
+    ],
+    ids=["classes", "size"],
+)
+def test_file_of_another_size_is_a_no_whatever_it_is_checked_with(
+    form: Form, changed: dict[str, int], said: str, model: nn.Module, tmp_path: Path
+) -> None:
+    export_onnx(make_model(5, **changed), tmp_path / "model.onnx", form)
+    picture = Image.fromarray(np.zeros((10, 10, 3), np.uint8))
+    parity = check_parity(
+        model, tmp_path / "model.onnx", material=Material(data=labelled(model), pictures={"picture": picture})
+    )
+    around = {"answers"} if form.output != "logits" and "img_size" in changed else set()
+    assert {"weights", "numbers", "accuracy", "pictures"} | around <= failed_groups(parity)
+    (accuracy,) = [c.line for c in parity.failed if c.group == "accuracy"]
+    assert re.search(said, accuracy)
+    assert "accuracy" not in parity.figures
 
 
 def test_empty_data_is_refused(model: nn.Module, exported: Path) -> None:

@@ -10,9 +10,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from growkit.deploy import libraries, runtime
+from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
+from growkit.deploy.parity import check_parity
+from growkit.deploy.parts import core_session
 from growkit.deploy.runtime import assignment, environment, open_session
+from growkit.deploy.settings import VerifySettings
+from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -54,6 +61,22 @@ def test_auto_falls_back_and_says_so(exported: Path) -> None:
     assert session.note.startswith("provider auto: the CPU; provider cuda does not run here: ")
     assert "--provider" not in session.note
     assert open_session(exported).note == ""  # nothing was left to choose
+
+
+@no_cuda
+@pytest.mark.parametrize("form", [Form(precision="bf16"), Form(precision="bf16", pixels=True)], ids=["plain", "pixels"])
+def test_auto_emulates_bfloat16_where_cuda_does_not_run_which_is_not_the_files_fault(
+    form: Form, model: nn.Module, tmp_path: Path
+) -> None:
+    file, prepared = tmp_path / "model.onnx", preprocessing(model)
+    export_onnx(model, file, form)
+    images = noise_images(prepared, 2, 0)
+    emulated, found = (core_session(file, form, prepared, provider=provider) for provider in ("cpu", "auto"))
+    assert np.array_equal(found.run(images), emulated.run(images))
+    assert found.note.startswith("provider auto: the CPU; provider cuda does not run here: ")
+    assert check_parity(model, file, VerifySettings(provider="auto")).passed
+    with pytest.raises(GrowkitError, match="provider cuda does not run here"):
+        open_session(file, provider="cuda")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="names Linux's libraries")

@@ -257,6 +257,17 @@ def replaced(name: str, **options: Any) -> Callable[[Path], None]:
     return changed
 
 
+def displaced(folder: Path) -> None:
+    """Weights beside the file, at an offset that is no number."""
+    replaced("model.onnx", external=True)(folder)
+    file = folder / "1" / "model.onnx"
+    proto = onnx.load_model(str(file), load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "x" if entry.key == "offset" else entry.value
+    file.write_bytes(proto.SerializeToString())
+
+
 WARMUP = "warmup/input_0.bin"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.pbtxt").unlink(), "config.pbtxt"),
@@ -274,6 +285,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "more classes": (change(lambda c: c.output[0].dims.__setitem__(0, 6)), "output 'logits' of shape [-1, 6]"),
     "fixed batch": (replaced("model.onnx", dims=(1, 3, 4, 4)), "not every tensor of the file has a free batch"),
     "lost weights": (replaced("model.onnx", external=True), "model.onnx.data is missing or too short"),
+    "displaced weights": (displaced, "weight lies nowhere in the file beside it"),
     "large preference": (
         change(lambda c: c.dynamic_batching.preferred_batch_size.append(64)),
         "preferred_batch_size 64 is not in 1..32",
@@ -294,6 +306,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lost label": (lambda f: (f / "labels.txt").write_text("a\nb\nc\nd\n"), "4 lines for 'logits'"),
     "one label more": (lambda f: (f / "labels.txt").write_text("a\nb\nc\nd\ne\nf\n"), "6 lines for 'logits'"),
     "no labels": (lambda f: (f / "labels.txt").unlink(), "labels.txt of 'logits' is not in the model's folder"),
+    "labels in Latin-1": (lambda f: (f / "labels.txt").write_bytes(b"a\nb\nc\nd\n\xe9\n"), "labels.txt: not in UTF-8"),
     "labels outside": (
         change(lambda c: setattr(c.output[0], "label_filename", "../../onnx/model.onnx")),
         "is not in the model's folder",
