@@ -99,8 +99,10 @@ def grow_model(
     if opened is None:
         model = models["step0"]
     else:
-        growth = {"source": source.sha256, "to": target.name, "set": list(sets), **asdict(settings)}
-        opened = replace(opened, identity={**opened.identity, **growth})  # resuming requires the same operator
+        asked = {"to": target.name, "set": " ".join(sets) or None, **asdict(settings)}
+        growth = {f"--{name.replace('_', '-')}": value for name, value in asked.items() if name != "seed"}
+        # resuming requires the same operator
+        opened = replace(opened, identity={**opened.identity, "source": source.sha256, **growth})
         learned = _train_operator(job, resumed, grown, models, opened, training, device)
         model = grown.materialize()
     result = Grown(

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, writing
 from growkit.train.distributed import sharded_like
+from growkit.train.settings import FitSettings
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
 COMPUTED = ("foreach", "fused", "capturable")  # torch's names for ways to compute the same updates
+OPTIONS = {f.name for f in fields(FitSettings)}
 ANEW = "start anew with --force in place of --resume"
 
 
@@ -105,7 +108,12 @@ def difference(name: str, was: object, now: object) -> str:
             return f"{len(was)} {name}, not {len(now)}"
         at = next(place for place, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
         return f"{name} whose number {at} is {was[at]}, not {now[at]}"
-    return f"{name} {was}, not {now}"
+    if name in OPTIONS:
+        name = "--" + name.replace("_", "-")
+    if was is None or was is False:
+        return f"no {name}"
+    given = name if was is True else f"{name} {was}"
+    return f"{given}, not without it" if now is None or now is False else f"{given}, not {now}"
 
 
 def begun_with(folder: Path, name: str, *kinds: type) -> Any:

@@ -463,7 +463,7 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(begun, source, d
     before = runs_of(tmp_path)
     with pytest.raises(GrowkitError, match="already exists; --resume goes on with it, --force replaces it"):
         run_compare(tmp_path, source, digits, settings)
-    with pytest.raises(GrowkitError, match=r"begun with smoothing 0\.0, not 0\.1"):
+    with pytest.raises(GrowkitError, match=r"begun with --smoothing 0\.0, not 0\.1"):
         run_compare(tmp_path, source, digits, settings, replace(RECIPE, smoothing=0.1), resume=True)
     with pytest.raises(GrowkitError, match=r"begun with hold_out 0\.5, not 0\.2"):
         run_compare(tmp_path, source, digits, replace(settings, hold_out=0.2), resume=True)

@@ -322,7 +322,7 @@ def test_auto_precision_is_what_it_meant_when_a_run_is_resumed(tmp_path: Path, m
     fit(Net(), blobs(), settings, folder=tmp_path)
     fit(Net(), blobs(), replace(settings, precision="fp32"), folder=tmp_path, resume=True)
     monkeypatch.setattr("growkit.train.loop.precision_on", lambda *_: "bf16")  # as on a GPU
-    with pytest.raises(GrowkitError, match="started with precision fp32, not bf16"):
+    with pytest.raises(GrowkitError, match="started with --precision fp32, not bf16"):
         fit(Net(), blobs(), settings, folder=tmp_path, resume=True)
 
 

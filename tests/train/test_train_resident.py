@@ -316,7 +316,7 @@ def test_ordinary_run_is_not_resumed_as_a_resident_one(opened: Open, tmp_path: P
     settings = replace(ORDINARY, steps=2)
     fit(Net(), opened(settings), settings, folder=tmp_path)
     kept = replace(settings, cache="device")
-    with pytest.raises(GrowkitError, match="started with cache none, not ram or device"):
+    with pytest.raises(GrowkitError, match="started with --cache none, not ram or device"):
         fit(Net(), opened(kept), kept, folder=tmp_path, resume=True)
     fit(Net(), opened(kept), kept, folder=tmp_path)
     fit(Net(), opened(kept), replace(kept, cache="ram"), folder=tmp_path, resume=True)

@@ -246,10 +246,12 @@ def test_state_of_another_model_is_refused(change: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.02}, "started with lr 0.01, not 0.02"),
-        ({"steps": 10}, "started with steps 9, not 10"),
-        ({"seed": 4}, "started with seed 0, not 4"),
-        ({"aa": None}, "started with aa rand-m9-mstd0.5, not None"),
+        ({"lr": 0.02}, "started with --lr 0.01, not 0.02"),
+        ({"steps": 10}, "started with --steps 9, not 10"),
+        ({"seed": 4}, "started with --seed 0, not 4"),
+        ({"aa": None}, "started with --aa rand-m9-mstd0.5, not without it: give the same"),
+        ({"opt": "sgd", "compile": "default"}, "started with no --compile; --opt adamw, not sgd"),
+        ({"model_ema": False}, "started with --model-ema, not without it"),
     ],
 )
 def test_resuming_with_other_settings_names_the_difference(
@@ -273,7 +275,7 @@ def test_resuming_for_longer_says_how(unbroken: tuple[Run, FitResult]) -> None:
 
 def test_resuming_with_other_settings_names_all_of_them_at_once(unbroken: tuple[Run, FitResult]) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
-    says = r"started with batch_size 8, not 4; lr 0\.01, not 0\.5; steps 9, not 5: give the same, or start"
+    says = r"started with --batch-size 8, not 4; --lr 0\.01, not 0\.5; --steps 9, not 5: give the same, or start"
     with pytest.raises(GrowkitError, match=says):
         run.fit(replace(ALL_ON, lr=0.5, batch_size=4, steps=5), resume=True)
 
@@ -281,7 +283,7 @@ def test_resuming_with_other_settings_names_all_of_them_at_once(unbroken: tuple[
 def test_resuming_with_other_settings_reads_no_image(unbroken: tuple[Run, FitResult]) -> None:
     """With --cache, reading one means decoding all."""
     run = Run(unbroken[0].folder, replace(unbroken[0].data, train=MagicMock(**{"__len__.return_value": 26})))
-    with pytest.raises(GrowkitError, match=r"started with lr 0\.\d+, not 0\.5"):
+    with pytest.raises(GrowkitError, match=r"started with --lr 0\.\d+, not 0\.5"):
         run.fit(replace(ALL_ON, lr=0.5), resume=True)
     assert not run.data.train.__getitem__.called
 
