@@ -46,7 +46,8 @@ def train_model(
     opened = open_data(data, preprocessing, settings, tell=job.tell)
     labels = opened.classes or [str(index) for index in range(drafted.classes)]
     source = with_classes(fresh(name, sets, labels, seed=settings.seed), labels, sets, seed=settings.seed)
-    return _fit_into(job, job.run.trained, source, data, opened, settings, command="train")
+    asked = {"model": source.path, "set": list(sets), "data": data}
+    return _fit_into(job, job.run.trained, source, asked, opened, settings, command="train")
 
 
 def finetune_model(
@@ -63,13 +64,21 @@ def finetune_model(
     operator = (source.history or {}).get("operator")
     if isinstance(operator, dict) and operator.get("interrupted") is True:
         job.say(f"warning: training the operator of {source.path} was stopped; `growkit grow --resume` goes on with it")
-    return _fit_into(job, job.run.finetuned, adapted, data, opened, settings, command="finetune")
+    asked = {"model": source.path, "data": data}
+    return _fit_into(job, job.run.finetuned, adapted, asked, opened, settings, command="finetune")
 
 
 def _fit_into(
-    job: Job, folder: Path, source: Source, data: str, opened: Data, settings: FitSettings, *, command: str
+    job: Job,
+    folder: Path,
+    source: Source,
+    asked: dict[str, Any],
+    opened: Data,
+    settings: FitSettings,
+    *,
+    command: str,
 ) -> Trained:
-    """Train `source` on the data into `folder`."""
+    """Train `source` on the data into `folder`; what was `asked` goes into the record beside the settings."""
     resumed, last = goes_on(job, folder, folder / LAST / STATE), folder / LAST
     model_of = {"source": source.sha256, "model": source.architecture.name, **source.architecture.arguments}
     opened = replace(opened, identity={**opened.identity, **model_of})
@@ -124,7 +133,7 @@ def _fit_into(
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(history["fit"])})
         job.run.add(
             command,
-            options={"model": source.path, "data": data, **asdict(settings)},
+            options={**asked, **asdict(settings)},
             figures={
                 **(in_short(history["fit"]) or {}),
                 "adapted": list(source.adapted),

@@ -25,6 +25,7 @@ from growkit.train.score import Scores, worse
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 
 LAST = "last"  # inside a trained folder: the state to resume, and the last weights, beside the best
+ROUNDING = 0.2  # of a run's length, to whole updates, that goes without saying
 START = "start.json"  # in there: the scores before fine-tuning
 
 
@@ -84,6 +85,8 @@ def settled(
         job.say(f"--batch-size {settings.batch_size} is what the run was started with")
     settings = _sized(model, opened, settings, device, job.say)
     refuse_settings(opened, replace(settings, compile=None))  # before what takes a minute
+    if told := _other_length(opened, settings):
+        job.say(told)
     settings = with_compile(model, opened, settings, device, job.say, job.tell)
     if resumed is not None:
         job.say(f"goes on after update {updates_made(resumed, opened, settings, device)}")
@@ -109,6 +112,19 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
             found = f"takes nearly all {images:,} training images, so that the run is of {updates}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
+
+
+def _other_length(opened: Data, settings: FitSettings) -> str | None:
+    """The line about a run that whole updates make much longer or shorter than the epochs that were asked for."""
+    if settings.steps is not None:
+        return None
+    length = length_of(opened, settings)
+    epochs = length.total / length.updates_per_epoch
+    if abs(epochs / settings.epochs - 1) <= ROUNDING:
+        return None
+    made = f"{counted(length.total, 'update')} of {counted(length.images_per_update, 'image')}, {epochs:.3g} epochs"
+    lower = "--grad-accum-steps" if settings.grad_accum_steps > 1 else "--batch-size"
+    return f"--epochs {settings.epochs:g}: the run is of {made}; a lower {lower} comes closer"
 
 
 def below(harm: str, before: Scores, after: Scores, remedy: str) -> str:

@@ -451,6 +451,31 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
     assert step["options"]["batch_size"] == (eights if asked == "auto" else 1000)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("--batch-size", "4", "--grad-accum-steps", "9"),
+            "the run is of 1 update of 36 images, 3 epochs; a lower --g",
+        ),
+        (
+            ("--batch-size", "4", "--epochs", "0.1"),
+            "--epochs 0.1: the run is of 1 update of 4 images, 0.333 epochs; a lower --b",
+        ),
+        (("--batch-size", "4", "--grad-accum-steps", "3"), None),
+        (("--batch-size", "4", "--grad-accum-steps", "9", "--steps", "1"), None),
+    ],
+)
+def test_run_of_other_epochs_than_asked_for_is_told(
+    words: tuple[str, ...], told: str | None, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = growkit(
+        capsys, "finetune", "small", *DATA, "--epochs", "1", *words, "--workers", "0", "--run", tmp_path
+    )
+    assert status == 0
+    assert told in out if told else "the run is of" not in out
+
+
 def test_batch_that_memory_bounds_is_said_to_be_the_largest_that_fits(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,10 +68,9 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
         assert status == 0, err
         return json.loads(out)
 
-    sizes = ["--set", "embed_dim=32", "--set", "depth=2", "--set", "num_heads=2", "--set", "img_size=16"]
-    trained = run(
-        "train", "vit_tiny", *sizes, "--set", "patch_size=8", "--data", images, "--epochs", 4, "--lr", 2e-3, *QUICK
-    )
+    small = ["embed_dim=32", "depth=2", "num_heads=2", "img_size=16", "patch_size=8"]
+    sets = [word for item in small for word in ("--set", item)]
+    trained = run("train", "vit_tiny", *sets, "--data", images, "--epochs", 4, "--lr", 2e-3, *QUICK)
     assert trained["best"]["top1"] > 0.5
     planned = run("plan", "run/trained", *TARGET)
     grown = run("grow", "run/trained", *TARGET, "--rank", 2, "--data", images, "--steps", 3, *QUICK)
@@ -97,6 +96,7 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     assert {name for name, mark in marks.items() if mark != "pass"} == {"It is as fast as its architecture allows"}
     assert told["verdict"]["mark"] == "not yet"  # nobody timed it
     steps = json.loads(Path("run/record.json").read_text())["steps"]
+    assert steps[0]["options"]["set"] == small
     operator = next(step for step in steps if step["command"] == "grow")["options"]["operator"]
     assert (operator["steps"], operator["batch_size"], operator["lr"]) == (3, 8, 1e-4)
     names = [step["command"] for step in steps]
