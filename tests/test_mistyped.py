@@ -1,5 +1,6 @@
 """Every option of every command, found by introspection, mistyped: exit status 2 and one message that names it."""
 
+import re
 from typing import Any, get_args
 
 import pytest
@@ -40,6 +41,25 @@ def test_every_mistyped_option_is_named(command: str, capsys: pytest.CaptureFixt
                 mistakes += [[name, "abc"], [name, ""]]
         for mistake in mistakes:
             assert name in refused(capsys, command, *needed, *mistake), (command, mistake)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_80_columns_names_every_option_whole(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = growkit(capsys, command, "--help")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    options = [p for p in COMMANDS[command].params if p.param_type_name == "option"]
+    assert [
+        name for p in options for name in (*p.opts, *p.secondary_opts) if name not in re.findall(r"--?[a-z0-9-]+", out)
+    ] == []
+
+
+def test_help_says_in_a_whole_sentence_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = growkit(capsys, "--help")
+    assert status == 0
+    lines = [line.split(maxsplit=1) for line in out.partition("Commands:\n")[2].splitlines()]
+    assert {name for name, _ in lines} == set(COMMANDS)
+    assert [told for _, told in lines if told.endswith("...") or not told.endswith(".")] == []
 
 
 def test_numbers_are_recognised() -> None:

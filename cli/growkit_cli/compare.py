@@ -43,10 +43,11 @@ def compare(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare growth methods with training from scratch: same images, same order, same compute, several seeds.
+    """Compare growth methods with training from scratch.
 
-    The full budget is what training the target from scratch costs for --epochs. Results, plots and report.html go
-    into run/compare; --resume continues a stopped comparison, and may also add methods or seeds.
+    All get the same images in the same order and the same compute, over several seeds. The full budget is what training
+    the target from scratch costs for --epochs. Results, plots and report.html go into run/compare; --resume continues a
+    stopped comparison, and may also add methods or seeds.
 
     Example: growkit compare deit_small.pth --to deit_base --data images/ --methods mango,ligo,bert2bert --seeds 3
     """

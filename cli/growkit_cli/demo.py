@@ -20,7 +20,9 @@ def demo(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small ViT on digits, grow it, fine-tune, export, verify, and write a report; about two minutes.
+    """Go the whole way on digits, in about two minutes.
+
+    A small ViT is trained, grown, fine-tuned, exported and verified, and a report is written.
 
     Example: growkit demo
     """

@@ -37,7 +37,7 @@ def evaluate(
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
-    """Score a model folder, a checkpoint or an .onnx file on the validation images.
+    """Score a model or an .onnx file on the validation images.
 
     With --against it also tells which answers changed: turned wrong, turned right, class by class. If the model lies in
     the run folder, this is added to the run's record and RUN/report.html.

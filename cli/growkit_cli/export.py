@@ -43,7 +43,7 @@ def export(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model as ONNX, with reference inputs and outputs beside it.
+    """Write a model as ONNX, with reference data beside it.
 
     The finished file is compared with PyTorch first: one that answers differently is discarded. With --data its
     accuracy is also compared with the model's, and int8-static takes its ranges from the training images.

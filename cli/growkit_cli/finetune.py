@@ -35,7 +35,9 @@ def finetune(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a grown model; the best weights by validation are kept, and the last ones to resume from.
+    """Fine-tune a grown model.
+
+    The best weights by validation are kept, and the last ones to resume from.
 
     Example: growkit finetune --data images/ --epochs 20
     """

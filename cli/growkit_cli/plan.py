@@ -24,9 +24,9 @@ def plan(
     steps: Annotated[int, typer.Option(help="Updates of operator training.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Say what growing would give and cost: sizes, exactness of the start, FLOPs and largest intermediate by rank.
+    """Say what growing would give and cost, before anything runs.
 
-    Mango is shown at ranks 1, 2, 4 and 8.
+    Shown are sizes, how exact the start is, FLOPs and the largest intermediate, of Mango at ranks 1, 2, 4 and 8.
 
     Example: growkit plan deit_small.pth --to deit_base
     """

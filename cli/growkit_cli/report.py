@@ -20,7 +20,7 @@ def report(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one page about a whole run: may it ship, and what every step did.
+    """Write one page about a run: may it ship, what each step did.
 
     The page is made from the run folder alone, rewritten each time, and needs neither network nor scripts.
 

@@ -41,9 +41,10 @@ def sweep(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try ranks, ring orders, stages, noise and operator training on a share of the data, and recommend one.
+    """Try settings of growth on a share of the data, recommend one.
 
-    Every trial spends the same compute; losers are stopped early. Results and report.html go into run/sweep.
+    Tried are ranks, ring orders, stages, noise and operator training. Every trial spends the same compute; losers are
+    stopped early. Results and report.html go into run/sweep.
 
     Example: growkit sweep deit_small.pth --to deit_base --data images/ --share 0.1 --epochs 10
     """

@@ -26,7 +26,7 @@ def train(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model from scratch: a source for experiments, or the baseline to compare with.
+    """Train a model from scratch, as a source or to compare with.
 
     Example: growkit train deit_tiny --set img_size=32 --set patch_size=4 --data images/
     """

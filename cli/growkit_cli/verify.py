@@ -58,7 +58,7 @@ def verify(
     run: Run = Path("run"),
     as_json: AsJson = False,
 ) -> None:
-    """Check that an ONNX file answers like its model, and as fast as the architecture allows.
+    """Check that an ONNX file answers like its model, and as fast.
 
     MODEL may be an .onnx file: it is then only compared with --reference.
 
