@@ -1,9 +1,13 @@
 """Commands that torchrun may start in several processes, only one of which prints."""
 
+import contextlib
 import functools
+import json
 import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -34,8 +38,18 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
             raise leaving
         except (GrowkitError, OSError) as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; let them print why first
+            _leave(str(error))
             if first_to_say(str(error)):
                 raise
             raise typer.Exit(2) from None
 
     return wrapper
+
+
+def _leave(message: str) -> None:
+    """Write an error to where torchrun takes it from, for the summary that it prints below everything else."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": int(time.time())}}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(content), encoding="utf-8")

@@ -23,6 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from train_samples import CONFIG
@@ -665,7 +666,7 @@ def test_no_thread_of_gloo_outlives_the_interpreter(how: str, device: str, statu
 
 @pytest.mark.parametrize(("raised", "done"), [(typer.Exit(130), True), (GrowkitError("no"), False)])
 def test_processes_that_were_stopped_leave_as_those_that_are_done(
-    raised: Exception, done: bool, monkeypatch: pytest.MonkeyPatch
+    raised: Exception, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an error NCCL is aborted: the others may not come. After a stop they do."""
     left: list[bool] = []
@@ -680,6 +681,7 @@ def test_processes_that_were_stopped_leave_as_those_that_are_done(
         raise raised
 
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(distributed, "joined", noting)
     monkeypatch.setattr(distributed, "first_to_say", lambda _: True)
     before = signal.getsignal(signal.SIGTERM)
@@ -689,6 +691,9 @@ def test_processes_that_were_stopped_leave_as_those_that_are_done(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert left == [done]
+    assert (tmp_path / "error.json").exists() != done
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert ("traceback : error: no\n" in ChildFailedError("growkit", {0: failure}).format_msg()) != done
 
 
 @pytest.mark.parametrize("command", ["compare", "export", "sweep"])
