@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GROWS, GrowkitError, first_line
 from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json
-from growkit.text import some
+from growkit.text import clipped, some
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
     "model.safetensors",
@@ -67,9 +67,13 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         if not (path / CONFIG).exists() or weights is None:
             within = [path / stage for stage in ("finetuned", "grown", "trained") if (path / stage / WEIGHTS).exists()]
             remedy = f"give {within[0]}, the model in it" if within else f"expected {CONFIG} and {WEIGHTS} in it"
+            if (onnx := path / "model.onnx").exists():
+                remedy = f"evaluate takes {onnx}, other commands the model that it was exported from"
             raise GrowkitError(f"{path}: no model folder; {remedy}")
         config = read_json(path / CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+            if isinstance(config, dict) and isinstance(kind := config.get("model_type"), str):
+                raise GrowkitError(f"{path / CONFIG}: of a Hugging Face {clipped(kind, 40)}, not of timm's; {GROWS}")
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
         path = weights
     refuse_no_file(path)

@@ -1,5 +1,6 @@
 """Errors that a user can fix: one line that names the problem and the remedy."""
 
+GROWS = "growkit grows timm's plain ViT and DeiT; docs/architectures.md lists the names"
 MEMORY_IS_FULL = (
     *("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory"),
     "resource temporarily unavailable",  # threads need some, too
@@ -29,5 +30,12 @@ def is_memory_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:
-    """First line of another library's error, at most `most` characters; its type where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    """First line of another library's error; its type where it has no message.
+
+    A line of more than `most` characters ends with its last sentence within them, or else with a word and '...'.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if most is None or len(line) <= most:
+        return line
+    sentences, end, _ = line[:most].rpartition(". ")
+    return sentences if end else f"{line[:most].rpartition(' ')[0] or line[:most]} ..."

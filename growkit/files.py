@@ -368,7 +368,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        GrowkitError: the file is missing, is not a regular file, or is not JSON.
+        GrowkitError: the file is missing, may not be read, is not a regular file, or is not JSON.
     """
     refuse_no_file(path)
     try:
@@ -380,11 +380,14 @@ def read_json(path: Path) -> Any:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise GrowkitError if `path` is missing or not a regular file: reading a pipe or a device might never end."""
+    """Raise GrowkitError if `path` is missing, may not be read, or is no regular file: a pipe might never end."""
     try:
         if path.is_file():
+            path.open("rb").close()
             return
         there = path.exists()
+    except PermissionError:
+        raise GrowkitError(f"{path}: cannot be read (permission denied); allow it or name another file") from None
     except (OSError, ValueError) as error:
         raise GrowkitError(f"{path}: cannot be looked at ({error})") from None
     raise GrowkitError(f"{path}: {'not a file' if there else 'no such file'}")

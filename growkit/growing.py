@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from growkit.adapt import head_is_new, with_classes, with_input
-from growkit.arch import find_target
+from growkit.arch import find, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, write_model, write_tensors
 from growkit.errors import GrowkitError
@@ -79,6 +79,7 @@ def grow_model(
     """
     run = job.run
     _refuse_unmeant(job, data, operator)
+    find(to)  # another family's arguments would look like typing errors
     source = with_input(source, sets)
     _refuse_mistyped(source, to, sets, settings)
     resumed = goes_on(job, run.grown, None if data is None else run.operator / STATE, writes=WRITES)
@@ -91,7 +92,7 @@ def grow_model(
             refuse_settings(opened, replace(training, compile=None))
     source = with_classes(source, opened.classes if opened else None, sets, seed=settings.seed)
     target, notes = find_target(source.architecture, to, sets)
-    for note in (*source.adapted, *notes, *_remarks(source, settings, data, operator)):
+    for note in (*source.adapted, *notes, *_remarks(source, target, settings, data, operator)):
         job.say(note)
 
     grown, models, gap = _grow(job, source, target, settings)
@@ -114,13 +115,16 @@ def grow_model(
         operator=learned.fitted if learned else None,
         scores=learned.scores if learned else None,
     )
+    trained = asdict(learned.settings) if learned else None
+    if trained and trained["steps"]:
+        del trained["epochs"]  # which the steps replace
     options = {
         "source": source.path,
         "to": to,
         "set": list(sets),
         "data": data,
         **asdict(settings),
-        "operator": asdict(learned.settings) if learned else None,
+        "operator": trained,
     }
     unreadable = list(opened.unreadable) if opened else []
     by_leader(lambda: _write(job, result, grown, model, source, learned, options, unreadable))
@@ -148,9 +152,13 @@ def _refuse_mistyped(source: Source, to: str, sets: Sequence[str], settings: Gro
     check(adapted.architecture, find_target(adapted.architecture, to, sets)[0], settings)
 
 
-def _remarks(source: Source, settings: GrowSettings, data: str | None, operator: FitSettings | None) -> list[str]:
+def _remarks(
+    source: Source, target: Architecture, settings: GrowSettings, data: str | None, operator: FitSettings | None
+) -> list[str]:
     """What the user should know of these options."""
     remarks = [f"warning: {option} means nothing to {settings.method}" for option in ignored(settings)]
+    if target.spaces == source.architecture.spaces:
+        remarks.append("target has the source's sizes, so nothing grows; choose others by --to or --set")
     if data is not None and not source.own_head:
         remarks.insert(0, head_is_new(source, data))
     if data is None and operator not in (None, FitSettings(**OPERATOR_DEFAULTS)):

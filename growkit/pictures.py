@@ -19,9 +19,9 @@ class UnreadablePictureError(GrowkitError):
     """A file that cannot be read as a picture; the message is one line with its name and the reason."""
 
 
-def unreadable(name: str, reason: str) -> str:
+def unreadable(name: str, reason: str, mend: str = "replace it") -> str:
     """The message about an unreadable picture."""
-    return f"{visible(name)}{NOT_READABLE}({visible(reason)}); replace it or take it away"
+    return f"{visible(name)}{NOT_READABLE}({visible(reason)}); {mend} or take it away"
 
 
 def read_picture(file: BinaryIO, mode: str, name: str) -> Image.Image:
@@ -69,7 +69,8 @@ def open_picture(path: str, mode: str) -> Image.Image:
         with open(path, "rb") as file:
             return read_picture(file, mode, path)
     except OSError as error:
-        raise UnreadablePictureError(unreadable(path, error.strerror or str(error))) from None
+        mend = "allow reading it" if isinstance(error, PermissionError) else "replace it"
+        raise UnreadablePictureError(unreadable(path, error.strerror or str(error), mend)) from None
 
 
 def _unfit(picture: Image.Image) -> str | None:

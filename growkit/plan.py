@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from growkit.adapt import with_classes, with_input
-from growkit.arch import build, find_target
+from growkit.arch import build, find, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import AXES
 from growkit.core.ring_plan import contraction_plan
@@ -84,6 +84,7 @@ def plan_growth(
         GrowkitError: the target is unknown or cannot be grown from this source.
     """
     refuse_number("--batch-size", batch_size, least=1)
+    find(to)  # another family's arguments would look like typing errors
     source = with_classes(with_input(source, sets), None, sets, seed=0)
     target, notes = find_target(source.architecture, to, sets)
     refuse_shrinking(source.architecture, target)

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,16 @@ def _load(path: str, loading: Loading) -> Source:
             raise GrowkitError(
                 f"{path}: its config.json names the architecture; --from and --from-set are for bare checkpoints"
             )
-        architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
-        architecture.check(checkpoint.state)
+        with _about(path):
+            architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
+            architecture.check(checkpoint.state)
         given = _prepared_as(path, config.get("pretrained_cfg") or {})
         notes = checkpoint.notes
     else:
-        architecture, how = detect(
-            checkpoint.state, hint=Path(path).stem, name=loading.from_, sets=loading.from_set or ()
-        )
+        with _about(path):
+            architecture, how = detect(
+                checkpoint.state, hint=Path(path).stem, name=loading.from_, sets=loading.from_set or ()
+            )
         given, notes = {}, (*checkpoint.notes, f"source is {how}")
     labels = (checkpoint.config or {}).get("label_names")
     return Source(
@@ -110,6 +113,15 @@ def _load(path: str, loading: Loading) -> Source:
         history=checkpoint.history,
         notes=notes,
     )
+
+
+@contextmanager
+def _about(path: str) -> Iterator[None]:
+    """Name the file in errors about what it holds."""
+    try:
+        yield
+    except GrowkitError as error:
+        raise GrowkitError(f"{path}: {error}") from None
 
 
 def fresh(name: str, sets: Sequence[str], labels: Sequence[str], *, seed: int) -> Source:
@@ -129,6 +141,7 @@ def named(name: str, sets: Sequence[str], classes: int = 1) -> tuple[Architectur
     Raises:
         GrowkitError: unknown name or argument.
     """
+    find(name)  # another family's arguments would look like typing errors
     architecture = find(name, {"num_classes": classes, **parse_sets(sets)})
     return architecture, _preprocessing(architecture, {})
 
@@ -148,8 +161,8 @@ def _load_timm(path: str) -> Source:
         # a tag, as in deit_small_patch16_224.fb_in1k, selects among published weights
         model = timm.create_model(name if "." in name else plain, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
-        reason = first_line(error)
-        raise GrowkitError(f"{path}: cannot be fetched ({reason[:160]}); give a downloaded file instead") from None
+        reason = first_line(error, 160)
+        raise GrowkitError(f"{path}: cannot be fetched ({reason}); give a downloaded file instead") from None
     architecture = find(name, {"num_classes": model.num_classes})  # a tag may have others, or no head
     config = {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING}
     state = model.state_dict()

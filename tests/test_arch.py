@@ -189,7 +189,7 @@ def test_files_name_says_a_kind_that_shapes_do_not_show() -> None:
     ],
 )
 def test_weights_of_another_family_are_refused_by_its_name(key: str, family: str) -> None:
-    with pytest.raises(GrowkitError, match=f"these are the weights of .*{family}.*; growkit grows timm's plain ViT"):
+    with pytest.raises(GrowkitError, match=f"these are the weights of .*{family}.*; {LISTED}"):
         detect({key: torch.zeros(3, 3)})
 
 
@@ -236,6 +236,29 @@ def test_missing_and_unknown_tensors_are_named() -> None:
     assert "lacks blocks.1.norm2.bias" in str(caught.value)
     assert "has unknown blocks.1.ls1.gamma" in str(caught.value)
     assert "--from" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "given"),
+    [
+        ("a ViT of 2 layers, 64 wide, from its shapes", {}),
+        ("--from vit_small", {"name": "vit_small"}),
+        ("vit_small_patch16_224, from the file's name", {"hint": "vit_small-1", "embed": 384, "depth": 12}),
+        ("deit_small_patch16_224, from its shapes", {"embed": 384, "depth": 12}),
+    ],
+)
+def test_what_the_weights_were_taken_for_is_told_when_one_is_missing(said: str, given: dict) -> None:
+    architecture = tiny(given.pop("embed", 64), given.pop("depth", 2), 1)
+    state = state_of(architecture)
+    del state["blocks.1.mlp.fc2.weight"]
+    with pytest.raises(GrowkitError) as caught:
+        detect(state, **given)
+    lacking = "lacks blocks.1.mlp.fc2.weight; give all of its weights and no others"
+    told = f"weights do not fit what they were taken for ({said}): {lacking}, or name what they are (--from)"
+    assert str(caught.value) == told
+    with pytest.raises(GrowkitError) as caught:  # a model folder's, for which there is no --from
+        architecture.check(state)
+    assert str(caught.value) == f"weights do not fit {architecture.name}: {lacking}"
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "norm.bias", "head.weight", "head.bias"])
@@ -317,6 +340,16 @@ def test_typo_is_offered_the_nearest_names(typo: str, meant: str) -> None:
     assert meant in str(caught.value).partition("nearest:")[2].replace(" ", "").split(",")
 
 
+LISTED = "growkit grows timm's plain ViT and DeiT; docs/architectures.md lists the names"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "resnet5000", "?"])
+def test_name_near_to_none_is_told_what_grows(name: str) -> None:
+    with pytest.raises(GrowkitError) as caught:
+        find(name)
+    assert str(caught.value) == f"unknown architecture {name!r}; {LISTED}"
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -328,7 +361,7 @@ def test_typo_is_offered_the_nearest_names(typo: str, meant: str) -> None:
     ],
 )
 def test_network_of_another_kind_is_refused_by_name(name: str) -> None:
-    with pytest.raises(GrowkitError, match=name):
+    with pytest.raises(GrowkitError, match=f"{name} (is timm's|has a stem) .*; {LISTED}"):
         find(name)
 
 
@@ -368,12 +401,27 @@ def test_set_of_an_unknown_argument_offers_the_nearest() -> None:
         parse_sets(["embed_dims=8"])
 
 
-@pytest.mark.parametrize("arguments", [{"num_heads": 5}, {"depth": "many"}, {"num_heads": 0}, {"embed_dim": "wide"}])
+@pytest.mark.parametrize("arguments", [{"depth": "many"}, {"num_heads": 0}, {"embed_dim": "wide"}])
 def test_arguments_that_timm_refuses_are_quoted(arguments: dict) -> None:
     ((key, value),) = arguments.items()
     with pytest.raises(GrowkitError, match=f"cannot build vit_tiny_patch16_224 with {key}={value}") as caught:
         find("vit_tiny", arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"embed_dim": 97}, "num_heads=3: embed_dim=97 is no multiple of it, embed_dim=99 is"),
+        ({"num_heads": 5}, "num_heads=5: embed_dim=192 is no multiple of it, but of num_heads=4"),
+        ({"embed_dim": 96, "num_heads": 7}, "num_heads=7: embed_dim=96 is no multiple of it, but of num_heads=6"),
+    ],
+)
+def test_width_and_heads_that_do_not_fit_are_told_what_does(arguments: dict, said: str) -> None:
+    with pytest.raises(GrowkitError) as caught:
+        find("vit_tiny", arguments)
+    assert str(caught.value) == said
+    assert find("vit_tiny", arguments | parse_sets(re.findall(r"\w+=\d+", said)[-1:])).name == "vit_tiny_patch16_224"
 
 
 @pytest.mark.parametrize(
@@ -533,7 +581,12 @@ def test_width_that_timm_refuses_is_refused_with_the_heads_that_fit_the_source()
         GrowkitError, match=r"64 is no multiple of 3 heads; the source's are 16 wide: --set num_heads=4$"
     ):
         find_target(source, "deit_tiny", ["embed_dim=64"])
-    with pytest.raises(GrowkitError, match=r"by num_heads$"):
+    told = r"65 is no multiple of 3 heads; the source's are 16 wide: --set embed_dim=80 --set num_heads=5$"
+    with pytest.raises(GrowkitError, match=told):
         find_target(source, "deit_tiny", ["embed_dim=65"])
+    with pytest.raises(GrowkitError, match=r"192 is no multiple of 5 heads; .* 16 wide: --set num_heads=12$"):
+        find_target(source, "deit_tiny", ["num_heads=5"])
+    with pytest.raises(GrowkitError, match=r"embed_dim=-64: expected a whole number"):
+        find_target(source, "deit_tiny", ["embed_dim=-64"])
     with pytest.raises(GrowkitError, match=r"foo'?$"):
         find_target(source, "deit_tiny", ["embed_dim=64", "num_heads=4", "act_layer=foo"])

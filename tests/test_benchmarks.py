@@ -216,7 +216,7 @@ def test_benchmark_of_several_processes_writes_finite_figures_and_shares_the_rin
 @pytest.mark.parametrize(
     ("script", "words", "told"),
     [
-        ("operator_cost.py", ["--small", "nosuch"], "error: unknown architecture 'nosuch'; nearest: "),
+        ("operator_cost.py", ["--small", "nosuch"], "error: unknown architecture 'nosuch'; growkit grows timm's"),
         ("operator_cost.py", ["--ranks", "1,x"], "error: argument --ranks: invalid ranks_of value: '1,x'"),
         ("operator_cost.py", ["--rounds", "0"], "error: argument --rounds: 0: expected 1 or more"),
         ("operator_cost.py", ["--big", "deit_tiny,embed_dim=32,num_heads=1"], "error: embed: 64 -> 32 would shrink"),

@@ -322,11 +322,31 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere.pth").endswith("no such file or folder")
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin", CONFIG])
+def test_file_that_may_not_be_read_is_told_as_such(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments)}
+    save_for_hf(network(), str(tmp_path), model_config=config, safe_serialization=name == WEIGHTS)
+    is_open = Path.open
+
+    def denied(path: Path, *how: Any, **given: Any) -> Any:  # chmod stops no root
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_open(path, *how, **given)
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert refusal(tmp_path) == f"{tmp_path / name}: cannot be read (permission denied); allow it or name another file"
+
+
 @pytest.mark.parametrize("present", [(), (CONFIG,), (WEIGHTS,)])
 def test_folder_that_is_no_model_is_refused(tmp_path: Path, present: tuple[str, ...]) -> None:
     for name in present:
         (tmp_path / name).write_text("{}")
     assert f"expected {CONFIG} and {WEIGHTS}" in refusal(tmp_path)
+
+
+def test_folder_of_an_export_names_its_file_and_who_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    assert f"evaluate takes {tmp_path / 'model.onnx'}, other commands the model that it was" in refusal(tmp_path)
 
 
 def test_folder_with_the_pickle_of_older_models_is_read_as_timm_reads_it(tmp_path: Path) -> None:
@@ -368,6 +388,13 @@ def test_folder_with_a_broken_config_is_refused(tmp_path: Path, config: str) -> 
     save_file(weights(), tmp_path / WEIGHTS)
     (tmp_path / CONFIG).write_text(config)
     assert CONFIG in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "vit"])
+def test_folder_of_hugging_faces_is_called_one_before_its_weights_are_read(tmp_path: Path, kind: str) -> None:
+    (tmp_path / WEIGHTS).write_text("not read")
+    (tmp_path / CONFIG).write_text(json.dumps({"model_type": kind, "architectures": ["Some"]}))
+    assert f"of a Hugging Face {kind}, not of timm's; growkit grows timm's plain ViT and DeiT" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

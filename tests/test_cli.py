@@ -106,6 +106,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 DATA = ("--data", "images")
+SWIN = "swin_tiny_patch4_window7_224"
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "checkpoint cut short": (("grow", "half.pth", *TO), "so the file was cut short; fetch it again"),
     "pickle of Python's own": (("grow", "pickle.pth", *TO), "holds more than weights"),
@@ -116,7 +117,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--from that does not fit": (("grow", "bare.pth", "--from", "deit_distilled_tiny", *TO), "unknown architecture"),
     "--from-set that does not fit": (
         ("grow", "bare.pth", "--from-set", "num_heads=2", "--from-set", "depth=3", *TO),
-        "lacks blocks.2.norm1.weight",
+        "error: bare.pth: weights do not fit what they were taken for (a ViT of 2 layers, 32 wide, from its shapes, "
+        "--from-set num_heads=2, --from-set depth=3): lacks blocks.2.norm1.weight",
     ),
     "--from-set unknown": (("grow", "bare.pth", "--from-set", "heads=2", *TO), "no argument 'heads'"),
     "--from of a folder": (("grow", "small", "--from", "vit_tiny", *TO), "for bare checkpoints"),
@@ -126,17 +128,17 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "--set num_classes=7: the data has 3 classes; leave it out",
     ),
     "config without a name": (("grow", "no-name", *TO), "names no architecture"),
-    "config of an unknown name": (("grow", "other-name", *TO), "unknown architecture 'vit_tinny'"),
-    "config of other sizes": (("grow", "other-args", *TO), "weights do not fit"),
+    "config of an unknown name": (("grow", "other-name", *TO), "other-name: unknown architecture 'vit_tinny'"),
+    "config of other sizes": (("grow", "other-args", *TO), "other-args: weights do not fit"),
     "config with odd arguments": (("grow", "odd-args", *TO), "wings"),
-    "config of another kind": (("grow", "other-kind", *TO), "resnet18 is timm's ResNet"),
+    "config of another kind": (("grow", "other-kind", *TO), "other-kind: resnet18 is timm's ResNet"),
     "config with a list": (("grow", "list-args", *TO), "list-args"),
     "timm:NAME unknown": (("grow", "timm:deit_tinny", *TO), "nearest: "),
     "--set without value": (("grow", "small", *TO, "--set", "depth"), "expected KEY=VALUE"),
     "--set of no argument": (("grow", "small", *TO, "--set", "deph=3"), "nearest: depth"),
     "--from-set of heads that do not divide": (
         ("grow", "bare.pth", *TO, "--from-set", "num_heads=3"),
-        "num_heads=3: embed_dim=32 is no multiple of it",
+        "bare.pth: num_heads=3: embed_dim=32 is no multiple of it, but of num_heads=2",
     ),
     "--tf32 on a CPU": ((*GROW, *DATA, *QUICK, "--tf32", "--device", "cpu"), "--tf32: cpu does not multiply in TF32"),
     "--set close to nothing": (
@@ -189,6 +191,15 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "a-run: no model folder; give a-run/trained, the model in it",
     ),
     "train of another kind": (("train", "resnet18", *DATA), "resnet18"),
+    **{
+        f"{words[0]} of another kind's arguments": ((*words, "--set", "window_size=4"), "is timm's SwinTransformer")
+        for words in (
+            ("train", SWIN, *DATA),
+            ("grow", "small", "--to", SWIN),
+            ("plan", "small", "--to", SWIN),
+            ("compare", "small", "--to", SWIN, *DATA),
+        )
+    },
     "export without a model": (("export", "--onnx"), "holds no model yet"),
     "verify without a model": (("verify",), "holds no model yet"),
     "verify of no file": (("verify", "small", "--onnx-file", "nowhere.onnx"), "nowhere.onnx: no such file"),
@@ -402,6 +413,17 @@ def test_grow_says_which_options_mean_nothing(tmp_path: Path, capsys: pytest.Cap
         assert out.count("nothing") == len(given) // 2
     status, out, _ = growkit(capsys, *GROW, "--rank", "4", "--run", tmp_path, "--force")
     assert (status, "nothing" in out) == (0, False)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("depth", "said"), [("2", True), ("3", False)])
+def test_grow_to_the_sources_sizes_says_that_nothing_grows(
+    depth: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [word for item in ("embed_dim=32", "num_heads=2", f"depth={depth}") for word in ("--set", item)]
+    status, out, err = growkit(capsys, "grow", "small", "--to", "vit_tiny", *sizes, "--run", tmp_path)
+    assert status == 0, err
+    assert ("target has the source's sizes, so nothing grows; choose others by --to or --set\n" in out) == said
 
 
 def test_grow_records_what_made_the_model(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,16 @@ def test_hostile_config_of_a_hub_is_refused_as_that_of_a_folder(hub: Hub) -> Non
         load_source("hf-hub:owner/name")
 
 
+@pytest.mark.parametrize("source", ["hf-hub:owner/name", "timm:vit_tiny_patch16_224"])
+def test_source_that_cannot_be_fetched_is_told_in_whole_sentences(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(GrowkitError, match=r"\(.* the local cache\); give a downloaded file instead$"):
+        load_source(source)
+
+
 @pytest.mark.parametrize("name", ["", "../../etc", "a/b/c", "owner/na me"])
 def test_name_that_is_none_is_one_line(name: str, hub: Hub) -> None:
     with pytest.raises(GrowkitError, match="give a downloaded file instead"):

@@ -99,6 +99,7 @@ def test_the_whole_way_through_the_commands(images, tmp_path, capsys, monkeypatc
     assert steps[0]["options"]["set"] == small
     operator = next(step for step in steps if step["command"] == "grow")["options"]["operator"]
     assert (operator["steps"], operator["batch_size"], operator["lr"]) == (3, 8, 1e-4)
+    assert "epochs" not in operator  # the steps replace them
     names = [step["command"] for step in steps]
     assert names == ["train", "grow", "finetune", "export", "verify"]
     recorded = [shlex.split(step["command_line"]) for step in steps]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from growkit.arch import recognise, vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GROWS, GrowkitError, first_line
 
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
 DRAWING = {Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}  # steps of timm's trunc_normal_
@@ -32,15 +32,16 @@ def full_name(name: str) -> str:
     """Complete a short name to timm's, and leave timm's as it is: deit_base -> deit_base_patch16_224.
 
     Raises:
-        GrowkitError: no such model; the nearest names are offered.
+        GrowkitError: no such model; the nearest names are offered, where any is near.
     """
     base = name.partition(".")[0]
     for candidate in (base, f"{base}_patch16_224", f"{base}_patch14_224"):
         if timm.is_model(candidate):
             return candidate
     plain = [known.removesuffix("_patch16_224") for known in _named()]
-    near = difflib.get_close_matches(base, plain, n=3, cutoff=0.5)
-    raise GrowkitError(f"unknown architecture {name!r}; nearest: {', '.join(near) or 'deit_small, deit_base'}")
+    near = difflib.get_close_matches(base, plain, n=3)
+    known = f"nearest: {', '.join(near)}" if near else GROWS
+    raise GrowkitError(f"unknown architecture {name!r}; {known}")
 
 
 def _named() -> list[str]:
@@ -104,13 +105,20 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
             model = timm.create_model(name, **arguments)
     except Exception as error:  # constructors raise errors of every kind on odd arguments
         first = first_line(error)
-        width, heads = arguments.get("embed_dim"), arguments.get("num_heads")
-        if width and heads and width % heads:
-            raise GrowkitError(f"num_heads={heads}: embed_dim={width} is no multiple of it") from None
+        if arguments:
+            own = _as_named(name)
+            width = arguments.get("embed_dim", own.embed_dim)
+            heads = arguments.get("num_heads", own.blocks[0].attn.num_heads)
+            if heads and width % heads:
+                remedy = f"embed_dim={-(-width // heads) * heads} is"
+                if "num_heads" in arguments:  # weights may have decided the width
+                    divisors = (number for number in range(1, width + 1) if width % number == 0)
+                    remedy = f"but of num_heads={min(divisors, key=lambda number: abs(number - heads))}"
+                raise GrowkitError(f"num_heads={heads}: embed_dim={width} is no multiple of it, {remedy}") from None
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         raise GrowkitError(f"cannot build {name} with {given or 'its defaults'}: {first}") from None
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise GrowkitError(f"{name} is timm's {type(model).__name__}; growkit grows its plain VisionTransformer")
+        raise GrowkitError(f"{name} is timm's {type(model).__name__}; {GROWS}")
     return model
 
 
@@ -177,7 +185,8 @@ def detect(
     if "embed_dim" in arguments and "num_heads" not in chosen:
         arguments["num_heads"] = shapes["embed_dim"] // base.blocks[0].attn.head_dim
     architecture = find(name, {**arguments, **chosen})
-    architecture.check(state)
+    told = "".join(f", --from-set {item}" for item in sets)
+    architecture.check(state, f"what they were taken for ({how.partition(';')[0]}{told})")
     return architecture, how
 
 
@@ -220,22 +229,24 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
         GrowkitError: unknown name or argument, or a `--set` that contradicts the source.
     """
     name = full_name(name)
+    model = _as_named(name)
     chosen = parse_sets(sets)
     kept = vit.input_arguments(build(source.name, source.arguments, device="meta"))
     for key in vit.INPUT_ARGUMENTS:
         if key in chosen and not vit.same_argument(key, chosen[key], kept[key]):
             raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
-    model = _as_named(name)
     own = vit.input_arguments(model)
     taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
     remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
     said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
-    width, heads = chosen.get("embed_dim"), chosen.get("num_heads", model.blocks[0].attn.num_heads)
-    fits, rest = divmod(width, source.spaces["attn"].group) if isinstance(width, int) else (0, 1)
-    if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads and not rest:
+    width, heads = chosen.get("embed_dim", model.embed_dim), chosen.get("num_heads", model.blocks[0].attn.num_heads)
+    if all(_is_number(count, int) and count > 0 for count in (width, heads)) and width % heads:
+        size = source.spaces["attn"].group
+        fits = -(-width // size)
+        wider = f"--set embed_dim={fits * size} " if width % size else ""
         raise GrowkitError(
-            f"--set embed_dim={width} is no multiple of {heads} heads; the source's are {width // fits} wide: "
-            f"--set num_heads={fits}"
+            f"embed_dim={width} is no multiple of {heads} heads; the source's are {size} wide: "
+            f"{wider}--set num_heads={fits}"
         )
     return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
 

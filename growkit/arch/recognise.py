@@ -5,7 +5,7 @@ from typing import Any
 
 from growkit.arch.spec import StateDict
 from growkit.arch.vit import POOL, ratio
-from growkit.errors import GrowkitError
+from growkit.errors import GROWS, GrowkitError
 
 # Names by (embed, depth, head size). The first that fits is taken; `--from` names any other.
 KNOWN = {
@@ -59,7 +59,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
     """
     family = next((name for mark, name in FAMILIES.items() if any(mark in key for key in state)), None)
     if family:
-        raise GrowkitError(f"these are the weights of {family}; growkit grows timm's plain ViT and DeiT")
+        raise GrowkitError(f"these are the weights of {family}; {GROWS}")
     needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
     if missing := [key for key in needed if key not in state]:
         raise GrowkitError(f"no ViT or DeiT: the weights lack {', '.join(missing)}")

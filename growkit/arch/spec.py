@@ -88,26 +88,27 @@ class Architecture:
         """Return whether it has a tensor of this slot: 'norm_pre' finds 'norm_pre.weight'."""
         return any(own.partition(".")[0] == slot for row in self.tensors for own in row.slots)
 
-    def check(self, state: StateDict) -> None:
-        """Check a checkpoint against the table.
+    def check(self, state: StateDict, called: str | None = None) -> None:
+        """Check a checkpoint against the table; where its architecture was guessed, errors call it `called`.
 
         Raises:
             GrowkitError: tensors are missing, unknown, misshapen or not finite; the message names them.
         """
+        otherwise = ", or name what they are (--from)" if called else ""
+        called = called or self.name
         missing = [name for name in self.shapes if name not in state]
         unknown = [name for name in state if name not in self.shapes]
         if missing or unknown:
             parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
             raise GrowkitError(
-                f"weights do not fit {self.name}: {'; '.join(parts)}; give all of its weights and no others, or name"
-                " what they are (--from)"
+                f"weights do not fit {called}: {'; '.join(parts)}; give all of its weights and no others{otherwise}"
             )
         for name, shape in self.shapes.items():
             if tuple(state[name].shape) != shape:
                 got = tuple(state[name].shape)
-                raise GrowkitError(f"weights do not fit {self.name}: {name} has shape {got}, expected {shape}")
+                raise GrowkitError(f"weights do not fit {called}: {name} has shape {got}, expected {shape}")
             if not torch.isfinite(state[name]).all():
-                raise GrowkitError(f"weights of {self.name}: {name} holds values that are not finite; take others")
+                raise GrowkitError(f"{name} holds values that are not finite; take other weights")
 
     def split(self, state: StateDict) -> Weights:
         """Checkpoint names -> slots; layered tensors come stacked, (L, out, in)."""

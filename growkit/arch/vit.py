@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from growkit.arch.spec import Architecture, Space, TensorSpec, conv, linear, norm, table
-from growkit.errors import GrowkitError
+from growkit.errors import GROWS, GrowkitError
 
 BLOCK = "blocks.{l}"
 POOL = "attn_pool"
@@ -88,14 +88,14 @@ def describe(model: VisionTransformer, name: str, arguments: Mapping[str, Any]) 
     if not len(model.blocks):
         raise GrowkitError(f"{name} with depth 0 has no layers; set a depth of at least 1")
     if part := _foreign_part(model):
-        raise GrowkitError(f"{name} has {part}, which growkit's ViT table does not cover; choose a plain ViT or DeiT")
+        raise GrowkitError(f"{name} has {part}, which growkit's ViT table does not cover; {GROWS}")
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     rows = tuple(_as_in(model, row) for row in ROWS if row.key.format(l=0) in shapes)
     covered = {row.key.format(l=layer) for row in rows for layer in range(len(model.blocks))}
     buffers = {key for key, _ in model.named_buffers()}
     if uncovered := sorted((set(shapes) | buffers) - covered):
         some = ", ".join(uncovered[:3])
-        raise GrowkitError(f"{name} has {some}, which growkit's ViT table does not cover; choose a plain ViT or DeiT")
+        raise GrowkitError(f"{name} has {some}, which growkit's ViT table does not cover; {GROWS}")
     attention, pool = model.blocks[0].attn, model.attn_pool
     spaces = {
         "embed": Space(model.embed_dim),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from growkit.adapt import head_is_new, with_classes, with_input
-from growkit.arch import build, find_target
+from growkit.arch import build, find, find_target
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import LONGER, Arm
@@ -279,6 +279,7 @@ def bench_of(
     sets: Sequence[str] = (),
 ) -> Bench:
     """Build what all arms share: the source adapted to `sets` and the data, the target, and the split images."""
+    find(to)  # another family's arguments would look like typing errors
     device, adapted = pick_device(job.device), with_input(source, sets)
     opened = open_data(data, adapted.preprocessing, recipe, tell=job.tell)
     adapted = with_classes(adapted, opened.classes, sets, seed=recipe.seed)

@@ -148,7 +148,9 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise GrowkitError(f"{visible(folder)}: cannot be listed ({error.strerror})") from None
+        raise GrowkitError(
+            f"{visible(folder)}: cannot be listed ({error.strerror}); allow it or take the folder away"
+        ) from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -142,6 +142,19 @@ def test_unreadable_image_for_evaluation_is_named_with_the_reason(folder: Path, 
     assert reason in said
 
 
+def test_image_that_may_not_be_read_is_to_be_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{folder}/val/dog/1.png"
+
+    def denied(name: Any, *how: Any) -> Any:  # chmod stops no root
+        if name == path:
+            raise PermissionError(13, "Permission denied", name)
+        return open(name, *how)
+
+    monkeypatch.setattr("growkit.pictures.open", denied, raising=False)
+    said = f"{path}: not a readable picture (Permission denied); allow reading it or take it away"
+    assert refusal(folder) == said
+
+
 def test_unreadable_image_is_named_alike_by_workers_by_a_cache_and_for_calibration(folder: Path) -> None:
     cut(folder / "val" / "dog" / "1.png", 0.8)
     said = refusal(folder)
@@ -445,7 +458,9 @@ def test_folder_that_may_not_be_listed_is_named(folder: Path, monkeypatch: pytes
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    assert refusal(folder) == f"{folder}/train/cat: cannot be listed (Permission denied)"
+    assert (
+        refusal(folder) == f"{folder}/train/cat: cannot be listed (Permission denied); allow it or take the folder away"
+    )
 
 
 def test_bombs_take_little_memory_and_time(tmp_path: Path) -> None:
