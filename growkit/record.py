@@ -25,8 +25,11 @@ PACKAGES = (
     "matplotlib",
 )
 
-
 STAGES = ("trained", "operator", "grown", "finetuned", "onnx", "verify", "reference", "compare", "sweep")
+MEND_RECORD = (
+    "make it readable again, or move it away: that loses the settings and scores of the steps so far, "
+    "but none of their files"
+)
 
 
 class RunFolder:
@@ -108,14 +111,17 @@ class RunFolder:
         """Every step so far, oldest first; none when the run is new.
 
         Raises:
-            GrowkitError: record.json is not a record.
+            GrowkitError: record.json cannot be read, or is not a record.
         """
         if not self.record.exists():
             return []
-        content = read_json(self.record)
+        try:
+            content = read_json(self.record)
+        except GrowkitError as error:
+            raise GrowkitError(f"{error}; {MEND_RECORD}") from None
         steps = content.get("steps") if isinstance(content, dict) else None
         if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-            raise GrowkitError(f"{self.record} holds no list of steps; move it away to begin anew")
+            raise GrowkitError(f"{self.record} holds no list of steps; {MEND_RECORD}")
         return steps
 
     def add(

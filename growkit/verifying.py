@@ -71,9 +71,9 @@ def verify_run(
     """Compare an ONNX `file` with the model it came from, or one of the two alone with a reference.
 
     Writes the report as report.json, held-file.json or held-model.json into RUN/verify, and reproduce.py if outputs
-    differ; into RUN/verify/other if the run has an ONNX file and this is another, or the model is of another run. With
-    `reference.update`, what passes becomes the reference. `model` and `loading` are what `load_source` takes; `show` is
-    given the verification before anything is written.
+    differ; into RUN/verify/other if the run has an ONNX file and this is another, or was exported from another model.
+    With `reference.update`, what passes becomes the reference. `model` and `loading` are what `load_source` takes;
+    `show` is given the verification before anything is written.
 
     Raises:
         GrowkitError: nothing to compare with, a model that cannot be loaded, a missing file, a provider that does not
@@ -163,15 +163,16 @@ def _placed(
     if folder == run.verify:
         _tell_less(path, verified, say)
     else:
-        say(f"{path} is of {file} and {source.path}; `growkit report` goes by what was verified of {run.onnx_file}")
+        say(f"{path} is of {file} and {source.path}; `growkit report` goes by {run.onnx_file} and what it was made of")
     return path
 
 
 def _of_the_run(run: RunFolder, source: Source, file: Path) -> bool:
-    """Whether file and model are what `growkit report` judges: the run's own, or any where it has no ONNX file."""
+    """Whether `growkit report` judges these: the run's ONNX file and what it was made of; any where there is none."""
     if not run.onnx_file.exists():
         return True
-    own = run.holds(source.path) or source.sha256 == run.exported_weights()
+    exported = run.exported_weights()
+    own = source.sha256 == exported if exported else run.holds(source.path)
     return own and run.onnx_file.samefile(file)
 
 

@@ -98,6 +98,7 @@ def test_page_tells_the_whole_way(tmp_path: Path) -> None:
     plots = [plot.title for section in report.sections for plot in section.plots]
     assert len(plots) == len(set(plots)) >= 8
     assert "damaged" not in told
+    assert "left out" not in told
 
 
 def test_every_gate_passes_and_it_may_ship(tmp_path: Path) -> None:
@@ -408,6 +409,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "another file verified": (spoiled(onnx_sha256="ee" * 32), TOGETHER, "fail", "no"),
     "fine-tuned again": (again("finetune", finetuned="ee" * 32), TOGETHER, "fail", "no"),
     "grown again": (again("grow", grown="ee" * 32), TOGETHER, "fail", "no"),
+    "another model was exported elsewhere, too": (
+        in_turn(removed("onnx"), another_model_exported, exported_elsewhere),
+        TOGETHER,
+        "pass",
+        "yes",
+    ),
     "exported again, the same": (again("export"), TOGETHER, "pass", "yes"),
     "the ONNX file was replaced": (replaced("onnx/model.onnx"), TOGETHER, "fail", "no"),
     "the ONNX file was replaced before it was verified": (
@@ -531,12 +538,104 @@ def test_file_that_was_exported_elsewhere_and_verified_is_the_runs(tmp_path: Pat
     assert verdict(run).mark == "yes"
 
 
+def line_of(run: RunFolder, name: str) -> str:
+    return next(gate.line for gate in run_report(run).gates if gate.name == name)
+
+
+def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "not looked at since" not in line_of(run, TOGETHER)
+    in_turn(removed("onnx"), exported_elsewhere, only("structure", "numbers"))(run)
+    command = f"`growkit verify --onnx-file {tmp_path / 'elsewhere' / 'model.onnx'}"
+    assert line_of(run, "It scores like the model") == f"{command} --data DATA`."
+    assert line_of(run, FAST) == f"{command} --data DATA`, with times."
+    assert line_of(run, TOGETHER).endswith(", exported elsewhere and not looked at since.")
+    report = run.verify / "report.json"
+    write_json(report, read_json(report) | {"onnx": "moved/model.onnx"})
+    assert "Verified was moved/model.onnx." in text(run)
+    spoiled(weights_sha256="ee" * 32)(run)
+    assert line_of(run, TOGETHER).endswith(f": run {command}` again.")
+    removed("verify")(run)
+    assert line_of(run, VERIFIED) == f"{command}` does it."
+    assert "elsewhere/model.onnx was not verified" in text(run)
+    again("finetune", finetuned="ee" * 32)(run)
+    assert line_of(run, VERIFIED) == "`growkit export --onnx`, then `growkit verify`."
+
+
+def test_remedies_name_the_model_where_the_run_holds_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    in_turn(removed("grown", "finetuned"), without("grow", "finetune", "evaluate"), only("structure"))(run)
+    assert line_of(run, FAST) == f"`growkit verify {run.finetuned} --data DATA`, with times."
+
+
+def test_weights_made_since_the_file_are_to_be_exported_and_not_only_verified(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    again("finetune", finetuned="ee" * 32)(run)
+    assert line_of(run, TOGETHER).endswith(": run `growkit export` and `verify` again.")
+
+
+def test_headline_tells_the_sources_score_where_only_a_comparison_does(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    content = record(run)
+    del content["steps"][0]["figures"]["scores"]
+    write_json(run.record, content)
+    headline = "Top-1 on validation images: source 80.0%, fine-tuned 85.0%."
+    assert headline in run_report(run).summary
+    without("evaluate")(run)
+    assert headline not in run_report(run).summary
+
+
 def test_damaged_run_is_not_told_that_nothing_was_made(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     run.record.write_text("{broken")
     assert verdict(run).mark == "not yet"
     assert "Nothing was grown" not in verdict(run).line
+
+
+@pytest.mark.parametrize("reason", ["Permission denied", "Expecting value"])
+def test_record_that_cannot_be_read_is_told_with_what_to_do_where_the_command_ran(
+    reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    if reason == "Expecting value":
+        run.record.write_text('{"schema": ')
+    else:
+        real = Path.read_text
+
+        def refused(path: Path, *args: Any, **options: Any) -> str:
+            if path == run.record:
+                raise PermissionError(13, reason, str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(Path, "read_text", refused)
+    status, out, _ = growkit(capsys, "report", "--run", run.path)
+    warning, wrote = out.splitlines()
+    assert (status, wrote.startswith("wrote ")) == (0, True)
+    assert warning.startswith(f"warning: {run.path}: record.json was left out: not readable as JSON (")
+    assert reason in warning
+    assert warning.removeprefix(f"warning: {run.path}: ") in text(run)
+    remedy = "make it readable again, or move it away: that loses the settings and scores of the steps so far"
+    assert remedy in warning
+    with pytest.raises(GrowkitError, match=f"record.json: not readable as JSON .*{reason}.*; {remedy}"):
+        run.refuse_unusable()
+    run.record.rename(tmp_path / "moved.json")
+    run.refuse_unusable()
+    assert WHOLE not in gates(run)
+
+
+def test_each_file_that_is_left_out_has_a_line_where_the_command_ran(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", compared=True)
+    for place in ("grown/growkit.json", "compare/results.json"):
+        damaged(place)(run)
+    *warnings, _ = growkit(capsys, "report", "--run", run.path)[1].splitlines()
+    starts = [
+        f"warning: {run.path}: {place} was left out: not" for place in ("grown/growkit.json", "compare/results.json")
+    ]
+    assert [line[: len(start)] for line, start in zip(warnings, starts, strict=True)] == starts
+    assert all(line.endswith("; restore it, or run its step again.") for line in warnings)
 
 
 def test_run_that_only_compared_has_nothing_to_ship(tmp_path: Path) -> None:
@@ -685,6 +784,11 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("growkit.report.page.draw", draw_once)
 
 
+LEFT_OUT = {  # why, where a file is not JSON, or no table
+    "{": "not readable as JSON (Expecting property name",
+    "[1, 2]": "it holds something else than growkit writes there",
+    "\\xff": "not readable as JSON ('utf-8' codec can't decode",
+}
 MISSING = {  # what the page says where a file is JSON, but of something else
     "grown/growkit.json": "Nothing was grown in this run.",
     "onnx/export.json": "opset None",
@@ -696,7 +800,7 @@ MISSING = {  # what the page says where a file is JSON, but of something else
 @pytest.mark.parametrize(
     "broken", ["record.json", "grown/growkit.json", "onnx/export.json", "verify/report.json", "compare/results.json"]
 )
-@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"steps": 3}', "\\xff", '{"schema": 1}'])
+@pytest.mark.parametrize("content", [*LEFT_OUT, '{"steps": 3}', '{"schema": 1}'])
 @pytest.mark.usefixtures("drawn_once")
 def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", compared=True)
@@ -704,10 +808,10 @@ def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, 
     (run.path / broken).write_bytes(content.encode("latin-1").decode("unicode_escape").encode("latin-1"))
     told = text(run)
     assert tuple(section.title for section in run_report(run).sections) == SECTIONS
-    if content not in ('{"steps": 3}', '{"schema": 1}'):
-        line = f"{broken} is damaged and was left out."
+    if content in LEFT_OUT:
+        line = f"{broken} was left out: {LEFT_OUT[content]}"
     elif broken == "record.json":
-        line = "record.json holds no list of steps and was left out."
+        line = "record.json was left out: it holds no list of steps; make it readable again, or move it away"
     else:  # whole, but of something else
         line = MISSING[broken]
     assert line in told

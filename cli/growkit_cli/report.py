@@ -39,6 +39,8 @@ def report(
     refuse_unwritable(page, suffix=".html")
     made = run_report(folder)
     write_report(page, made)
+    for line in made.left_out:
+        console.say(f"warning: {run}: {line}")
     assert made.verdict is not None
     console.say(f"wrote {page}: may it ship? {made.verdict.mark}. {made.verdict.line}")
     console.result({"report": page, "verdict": asdict(made.verdict), "gates": [asdict(gate) for gate in made.gates]})

@@ -63,8 +63,8 @@ def verify(
     MODEL may be an .onnx file: it is then only compared with --reference.
 
     Rewrites RUN/verify/report.json, or held-model.json or held-file.json if one alone is compared with --reference;
-    if answers differ, reproduce.py beside it reproduces that. If the file is not the run's own, or the model is of
-    another run, all this goes into RUN/verify/other, which the run's report leaves out.
+    if answers differ, reproduce.py beside it reproduces that. If the file is not the run's own, or was exported
+    from another model, all this goes into RUN/verify/other, which the run's report leaves out.
 
     Exit status: 0 passed, 1 a check said no or --update-reference wrote none, 2 bad usage or input.
 

@@ -1,13 +1,14 @@
-"""Read a run folder for its report: whatever is missing or damaged is left out, and what is damaged is named."""
+"""Read a run folder for its report: what is missing or cannot be read is left out, the latter with a line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_no_file, sha256_of
-from growkit.record import RunFolder
+from growkit.record import MEND_RECORD, RunFolder
 
 Content = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ class Facts:
     verify: Content
     held: tuple[Content, ...]  # checks of the model alone and of an ONNX file alone, against a reference
     comparison: Content
-    damaged: tuple[str, ...]  # one line for each file that could not be read
+    left_out: tuple[str, ...]  # a line for each file that could not be read: why, and what to do
 
     def all(self, command: str) -> tuple[Step, ...]:
         """Every step of a command, oldest first."""
@@ -99,6 +100,32 @@ class Facts:
                 return folder, str(sha256)
         return None
 
+    @property
+    def exports(self) -> tuple[Step, ...]:
+        """Every export of the furthest model as it stands now, oldest first; any export where no model is known."""
+        shipped = self.shipped
+        return tuple(step for step in self.all("export") if shipped is None or step.hashes.get("weights") == shipped[1])
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The ONNX file exported to another folder, if the run folder holds none: the one verified, else the last."""
+        own = self.path / "onnx" / "model.onnx"
+        if self.export or own.exists():
+            return None
+        outside = [
+            step for step in self.exports if Path(str(step.options.get("out"))).resolve() != own.parent.resolve()
+        ]
+        verified = [step for step in outside if step.hashes.get("model.onnx") == self.verify.get("onnx_sha256")]
+        found = verified or outside
+        return str(Path(str(found[-1].options.get("out")), own.name)) if found else None
+
+    @property
+    def verify_command(self) -> str:
+        """The command that verifies the ONNX file that counts; it names the model where the run folder holds none."""
+        model = [str(step.options.get("model")) for step in self.exports[-1:] if self.shipped is None]
+        file = ["--onnx-file", self.elsewhere] if self.elsewhere else []
+        return shlex.join(["growkit", "verify", *model, *file])
+
 
 def read_facts(run: RunFolder) -> Facts:
     """Read a run folder.
@@ -108,19 +135,25 @@ def read_facts(run: RunFolder) -> Facts:
     """
     if not run.path.is_dir():
         raise GrowkitError(f"{run.path}: no such run folder; `growkit grow` makes one, --run names another")
-    damaged: list[str] = []
+    left_out: list[str] = []
+
+    def leave_out(what: str, why: str) -> None:
+        remedy = MEND_RECORD if what.endswith(run.record.name) else "restore it, or run its step again"
+        left_out.append(f"{what} was left out: {why}; {remedy}.")
 
     def read(path: Path) -> Content:
+        name = str(path.relative_to(run.path))
         try:
             content = read_json(path) if path.exists() else {}
-        except GrowkitError:
-            content = None
+        except GrowkitError as error:
+            leave_out(name, str(error).removeprefix(f"{path}: "))
+            return {}
         if isinstance(content, Mapping):
             return content
-        damaged.append(f"{path.relative_to(run.path)} is damaged and was left out.")
+        leave_out(name, "it holds something else than growkit writes there")
         return {}
 
-    steps = tuple(_steps(read(run.record), run.record.name, damaged))
+    steps = tuple(_steps(read(run.record), run.record.name, leave_out))
     trained, grown, tuned = (read(folder / "growkit.json") for folder in (run.trained, run.grown, run.finetuned))
     furthest = run.finetuned if tuned else run.grown if grown else run.trained
     facts = Facts(
@@ -134,24 +167,24 @@ def read_facts(run: RunFolder) -> Facts:
         verify=read(run.verify / "report.json"),
         held=tuple(read(run.verify / f"held-{what}.json") for what in ("model", "file")),
         comparison=read(run.compare / "results.json"),
-        damaged=tuple(damaged),
+        left_out=tuple(left_out),
     )
-    if not any((steps, trained, grown, tuned, facts.export, facts.verify, facts.comparison, damaged)):
+    if not any((steps, trained, grown, tuned, facts.export, facts.verify, facts.comparison, left_out)):
         raise GrowkitError(f"{run.path} holds nothing of a run; `growkit grow` begins one, --run names another")
     return facts
 
 
-def _steps(record: Content, name: str, damaged: list[str]) -> Iterator[Step]:
-    """The steps of a record; a line for each that is damaged goes to `damaged`."""
+def _steps(record: Content, name: str, leave_out: Callable[[str, str], None]) -> Iterator[Step]:
+    """The steps of a record; `leave_out` is told of what is not one, and why."""
     listed = record.get("steps", [])
     if not isinstance(listed, list) or (record and "steps" not in record):
-        damaged.append(f"{name} holds no list of steps and was left out.")
+        leave_out(name, "it holds no list of steps")
         return
     for place, content in enumerate(listed, 1):
         if isinstance(content, Mapping):
             yield Step(place, content)
         else:
-            damaged.append(f"Step {place} of {name} is damaged and was left out.")
+            leave_out(f"step {place} of {name}", "it is damaged")
 
 
 def sha256_on_disk(paths: Sequence[Path]) -> str | None:

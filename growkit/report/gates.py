@@ -12,8 +12,11 @@ from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of predictions is not chance
 ACCURATE = "It is at least as accurate as its source"
+ENDED = "It was trained to its end"
 TOGETHER = "The files belong together"
 WHOLE = "The record is whole"
+VERIFIED = "The ONNX file was verified"
+BOTH = "`growkit export --onnx`, then `growkit verify`."
 LINES = 3  # checks quoted per group
 
 
@@ -35,7 +38,7 @@ def shipping(gates: Sequence[Gate]) -> Gate:
 def gates_of(facts: Facts) -> list[Gate]:
     """Gates on the start, end of training, accuracy against the source, each group of checks, and matching files."""
     models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify, *facts.held)
-    if not any(models) and not any(files) and not facts.all("evaluate") and not facts.damaged:
+    if not any(models) and not any(files) and not facts.all("evaluate") and not facts.left_out:
         return []
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
     return [
@@ -49,18 +52,16 @@ def gates_of(facts: Facts) -> list[Gate]:
 
 
 def _whole(facts: Facts) -> Iterator[Gate]:
-    """A gate if a file is damaged that might have told why not to ship; the comparison of methods tells nothing."""
-    if damaged := [line for line in facts.damaged if not line.startswith("compare/")]:
-        yield Gate(WHOLE, Mark("inconclusive"), f"{' '.join(damaged)} Restore it, or run its step again.")
+    """A gate if a file was left out that might have told why not to ship; the comparison of methods tells nothing."""
+    if left_out := [line for line in facts.left_out if not line.startswith("compare/")]:
+        yield Gate(WHOLE, Mark("inconclusive"), " ".join(left_out))
 
 
 def _start(facts: Facts) -> Iterator[Gate]:
     gap = gap_of(facts)
     if gap is not None:  # a poor start is only a note: the accuracy gate judges the result
-        line = start_line(facts)
-        yield Gate(
-            "It starts where the source stands", Mark("pass" if gap <= EXACT else "note"), line[0].upper() + line[1:]
-        )
+        line, mark = start_line(facts), Mark("pass" if gap <= EXACT else "note")
+        yield Gate("It starts where the source stands", mark, line[0].upper() + line[1:])
 
 
 def _ended(facts: Facts) -> Iterator[Gate]:
@@ -71,12 +72,10 @@ def _ended(facts: Facts) -> Iterator[Gate]:
     if killed or fit.get("interrupted"):
         done = number(fit.get("steps"))
         after = "" if done is None else f" after {counted(done, 'update')}"
-        yield Gate(
-            "It was trained to its end", Mark("inconclusive"), f"It was stopped{after}: the same command with --resume."
-        )
+        yield Gate(ENDED, Mark("inconclusive"), f"It was stopped{after}: the same command with --resume.")
     elif facts.tuned and mapping(facts.grown.get("operator")).get("interrupted"):
         line = "Training its growth operator was stopped, and fine-tuning went on from there."
-        yield Gate("It was trained to its end", Mark("note"), line)
+        yield Gate(ENDED, Mark("note"), line)
 
 
 def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
@@ -85,11 +84,10 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     if not steps:
         return None, ""
     shipped = facts.shipped[1] if facts.shipped else None
-    exported = [step for step in facts.all("export") if shipped in (None, step.hashes.get("weights"))]
-    known = [shipped, *(step.hashes.get("model.onnx") for step in exported[-1:])]
+    known = [shipped, *(step.hashes.get("model.onnx") for step in facts.exports[-1:])]
     source = mapping(facts.grown.get("source")).get("sha256")
     own = [step for step in steps if (model := step.hashes.get("model")) and model in known]
-    if _new_head(facts):  # judge by another run's model: this run's own heads began untrained
+    if new_head(facts):  # judge by another run's model: this run's own heads began untrained
         made = (*facts.all("grow"), *facts.all("finetune"))
         stages = {str(sha256) for step in made for sha256 in step.hashes.values()}
         others = [step for step in own if str(step.hashes.get("source")) not in stages]
@@ -103,7 +101,7 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     return steps[-1], f"It is of {steps[-1].options.get('model')}, which is not the model as it stands now."
 
 
-def _new_head(facts: Facts) -> bool:
+def new_head(facts: Facts) -> bool:
     """Whether the classifier was replaced on the way: the source has other classes, so no comparable accuracy."""
     return any(mapping(model.get("source")).get("own_head") is False for model in (facts.grown, facts.tuned))
 
@@ -111,7 +109,7 @@ def _new_head(facts: Facts) -> bool:
 def _accuracy(facts: Facts) -> Gate:
     """Accuracy against the source, image by image if that was evaluated, else by the two scores."""
     step, stale = behaviour_step(facts)
-    if step and not stale and (gate := _by_image(step, new_head=_new_head(facts))):
+    if step and not stale and (gate := _by_image(step, new_head=new_head(facts))):
         return gate
     return _by_scores(facts)
 
@@ -133,7 +131,7 @@ def _by_image(step: Step, *, new_head: bool) -> Gate | None:
 
 def _by_scores(facts: Facts) -> Gate:
     """The gate of the scores on record."""
-    if _new_head(facts):
+    if new_head(facts):
         line = (
             "Its source has other classes, or none, so there is nothing to hold it against: fine-tune the source, too "
             "(`growkit finetune SOURCE --data DATA --run OTHER`), then `growkit evaluate --against OTHER/finetuned`."
@@ -160,21 +158,20 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if reference:
         yield Gate(group_name("reference"), mark_of(reference), _line("reference", reference, content))
     if not groups:
-        remedy = "`growkit verify` does it." if facts.export else "`growkit export --onnx`, then `growkit verify`."
-        yield Gate("The ONNX file was verified", Mark("not done"), remedy)
+        made = facts.export or facts.elsewhere
+        yield Gate(VERIFIED, Mark("not done"), f"`{facts.verify_command}` does it." if made else BOTH)
         return
     for group, checks in groups.items():
         yield Gate(group_name(group), mark_of(checks), _line(group, checks, content))
     if content is not facts.verify:
-        yield Gate("The ONNX file was verified", Mark("not done"), "Only the export's own checks: `growkit verify`.")
+        yield Gate(VERIFIED, Mark("not done"), f"Only the export's own checks: `{facts.verify_command}`.")
         return
     exported = {step.hashes.get("model.onnx") for step in facts.all("export")}
     if not facts.export and facts.verify.get("onnx_sha256") not in exported:
-        remedy = "What was verified is no ONNX file of this run: `growkit export --onnx`, then `growkit verify`."
-        yield Gate("The ONNX file was verified", Mark("not done"), remedy)
-    for group, remedy in (("accuracy", "`growkit verify --data DATA`."), ("latency", "`growkit verify`, with times.")):
+        yield Gate(VERIFIED, Mark("not done"), f"What was verified is no ONNX file of this run: {BOTH}")
+    for group, how in (("accuracy", ""), ("latency", ", with times")):  # one command answers both
         if group not in groups:
-            yield Gate(GROUPS[group], Mark("not done"), remedy)
+            yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command} --data DATA`{how}.")
 
 
 def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
@@ -205,34 +202,36 @@ def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str,
 
 
 def _together(facts: Facts) -> Iterator[Gate]:
-    """Whether the same model was fine-tuned, exported and verified; steps may have run more than once."""
-    tune, grown = facts.tuning, facts.hashes("grow").get("grown")
-    verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
-    shipped, run = facts.shipped, facts.path.resolve().name
-    weights = mapping(facts.export.get("provenance")).get("weights_sha256") or facts.hashes("export").get("weights")
-    if verified and exported and verified != exported:
-        line = (
-            f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: run `growkit verify` again."
-        )
-    elif shipped and _differ(facts.verify.get("weights_sha256"), shipped[1]):
-        line = f"verify held a file against other weights than {run}/{shipped[0]}: run `growkit verify` again."
-    elif shipped and weights and weights != shipped[1]:
-        line = (
-            f"The ONNX file was made of other weights than {run}/{shipped[0]}: run `growkit export` and `verify` again."
-        )
-    elif tune and _differ(tune.hashes.get("source"), grown):
-        line = "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
+    """Whether the same model was fine-tuned, exported and verified, and its files are still those on record."""
+    verified, shipped = facts.verify.get("onnx_sha256"), facts.shipped
+    made = facts.exports or facts.all("export")
+    weights = mapping(facts.export.get("provenance")).get("weights_sha256") or (made and made[-1].hashes.get("weights"))
+    if line := _mixed(facts, weights):
+        yield Gate(TOGETHER, Mark("fail"), line)
     elif replaced := _replaced(facts):
         yield replaced
-        return
     elif verified and weights and shipped:
-        yield Gate(
-            TOGETHER, Mark("pass"), f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…."
-        )
-        return
-    else:
-        return
-    yield Gate(TOGETHER, Mark("fail"), line)
+        unseen = ", exported elsewhere and not looked at since" if facts.elsewhere else ""
+        line = f"One model from {shipped[0]} weights {short(weights)}… to ONNX {short(verified)}…{unseen}."
+        yield Gate(TOGETHER, Mark("pass"), line)
+
+
+def _mixed(facts: Facts, weights: object) -> str:
+    """Say which steps worked on different models, as steps may run more than once; `weights` were exported."""
+    verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
+    again = f"run `{facts.verify_command}` again."
+    if _differ(verified, exported):
+        return f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: {again}"
+    if facts.shipped:
+        stage, sha256 = facts.shipped
+        model = f"{facts.path.resolve().name}/{stage}"
+        if _differ(weights, sha256):
+            return f"The ONNX file was made of other weights than {model}: run `growkit export` and `verify` again."
+        if _differ(facts.verify.get("weights_sha256"), sha256):
+            return f"verify held a file against other weights than {model}: {again if weights else BOTH}"
+    if facts.tuning and _differ(facts.tuning.hashes.get("source"), facts.hashes("grow").get("grown")):
+        return "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
+    return ""
 
 
 def _replaced(facts: Facts) -> Gate | None:
@@ -243,24 +242,24 @@ def _replaced(facts: Facts) -> Gate | None:
     onnx, verified, exported = facts.path / "onnx", facts.verify.get("onnx_sha256"), facts.export.get("sha256")
     made = [step for step in facts.all("export") if step.hashes.get("model.onnx") == verified]
     made_here = any(Path(str(step.options.get("out"))).resolve() == onnx.resolve() for step in made)
-    known: list[tuple[list[Path], object, str]] = []  # files, their SHA-256 on record, what to do if it differs
+    known: list[tuple[list[Path], object, str, str]] = []  # files, the SHA-256 on record and what it is of, what to do
     if made_here or facts.export or (onnx / "model.onnx").exists():
         names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
-        remedy = f"that was {'verified' if verified else 'exported'}: run `growkit export` and `verify` again."
-        known.append(([onnx / name for name in names], verified or exported, remedy))
+        what, remedy = f"that was {'verified' if verified else 'exported'}", "run `growkit export` and `verify` again."
+        known.append(([onnx / name for name in names], verified or exported, what, remedy))
     if facts.shipped:
         stage, sha256 = facts.shipped
-        remedy = "on record: restore it, or run the steps from there again."
-        known.append(([facts.path / stage / "model.safetensors"], sha256, remedy))
-    for files, wanted, remedy in known:
+        remedy = "restore it, or run the steps from there again."
+        known.append(([facts.path / stage / "model.safetensors"], sha256, "on record", remedy))
+    for files, wanted, what, remedy in known:
         if not wanted:
             continue
         found = sha256_on_disk(files)
         named = f"{files[0].parent.name}/{' with '.join(file.name for file in files)}"
         if found is None:
-            return Gate(TOGETHER, Mark("not done"), f"{named} cannot be read: is it missing?")
+            return Gate(TOGETHER, Mark("not done"), f"{named} is missing or cannot be read: {remedy}")
         if found != wanted:
-            return Gate(TOGETHER, Mark("fail"), f"{named} is not the file {remedy}")
+            return Gate(TOGETHER, Mark("fail"), f"{named} is not the file {what}: {remedy}")
     return None
 
 

@@ -67,13 +67,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Report:
-    """Content of a page: a title, summary lines, a verdict with the gates behind it, and sections."""
+    """Content of a page: title, summary lines, sections, a verdict with the gates behind it, and what was left out."""
 
     title: str
     summary: Sequence[str]
     sections: Sequence[Section]
     verdict: Gate | None = None
     gates: Sequence[Gate] = ()
+    left_out: Sequence[str] = ()
 
 
 STYLE = """
@@ -161,7 +162,7 @@ def render(report: Report) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<header>\n<h1>{escape(report.title)}</h1>",
-            *(f"<p>{escape(line)}</p>" for line in report.summary),
+            *(f"<p>{escape(line)}</p>" for line in (*report.summary, *report.left_out)),
             *_verdict(report),
             *_contents(report.sections),
             "</header>\n<main>",

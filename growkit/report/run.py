@@ -8,7 +8,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import ONCE, command_line, in_lines
 from growkit.report.facts import Facts, mapping, percent, read_facts
-from growkit.report.gates import WHOLE, behaviour_step, gates_of, shipping
+from growkit.report.gates import WHOLE, behaviour_step, gates_of, new_head, shipping
 from growkit.report.growth import (
     earlier_line,
     grown_sizes,
@@ -53,7 +53,7 @@ def run_report(run: RunFolder) -> Report:
     except ODD as error:
         gates = [Gate(WHOLE, Mark("fail"), f"It is damaged ({type(error).__name__}): run the steps again.")]
     title, summary = _head(facts)
-    return Report(title, [*summary, *facts.damaged], sections, shipping(gates), gates)
+    return Report(title, summary, sections, shipping(gates), gates, facts.left_out)
 
 
 def _guarded(title: str, make: Callable[[Facts], Section], facts: Facts) -> Section:
@@ -75,8 +75,12 @@ def _head(facts: Facts) -> tuple[str, list[str]]:
     sizes = grown_sizes(facts)
     lines = [f"{origin.get('name')}, a {source}, was grown with {method}" + (f": {sizes}." if sizes else ".")]
     scores = scores_of(facts)
+    step, stale = behaviour_step(facts)
+    if "source" not in scores and step and not stale and not new_head(facts):  # both of the same images
+        last = "tuned" if facts.tuned or facts.tuning else "step0"
+        scores = {"source": mapping(step.figures.get("source_scores")), last: mapping(step.figures.get("model_scores"))}
     told = (("source", "source"), ("step0", "grown"), ("tuned", "fine-tuned"))
-    known = [f"{word} {percent(scores[key]['top1'])}" for key, word in told if key in scores]
+    known = [f"{word} {percent(scores[key].get('top1'))}" for key, word in told if key in scores]
     if known:
         lines.append(f"Top-1 on validation images: {', '.join(known)}.")
     grew = f": {sizes}" if source == target and sizes else f" into {target}"

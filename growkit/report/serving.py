@@ -58,7 +58,9 @@ def parity_section(facts: Facts) -> Section:
     content = checked(facts)
     groups = {group: checks for group, checks in checks_of(content).items() if group != "latency"}
     if not groups:
-        missing = "Not checked." if facts.export else "No ONNX file was written: `growkit export --onnx` writes one."
+        missing = "No ONNX file was written: `growkit export --onnx` writes one."
+        if facts.export or facts.elsewhere:
+            missing = f"{facts.elsewhere or 'model.onnx'} was not verified: `{facts.verify_command}` does it."
         return Section("ONNX parity", missing)
     verified = content is facts.verify
     figures = mapping(content.get("numerics" if verified else "figures"))
@@ -70,7 +72,9 @@ def parity_section(facts: Facts) -> Section:
         kind = f"{precision}, " if precision else ""
         lines.append(f"model.onnx: {kind}{large}opset {facts.export.get('opset')}, IR {facts.export.get('ir')}.")
     if not verified:
-        lines.append("These are the export's own checks; `growkit verify` makes more, with data and times.")
+        lines.append(f"These are the export's own checks; `{facts.verify_command}` makes more, with data and times.")
+    elif facts.elsewhere:
+        lines.append(f"Verified was {facts.verify.get('onnx')}.")
     lines += _numbers(figures, groups)
     # comparisons of a model or file alone with a reference have other checks
     steps = tuple(filter(_is_whole, facts.all("verify"))) if verified else facts.all("export")
@@ -150,7 +154,7 @@ def latency_section(facts: Facts) -> Section:
     timed = mapping(facts.verify.get("latency"))
     compared = rows(timed.get("comparisons"))
     if not compared:
-        return Section("Latency", "Not measured: `growkit verify` measures it once the answers are right.")
+        return Section("Latency", f"Not measured: `{facts.verify_command}` does it once the answers are right.")
     threads = number(timed.get("threads"))
     where = str(timed.get("provider")) + (f", {counted(threads, 'thread')}" if threads is not None else "")
     lines = [

@@ -245,7 +245,7 @@ def test_verify_of_another_models_file_says_so_and_exits_1(run: Path, tmp_path: 
     assert result.output.rstrip().endswith("verdict: fail")
 
 
-@pytest.mark.parametrize("what", ["file", "model", "both"])
+@pytest.mark.parametrize("what", ["file", "model", "model of the run", "both"])
 def test_verification_of_what_is_not_the_runs_own_leaves_what_the_report_judges(
     what: str, run: Path, tmp_path: Path
 ) -> None:
@@ -253,8 +253,9 @@ def test_verification_of_what_is_not_the_runs_own_leaves_what_the_report_judges(
     shutil.copytree(run, own, ignore=shutil.ignore_patterns("other"))
     shutil.copy(run / "onnx" / "model.onnx", tmp_path / "copy.onnx")
     write_source(tmp_path / "other", 8)
-    model = own / "grown" if what == "file" else tmp_path / "other"
-    file = own / "onnx" / "model.onnx" if what == "model" else tmp_path / "copy.onnx"
+    write_source(own / "trained", 9)
+    model = {"file": own / "grown", "model of the run": own / "trained"}.get(what, tmp_path / "other")
+    file = own / "onnx" / "model.onnx" if what.startswith("model") else tmp_path / "copy.onnx"
     assert call("verify", "--no-latency", "--run", own).exit_code == 0
     before = {path.name: path.read_bytes() for path in (own / "verify").iterdir()}
     result = call("verify", model, "--onnx-file", file, "--no-latency", "--run", own)
