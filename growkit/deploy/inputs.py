@@ -11,7 +11,7 @@ from growkit.errors import GrowkitError
 from growkit.pictures import SUFFIXES, open_picture
 from growkit.text import visible
 
-SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500))  # height, width of made pictures
+SIZES = ((97, 61), (61, 97), (1, 1), (3, 5), (12, 9), (480, 640), (333, 500), (1000, 300))  # heights and widths
 PICTURES = 64  # of the user, at most
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 

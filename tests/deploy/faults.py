@@ -491,6 +491,11 @@ def squashed(proto: onnx.ModelProto) -> None:
     maker(proto, "pixels_new").input[1] = "pixels_edges"
 
 
+def width_always_first(proto: onnx.ModelProto) -> None:
+    """Tall pictures are resized as wide ones are."""
+    maker(proto, "pixels_scaled").input[0] = "pixels_turned"
+
+
 def not_normalised(proto: onnx.ModelProto) -> None:
     node = maker(proto, "input")
     node.op_type = "Identity"
@@ -875,6 +880,7 @@ FAULTS: dict[str, Fault] = {
     "pixels: crop one off": Fault(PIXELS, "pixels", crop_one_off),
     "pixels: halves rounded down": Fault(of("pixels", "structure"), "pixels", halves_down),
     "pixels: squashed": Fault(of("pixels", "structure"), "pixels", squashed),
+    "pixels: width always first": Fault(PIXELS, "pixels", width_always_first),
     "pixels: edge one larger": Fault(PIXELS, "pixels", constant_becomes("pixels_edge", value_ints=[18])),
     "pixels: divided by 256": Fault(
         of("pixels", "weights"), "pixels", constant_becomes("pixels_most", value_float=256.0)
