@@ -153,7 +153,7 @@ def _answering_onnx(path: Path, device: str) -> Answering:
         path=str(path),
         predict=predict,
         preprocessing=prepared,
-        labels=subject.labels,
+        labels=None if subject.identity.labels is None else tuple(subject.identity.labels),
         outputs=outputs,
         sha256=subject.identity.onnx_sha256 or "",
     )

@@ -40,7 +40,7 @@ def assert_matches_reference(
     else:
         source = load_source(str(model))
         name = source.architecture.name
-        subject = model_subject(source.model(), weights_sha256=source.sha256, architecture=name)
+        subject = model_subject(source.model(), weights_sha256=source.sha256, architecture=name, labels=source.labels)
     verified = verify_alone(subject, golden, VerifySettings(), tolerance=tolerance)
     said = [c.line for c in verified.checks if c.verdict != "pass"]
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)

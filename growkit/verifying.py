@@ -98,7 +98,12 @@ def verify_run(
         verified = _with_file(source, file, settings, golden, evidence, say, tell)
         path = _placed(run, source, file, verified, settings, say)
     elif source is not None:
-        held = model_subject(source.model(), weights_sha256=source.sha256, architecture=source.architecture.name)
+        held = model_subject(
+            source.model(),
+            weights_sha256=source.sha256,
+            architecture=source.architecture.name,
+            labels=source.labels,
+        )
         golden = golden or make_golden(held, seed=settings.seed)
         path, verified = run.verify / "held-model.json", verify_alone(held, golden, settings)
     else:
@@ -185,7 +190,8 @@ def _tell_less(path: Path, verified: Verification, say: Say) -> None:
         return
     lost = [what for group, what in (("accuracy", "accuracy"), ("latency", "times")) if group in left_out]
     if lost and before.get("onnx_sha256") == verified.report["onnx_sha256"]:
-        say(f"{path} told {' and '.join(lost)}, too, which this verification leaves out")
+        remedy = "verify once more with them for `growkit report`, or the next time with --run elsewhere"
+        say(f"{path} told {' and '.join(lost)}, too, which this verification leaves out; {remedy}")
 
 
 def _settled(settings: VerifySettings, evidence: Evidence, *, alone: bool, updating: bool) -> VerifySettings:

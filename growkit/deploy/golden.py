@@ -139,7 +139,8 @@ def read_golden(folder: Path) -> Golden:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise GrowkitError(f"{path}: no reference of this growkit (schema {SCHEMA}); write it anew with {UPDATE}")
     try:
-        identity = Identity(**{name: content[name] for name in Identity.__dataclass_fields__})
+        known = {name: content[name] for name in Identity.__dataclass_fields__ if name != "labels"}
+        identity = Identity(**known, labels=content.get("labels"))
         tolerance, seed, listed = content["tolerance"], content["seed"], content["data_sets"]
         wanted = [(entry["name"], entry["input_sha256"], entry["logits_sha256"]) for entry in listed]
         hashes = (identity.tensors_sha256, identity.weights_sha256, identity.onnx_sha256, identity.architecture)
@@ -151,6 +152,7 @@ def read_golden(folder: Path) -> Golden:
             and isinstance(seed, int)
             and all(value is None or isinstance(value, str) for value in hashes)
             and all(value.isalnum() for value in hashes[:3] if value is not None)
+            and (identity.labels is None or all(isinstance(label, str) for label in identity.labels))
             and len(identity.size) == 3
             and wanted != []
             and all(DATA_SET.fullmatch(name) for name, _, _ in wanted)

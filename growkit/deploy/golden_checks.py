@@ -1,15 +1,16 @@
 """Compare a model or a file with a golden reference; say what a new reference would change."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from growkit.deploy.checks import Check, check
-from growkit.deploy.golden import FILE, TOLERANCE, UPDATE, DataSet, Golden, read_golden, write_golden
+from growkit.deploy.golden import FILE, TOLERANCE, DataSet, Golden, read_golden, write_golden
 from growkit.deploy.numbers import relative, rms
 from growkit.deploy.subject import Identity, Subject
 from growkit.errors import GrowkitError, first_line
-from growkit.text import short
+from growkit.text import short, visible
 
 CERTAIN = 2 * 10  # a top-1 that leads by this many tolerances must stay: no logit may move by over ten
 
@@ -31,7 +32,7 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
             if same
             else (
                 f"the reference was written for {what} {short(before)}, this {word} has {short(after)}: "
-                f"run {UPDATE} if the change was meant"
+                "if the change was meant, the same `growkit verify` with --update-reference accepts it"
             )
         )
         checks.append(check("reference", f"{word}: {what}", same, short(after), short(before), line))
@@ -47,6 +48,10 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
         )
         line = f"{word}: preprocessing is " + ("the reference's" if not differing else f"{said}; was {meant}")
         checks.append(check("reference", f"{word}: preprocessing", not differing, said, meant, line))
+    if was.labels is not None and now.labels is not None:
+        same = was.labels == now.labels
+        line = f"{word}: class names are " + ("the reference's" if same else _other_names(was.labels, now.labels))
+        checks.append(check("reference", f"{word}: class names", same, str(now.labels), str(was.labels), line))
     limit, other = golden.tolerance, ""
     if now.precision != was.precision:
         limit, other = TOLERANCE[now.precision], f"; the reference is of {was.precision}, this of {now.precision}"
@@ -81,6 +86,13 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
         check("reference", label, off <= limit, off, limit, line),  # not `off > limit`, which NaN is not
         check("reference", f"{label}, certain predictions changed", changed == 0, changed, 0, told),
     ]
+
+
+def _other_names(was: Sequence[str], now: Sequence[str]) -> str:
+    if len(was) != len(now):
+        return f"{len(now)}, were {len(was)}"
+    at = next(at for at, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
+    return f"others: number {at} is {visible(now[at])}, was {visible(was[at])}"
 
 
 def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:

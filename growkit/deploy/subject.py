@@ -3,7 +3,7 @@
 import copy
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class Identity:
     preprocessing   what a server does to an image; empty where the model does not say
     tensors_sha256  of a float32 model's weights by name, whatever file they lie in
     weights_sha256  of the file that holds the model's weights; an ONNX file records the one it was exported from
+    labels          class names in order, where they are known
     """
 
     of: Literal["model", "onnx"]
@@ -43,6 +44,7 @@ class Identity:
     tensors_sha256: str | None = None
     weights_sha256: str | None = None
     onnx_sha256: str | None = None
+    labels: list[str] | None = None
 
     @property
     def word(self) -> str:
@@ -68,10 +70,15 @@ class Subject:
     run: Callable[[np.ndarray], np.ndarray]
     answers: Callable[[np.ndarray], np.ndarray]
     provider: str | None = None
-    labels: tuple[str, ...] | None = None  # class names in a file's metadata
 
 
-def model_subject(model: nn.Module, *, weights_sha256: str | None = None, architecture: str | None = None) -> Subject:
+def model_subject(
+    model: nn.Module,
+    *,
+    weights_sha256: str | None = None,
+    architecture: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Subject:
     """Wrap a PyTorch model, in its own precision and on its own device; dropout and the like are off.
 
     Raises:
@@ -104,6 +111,7 @@ def model_subject(model: nn.Module, *, weights_sha256: str | None = None, archit
             preprocessing=plain(asdict(preprocessing(model))) if described else {},
             tensors_sha256=tensors_sha256(model) if dtype is torch.float32 else None,
             weights_sha256=weights_sha256,
+            labels=None if labels is None else list(labels),
         ),
         run=run,
         answers=lambda images: logits_of(truth(), images),
@@ -140,11 +148,11 @@ def onnx_subject(file: Path, *, provider: str = "cpu") -> Subject:
             preprocessing=prepared,
             weights_sha256=_text(provenance.get("weights_sha256")),
             onnx_sha256=sha256_of(*files),
+            labels=list(map(str, labels)) if isinstance(labels, list) else None,
         ),
         run=run,
         answers=run,
         provider=session.provider,
-        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
     )
 
 

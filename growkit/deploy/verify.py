@@ -65,7 +65,9 @@ def verify_onnx(
     held: tuple[Check, ...] = ()
     if golden is not None:
         if golden.identity.of == "model":
-            subject = model_subject(model, weights_sha256=material.weights_sha256, architecture=stock[0])
+            subject = model_subject(
+                model, weights_sha256=material.weights_sha256, architecture=stock[0], labels=material.labels
+            )
             held += check_golden(golden, subject)
         if parity.figures:  # else the file does not even open
             subject_of_file, valid = _open(file, parity.provider)

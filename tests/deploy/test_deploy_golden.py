@@ -179,8 +179,35 @@ def test_one_weight_off_is_found_even_where_it_drowns_in_noise(golden: Golden, o
     before, after = (h[:12] for h in (golden.identity.tensors_sha256 or "", tensors_sha256(moved)))
     assert said[0] == (
         f"the reference was written for weights by tensor {before}, this model has {after}: "
-        "run `growkit verify --update-reference` if the change was meant"
+        "if the change was meant, the same `growkit verify` with --update-reference accepts it"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("abcde", None),
+        ("abdce", "model: class names are others: number 2 is d, was c"),
+        ("abcd", "model: class names are 4, were 5"),
+        (None, None),
+    ],
+)
+def test_class_names_are_those_of_the_reference(
+    model: nn.Module, tmp_path: Path, names: str | None, told: str | None
+) -> None:
+    """Where two are swapped every logit stays, and two answers are called the other's name."""
+    write_golden(tmp_path / "reference", make_golden(model_subject(model, labels=list("abcde")), seed=3))
+    checks = check_golden(read_golden(tmp_path / "reference"), model_subject(model, labels=names and list(names)))
+    assert [c.line for c in checks if c.verdict != "pass"] == [told] * (told is not None)
+    assert ("model: class names" in verdicts(checks)) == (names is not None)
+
+
+def test_reference_without_class_names_is_held_as_far_as_it_goes(model: nn.Module, folder: Path) -> None:
+    content = json.loads((folder / "reference.json").read_text())
+    del content["labels"]
+    (folder / "reference.json").write_text(json.dumps(content))
+    checks = check_golden(read_golden(folder), model_subject(model, labels=list("abcde")))
+    assert set(verdicts(checks).values()) == {"pass"}
 
 
 def test_answers_are_held_where_no_hash_is_known(golden: Golden) -> None:
