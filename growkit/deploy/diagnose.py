@@ -149,7 +149,7 @@ def _second_opinion(
     """Run the same file in ONNX's own evaluator, which shares no code with ONNX Runtime, and say whose bug it is."""
     from onnx.reference import ReferenceEvaluator
 
-    export = "an export bug: the errors stay with ONNX Runtime's graph optimisation off"
+    export = "an error in the file, by its export or an edit: it stays with ONNX Runtime's graph optimisation off"
     proto = inner_graph(file, form, prepared, weights=True)
     if weight_bytes(proto) > EVALUATED:
         return f"{export} (too large for ONNX's reference evaluator)"
@@ -160,7 +160,7 @@ def _second_opinion(
         return f"{export} (ONNX's reference evaluator does not run it: {type(error).__name__})"
     if right(got):
         return "a runtime bug: ONNX's reference evaluator computes the right numbers from the same file"
-    return f"{export} and ONNX's reference evaluator has them too"
+    return f"{export} and in ONNX's reference evaluator"
 
 
 def _values(

@@ -141,7 +141,7 @@ def test_no_fault_is_looked_for_in_the_file_of_another_model(exported: Path) -> 
     assert "numbers" in failed_groups(own) & failed_groups(foreign)
     assert "diagnosis" in own.figures
     assert "diagnosis" not in foreign.figures
-    assert "an export bug" not in lines(foreign)
+    assert "an error in the file" not in lines(foreign)
 
 
 def test_every_mismatch_is_collected_before_the_verdict(model: nn.Module, edit: Edit) -> None:
