@@ -1,7 +1,7 @@
 """Preprocessing inside the graph: uint8 images of any size, resized, cropped and normalised as timm does it.
 
 With antialias on, ONNX Runtime resizes uint8 in fixed point as Pillow does. Up to two pixels in a hundred differ, by
-one level of 255; with bilinear interpolation up to ten, in pictures of a few dozen pixels. Resizing in float32 would
+one level of 255; with bilinear interpolation up to a quarter, where a side has few pixels. Resizing in float32 would
 change every fifth pixel.
 """
 
