@@ -583,7 +583,10 @@ def test_restarted_workers_go_on_from_the_saved_state(tmp_path: Path, images: Pa
     # a job that was refused at its first attempt is refused at its second
     refused = torchrun(tmp_path, images, "--run", tmp_path / "killed", restarts=1)
     assert refused.returncode != 0
-    assert refused.stderr.count("killed/trained already exists; --resume goes on with it, --force replaces it") == 2
+    why = "killed/trained already exists; --resume goes on with it, --force replaces it"
+    said = [line for line in refused.stderr.splitlines() if why in line]
+    assert sum(line.startswith("error: ") for line in said) == 2
+    assert said[-1].startswith("  traceback : error: ")  # of torchrun's summary
 
 
 @pytest.mark.slow  # five starts of growkit
