@@ -56,13 +56,15 @@ def compare(
     from growkit.job import Job
     from growkit.record import RunFolder
     from growkit.source import load_source
+    from growkit.text import counted
 
     console = Console(as_json)
     loaded = load_source(source, loading, say=console.say)
     with following(console, "comparing") as follow, telling(console, rarely=True) as tell:
         job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell, follow)
         compared = compare_methods(job, loaded, to, data, settings, recipe, sets=sets or ())
-    console.table("test images; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
+    images = counted(compared.content["images"]["test images"], "test image")
+    console.table(f"{images}; ± is half a 95 % interval over seeds", *main_table(compared.arms, settings.metric))
     console.table("cost", *cost_table(compared.arms))
     for arm in compared.arms:
         for line in arm.failures:

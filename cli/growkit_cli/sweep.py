@@ -59,7 +59,10 @@ def sweep(
     with following(console, "sweeping") as follow, telling(console, rarely=True) as tell:
         job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell, follow)
         swept = sweep_settings(job, loaded, to, data, settings, recipe, sets=sets or ())
-    console.table(f"trials, best first; {settings.metric} on held-out images", *trials_table(swept.tried))
+    console.table(
+        f"trials, best first, finished ones before stopped ones; {settings.metric} on held-out images",
+        *trials_table(swept.tried),
+    )
     console.say(f"recommended: trial {swept.best.number}")
     for reason in swept.reasons:
         console.say(f"  {reason}")

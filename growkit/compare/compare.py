@@ -13,7 +13,7 @@ from growkit import __version__
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
-from growkit.compare.figures import ArmFigures, arm_figures, guessing
+from growkit.compare.figures import ArmFigures, arm_figures, warnings
 from growkit.compare.folder import begin, described, read_own, refuse_begun
 from growkit.compare.page import write_pages
 from growkit.compare.savings import sign_of
@@ -76,8 +76,13 @@ class Comparison:
         own_rates = [arm.operator_lr for arm in self.arms if arm.operator_lr is not None]
         self.bench.refuse_settings(self.lrs, [*self.operator_lrs, *own_rates])
         replace(self.bench.recipe, seed=self.seeds[-1])  # refuses a seed that is too large
-        for arm in each(self.arms, self.bench.tell("counting what methods cost")):
-            self.bench.costs.steps_within(arm, self.full * self.budgets[0], self.bench.costs.operator_flops(arm))
+        costs, share = self.bench.costs, self.budgets[0]
+        spent = [
+            (arm, costs.operator_flops(arm)) for arm in each(self.arms, self.bench.tell("counting what methods cost"))
+        ]
+        # the dearest operator first, so that what its message allows holds for all; before it what trains none
+        for arm, flops in sorted(spent, key=lambda one: (one[1] > 0, -one[1])):
+            costs.steps_within(arm, self.full * share, flops, share=share)
         begin(self.job, self.bench, self.settings, free=EXTENDABLE, test=True)
 
     def run(self) -> list[dict[str, Any]]:
@@ -294,26 +299,19 @@ def compare_methods(
         metric=settings.metric,
         source_flops=known,
     )
-    if worse := [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, settings.metric)]:
-        say(f"warning: worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
     content = {
         **described(bench, settings, job.run.command_line),
         "largest_class": max(Counter(labels_of(bench.test.val)).values()),
         "full_flops": comparison.full,
         "source_flops": known,
         "source_score": asdict(bench.source_score()),
+        "own_head": bench.source.own_head,
         "arms": [asdict(arm) for arm in arms],
         "arm_settings": {arm.name: asdict(arm) for arm in comparison.arms},
         "runs": runs,
     }
-    if told := guessing(content, arms[0]):
+    for told in warnings(content, arms):
         say(f"warning: {told}")
     write_json(folder / "results.json", content)
     write_pages(folder, content, arms)
     return Compared(folder, arms, content)
-
-
-def _ends_below_start(arm: ArmFigures, metric: str) -> bool:
-    """Whether training worsened the mean score over seeds on held-out images."""
-    scores = [score.mean for _, score in arm.curve]
-    return bool(scores) and sign_of(metric) * (scores[-1] - scores[0]) < 0

@@ -9,6 +9,7 @@ from torch import nn
 from growkit.arch import build
 from growkit.arch.spec import Architecture
 from growkit.compare.arms import LONGER, Arm
+from growkit.compare.settings import percent
 from growkit.errors import GrowkitError
 from growkit.grow import grow, make_method
 from growkit.plan import step_flops
@@ -90,8 +91,8 @@ class Costs:
         """Updates of main training that `flops` pays for after `spent` FLOPs on the operator; possibly none."""
         return max(0, math.floor((flops - spent) / self.flops_per_step(arm) + 1e-6))  # shares are rounded
 
-    def steps_within(self, arm: Arm, flops: float, spent: float) -> int:
-        """Like `steps_left`, but at least one.
+    def steps_within(self, arm: Arm, flops: float, spent: float, *, share: float | None = None) -> int:
+        """Like `steps_left`, but at least one; `share` says that `flops` are the smallest of a comparison's --budgets.
 
         Raises:
             GrowkitError: the budget does not pay for one update.
@@ -103,12 +104,14 @@ class Costs:
                 "--epochs, or leave out the smallest of --budgets"
             )
         if steps < 1:
-            most = int((flops / spent) * self.operator_steps(arm)) - 1
-            fewer = (
-                f"give it fewer --operator-steps (at most {most} here)" if most > 0 else "leave it untrained (steps=0)"
-            )
+            most = math.floor((flops - self.flops_per_step(arm)) / spent * self.operator_steps(arm))
+            # in a comparison, an arm with updates of its own does not heed the option
+            option = "--operator-steps" if share is None or arm.operator_steps is None else "steps= in --methods"
+            fewer = f"give it fewer {option} (at most {most} here)" if most > 0 else "leave it untrained (steps=0)"
+            smallest = f" ({percent(share)} of the full one, the smallest of --budgets)" if share else ""
+            whole = "give --budgets 1, " if share and self.steps_left(arm, flops / share, spent) else ""
             raise GrowkitError(
                 f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, which leaves nothing of a budget of "
-                f"{flops / 1e12:.3g}; train for more --epochs, or {fewer}"
+                f"{flops / 1e12:.3g}{smallest}; train for more --epochs, {whole}or {fewer}"
             )
         return steps

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from growkit.compare.arms import SCRATCH, Arm
-from growkit.compare.savings import Estimate, Saving, cost_of, curve_of, estimate, saving
+from growkit.compare.savings import Estimate, Saving, cost_of, curve_of, estimate, saving, sign_of
 from growkit.compare.settings import numbers, percent
 from growkit.settings import GrowSettings
 
@@ -122,6 +122,27 @@ def figures_of(content: Mapping[str, Any]) -> tuple[ArmFigures, ...]:
         metric=settings["metric"],
         source_flops=content["source_flops"],
     )
+
+
+def warnings(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> list[str]:
+    """What makes the figures of a comparison doubtful, with a remedy; `content` is its results.json."""
+    metric = content["settings"]["metric"]
+    worse = [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, metric)]
+    told = guessing(content, arms[0])
+    return [
+        *(
+            [f"worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs"]
+            if worse
+            else []
+        ),
+        *([told] if told else []),
+    ]
+
+
+def _ends_below_start(arm: ArmFigures, metric: str) -> bool:
+    """Whether training worsened the mean score over seeds on held-out images."""
+    scores = [score.mean for _, score in arm.curve]
+    return bool(scores) and sign_of(metric) * (scores[-1] - scores[0]) < 0
 
 
 def guessing(content: Mapping[str, Any], scratch: ArmFigures) -> str | None:

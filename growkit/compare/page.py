@@ -1,5 +1,6 @@
 """A comparison as tables, plots and one page; the same rows for the terminal, the README and the report."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from growkit.compare.arms import in_words
-from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of, guessing
+from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of, warnings
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.compare.settings import SCHEMA, numbers, percent
 from growkit.compare.trials import Tried
@@ -120,13 +121,15 @@ def share(found: Saving | None) -> str:
 
 def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
     """Curves over compute, final scores and savings, by file name."""
-    scale, unit = (100, "top-1 on held-out images, %") if metric == "top1" else (1, "loss on held-out images")
+    scale, unit, most = 1, "loss on held-out images", math.inf
+    if metric == "top1":
+        scale, unit, most = 100, "top-1 on held-out images, %", 1.0
     curves = [
         Series(
             arm.name,
             [(flops / 1e12, scale * found.mean) for flops, found in arm.curve],
-            low=[scale * (found.mean if found.low is None else found.low) for _, found in arm.curve],
-            high=[scale * (found.mean if found.high is None else found.high) for _, found in arm.curve],
+            low=[scale * (found.mean if found.low is None else max(0.0, found.low)) for _, found in arm.curve],
+            high=[scale * (found.mean if found.high is None else min(most, found.high)) for _, found in arm.curve],
         )
         for arm in arms
         if arm.curve
@@ -135,7 +138,7 @@ def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
     final = [
         Bar(arm.name, *_percent(arm.budgets[-1].top1), note=arm.failures[0] if arm.failures else "") for arm in arms
     ]
-    saved = [Bar(arm.name, *_percent(arm.saving), note=_censored(arm.saving)) for arm in arms[1:]]
+    saved = [Bar(arm.name, *_percent(arm.saving, least=-math.inf), note=_censored(arm.saving)) for arm in arms[1:]]
     return {
         "curves": Plot(
             title="Score over compute, full budget",
@@ -149,11 +152,12 @@ def plots(arms: Sequence[ArmFigures], metric: str) -> dict[str, Plot | Bars]:
     }
 
 
-def _percent(found: Estimate | Saving | None) -> tuple[float | None, float | None, float | None]:
+def _percent(found: Estimate | Saving | None, *, least: float = 0.0) -> tuple[float | None, float | None, float | None]:
+    """Mean, low and high in per cent, the interval clipped to what a share can be."""
     if found is None:
         return None, None, None
     low, high = found.low, found.high
-    return 100 * found.mean, None if low is None else 100 * low, None if high is None else 100 * high
+    return 100 * found.mean, low if low is None else 100 * max(least, low), high if high is None else 100 * min(1, high)
 
 
 def _censored(found: Saving | None) -> str:
@@ -175,23 +179,28 @@ def comparison_report(content: Mapping[str, Any], arms: Sequence[ArmFigures]) ->
         Section("Methods", table=Table(("method", "settings"), grown)),
         *_settings(content, "settings", "recipe", "operator", "data", "versions", "hardware"),
     ]
-    return Report("growkit compare", _summary(content, arms[0]), sections)
+    return Report("growkit compare", _summary(content, arms), sections)
 
 
-def _summary(content: Mapping[str, Any], scratch: ArmFigures) -> list[str]:
-    """What was grown into what, how training from scratch ends, and what training took."""
-    full, known = content["full_flops"], content["source_flops"]
+def _summary(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> list[str]:
+    """What was grown into what, how training from scratch ends, what training took, and what to beware of."""
+    full, known, images = content["full_flops"], content["source_flops"], content["images"]["test images"]
+    own = ""
+    if not content.get("own_head", True):
+        own = "The source has a new head, untrained: its own score says nothing."
+    elif "source_score" in content:
+        own = f"The source itself has top-1 {content['source_score']['top1']:.1%} on the held-out images."
     lines = [
         f"{content['source']['name']} ({_size(content['source'])}) grown into {_size(content['target'])}, "
-        f"{counted(content['settings']['seeds'], 'paired seed')}.",
-        f"From scratch the target ends at {points(scratch.budgets[-1].top1)} % on the test images, after "
+        f"{counted(content['settings']['seeds'], 'paired seed')}, "
+        f"{counted(images, 'test image')}, one of which is {100 / images:.2g} points of top-1.",
+        *([own] if own else []),
+        f"From scratch the target ends at {points(arms[0].budgets[-1].top1)} % on the test images, after "
         f"{cell(full / 1e12)} TFLOP ({cell(full / 2e12)} T multiply-adds).",
         "Training the source took "
         + (f"{cell(known / 1e12)} TFLOP." if known is not None else "an unknown amount; --source-flops says it."),
     ]
-    if told := guessing(content, scratch):
-        lines.append(f"Beware: {told}.")
-    return lines
+    return lines + [f"Beware: {told}." for told in warnings(content, arms)]
 
 
 def _reading(settings: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
@@ -205,7 +214,8 @@ def _reading(settings: Mapping[str, Any], arms: Sequence[ArmFigures]) -> str:
         "Saving is 1 - C / C(from scratch), with C the FLOPs to reach the held-out score that training from scratch "
         "ends with, along the full budget; 'source counted' adds the source's own training to C. ≤ marks an upper "
         "bound: some seed never got there, or failed.\n"
-        "± is half a 95 % interval over paired seeds (Student's t)."
+        "± is half a 95 % interval over paired seeds (Student's t), all scored on the same test images: it says "
+        "nothing of the luck in these, which weighs the more the fewer they are."
     )
     if settings["seeds"] == 1:
         text += " One seed has none: a hint, not a result."
@@ -305,13 +315,19 @@ def trials_table(tried: Sequence[Tried]) -> Rows:
 
 def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[Tried]) -> None:
     """Write report.html of a sweep."""
+    order = (
+        "Scores are on held-out images. Finished trials come first; then the others, whose score is the last one they "
+        "had, when they were stopped early or failed."
+    )
     sections = [
         Section("Recommended", "\n".join((*content["reasons"], "The full run:", *content["commands"]))),
         Section(
             "Trials, best first",
-            "\n".join(("Scores are on held-out images.", *content["left_out"])),
+            "\n".join((order, *content["left_out"])),
             Table(*trials_table(tried)),
         ),
     ]
     sections += _settings(content, "settings", "recipe", "data", "versions", "hardware")
-    write_report(folder / "report.html", Report("growkit sweep", content["reasons"][:1], sections))
+    first, *others = content["reasons"]
+    summary = [first, *(line for line in others if line.startswith("warning: "))]
+    write_report(folder / "report.html", Report("growkit sweep", summary, sections))

@@ -72,12 +72,15 @@ def conclude(
     assert alone is not None  # its own end is always reached
     best = choice.best
     saving = None if best.flops_to_scratch is None else 1 - best.flops_to_scratch / alone
-    reasons = _reasons(choice, tried, scratch, metric, saving)
+    source = bench.source_score() if bench.source.own_head else None  # with a new head it says nothing of the source
+    known = None if source is None else float(getattr(source, metric))
+    reasons = _reasons(choice, tried, scratch, metric, saving, known)
     where = [] if folder.parent == Path("run") else ["--run", str(folder.parent)]
     commands = _commands(best, bench, budget, what, data, where)
     order = tuple(sorted(tried, key=lambda one: (one.state != "finished", -_goodness(one, metric))))
     content = {
         **described(bench, settings, command),
+        "source_score": source and asdict(source),
         "from_scratch": scratch,
         "trials": [asdict(one) for one in order],
         "recommended": asdict(best),
@@ -110,13 +113,24 @@ def _choose(tried: Sequence[Tried], metric: str, *, count: int) -> _Choice:
 
 
 def _reasons(
-    choice: _Choice, tried: Sequence[Tried], scratch: Mapping[str, Any], metric: str, saving: float | None
+    choice: _Choice,
+    tried: Sequence[Tried],
+    scratch: Mapping[str, Any],
+    metric: str,
+    saving: float | None,
+    source: float | None = None,
 ) -> list[str]:
-    """Say why the best is recommended, and how far that can be trusted."""
+    """Say why the best is recommended, and how far that can be trusted; `source` is the source's own score."""
     best, count, target = choice.best, scratch["final"]["count"], scratch["final"][metric]
     lines = [
-        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from scratch for the same FLOPs",
+        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from scratch for the same FLOPs"
+        + ("" if source is None else f"; the source itself has {source:.4f}"),
     ]
+    if source is not None and _goodness(best, metric) < sign_of(metric) * source:
+        lines.append(
+            f"warning: that is {'below' if metric == 'top1' else 'above'} the source itself ({source:.4f}): give more "
+            "--epochs (or --steps) or lower --lrs; if it stays so, the source may need no growing"
+        )
     if len(tried) > 1:
         lines.append(
             f"it was chosen among {len(tried)} trials on the images it is reported on; expect less of it on others"

@@ -60,6 +60,9 @@ def sweep_settings(
     bench = bench_of(job, job.run.sweep, source, to, data, recipe, split=settings, sets=sets)
     pilot = Pilot(job, bench, settings)
     pilot.prepare()
+    if bench.source.own_head:
+        own = float(getattr(bench.source_score(), settings.metric))
+        job.say(f"the source itself: held-out {settings.metric} {own:.4f}")
     scratch = pilot.from_scratch()
     tried = [tried_of(trial) for trial in pilot.run(scratch)]
     for line in bench.data.remarks(bench.folder / "results.json"):
@@ -241,7 +244,10 @@ class Pilot:
         settings, seed = self.settings, self.bench.recipe.seed
         start = self.bench.start(arm, seed, arm.operator_lr, progress)
         trial.set_user_attr("operator_flops", start.flops)
-        trial.set_user_attr("step0", getattr(start.step0, settings.metric))
+        step0 = getattr(start.step0, settings.metric)
+        trial.set_user_attr("step0", step0)
+        if self.sign * step0 >= self.sign * self.score(scratch):  # known even if it is stopped
+            trial.set_user_attr("cost", 0)
         trial.set_user_attr("flops", start.flops)
         place = 0
 

@@ -270,6 +270,7 @@ def _bars(axes: "Axes", plot: Bars) -> None:
     longest = max(len(_tick(bar.note)) for bar in plot.bars)
     room = (max(ends) - low or 1.0) * (0.16 + 0.016 * longest)
     axes.set_xlim(low - 0.02 * (max(ends) - low or 1.0), max(ends) + room)
+    axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= max(ends)])  # none where only text is
     _name_rows(axes, plot.bars)
     axes.spines["left"].set_visible(low == 0)
     if low < 0:

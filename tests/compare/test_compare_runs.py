@@ -1,5 +1,6 @@
 """A whole comparison in seconds: what is paired, what is kept, what is refused, what is scored once."""
 
+import html
 import json
 import re
 import shutil
@@ -18,10 +19,13 @@ from growkit.compare.arms import LONGER
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
+from growkit.compare.page import comparison_report, plots, write_pages
+from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.errors import GrowkitError
 from growkit.job import Job
 from growkit.ranges import SEEDS
 from growkit.record import RunFolder
+from growkit.report.plot import draw
 from growkit.train import loop
 from growkit_cli.main import app
 
@@ -131,6 +135,40 @@ def test_report_has_all_that_makes_the_result(whole):
     assert content["recipe"]["batch_size"] == 64
     assert content["versions"]["torch"]
     assert len(content["runs"]) == 7 * 2 * 3
+
+
+def test_summary_names_the_test_images_the_sources_score_and_arms_that_end_below_their_start(whole):
+    folder, compared = whole
+    images, own = compared.content["images"]["test images"], compared.content["source_score"]["top1"]
+    curve = ((0, estimate([0.9])), (1, estimate([0.5])))
+    arms = [replace(arm, curve=curve) if arm.name == "mango" else arm for arm in compared.arms]
+    write_pages(folder, compared.content, arms)
+    for name in ("report.html", "results.md"):
+        page = html.unescape((folder / name).read_text())
+        assert f"2 paired seeds, {images} test images, one of which is {100 / images:.2g} points of top-1." in page
+        assert f"The source itself has top-1 {own:.1%} on the held-out images." in page
+        assert re.search("Beware: worse at the end than at the start: .*mango", page)
+    earlier = {key: value for key, value in compared.content.items() if key not in ("own_head", "source_score")}
+    for content in ({**compared.content, "own_head": False}, earlier):
+        lines = comparison_report(content, arms).summary
+        assert not any(line.startswith("The source itself") for line in lines)
+
+
+def test_what_is_drawn_of_a_share_stays_between_0_and_100_percent(whole):
+    _, compared = whole
+    wide = Estimate(0.5, -0.6, 1.7, 2)
+    full = replace(compared.arms[1].budgets[-1], top1=wide)
+    saved = Saving(0.5, -0.6, 1.7, 2, 2)
+    arm = replace(compared.arms[1], curve=((0, wide), (1, wide)), budgets=(full,), saving=saved)
+    drawn = plots([arm, arm], "top1")
+    assert [drawn["curves"].series[0].low, drawn["curves"].series[0].high] == [[0, 0], [100, 100]]
+    assert (drawn["final"].bars[0].low, drawn["final"].bars[0].high) == (0, 100)
+    assert (drawn["saving"].bars[0].low, drawn["saving"].bars[0].high) == (-60, 100)
+    assert plots([arm, arm], "loss")["curves"].series[0].high == [1.7, 1.7]
+    ticks = re.findall(
+        r">([−\d]+)</text>", draw(replace(drawn["final"], bars=[replace(drawn["final"].bars[0], note="n" * 30)]))
+    )
+    assert ticks[-1] == "100"
 
 
 def test_weights_of_runs_are_let_go(whole):
@@ -361,7 +399,7 @@ def test_arms_that_end_below_their_start_are_named_and_training_from_scratch_has
     begun, source, digits, tmp_path, monkeypatch
 ):
     shutil.copytree(begun, tmp_path / "compare")
-    monkeypatch.setattr("growkit.compare.compare._ends_below_start", lambda arm, metric: True)
+    monkeypatch.setattr("growkit.compare.figures._ends_below_start", lambda arm, metric: True)
     lines = []
     run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
     assert "warning: worse at the end than at the start: lemon; try lower --lrs or more --epochs" in lines
@@ -590,12 +628,28 @@ def test_what_is_left_out_of_the_figures_is_told(whole, source, digits, tmp_path
     assert [line.split(": ")[1].split(";")[0] for line in told] == [*left, "budget 0.5", "seed 1"]
 
 
-def test_most_operator_steps_that_are_offered_are_taken(source, digits, tmp_path):
+@pytest.mark.parametrize("methods", ["mango", "mango,ligo", "ligo,mango:rank=4"])
+def test_most_operator_steps_that_are_offered_are_taken(source, digits, tmp_path, methods):
     with pytest.raises(GrowkitError, match="at most") as refused:
-        run_compare(tmp_path, source, digits, options(methods="mango", operator_steps=500))
-    most = int(re.search(r"at most (\d+) here", str(refused.value)).group(1))
-    compared = run_compare(tmp_path, source, digits, options(methods="mango", operator_steps=most))
-    assert not compared.arms[1].failures
+        run_compare(tmp_path, source, digits, options(methods=methods, operator_steps=500))
+    most = int(re.search(r"fewer --operator-steps \(at most (\d+) here", str(refused.value)).group(1))
+    compared = run_compare(tmp_path, source, digits, options(methods=methods, operator_steps=most))
+    assert not any(arm.failures for arm in compared.arms)
+    with pytest.raises(GrowkitError, match="at most"):
+        run_compare(tmp_path / "more", source, digits, options(methods=methods, operator_steps=most + 1))
+
+
+def test_operator_that_takes_all_of_the_smallest_budget_is_told_with_remedies_that_work(source, digits, tmp_path):
+    asked = options(methods="mango,ligo", budgets="0.25,1", operator_steps=5)
+    with pytest.raises(GrowkitError) as refused:
+        run_compare(tmp_path, source, digits, asked)
+    told = str(refused.value)
+    assert " (25% of the full one, the smallest of --budgets); train for more --epochs, give --budgets 1, or " in told
+    run_compare(tmp_path, source, digits, replace(asked, budgets="1"))
+    for own, far in (("mango:steps=5", False), ("mango:steps=500", True)):
+        with pytest.raises(GrowkitError, match=r"give it fewer steps= in --methods") as refused:
+            run_compare(tmp_path / "own", source, digits, options(methods=own, budgets="0.25,1"))
+        assert ("--budgets 1" in str(refused.value)) != far
 
 
 def test_arm_of_which_nothing_came_out_fails_the_command(source, digits, tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from growkit.compare.compare import _ends_below_start
-from growkit.compare.figures import guessing
+from growkit.compare.figures import _ends_below_start, guessing
 from growkit.compare.savings import Estimate, estimate, flops_to, saving
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)

@@ -451,6 +451,45 @@ def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_p
             assert torch.allclose(weight, starts[0].state_dict()[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize(("metric", "source", "word"), [("top1", 0.8212, "below"), ("loss", 0.3, "above")])
+def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, word):
+    scratch = {"final": {metric: 0.4, "count": 90}}
+    first, warning, *_ = _reasons(_Choice(BEST, (BEST,), 0.05), [BEST], scratch, metric, 0.2, source)
+    assert first.endswith(f"; the source itself has {source:.4f}")
+    assert warning.startswith(f"warning: that is {word} the source itself ({source:.4f}): give more --epochs")
+    for known in (BEST.score, None):
+        lines = _reasons(_Choice(BEST, (BEST,), 0.05), [BEST], scratch, metric, 0.2, known)
+        assert not any("warning" in line for line in lines)
+
+
+def test_sweep_scores_the_source_on_the_held_out_images_once_and_warns_on_its_page(
+    source, digits, tmp_path, monkeypatch
+):
+    score, scored, lines = Bench.score, [], []
+
+    def scoring(self, model, *, test=False):
+        known = score(self, model, test=test)
+        if sum(p.numel() for p in model.parameters()) == sum(w.numel() for w in source.state.values()):
+            scored.append(known)
+            return replace(known, top1=0.9999)
+        return known
+
+    monkeypatch.setattr(Bench, "score", scoring)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0", rank_choices="1", say=lines.append)
+    assert len(scored) == 1
+    assert "the source itself: held-out top1 0.9999" in lines
+    assert found.content["source_score"]["top1"] == 0.9999
+    assert found.reasons[1].startswith("warning: that is below the source itself (0.9999): ")
+    page = html.unescape((tmp_path / "sweep" / "report.html").read_text())
+    assert page.count("warning: that is below the source itself (0.9999): ") == 2  # in the summary and with the reasons
+
+
+def test_score_of_a_source_with_a_new_head_is_not_held_against_trials(source, digits, tmp_path):
+    found = run_sweep(tmp_path, replace(source, own_head=False), digits, operator_steps="0", rank_choices="1")
+    assert found.content["source_score"] is None
+    assert not any("the source itself" in reason for reason in found.reasons)
+
+
 @pytest.mark.parametrize(("flops", "why"), [(30.0, "its operator is the cheapest"), (25.0, "it is the best")])
 def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, why):
     choice = _Choice(BEST, (BEST, replace(BEST, number=2, operator_flops=flops)), 0.05)
@@ -511,7 +550,32 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     assert stopped.operator_flops < stopped.flops < 0.8 * scratch["flops"]
     assert (stopped.flops - stopped.operator_flops) % scratch["flops_per_step"] == 0
     assert stopped.score is not None
-    assert trials_table(found.tried)[1][-1][-2:] == ("–", "stopped early")
+    assert stopped.step0 > scratch["final"]["top1"]
+    assert trials_table(found.tried)[1][-1][-2:] == ("0", "stopped early")
+
+
+@pytest.mark.parametrize(
+    ("metric", "step0", "shown"), [("top1", 1.0, "0"), ("top1", 0.0, "–"), ("loss", 0.0, "0"), ("loss", 9.0, "–")]
+)
+def test_trial_stopped_early_took_nothing_to_reach_scratch_if_it_started_there(
+    source, digits, tmp_path, monkeypatch, metric, step0, shown
+):
+    start = Bench.start
+
+    def starting(self, arm, *given):
+        found = start(self, arm, *given)
+        return found if found.step0 is None else replace(found, step0=replace(found.step0, **{metric: step0}))
+
+    monkeypatch.setattr(Bench, "start", starting)
+
+    def prune(self, study, trial):
+        return bool(study.get_trials(states=(TrialState.COMPLETE,)))
+
+    monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
+    found = run_sweep(tmp_path, source, digits, operator_steps="0", metric=metric)
+    assert trials_table(found.tried)[1][-1][-2:] == (shown, "stopped early")
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "then the others, whose score is the last one they had, when they were stopped early" in page
 
 
 def test_trials_whose_operator_would_take_all_are_left_out(source, digits, tmp_path):
