@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from growkit.errors import GrowkitError, first_line
 from growkit.record import RunFolder
 from growkit.settings import Loading
 from growkit.source import AS_IT_IS, FETCHED, Source, load_source
+from growkit.text import first_difference
 from growkit.train.agreement import Agreement, Predict, compare_answers, in_step
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data, size_of
@@ -87,7 +87,7 @@ def _refuse_other_data(
         missing = [name for name in labels or () if name not in classes]
         told += f", {missing[0]} is missing" if missing else ""
     elif classes and labels and list(labels) != list(classes):
-        at, (one, other) = _first_difference(classes, labels)
+        at, one, other = first_difference(classes, labels)
         told = f"class {at} is {one} and {whose} is {other}"
     if told:
         raise GrowkitError(f"--data {data}: its {told}; give data with {whose} classes")
@@ -260,11 +260,6 @@ def _refuse_other_classes(data: str, classes: Sequence[str], old: Answering, new
     if old.outputs != new.outputs:
         raise GrowkitError(f"{old.path} has {old.outputs} classes and {new.path} {new.outputs}; {remedy}")
     if old.labels and new.labels and old.labels != new.labels:
-        at, (one, other) = _first_difference(old.labels, new.labels)
+        at, one, other = first_difference(old.labels, new.labels)
         raise GrowkitError(f"class {at} is {one} in {old.path} and {other} in {new.path}; {remedy}")
     _refuse_other_data(data, classes, new.outputs, new.labels or old.labels, "the models'")
-
-
-def _first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, tuple[str, str]]:
-    pairs = enumerate(zip_longest(one, other, fillvalue="missing"))
-    return next((at, pair) for at, pair in pairs if pair[0] != pair[1])

@@ -21,7 +21,7 @@ from growkit.train.distributed import by_leader, leads, sharded, whole
 from growkit.train.loop import FitResult, fit
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, read_through, score_model
-from growkit.train.settings import FitSettings
+from growkit.train.settings import FitSettings, recorded
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _fit_into(
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(history["fit"])})
         job.run.add(
             command,
-            options={**asked, **asdict(settings)},
+            options={**asked, **recorded(settings)},
             figures={
                 **(in_short(history["fit"]) or {}),
                 "adapted": list(source.adapted),

@@ -18,6 +18,7 @@ from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.history import fit_figures, in_short, origin_of, sizes
 from growkit.job import Job
 from growkit.methods import check, ignored
+from growkit.ranges import option_of
 from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
@@ -30,7 +31,7 @@ from growkit.train.loop import FitResult, fit, refuse_settings
 from growkit.train.precision import refuse_tf32
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, score_model
-from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
+from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings, recorded
 
 WRITES = (CONFIG, HISTORY, WEIGHTS, OPERATOR)  # in run/grown, which is replaced whole
 
@@ -101,7 +102,7 @@ def grow_model(
         model = models["step0"]
     else:
         asked = {"to": target.name, "set": " ".join(sets) or None, **asdict(settings)}
-        growth = {f"--{name.replace('_', '-')}": value for name, value in asked.items() if name != "seed"}
+        growth = {option_of(name): value for name, value in asked.items() if name != "seed"}
         # resuming requires the same operator
         opened = replace(opened, identity={**opened.identity, "source": source.sha256, **growth})
         learned = _train_operator(job, resumed, grown, models, opened, training, device)
@@ -115,16 +116,13 @@ def grow_model(
         operator=learned.fitted if learned else None,
         scores=learned.scores if learned else None,
     )
-    trained = asdict(learned.settings) if learned else None
-    if trained and trained["steps"]:
-        del trained["epochs"]  # which the steps replace
     options = {
         "source": source.path,
         "to": to,
         "set": list(sets),
         "data": data,
         **asdict(settings),
-        "operator": trained,
+        "operator": recorded(learned.settings) if learned else None,
     }
     unreadable = list(opened.unreadable) if opened else []
     by_leader(lambda: _write(job, result, grown, model, source, learned, options, unreadable))

@@ -9,6 +9,11 @@ MOST = 10**9  # of anything: steps, batches, seconds; larger numbers are typos, 
 SEEDS = 2**31 - 1  # NumPy takes 32 bits; the rest leaves room for adding to a seed
 
 
+def option_of(name: str) -> str:
+    """The setting of this name as it is typed: --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def refuse_outside(
     settings: Any,
     *names: str,
@@ -26,8 +31,9 @@ def refuse_outside(
         GrowkitError: a field is outside, or not a number (NaN).
     """
     for name in names:
-        option = "--" + (prefix + name).replace("_", "-")
-        refuse_number(option, getattr(settings, name), least=least, above=above, most=most, below=below)
+        refuse_number(
+            option_of(prefix + name), getattr(settings, name), least=least, above=above, most=most, below=below
+        )
 
 
 def refuse_number(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
 # Cursor control, line ends, bidirectional overrides and non-characters; XML 1.0 cannot hold most of them.
 HIDDEN = re.compile(
@@ -26,6 +27,12 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """As in 'a, b, c and 2 more'."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, str, str]:
+    """Where two differing lists first differ, and what either holds there, 'missing' beyond its end."""
+    pairs = enumerate(zip_longest(one, other, fillvalue="missing"))
+    return next((at, *pair) for at, pair in pairs if pair[0] != pair[1])
 
 
 def short(sha256: object) -> str:

@@ -43,7 +43,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "plan": ALL,
     "compare.settings": "errors ranges settings",
     "compare": f"{ALL} plan job compare",
-    "evaluation": "errors settings record checkpoint source train deploy",
+    "evaluation": "errors settings text record checkpoint source train deploy",
     "exporting": "errors settings files record source train deploy evaluation history",
     "verifying": "errors settings text files record source train deploy evaluation",
     "history": "record arch source lineage train",

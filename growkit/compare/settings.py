@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from growkit.errors import GrowkitError
-from growkit.ranges import MOST, refuse_choice, refuse_outside
+from growkit.ranges import MOST, option_of, refuse_choice, refuse_outside
 from growkit.settings import STAGES, GrowSettings
 
 SCHEMA = 4  # of every file a comparison writes
@@ -145,10 +145,9 @@ class SweepSettings:
             ("stage_choices", STAGES.__contains__, f"some of {', '.join(STAGES)}"),
         ):
             given = getattr(self, name)
-            option = "--" + name.replace("_", "-")
             _require(
                 all(right(part.strip()) for part in given.split(",")),
-                f"{option} {given}: expected {what}, separated by commas",
+                f"{option_of(name)} {given}: expected {what}, separated by commas",
             )
 
 

@@ -10,7 +10,7 @@ from growkit.deploy.golden import FILE, TOLERANCE, DataSet, Golden, read_golden,
 from growkit.deploy.numbers import relative, rms
 from growkit.deploy.subject import Identity, Subject
 from growkit.errors import GrowkitError, first_line
-from growkit.text import short, visible
+from growkit.text import first_difference, short, visible
 
 CERTAIN = 2 * 10  # a top-1 that leads by this many tolerances must stay: no logit may move by over ten
 
@@ -91,8 +91,8 @@ def _answers(data_set: DataSet, subject: Subject, limit: float, spread: float, *
 def _other_names(was: Sequence[str], now: Sequence[str]) -> str:
     if len(was) != len(now):
         return f"{len(now)}, were {len(was)}"
-    at = next(at for at, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
-    return f"others: number {at} is {visible(now[at])}, was {visible(was[at])}"
+    at, before, after = first_difference(was, now)
+    return f"others: number {at} is {visible(after)}, was {visible(before)}"
 
 
 def _told_apart(was: Identity, now: Identity) -> tuple[str, str, str] | None:

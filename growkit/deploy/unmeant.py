@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from growkit.ranges import option_of
+
 READING = ("batch_size", "workers", "data_dir", "val_split")  # of FitSettings: how labelled images are read
 
 
@@ -28,9 +30,7 @@ def unmeant(*needs: Need) -> list[str]:
     lines = []
     for need in needs:
         changed = {f.name for f in fields(need.settings) if getattr(need.settings, f.name) != f.default}
-        given = [
-            "--" + (need.prefix + name).replace("_", "-") for name in need.options if name in changed and not need.met
-        ]
+        given = [option_of(need.prefix + name) for name in need.options if name in changed and not need.met]
         if given:
             means = "mean" if given[1:] else "means"
             lines.append(f"warning: {', '.join(given)} {means} nothing {need.otherwise}")

@@ -153,9 +153,8 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
                     why = f"{told[0]}; nor can the {dataset.stand_ins} images after it be read"
                 else:
                     why = _with_others(told, batches)
-                del (
-                    batches
-                )  # held by the error's frames, it might be left to the collector, which torch stalls for 10 s
+                # held by the error's frames, they might be left to the collector, which torch stalls for ten seconds
+                del batches
                 raise UnreadablePictureError(why)
             due += 1
             yield batch, told

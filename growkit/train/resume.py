@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
 from growkit.files import whole_file, writing
+from growkit.ranges import option_of
+from growkit.text import first_difference
 from growkit.train.distributed import sharded_like
 from growkit.train.settings import FitSettings
 
@@ -106,10 +108,10 @@ def difference(name: str, was: object, now: object) -> str:
     if name == "classes" and isinstance(was, list) and isinstance(now, list):
         if len(was) != len(now):
             return f"{len(was)} {name}, not {len(now)}"
-        at = next(place for place, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
-        return f"{name} whose number {at} is {was[at]}, not {now[at]}"
+        at, one, other = first_difference(was, now)
+        return f"{name} whose number {at} is {one}, not {other}"
     if name in OPTIONS:
-        name = "--" + name.replace("_", "-")
+        name = option_of(name)
     if was is None or was is False:
         return f"no {name}"
     given = name if was is True else f"{name} {was}"

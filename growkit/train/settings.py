@@ -1,6 +1,7 @@
 """The settings of a training run, from which the command line makes its options."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from growkit.errors import GrowkitError
 from growkit.ranges import SEEDS, refuse_choice, refuse_outside
@@ -159,3 +160,8 @@ class FitSettings:
                 f"--compile {self.compile} with --shard cannot add up gradients of --grad-accum-steps"
                 f" {self.grad_accum_steps}; give --compile default"
             )
+
+
+def recorded(settings: FitSettings) -> dict[str, Any]:
+    """The settings by name, without `epochs` where `steps` replace them."""
+    return {name: value for name, value in asdict(settings).items() if name != "epochs" or settings.steps is None}
