@@ -32,10 +32,14 @@ def is_memory_full(error: BaseException) -> bool:
 def first_line(error: BaseException, most: int | None = None) -> str:
     """First line of another library's error; its type where it has no message.
 
-    A line of more than `most` characters ends with its last sentence within them, or else with a word and '...'.
+    A line of more than `most` characters ends with its last sentence within them, or, where that would leave less than
+    a third, with a word and '...'.
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if most is None or len(line) <= most:
         return line
-    sentences, end, _ = line[:most].rpartition(". ")
-    return sentences if end else f"{line[:most].rpartition(' ')[0] or line[:most]} ..."
+    sentences = line[:most].rpartition(". ")[0]
+    if len(sentences) >= most / 3:
+        return sentences
+    words = line[: most - len(" ...")]
+    return f"{words.rpartition(' ')[0] or words} ..."

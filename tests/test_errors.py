@@ -13,9 +13,12 @@ from growkit.errors import first_line
         ("one two three", 12, "one two ..."),
         ("One two. Three four five", 20, "One two"),
         ("One. Two. Three four", 18, "One. Two"),
-        ("onetwothree", 6, "onetwo ..."),
+        ("1. one two three four five", 20, "1. one two ..."),
+        ("HTTP 404 vs. one two three four five six", 36, "HTTP 404 vs. one two three four ..."),
+        ("onetwothree", 10, "onetwo ..."),
         ("", None, "ValueError"),
     ],
 )
 def test_long_line_ends_with_a_sentence_or_a_word(said: str, most: int | None, line: str) -> None:
     assert first_line(ValueError(said), most) == line
+    assert most is None or len(line) <= most

@@ -581,6 +581,18 @@ def test_headline_tells_the_sources_score_where_only_a_comparison_does(tmp_path:
     write_json(run.record, content)
     headline = "Top-1 on validation images: source 80.0%, fine-tuned 85.0%."
     assert headline in run_report(run).summary
+    grown = run.grown / "growkit.json"
+    kept = grown.read_bytes()
+    content = json.loads(kept)
+    content["source"]["own_head"] = False
+    write_json(grown, content)
+    assert headline not in run_report(run).summary
+    grown.write_bytes(kept)
+    content = record(run)
+    (step,) = (step for step in content["steps"] if step["command"] == "evaluate")
+    step["hashes"]["model"] = "ee" * 32
+    write_json(run.record, content)
+    assert headline not in run_report(run).summary
     without("evaluate")(run)
     assert headline not in run_report(run).summary
 

@@ -50,8 +50,9 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
         checks.append(check("reference", f"{word}: preprocessing", not differing, said, meant, line))
     if was.labels is not None and now.labels is not None:
         same = was.labels == now.labels
-        line = f"{word}: class names are " + ("the reference's" if same else _other_names(was.labels, now.labels))
-        checks.append(check("reference", f"{word}: class names", same, str(now.labels), str(was.labels), line))
+        said = "the reference's" if same else _other_names(was.labels, now.labels)
+        line = f"{word}: class names are {said}"
+        checks.append(check("reference", f"{word}: class names", same, said, "the reference's", line))
     limit, other = golden.tolerance, ""
     if now.precision != was.precision:
         limit, other = TOLERANCE[now.precision], f"; the reference is of {was.precision}, this of {now.precision}"
@@ -127,6 +128,8 @@ def change_since(old: Golden, subject: Subject) -> str:
     weights = f"{what} {short(before)} -> {short(after)}" if before != after else f"{what} {short(after)} as before"
     if was.of != now.of:
         weights = f"it was of a {was.word}, is of a {now.word}; {weights}"
+    if was.labels is not None and now.labels is not None and was.labels != now.labels:
+        weights = f"{weights}; class names are {_other_names(was.labels, now.labels)}"
     if was.size != now.size:
         return f"{weights}; images were {_shape(was.size)}, are {_shape(now.size)}"
     largest, moved = 0.0, 0.0

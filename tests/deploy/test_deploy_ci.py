@@ -71,6 +71,31 @@ def damage_file(place: Path) -> None:
     (place / "onnx" / "model.onnx").write_bytes(proto.SerializeToString())
 
 
+def swapped(labels: list[str]) -> list[str]:
+    return [labels[1], labels[0], *labels[2:]]
+
+
+def test_swapped_class_names_are_found_in_the_model_and_in_the_file(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((place / "model" / "config.json").read_text())
+    config["label_names"] = swapped(config["label_names"])
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    proto = onnx.load(place / "onnx" / "model.onnx")
+    (stored,) = (entry for entry in proto.metadata_props if entry.key == "labels")
+    stored.value = json.dumps(swapped(json.loads(stored.value)))
+    (place / "onnx" / "model.onnx").write_bytes(proto.SerializeToString())
+    both = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency", "--reference", "reference/model")
+    for words, whose in ((MODEL, {"model"}), ((*FILE, "reference/model"), {"file"}), (both, {"model", "file"})):
+        capsys.readouterr()
+        assert growkit(place, *words) == 1
+        out = capsys.readouterr().out
+        found = {one for one in ("model", "file") if f"{one}: class names are others: number 0 is b, was a" in out}
+        assert found == whose
+    assert growkit(place, *MODEL, "--update-reference") == 0
+    assert "as before; class names are others: number 0 is b, was a; logits" in capsys.readouterr().out
+
+
 def damage_reference(place: Path) -> None:
     os.truncate(place / "reference" / "model" / "test_data_set_0" / "output_0.pb", 20)
 
