@@ -484,6 +484,15 @@ def test_batch_size_that_is_not_as_asked_is_said_and_recorded(
             ("--batch-size", "4", "--epochs", "0.1"),
             "--epochs 0.1: the run is of 1 update of 4 images, 0.333 epochs; a lower --b",
         ),
+        (
+            ("--batch-size", "4", "--grad-accum-steps", "2"),
+            "the run is of 2 updates of 8 images, 1.33 epochs; a lower --g",
+        ),
+        (
+            ("--batch-size", "4", "--grad-accum-steps", "4", "--epochs", "1.9"),
+            "the run is of 1 update of 16 images, 1.33 epo",
+        ),
+        (("--batch-size", "4", "--grad-accum-steps", "2", "--epochs", "3"), None),  # 2.67
         (("--batch-size", "4", "--grad-accum-steps", "3"), None),
         (("--batch-size", "4", "--grad-accum-steps", "9", "--steps", "1"), None),
     ],
@@ -962,7 +971,7 @@ def test_training_from_scratch_is_not_resumed_with_another_architecture(
     sizes = ("embed_dim=32", "depth=1", "num_heads=2", "img_size=16", "patch_size=8")
     words = stopped("train", "vit_tiny", *(word for size in sizes for word in ("--set", size)))
     status, _, err = growkit(capsys, *words, "--set", "drop_path_rate=0.5", "--resume")
-    assert (status, "the run was started with no drop_path_rate: give the same" in err) == (2, True)
+    assert (status, "the run was started with no drop_path_rate, not 0.5: give the same" in err) == (2, True)
     assert growkit(capsys, *words, "--resume")[0] == 0
 
 

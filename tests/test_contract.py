@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growkit.core.contract import cheapest_orders, contract, gradients, pairs_of
+from growkit.core.contract import cheapest_orders, contract, gradients, growth, pairs_of
 
 RING = ("boli", "pbBq", "qoOr", "rlLs", "siIp")
 EQUATION = ",".join(RING) + "->BOLI"
@@ -61,3 +61,11 @@ def test_large_factor_is_never_copied_where_einsum_would_copy_it_four_times():
     assert [(pair.lead, pair.summed) for pair in pairs] == [("", "o"), ("", "bq"), ("", "rl"), ("p", "si")]
     for pair in pairs:
         assert pair.lead + pair.before + pair.summed + pair.after == pair.of_large  # as it lies in memory
+
+
+def test_bounds_of_float16_factors_are_summed_in_float32() -> None:
+    """In float16, 70,000 ones are infinite, and every result would be scaled to zero."""
+    large, small = torch.ones(70_000, 3, dtype=torch.half), torch.ones(70_000, 2, dtype=torch.half)
+    forwards, backwards = growth("ab,ac,bd->cd", ((0, 1), (0, 1)), [large, small, torch.ones(3, 2, dtype=torch.half)])
+    assert 70_000 <= forwards < torch.inf
+    assert backwards < torch.inf

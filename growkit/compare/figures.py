@@ -128,15 +128,10 @@ def warnings(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> list[str
     """What makes the figures of a comparison doubtful, with a remedy; `content` is its results.json."""
     metric = content["settings"]["metric"]
     worse = [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, metric)]
-    told = guessing(content, arms[0])
-    return [
-        *(
-            [f"worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs"]
-            if worse
-            else []
-        ),
-        *([told] if told else []),
-    ]
+    told = [guessing(content, arms[0])]
+    if worse:
+        told.insert(0, f"worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
+    return [line for line in told if line]
 
 
 def _ends_below_start(arm: ArmFigures, metric: str) -> bool:

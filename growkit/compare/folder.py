@@ -16,6 +16,7 @@ from growkit.compare.settings import SCHEMA, CompareSettings, SweepSettings
 from growkit.errors import GrowkitError
 from growkit.files import read_json, refuse_existing, whole_folder, write_json
 from growkit.job import Job
+from growkit.ranges import option_of
 from growkit.record import hardware, versions
 from growkit.train.data import size_of
 from growkit.train.loop import comparable
@@ -31,6 +32,7 @@ WRITES = (  # by compare, sweep or both; Optuna's lock has names of its own whil
         for name in (STATE, METRICS, WEIGHTS, "result.json", START)
     ),
 )
+TYPED = ("recipe", "settings")  # what holds options of the command; the rest follows from them, or from the files
 
 
 def _identity(bench: Bench) -> dict[str, Any]:
@@ -126,9 +128,16 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def _first_difference(before: Any, now: Any, free: Sequence[str], name: str = "") -> tuple[str, Any, Any] | None:
-    """Return name, old and new value of the first difference between two JSON objects; keys in `free` may differ."""
+    """Return name, old and new value of the first difference between two JSON objects; keys in `free` may differ.
+
+    Options, which are named as they are typed, come first.
+    """
     if not isinstance(before, dict) or not isinstance(now, dict):
         return None if before == now else (name, before, now)
-    keys = sorted(key for key in before.keys() | now.keys() if key not in free)
-    found = (_first_difference(before.get(key), now.get(key), free, key) for key in keys)
+    keys = sorted(
+        (key for key in before.keys() | now.keys() if key not in free), key=lambda key: (key not in TYPED, key)
+    )
+    found = (
+        _first_difference(before.get(key), now.get(key), free, option_of(key) if name in TYPED else key) for key in keys
+    )
     return next((difference for difference in found if difference is not None), None)

@@ -83,7 +83,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], *, checked: bool = Tru
     state = _read_state(folder / STATE, checked=checked)
     before = state["identity"]
     differing = [
-        difference(name, before.get(name), identity.get(name))
+        difference(option_of(name) if name in OPTIONS else name, before.get(name), identity.get(name))
         for name in sorted(before.keys() | identity.keys())
         if before.get(name) != identity.get(name)
     ]
@@ -99,7 +99,10 @@ def _is_more(now: object, was: object) -> bool:
 
 
 def difference(name: str, was: object, now: object) -> str:
-    """Say in words how an entry of an identity differs: hashes tell the user nothing, and class lists may be long."""
+    """Say in words how an entry of an identity differs: hashes tell the user nothing, and class lists may be long.
+
+    The name of an option is given as it is typed.
+    """
     if name in ("files", "validation files"):
         which = "training" if name == "files" else "validation"
         return f"other {which} images (some were added, removed or renamed)"
@@ -110,10 +113,8 @@ def difference(name: str, was: object, now: object) -> str:
             return f"{len(was)} {name}, not {len(now)}"
         at, one, other = first_difference(was, now)
         return f"{name} whose number {at} is {one}, not {other}"
-    if name in OPTIONS:
-        name = option_of(name)
     if was is None or was is False:
-        return f"no {name}"
+        return f"no {name}" if now is True else f"no {name}, not {now}"
     given = name if was is True else f"{name} {was}"
     return f"{given}, not without it" if now is None or now is False else f"{given}, not {now}"
 

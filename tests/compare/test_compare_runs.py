@@ -503,7 +503,9 @@ def test_comparison_that_is_there_is_neither_replaced_nor_mixed(begun, source, d
         run_compare(tmp_path, source, digits, settings)
     with pytest.raises(GrowkitError, match=r"begun with --smoothing 0\.0, not 0\.1"):
         run_compare(tmp_path, source, digits, settings, replace(RECIPE, smoothing=0.1), resume=True)
-    with pytest.raises(GrowkitError, match=r"begun with hold_out 0\.5, not 0\.2"):
+    with pytest.raises(GrowkitError, match="begun with --operator-steps 3, not 7; give the same"):
+        run_compare(tmp_path, source, digits, options(methods="lemon", operator_steps=7), resume=True)
+    with pytest.raises(GrowkitError, match=r"begun with --hold-out 0\.5, not 0\.2"):
         run_compare(tmp_path, source, digits, replace(settings, hold_out=0.2), resume=True)
     assert runs_of(tmp_path) == before
 

@@ -250,7 +250,7 @@ def test_state_of_another_model_is_refused(change: str) -> None:
         ({"steps": 10}, "started with --steps 9, not 10"),
         ({"seed": 4}, "started with --seed 0, not 4"),
         ({"aa": None}, "started with --aa rand-m9-mstd0.5, not without it: give the same"),
-        ({"opt": "sgd", "compile": "default"}, "started with no --compile; --opt adamw, not sgd"),
+        ({"opt": "sgd", "compile": "default"}, "started with no --compile, not default; --opt adamw, not sgd"),
         ({"model_ema": False}, "started with --model-ema, not without it"),
     ],
 )
