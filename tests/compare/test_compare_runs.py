@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from growkit import files
 from growkit.compare import bench as bench_module
-from growkit.compare.arms import LONGER
+from growkit.compare.arms import LONGER, SCRATCH
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
@@ -242,6 +242,10 @@ def test_source_is_scored_once_whoever_asks(source, digits, tmp_path, monkeypatc
     assert all(run["step0"] == compared.content["source_score"] for run in longer)
     trained = sum(len(run["curve"]) - 1 for run in longer)
     assert sizes.count((own, False)) == 1 + trained
+    grown = [run for run in compared.content["runs"] if run["arm"] == "lemon"]
+    alone = [run for run in compared.content["runs"] if run["arm"] == SCRATCH]
+    trained = sum(len(run["curve"]) - 1 for run in grown) + sum(len(run["curve"]) for run in alone)
+    assert sizes.count((2 * own, False)) == 2 + trained  # the start of each seed, not of each of three runs
 
 
 def test_unreadable_images_are_named_though_nothing_is_left_to_run(source, digits, tmp_path):
