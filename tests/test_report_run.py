@@ -587,10 +587,13 @@ def test_headline_tells_the_sources_score_where_only_a_comparison_does(tmp_path:
     content["source"]["own_head"] = False
     write_json(grown, content)
     assert headline not in run_report(run).summary
-    grown.write_bytes(kept)
     content = record(run)
     (step,) = (step for step in content["steps"] if step["command"] == "evaluate")
-    step["hashes"]["model"] = "ee" * 32
+    own, step["hashes"]["source"] = step["hashes"]["source"], "dd" * 32  # a model of another run
+    write_json(run.record, content)
+    assert headline not in run_report(run).summary
+    grown.write_bytes(kept)
+    step["hashes"] |= {"source": own, "model": "ee" * 32}
     write_json(run.record, content)
     assert headline not in run_report(run).summary
     without("evaluate")(run)
