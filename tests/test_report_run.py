@@ -550,6 +550,13 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     assert line_of(run, "It scores like the model") == f"{command} --data DATA`."
     assert line_of(run, FAST) == f"{command} --data DATA`, with times."
     assert line_of(run, TOGETHER).endswith(", exported elsewhere and not looked at since.")
+    content = record(run)
+    later = content["steps"][3]
+    options = later["options"] | {"out": str(tmp_path / "third")}
+    content["steps"].append(later | {"options": options, "hashes": later["hashes"] | {"model.onnx": "ff" * 32}})
+    write_json(run.record, content)
+    assert line_of(run, "It scores like the model") == f"{command} --data DATA`."  # of the two, the one verified
+    write_json(run.record, content | {"steps": content["steps"][:-1]})
     report = run.verify / "report.json"
     write_json(report, read_json(report) | {"onnx": "moved/model.onnx"})
     assert "Verified was moved/model.onnx." in text(run)
@@ -560,6 +567,13 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     assert "elsewhere/model.onnx was not verified" in text(run)
     again("finetune", finetuned="ee" * 32)(run)
     assert line_of(run, VERIFIED) == "`growkit export --onnx`, then `growkit verify`."
+
+
+def test_fine_tuning_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "killed before its end" not in text(run)
+    tuned_again_and_killed(run)
+    assert "It was killed before its end: the same command with --resume goes on with it." in text(run)
 
 
 def test_remedies_name_the_model_where_the_run_holds_none(tmp_path: Path) -> None:
