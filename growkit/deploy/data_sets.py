@@ -117,8 +117,8 @@ def read_tensor(path: Path) -> tuple[str, np.ndarray]:
     Raises:
         GrowkitError: it is missing or damaged, or holds NaN or infinity.
     """
-    refuse_no_file(path)
     try:
+        refuse_no_file(path)
         tensor = onnx.load_tensor(str(path))
         array = numpy_helper.to_array(tensor).copy()  # its own is read-only
         if array.dtype.kind == "f" and not np.isfinite(array).all():
