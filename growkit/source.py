@@ -94,15 +94,17 @@ def _load(path: str, loading: Loading) -> Source:
         with _about(path):
             architecture = find(name, {"num_classes": config.get("num_classes", 1000), **arguments})
             architecture.check(checkpoint.state)
-        given = _prepared_as(path, config.get("pretrained_cfg") or {})
+        described = config.get("pretrained_cfg", config) or {}  # older timm wrote it all as one object
+        given = _prepared_as(path, described)
+        # timm moves the names of a folder that it loaded and wrote again
+        labels = config.get("label_names") or described.get("label_names") or described.get("labels")
         notes = checkpoint.notes
     else:
         with _about(path):
             architecture, how = detect(
                 checkpoint.state, hint=Path(path).stem, name=loading.from_, sets=loading.from_set or ()
             )
-        given, notes = {}, (*checkpoint.notes, f"source is {how}")
-    labels = (checkpoint.config or {}).get("label_names")
+        given, labels, notes = {}, None, (*checkpoint.notes, f"source is {how}")
     return Source(
         path=path,
         architecture=architecture,

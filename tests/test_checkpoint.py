@@ -358,6 +358,22 @@ def test_folder_with_the_pickle_of_older_models_is_read_as_timm_reads_it(tmp_pat
     assert_same(load_source(str(tmp_path / "model")).state, weights(1))
 
 
+@pytest.mark.parametrize("as_one", [False, True], ids=["written again", "one object, as older models"])
+def test_folder_with_its_names_elsewhere_is_described_as_timm_reads_it(tmp_path: Path, as_one: bool) -> None:
+    config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments), "label_names": LABELS}
+    save_for_hf(network(), str(tmp_path), model_config={**config, "pretrained_cfg": PREPROCESSING})
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    save_for_hf(loaded, str(tmp_path))
+    if as_one:
+        written = read_json(tmp_path / CONFIG)
+        described = written.pop("pretrained_cfg")
+        described["labels"] = described.pop("label_names")
+        (tmp_path / CONFIG).write_text(json.dumps({**written, **described}))
+    source = load_source(str(tmp_path))
+    assert source.labels == tuple(loaded.pretrained_cfg["label_names"]) == tuple(LABELS)
+    assert {name: source.preprocessing[name] for name in PREPROCESSING} == PREPROCESSING
+
+
 @pytest.mark.parametrize(
     ("prefix", "others", "said"),
     [
