@@ -1,6 +1,7 @@
 """Read and write weights: checkpoints of every common kind, without running pickled code, and timm model folders."""
 
 import argparse
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -78,13 +79,16 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         path = weights
     refuse_no_file(path)
     raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
+    raw.pop("n_averaged", None)  # how many torch's AveragedModel has seen
     odd = [str(key) for key, value in raw.items() if not isinstance(value, Tensor)]
     if odd or not raw:
         told = f" ({', '.join(odd[:3])}: no tensors)" if odd else ""
         raise GrowkitError(
             f"{path}: holds no weights{told}; expected a state dict or one under {', '.join(PLAIN_KEYS)}"
         )
-    named = _unwrapped(clean_state_dict({str(key): value for key, value in raw.items()}))
+    # DeiT III's layer scale gets timm's names
+    timms = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", str(key)): value for key, value in raw.items()}
+    named = _unwrapped(clean_state_dict(timms))
     if len(named) < len(raw):
         raise GrowkitError(f"{path}: holds weights of one name twice, with and without a prefix; save them once")
     state, left = _network(path, named)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,11 @@ class Touch:
         {"state_dict": prefixed("module.backbone.")},
         {"model_state_dict": weights(), "optimizer_state_dict": {"state": {}}, "loss": 0.1},
         {"net": prefixed("module."), "acc": 93.5},
+        torch.optim.swa_utils.AveragedModel(network()).state_dict(),
     ],
     ids=[
         *("bare", "model", "state_dict", "training", "module", "orig_mod", "both", "both turned", "nested and both"),
-        *("lightning", "lightning compiled", "backbone in DDP", "model_state_dict", "net"),
+        *("lightning", "lightning compiled", "backbone in DDP", "model_state_dict", "net", "averaged"),
     ],
 )
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
@@ -397,6 +399,14 @@ def test_network_beside_others_is_taken_and_said(
     checkpoint = read_checkpoint(tmp_path / "source.ckpt")
     assert_same(checkpoint.state, weights())
     assert checkpoint.notes == (said,)
+
+
+def test_layer_scale_under_the_names_of_deit_iii_is_read(tmp_path: Path) -> None:
+    state = randomised(tiny(32, 2, 2, init_values=0.1), dtype=torch.float32).state_dict()
+    published = {re.sub(r"ls(\d).gamma", r"gamma_\1", name): tensor for name, tensor in state.items()}
+    assert "blocks.1.gamma_2" in published
+    torch.save({"model": published}, tmp_path / "source.pth")
+    assert_same(read_checkpoint(tmp_path / "source.pth").state, state)
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "{}", '{"architecture": 3}'])
