@@ -99,6 +99,12 @@ def _load(path: str, loading: Loading) -> Source:
         # timm moves the names of a folder that it loaded and wrote again
         labels = config.get("label_names") or described.get("label_names") or described.get("labels")
         notes = checkpoint.notes
+        if isinstance(labels, list) and len(labels) != architecture.classes:
+            notes = (
+                *notes,
+                f"its {len(labels)} class names were left out: its head has {architecture.classes} classes",
+            )
+            labels = None
     else:
         with _about(path):
             architecture, how = detect(

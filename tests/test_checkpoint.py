@@ -170,6 +170,14 @@ def test_folder_that_timm_wrote_is_read_with_its_labels_and_preprocessing(tmp_pa
         load_source(str(tmp_path), Loading(from_="deit_tiny"))
 
 
+def test_class_names_of_another_head_are_left_out_and_it_is_said(tmp_path: Path) -> None:
+    config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments), "label_names": LABELS[:3]}
+    save_for_hf(network(), str(tmp_path), model_config=config, safe_serialization=True)
+    source = load_source(str(tmp_path))
+    assert source.labels is None
+    assert source.notes == ("its 3 class names were left out: its head has 7 classes",)
+
+
 def test_written_folder_loads_by_timm_bit_for_bit_with_its_preprocessing_and_labels(tmp_path: Path) -> None:
     model = load_source_of(network(), tmp_path).model()
     folder = tmp_path / "written"
