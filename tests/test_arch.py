@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from growkit.arch import build, detect, find, find_target, full_name, parse_sets, vit
 from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
+from growkit.grow import grow
+from growkit.settings import GrowSettings
 from growkit.source import load_source
 
 ARCHITECTURES = {
@@ -211,6 +213,7 @@ def test_weights_of_timms_other_families_are_told_by_their_tensors(name: str) ->
         {"reg_tokens": 1, "class_token": False, "global_pool": "avg"},
         {"global_pool": "avg"},
         {"class_token": False, "global_pool": "avg"},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
         {"in_chans": 1, "qkv_bias": False},
         {"img_size": 32, "num_classes": 3},
     ],
@@ -559,6 +562,26 @@ def test_target_keeps_the_sources_input_and_says_so() -> None:
 
 def test_target_of_the_same_input_has_nothing_to_say() -> None:
     assert find_target(find("deit_tiny"), "deit_small")[1] == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"act_layer": "quick_gelu"},
+        {"norm_layer": "rmsnorm"},
+        {"img_size": 20, "dynamic_img_size": True, "dynamic_img_pad": True},
+    ],
+    ids=str,
+)
+def test_target_of_a_plain_name_takes_over_what_the_source_is_besides(more: dict) -> None:
+    source = tiny(64, 2, 1, **more)
+    target, _ = find_target(source, "vit_base", ["embed_dim=128", "depth=3", "num_heads=2"])
+    small = randomised(source)
+    size = small.patch_embed.img_size[0]
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    big = grow(source, target, small.state_dict(), GrowSettings()).materialize()
+    assert torch.allclose(big(images), small(images), rtol=1e-9)
 
 
 @pytest.mark.parametrize("item", ["img_size=32", "patch_size=4", "num_classes=3", "in_chans=1", "class_token=False"])

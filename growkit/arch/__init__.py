@@ -182,6 +182,8 @@ def detect(
     arguments = {key: value for key, value in shapes.items() if not vit.same_argument(key, value, own[key])}
     if own["global_pool"] not in ("token", "map") and shapes["global_pool"] != "map":
         arguments.pop("global_pool", None)  # mean or max pooling leaves no trace: the name decides
+    if "global_pool" in arguments:
+        arguments["fc_norm"] = shapes["fc_norm"]  # which would follow the pooling otherwise
     if "embed_dim" in arguments and "num_heads" not in chosen:
         arguments["num_heads"] = shapes["embed_dim"] // base.blocks[0].attn.head_dim
     architecture = find(name, {**arguments, **chosen})
@@ -237,6 +239,9 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
             raise GrowkitError(f"--set {key}={chosen[key]}: the source has {kept[key]}, and growing keeps it")
     own = vit.input_arguments(model)
     taken = {key: value for key, value in kept.items() if not vit.same_argument(key, value, own[key])}
+    implied = {key: value for key, value in source.arguments.items() if key.endswith("_layer")}  # as act_layer
+    if "global_pool" in taken:
+        implied["fc_norm"] = kept["fc_norm"]  # which would follow the pooling otherwise
     remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
     said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
     width, heads = chosen.get("embed_dim", model.embed_dim), chosen.get("num_heads", model.blocks[0].attn.num_heads)
@@ -248,7 +253,7 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
             f"embed_dim={width} is no multiple of {heads} heads; the source's are {size} wide: "
             f"{wider}--set num_heads={fits}"
         )
-    return find(name, {**taken, **chosen}), [f"target takes the source's {said}"] if taken else []
+    return find(name, {**implied, **taken, **chosen}), [f"target takes the source's {said}"] if taken else []
 
 
 def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:

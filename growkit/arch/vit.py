@@ -76,6 +76,7 @@ INPUT_ARGUMENTS = (
     "global_pool",
     "pool_include_prefix",
     "dynamic_img_size",
+    "dynamic_img_pad",
 )
 
 
@@ -181,6 +182,7 @@ def input_arguments(model: VisionTransformer) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
     }
 
 
