@@ -100,11 +100,8 @@ def _load(path: str, loading: Loading) -> Source:
         labels = config.get("label_names") or described.get("label_names") or described.get("labels")
         notes = checkpoint.notes
         if isinstance(labels, list) and len(labels) != architecture.classes:
-            notes = (
-                *notes,
-                f"its {len(labels)} class names were left out: its head has {architecture.classes} classes",
-            )
-            labels = None
+            said = f"its {len(labels)} class names were left out: its head has {architecture.classes} classes"
+            labels, notes = None, (*notes, said)
     else:
         with _about(path):
             architecture, how = detect(

@@ -152,10 +152,11 @@ def test_shapes_and_name_rebuild_the_architecture(name: str) -> None:
     [
         (tiny(64, 2, 1, pre_norm=True), "norm_pre.weight: a CLIP-like ViT"),
         (tiny(64, 2, 1, name="vit_base_patch16_siglip_224"), "attn_pool.latent: a SigLIP-like ViT"),
+        (tiny(64, 2, 1, name="vit_base_patch16_siglip_gap_224"), "norm without a cls_token: a SigLIP-like ViT"),
         (tiny(64, 2, 1, name="test_vit4"), "blocks.0.norm1 without a bias: a ViT with RMSNorm"),
         (tiny(64, 2, 1, name="vit_giant_patch14_dinov2", mlp_ratio=4), "fc1 twice as wide as fc2: a ViT with SwiGLU"),
     ],
-    ids=["pre-norm", "pooled by attention", "RMSNorm", "SwiGLU"],
+    ids=["pre-norm", "pooled by attention", "pooled after the norm", "RMSNorm", "SwiGLU"],
 )
 def test_kind_that_shapes_do_not_show_in_full_asks_for_its_name(
     architecture: Architecture, said: str, tmp_path: Path
@@ -213,7 +214,6 @@ def test_weights_of_timms_other_families_are_told_by_their_tensors(name: str) ->
         {"reg_tokens": 1, "class_token": False, "global_pool": "avg"},
         {"global_pool": "avg"},
         {"class_token": False, "global_pool": "avg"},
-        {"class_token": False, "global_pool": "avg", "fc_norm": False},
         {"in_chans": 1, "qkv_bias": False},
         {"img_size": 32, "num_classes": 3},
     ],
@@ -225,6 +225,12 @@ def test_tokens_and_input_are_told_from_the_weights(more: dict) -> None:
     assert found.shapes == architecture.shapes
     rebuilt, expected = (build(a.name, a.arguments, device="meta") for a in (found, architecture))
     assert vit.input_arguments(rebuilt) == vit.input_arguments(expected)
+
+
+def test_pooling_behind_the_norm_is_told_from_the_weights_of_a_named_network() -> None:
+    architecture = tiny(64, 2, 1, class_token=False, global_pool="avg", fc_norm=False)
+    found, _ = detect(state_of(architecture), name="vit_tiny")
+    assert found.shapes == architecture.shapes
 
 
 # What does not fit

@@ -113,6 +113,8 @@ def telltale(state: StateDict) -> tuple[str, str, str] | None:
             return key, kind, name
     if "blocks.0.norm1.bias" not in state:
         return "blocks.0.norm1 without a bias", "a ViT with RMSNorm", "aimv2_large_patch14_224"
+    if "norm.weight" in state and "cls_token" not in state:
+        return "norm without a cls_token", "a SigLIP-like ViT", "vit_base_patch16_siglip_gap_224"
     fc1, fc2 = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if fc1 is not None and fc2 is not None and fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]:
         return "blocks.0.mlp.fc1 twice as wide as fc2", "a ViT with SwiGLU", "vit_giant_patch14_dinov2"
