@@ -22,13 +22,13 @@ from growkit.deploy.store import files_of, json_in, object_in, props_of
 from growkit.deploy.triton_check import (
     CONFIG,
     MODEL,
-    VERSIONS_SERVED,
     check_model_repository,
     fits,
     kserve_metadata,
     lines_of,
     read_config,
     schema,
+    served,
     signature_problems,
     takes_labels,
     versions_in,
@@ -39,6 +39,7 @@ from growkit.ranges import refuse_choice
 from growkit.text import clipped, some, visible
 
 LABELS = "labels.txt"
+VERSIONS_SERVED = 2  # the newest and, to roll back to without loading anything, the one before
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 WRITES = (
     *(CONFIG, "metadata.json", LABELS, "warmup/input_*.bin"),
@@ -51,7 +52,7 @@ LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and par
 class ModelRepository:
     """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept.
 
-    remarks  where a server's answers for this version will differ from its file, a line each
+    remarks  where a server will not answer as this version's file does, a line each
     """
 
     folder: Path
@@ -87,7 +88,7 @@ def write_model_repository(
         with whole_folder(target / str(version), replace=force) as partial:
             _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(config, versions_in(target)))
-        return ModelRepository(target, version, configured=False, remarks=_remarks(target, config, labels))
+        return ModelRepository(target, version, configured=False, remarks=_remarks(target, version, config, labels))
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target, replace=force) as partial:
@@ -144,8 +145,11 @@ def _text(config: Any) -> str:
 
 
 def _labels(props: Mapping[str, str]) -> list[str] | None:
-    """Return the class names of the file's metadata, each on one line, for Triton reads them line by line."""
-    stored = json_in(props, "labels")
+    """Return the class names of the file's metadata, each on one line, for Triton reads them line by line.
+
+    None where its answers are sorted: a place in them is a rank, though there may be as many as classes.
+    """
+    stored = None if form_of(props).top else json_in(props, "labels")
     return [visible(" ".join(str(label).split())) for label in stored] if isinstance(stored, list) else None
 
 
@@ -245,12 +249,17 @@ def _refuse_prepared_otherwise(target: Path, versions: Sequence[int], prepared: 
             )
 
 
-def _remarks(target: Path, config: Any, labels: list[str] | None) -> tuple[str, ...]:
-    """Say where the class names that the versions in `target` share are not the file's own."""
+def _remarks(target: Path, version: int, config: Any, labels: list[str] | None) -> tuple[str, ...]:
+    """Say where `version` is not served, or the class names that the versions in `target` share are not its own."""
+    remarks = []
+    if version not in served(config, versions_in(target)):
+        remarks.append(f"no server loads version {version}: version_policy in {target / CONFIG} leaves it out")
     shared = next((output.label_filename for output in config.output if output.label_filename), None)
-    if shared and labels is None:
-        return (f"the file names no classes; its answers go by the names in {target / shared}",)
     batched = bool(config.max_batch_size)
-    if labels is not None and not shared and any(takes_labels(o, len(labels), batched) for o in config.output):
-        return ("its class names are not served, as earlier versions have none; they are with another --triton-name",)
-    return ()
+    if shared and labels is None:
+        remarks.append(f"the file names no classes; its answers go by the names in {target / shared}")
+    elif labels is not None and not shared and any(takes_labels(o, len(labels), batched) for o in config.output):
+        remarks.append(
+            "its class names are not served, as earlier versions have none; they are with another --triton-name"
+        )
+    return tuple(remarks)

@@ -18,7 +18,6 @@ from growkit.errors import GrowkitError
 
 CONFIG = "config.pbtxt"
 MODEL = "model.onnx"  # Triton's own name for it, as a file or as a folder of several
-VERSIONS_SERVED = 2  # the newest and, to roll back to without loading anything, the one before
 
 
 def check_model_repository(folder: Path, name: str | None = None) -> list[str]:
@@ -60,8 +59,8 @@ def check_model_repository(folder: Path, name: str | None = None) -> list[str]:
 def kserve_metadata(config: Any, versions: Sequence[int], *, platform: str = "onnxruntime_onnx") -> dict[str, Any]:
     """Return a server's answer to GET v2/models/NAME for a ModelConfig: name, versions, platform, inputs, outputs.
 
-    Shapes start with -1 where the model is batched. Triton's name for the platform is the default; the protocol's own
-    list calls it onnx_onnxv1.
+    Of `versions` those that it serves. Shapes start with -1 where the model is batched. Triton's name for the platform
+    is the default; the protocol's own list calls it onnx_onnxv1.
     """
     batch = [-1] if config.max_batch_size else []
 
@@ -70,11 +69,19 @@ def kserve_metadata(config: Any, versions: Sequence[int], *, platform: str = "on
 
     return {
         "name": config.name,
-        "versions": [str(version) for version in sorted(versions)[-VERSIONS_SERVED:]],
+        "versions": [str(version) for version in served(config, versions)],
         "platform": platform,
         "inputs": tensors(config.input),
         "outputs": tensors(config.output),
     }
+
+
+def served(config: Any, versions: Sequence[int]) -> list[int]:
+    """Return which of `versions` a server loads by the config's version_policy; without one, the newest alone."""
+    there, policy = sorted(versions), config.version_policy
+    if policy.HasField("specific"):
+        return [version for version in there if version in policy.specific.versions]
+    return there if policy.HasField("all") else there[-max(1, policy.latest.num_versions) :]
 
 
 def schema() -> tuple[Any, Any]:

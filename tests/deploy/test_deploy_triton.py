@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from timm.models import save_for_hf
 from typer.testing import CliRunner, Result
 
+from growkit.deploy.form import KEY, Form
 from growkit.deploy.settings import TritonSettings
 from growkit.errors import GrowkitError
 from growkit_cli.export import export
@@ -210,6 +211,12 @@ def test_labels_go_to_scores_of_all_classes_alone(tmp_path: Path) -> None:
     named = write_exported(tmp_path / "b", labels=["two\nlines", " b", "", "d", "é"])
     folder = write_model_repository(named, tmp_path / "other", PLAIN).folder
     assert (folder / "labels.txt").read_text(encoding="utf-8") == "two lines\nb\n\nd\né\n"
+    ranked = write_exported(tmp_path / "c", outputs=("values", "indices"), labels=["a", "b"])
+    proto = onnx.load(ranked / "model.onnx")
+    proto.metadata_props.add(key=KEY, value=Form(output="top-2").text())
+    onnx.save(proto, ranked / "model.onnx")
+    folder = write_model_repository(ranked, tmp_path / "ranked", PLAIN).folder
+    assert [o.label_filename for o in config_of(folder).output] == ["", ""]  # the first value is not class a's
 
 
 def test_weights_beside_the_file_make_a_folder_named_as_the_file(tmp_path: Path) -> None:
@@ -234,6 +241,35 @@ def test_metadata_follows_the_published_protocol(written: Path) -> None:
         json_format.ParseDict({**metadata, "dims": []}, service_pb2.ModelMetadataResponse())
     told = kserve_metadata(config_of(written), [1, 2, 3], platform="onnx_onnxv1")
     assert (told["platform"], told["versions"]) == ("onnx_onnxv1", ["2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "loaded"),
+    [
+        ("specific: { versions: [ 1, 7 ] }", ["1"]),
+        ("specific: { versions: [ 1, 3 ] }", ["1", "3"]),
+        ("all: { }", ["1", "2", "3"]),
+        ("latest: { num_versions: 1 }", ["3"]),
+        (None, ["3"]),
+    ],
+)
+def test_versions_served_are_those_of_the_policy(
+    policy: str | None, loaded: list[str], written: Path, tmp_path: Path
+) -> None:
+    """By Triton's documentation: what is pinned and there, all, or the newest; the newest alone by default."""
+    text = (written / "config.pbtxt").read_text()
+    own = "version_policy {\n  latest {\n    num_versions: 2\n  }\n}\n"
+    assert own in text
+    (written / "config.pbtxt").write_text(text.replace(own, f"version_policy: {{ {policy} }}\n" if policy else ""))
+    told = []
+    for version in (3, 2):
+        model = write_model_repository(
+            write_exported(tmp_path / str(version)), written.parent, TritonSettings(name="m", version=version)
+        )
+        told.append(any(f"no server loads version {version}:" in remark for remark in model.remarks))
+    assert json.loads((written / "metadata.json").read_text())["versions"] == loaded
+    assert told == ["3" not in loaded, "2" not in loaded]
+    assert check_model_repository(written) == []
 
 
 def change(edit: Callable[[Any], Any]) -> Callable[[Path], None]:
