@@ -12,6 +12,8 @@ from growkit.deploy.subject import Identity, Subject
 from growkit.errors import GrowkitError, first_line
 from growkit.text import first_difference, short, visible
 
+# by what a reference is of
+ACCEPTED = {"model": "MODEL --model-only --reference DIR", "onnx": "MODEL --onnx-file FILE --reference DIR"}
 CERTAIN = 2 * 10  # a top-1 that leads by this many tolerances must stay: no logit may move by over ten
 
 
@@ -32,7 +34,7 @@ def check_golden(golden: Golden, subject: Subject, *, tolerance: float | None = 
             if same
             else (
                 f"the reference was written for {what} {short(before)}, this {word} has {short(after)}: "
-                "if the change was meant, the same `growkit verify` with --update-reference accepts it"
+                f"if the change was meant, `growkit verify {ACCEPTED[was.of]} --update-reference` accepts it"
             )
         )
         checks.append(check("reference", f"{word}: {what}", same, short(after), short(before), line))

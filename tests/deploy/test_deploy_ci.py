@@ -268,6 +268,21 @@ def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place
     assert (place / "run" / "verify" / "report.json").read_bytes() == before
 
 
+def test_change_that_was_meant_is_accepted_by_the_command_that_is_told(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_model(place)
+    assert growkit(place, "export", "model", "--out", "onnx", "--force") == 0
+    for reference in ("reference/model", "reference/onnx"):
+        capsys.readouterr()
+        assert growkit(place, *FILE, reference) == 1
+        (command,) = re.findall("if the change was meant, `growkit (.*)` accepts it", capsys.readouterr().out)
+        named = {"MODEL": "model", "FILE": "onnx/model.onnx", "DIR": reference}
+        assert growkit(place, *(named.get(word, word) for word in command.split())) == 0
+        assert growkit(place, *FILE, reference) == 0
+    assert growkit(place, *MODEL) == 0
+
+
 def test_update_says_what_it_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage_model(place)
     assert growkit(place, *MODEL, "--update-reference") == 0

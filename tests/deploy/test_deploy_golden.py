@@ -179,7 +179,7 @@ def test_one_weight_off_is_found_even_where_it_drowns_in_noise(golden: Golden, o
     before, after = (h[:12] for h in (golden.identity.tensors_sha256 or "", tensors_sha256(moved)))
     assert said[0] == (
         f"the reference was written for weights by tensor {before}, this model has {after}: "
-        "if the change was meant, the same `growkit verify` with --update-reference accepts it"
+        "if the change was meant, `growkit verify MODEL --model-only --reference DIR --update-reference` accepts it"
     )
 
 
