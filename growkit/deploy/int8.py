@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ from growkit.deploy.calibration import refuse_images, runs
 from growkit.errors import GrowkitError
 
 
-def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
+def int8_dynamic(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return `proto` with int8 weights, one scale per output channel, and dynamically quantised activations.
 
-    Every MatMul and Gemm by a weight is quantised except the nodes named in `keep`. An activation has one scale for the
-    whole batch, so an image's logits depend a little on its neighbours.
+    Every MatMul and Gemm by a weight is quantised. An activation has one scale for the whole batch, so an image's
+    logits depend a little on its neighbours.
 
     Raises:
         GrowkitError: there is no such MatMul or Gemm.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    left = {node.name for node in proto.graph.node} - set(_by_weight(proto, keep))
+    left = {node.name for node in proto.graph.node} - set(_by_weight(proto))
 
     def write(target: Path) -> None:
         quantize_dynamic(
@@ -41,11 +41,11 @@ def int8_dynamic(proto: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.
     return _quantised(proto, write)
 
 
-def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[str] = ()) -> onnx.ModelProto:
+def int8_static(proto: onnx.ModelProto, images: np.ndarray) -> onnx.ModelProto:
     """Return `proto` with int8 weights, one scale per output channel, and static scales for their input activations.
 
     images  calibration data (N, C, H, W) float32, normalised as for the model: the scales cover every activation
-            seen on them. Every MatMul and Gemm by a weight is quantised except the nodes named in `keep`.
+            seen on them. Every MatMul and Gemm by a weight is quantised.
 
     Raises:
         GrowkitError: images of another shape than the graph takes, or no such MatMul or Gemm.
@@ -64,7 +64,7 @@ def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=_by_weight(proto, keep),
+            nodes_to_quantize=_by_weight(proto),
             # biases, results and logits stay float32: a fused kernel gives float32 anyway
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "QuantizeBias": False},
         )
@@ -72,14 +72,10 @@ def int8_static(proto: onnx.ModelProto, images: np.ndarray, *, keep: Collection[
     return _quantised(proto, write)
 
 
-def _by_weight(proto: onnx.ModelProto, keep: Collection[str]) -> list[str]:
+def _by_weight(proto: onnx.ModelProto) -> list[str]:
     """Return the names of products with a weight; those of two activations, as in attention, stay float32."""
     weights = {t.name for t in proto.graph.initializer}
-    found = [
-        node.name
-        for node in proto.graph.node
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights and node.name not in keep
-    ]
+    found = [node.name for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
     if not found:
         raise GrowkitError("the graph holds no MatMul or Gemm by a weight: there is nothing to write in int8")
     return found

@@ -359,14 +359,6 @@ def test_every_product_with_a_weight_is_int8_per_channel_and_no_other(
         assert operators["QuantizeLinear"] == 9  # inputs only: results and logits are not rounded to 8 bits
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-static"])
-def test_node_named_to_stay_float32_does(kind: str, proto: onnx.ModelProto, images: np.ndarray) -> None:
-    kept = ["node_linear_8", "node_MatMul_12"]  # the head, a Gemm, and block 0's qkv
-    made = int8_dynamic(proto, keep=kept) if kind == "int8" else int8_static(proto, images, keep=kept)
-    assert sum(s.array.dtype == np.int8 for s in stored_in(made)) == 7
-    assert tensors(made)["val_13"].dtype == np.float32
-
-
 def test_dynamic_scales_follow_the_batch_and_static_ones_do_not(
     images: np.ndarray, files: dict[str, onnx.ModelProto]
 ) -> None:
