@@ -52,7 +52,7 @@ LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is a folder and par
 class ModelRepository:
     """A written model: its folder, the version that was added, and whether config.pbtxt was written or kept.
 
-    remarks  where a server will not answer as this version's file does, a line each
+    remarks  where a server will not answer as this version's file does, or refuses what was kept, a line each
     """
 
     folder: Path
@@ -88,7 +88,8 @@ def write_model_repository(
         with whole_folder(target / str(version), replace=force) as partial:
             _copy_model(exported, partial)
         write_json(target / "metadata.json", kserve_metadata(config, versions_in(target)))
-        return ModelRepository(target, version, configured=False, remarks=_remarks(target, version, config, labels))
+        remarks = (*_remarks(target, version, config, labels), *check_model_repository(target))
+        return ModelRepository(target, version, configured=False, remarks=remarks)
     samples = _samples(signature, exported)
     config = _configured(signature, samples, name, settings, labels)
     with whole_folder(target, replace=force) as partial:

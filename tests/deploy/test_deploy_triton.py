@@ -373,7 +373,10 @@ def test_second_version_goes_beside_the_first(written: Path, tmp_path: Path) -> 
     assert (written / "2" / "model.onnx").read_bytes() == (other / "model.onnx").read_bytes()
     assert "tuned by hand" in (written / "config.pbtxt").read_text()
     assert json.loads((written / "metadata.json").read_text())["versions"] == ["1", "2"]
-    assert check_model_repository(written) == []
+    assert check_model_repository(written) == list(model.remarks) == []
+    copied = Path(shutil.copytree(written, tmp_path / "copied"))  # which Triton refuses under the name in its config
+    model = write_model_repository(other, copied.parent, TritonSettings(name="copied", version=3))
+    assert model.remarks == ("config.pbtxt: name 'm' in a folder called 'copied'",)
 
 
 @pytest.mark.parametrize(
