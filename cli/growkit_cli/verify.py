@@ -131,5 +131,5 @@ def file_of(
 
 def reference_of(chosen: Path, run: "RunFolder", *, model_only: bool) -> Path:
     """Default folder of a reference: named after the model's stage, or onnx for a file."""
-    stage = chosen.resolve().name if chosen.is_dir() else chosen.stem.replace(":", "-")
+    stage = (chosen.stem if chosen.is_file() else chosen.resolve().name).replace(":", "-")
     return run.path / "reference" / (stage if model_only else "onnx")

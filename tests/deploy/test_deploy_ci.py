@@ -19,7 +19,9 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from test_deploy_commands import write_source
 
+from growkit.record import RunFolder
 from growkit_cli import main as program
+from growkit_cli.verify import reference_of
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "examples" / "ci"
@@ -255,6 +257,12 @@ def test_references_go_by_stage_where_none_is_named(place: Path, capsys: pytest.
         hold = ("verify", f"run/{stage}", "--model-only", "--reference")
         assert growkit(place, *hold, f"run/reference/{stage}") == 0
         assert growkit(place, *hold, f"run/reference/{other}") == 1
+
+
+def test_references_of_models_by_name_are_told_apart_by_their_tags(tmp_path: Path) -> None:
+    names = ("timm:vit_tiny_patch16_224.augreg_in21k", "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    found = [reference_of(Path(name), RunFolder(tmp_path), model_only=True) for name in names]
+    assert found == [tmp_path / "reference" / name.replace(":", "-") for name in names]
 
 
 def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place: Path) -> None:
