@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from growkit.arch import build, detect, find, parse_sets
+from growkit.arch import build, detect, find, full_name, parse_sets
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
@@ -78,6 +78,7 @@ def _load(path: str, loading: Loading) -> Source:
         return _load_timm(path)
     if path.startswith(HUB):
         return replace(_load(str(_from_hub(path)), replace(loading, ema=True)), path=path)
+    _refuse_name(path)
     checkpoint = read_checkpoint(Path(path), ema=loading.ema)
     if checkpoint.config is not None:
         config = checkpoint.config
@@ -118,6 +119,16 @@ def _load(path: str, loading: Loading) -> Source:
         history=checkpoint.history,
         notes=notes,
     )
+
+
+def _refuse_name(path: str) -> None:
+    """Refuse what is no file but named as an architecture; another missing file is left to who reads it."""
+    name = None
+    if not Path(path).exists():
+        with suppress(GrowkitError):
+            name = full_name(Path(path).name)
+    if name:
+        raise GrowkitError(f"{path}: no such file or folder; {TIMM}{name} fetches the weights that timm publishes")
 
 
 @contextmanager

@@ -181,6 +181,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--precision unknown": (("finetune", "small", *DATA, "--precision", "fp8"), "--precision fp8"),
     "finetune without a model": (("finetune", *DATA), "growkit grow"),
     "finetune of nothing": (("finetune", "nowhere", *DATA), "nowhere: no such file"),
+    "a name for its weights": (
+        ("plan", "deit_small", *TO),
+        "deit_small: no such file or folder; timm:deit_small_patch16_224 fetches the weights that timm publishes",
+    ),
+    "a file for its weights": (("plan", "deit_small.pth", *TO), "; timm:deit_small_patch16_224 fetches"),
     "train of no architecture": (("train", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "train on images below a patch": (
         ("train", "vit_tiny", *DATA, "--set", "img_size=8"),
