@@ -160,6 +160,13 @@ def test_broken_link_is_found(tmp_path: Path) -> None:
     assert broken_links(tmp_path / "x.md", text) == ["#absent", "absent.md"]
 
 
+def test_what_eps_costs_is_the_most_that_was_measured() -> None:
+    measured = re.findall(r"to eps, (\S+)", (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8"))
+    for path in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+        (told,) = re.findall(r"differ\s+by at most (\S+) of", path.read_text(encoding="utf-8"))
+        assert float(told) == max(map(float, measured)), path
+
+
 def result_table(text: str) -> list[str]:
     """Rows of the document's table of results."""
     return [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
