@@ -304,6 +304,13 @@ def exported_elsewhere(run: RunFolder) -> None:
     write_json(run.record, content)
 
 
+def moved(run: RunFolder) -> None:
+    """The record tells of a run that lay elsewhere, as after copying it, or from another working directory."""
+    content = record(run)
+    content["steps"][3]["options"] |= {"model": "before/finetuned", "out": "before/onnx"}
+    write_json(run.record, content)
+
+
 GOLDEN = "It answers as when it was accepted"
 WHOLE = "The record is whole"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
@@ -431,6 +438,8 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "the ONNX file is gone": (replaced("onnx/model.onnx", None), TOGETHER, "not done", "not yet"),
     "the folder of the ONNX file is gone": (removed("onnx"), TOGETHER, "not done", "not yet"),
+    "the run was moved": (moved, TOGETHER, "pass", "yes"),
+    "the run was moved without its ONNX file": (in_turn(removed("onnx"), moved), TOGETHER, "not done", "not yet"),
     "the weights were replaced": (replaced("finetuned/model.safetensors"), TOGETHER, "fail", "no"),
     "the weights are gone": (replaced("finetuned/model.safetensors", None), TOGETHER, "not done", "not yet"),
     "weights that do not ship were replaced": (replaced("grown/model.safetensors"), TOGETHER, "pass", "yes"),

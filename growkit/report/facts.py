@@ -106,15 +106,19 @@ class Facts:
         shipped = self.shipped
         return tuple(step for step in self.all("export") if shipped is None or step.hashes.get("weights") == shipped[1])
 
+    def holds(self, export: Step) -> bool:
+        """Whether an export went into the run folder: a run that was moved since is known by the model beside."""
+        out, model = (Path(str(export.options.get(key))) for key in ("out", "model"))
+        stage = self.shipped[0] if self.shipped else None
+        return (model.name, out) == (stage, model.parent / "onnx") or out.resolve() == (self.path / "onnx").resolve()
+
     @property
     def elsewhere(self) -> str | None:
         """The ONNX file exported to another folder, if the run folder holds none: the one verified, else the last."""
         own = self.path / "onnx" / "model.onnx"
         if self.export or own.exists():
             return None
-        outside = [
-            step for step in self.exports if Path(str(step.options.get("out"))).resolve() != own.parent.resolve()
-        ]
+        outside = [step for step in self.exports if not self.holds(step)]
         verified = [step for step in outside if step.hashes.get("model.onnx") == self.verify.get("onnx_sha256")]
         found = verified or outside
         return str(Path(str(found[-1].options.get("out")), own.name)) if found else None

@@ -240,8 +240,7 @@ def _replaced(facts: Facts) -> Gate | None:
     The records tell of the file that was checked; only its bytes tell whether it still lies there.
     """
     onnx, verified, exported = facts.path / "onnx", facts.verify.get("onnx_sha256"), facts.export.get("sha256")
-    made = [step for step in facts.all("export") if step.hashes.get("model.onnx") == verified]
-    made_here = any(Path(str(step.options.get("out"))).resolve() == onnx.resolve() for step in made)
+    made_here = any(facts.holds(step) for step in facts.all("export") if step.hashes.get("model.onnx") == verified)
     known: list[tuple[list[Path], object, str, str]] = []  # files, the SHA-256 on record and what it is of, what to do
     if made_here or facts.export or (onnx / "model.onnx").exists():
         names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
