@@ -585,6 +585,16 @@ def test_fine_tuning_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
     assert "It was killed before its end: the same command with --resume goes on with it." in text(run)
 
 
+def test_model_that_was_fine_tuned_is_called_grown_only_where_the_run_grew_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for change, begun in ((removed(), "grown"), (removed("grown"), "grown"), (without("grow"), "given")):
+        change(run)
+        (tuning,) = (section for section in run_report(run).sections if section.title == "Fine-tuning")
+        assert tuning.text.startswith(f"The {begun} model was trained on for ")
+        assert tuning.table is not None
+        assert [row[0] for row in tuning.table.rows][-2:] == [begun, "fine-tuned"]
+
+
 def test_remedies_name_the_model_where_the_run_holds_none(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     in_turn(removed("grown", "finetuned"), without("grow", "finetune", "evaluate"), only("structure"))(run)

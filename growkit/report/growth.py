@@ -171,7 +171,8 @@ def tuning_section(facts: Facts) -> Section:
     if not fit:
         return Section("Fine-tuning", "Not done in this run: `growkit finetune` trains the grown model on.")
     settings = mapping(fit.get("settings")) or (step.options if step else {})
-    lines = [_spent("The grown model was trained on", fit)]
+    begun = "grown" if facts.grown or facts.all("grow") else "given"
+    lines = [_spent(f"The {begun} model was trained on", fit)]
     rate = number(settings.get("lr"))
     told = f"Learning rate {rate:g}, batches of" if rate is not None else "Batches of"
     lines.append(f"{told} {settings.get('batch_size')}, seed {settings.get('seed')}.")
@@ -182,7 +183,7 @@ def tuning_section(facts: Facts) -> Section:
         each = " (epochs)" if number(settings.get("eval_every")) == 1 else ""
         lines.append(f"Evaluation {at} of {len(places)}{each} was the best, and its weights are kept.")
     lines += earlier_line(facts.all("finetune"))
-    table = _scores(facts, ("source", "source"), ("operator", "grown"), ("tuned", "fine-tuned"))
+    table = _scores(facts, ("source", "source"), ("operator", begun), ("tuned", "fine-tuned"))
     return Section("Fine-tuning", "\n".join(lines), table, _curves(fit, "Fine-tuning", scores_of(facts).get("source")))
 
 
