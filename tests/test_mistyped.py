@@ -1,6 +1,7 @@
 """Every option of every command, found by introspection, mistyped: exit status 2 and one message that names it."""
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -59,6 +60,24 @@ def test_help_says_in_a_whole_sentence_what_each_command_does(capsys: pytest.Cap
     lines = [line.split(maxsplit=1) for line in out.partition("Commands:\n")[2].splitlines()]
     assert {name for name, _ in lines} == set(COMMANDS)
     assert [told for _, told in lines if told.endswith("...") or not told.endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "told"),
+    [
+        (("finetune", "--data", "x"), "grown", "the run's grown model, else its trained one, when left out"),
+        (("export",), "finetuned", "the run's furthest stage when left out"),
+        (("evaluate", "--data", "x"), "finetuned", "the run's furthest stage when left out"),
+    ],
+)
+def test_help_tells_which_stage_is_taken(
+    command: tuple[str, ...], stage: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("trained", "grown", "finetuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert str(tmp_path / stage) in growkit(capsys, *command, "--run", tmp_path)[1]
+    assert told in " ".join(growkit(capsys, command[0], "--help")[1].split())
 
 
 def test_numbers_are_recognised() -> None:

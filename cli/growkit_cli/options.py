@@ -42,6 +42,13 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Start = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Model folder or checkpoint; the run's grown model, else its trained one, when left out.",
+        show_default=False,
+    ),
+]
 ModelOrFile = Annotated[
     Path | None,
     typer.Argument(
