@@ -66,6 +66,10 @@ def test_page_tells_throughput_and_what_the_files_precision_allows(tmp_path: Pat
     content["throughput"] |= {"foreign": 0.4, "contended": True}
     write_json(run.verify / "report.json", content)
     told = text(run)
+    assert "Further figures" not in told
+    content["throughput"]["rates"][0]["images_per_second"] = 3851.2
+    write_json(run.verify / "report.json", content | {"latency": content["latency"] | {"notes": ["a busy machine"]}})
+    assert all(words in text(run) for words in ("3,851", "Further figures", "a busy machine"))
     assert "Other programs took 40% of the processors meanwhile." in told
     for words in ("Throughput, as a server runs it", "47%", "296", "The peak is 331 GFLOP/s", "spread, allowed 0.056"):
         assert words in told, words

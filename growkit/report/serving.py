@@ -7,7 +7,7 @@ from typing import Any
 from growkit.report.facts import Facts, Step, formatted, mapping, number, rows, words
 from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
-from growkit.report.plot import Bar, Bars, Chart, Dots
+from growkit.report.plot import LONG, Bar, Bars, Chart, Dots
 from growkit.report.steps import figure_sections
 from growkit.text import clipped, counted
 
@@ -174,7 +174,7 @@ def latency_section(facts: Facts) -> Section:
     checks = checks_of(facts.verify).get("latency")
     if checks:
         parts.insert(0, _group("latency", checks))
-    more = {key: value for key, value in timed.items() if key not in TOLD}
+    more = {key: value for key, value in timed.items() if value and key not in TOLD}
     if more:
         parts += figure_sections("Further figures", more)
     return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
@@ -240,8 +240,8 @@ def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _digits(value: object) -> str:
-    """Three digits, or a dash if there is no number."""
-    return formatted(value, ".3g")
+    """Three digits, or all before the point up to a million; a dash if there is no number."""
+    return formatted(value, ",.0f" if 999.5 <= abs(number(value) or 0) < LONG else ".3g")
 
 
 def _any(value: object) -> str:
