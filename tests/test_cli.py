@@ -407,6 +407,15 @@ def test_json_of_a_mistake_leaves_stdout_empty(command: tuple[str, ...], capsys:
     assert err.startswith("error: nowhere.pth")
 
 
+def test_counts_of_processes_mean_nothing_without_torchrun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    status, out, err = growkit(capsys, "grow", tmp_path / "nowhere.pth", *TO, "--run", tmp_path / "run")
+    assert (status, out, "Traceback" in err) == (2, "", False)
+    assert "nowhere.pth" in err
+
+
 @pytest.mark.usefixtures("here")
 def test_grow_says_which_options_mean_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = (*GROW, "--method", "lemon", "--run", tmp_path, "--force")

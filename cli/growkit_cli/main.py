@@ -58,7 +58,7 @@ def growkit(
 ) -> None:
     """Grow small pretrained transformers into larger ones and take them into serving."""
     command = context.invoked_subcommand
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ and command not in ON_PROCESSES:
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and command not in ON_PROCESSES:
         if not speaks():
             raise typer.Exit(2)
         raise GrowkitError(f"growkit {command} runs in one process; start it without torchrun")

@@ -35,9 +35,9 @@ def command_line() -> str:
 
 def _program() -> list[str]:
     """The program that started this process: growkit, or torchrun, recognized by its environment variables."""
-    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if "LOCAL_RANK" not in os.environ:
         return ["growkit"]
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     hosts = ["--nnodes", str(everywhere // here)] if everywhere > here else []
     # without the --, torchrun would take --run as its own option
     return ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "--", "growkit_cli"]
