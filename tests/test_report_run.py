@@ -302,6 +302,20 @@ def another_model_exported(run: RunFolder) -> None:
     write_json(run.record, content)
 
 
+def file_evaluated(sha256: str) -> Change:
+    """The model was exported again, elsewhere; of the file with this SHA-256 more answers turned wrong."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        _, _, evaluate, export, _ = content["steps"]
+        evaluate |= {"hashes": {"source": SOURCE, "model": sha256}, "figures": agreement(60, 10, 1e-9)}
+        options, hashes = export["options"] | {"out": "elsewhere"}, export["hashes"] | {"model.onnx": "ff" * 32}
+        content["steps"].append(export | {"options": options, "hashes": hashes})
+        write_json(run.record, content)
+
+    return change
+
+
 def exported_elsewhere(run: RunFolder) -> None:
     content = record(run)
     content["steps"][3]["options"]["out"] = str(run.path.parent / "elsewhere")
@@ -341,6 +355,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "the model is not what was accepted and there is no file": (
         in_turn(removed("onnx"), lambda run: (run.verify / "report.json").unlink(), held("model", "fail", TUNED)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file exported elsewhere is not what was accepted": (
+        in_turn(removed("onnx"), exported_elsewhere, held("file", "fail", ONNX)),
         GOLDEN,
         "fail",
         "no",
@@ -405,6 +425,8 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
     "more answers of another model turned wrong": (another_model_exported, ACCURATE, "pass", "yes"),
+    "more answers of the file in the run turned wrong": (file_evaluated(ONNX), ACCURATE, "fail", "no"),
+    "more answers of the file exported elsewhere turned wrong": (file_evaluated("ff" * 32), ACCURATE, "pass", "yes"),
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
     "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),
     "fine-tuned and not scored": (in_turn(without("evaluate"), unscored("finetune")), ACCURATE, "not done", "not yet"),

@@ -113,20 +113,32 @@ class Facts:
         return (model.name, out) == (stage, model.parent / "onnx") or out.resolve() == (self.path / "onnx").resolve()
 
     @property
+    def here(self) -> bool:
+        """Whether the run folder holds an ONNX file."""
+        return bool(self.export) or (self.path / "onnx" / "model.onnx").exists()
+
+    @property
+    def exported(self) -> Step | None:
+        """The export whose file counts: the run folder's, or if it holds none, the one verified, else the last."""
+        made = [step for step in reversed(self.exports) if self.here or not self.holds(step)]
+        wanted = self.export.get("sha256") if self.here else self.verify.get("onnx_sha256")
+        return next((step for step in made if step.hashes.get("model.onnx") == wanted), made[0] if made else None)
+
+    @property
+    def onnx_sha256(self) -> object:
+        """SHA-256 on record of the ONNX file that counts."""
+        return self.export.get("sha256") or (self.exported.hashes.get("model.onnx") if self.exported else None)
+
+    @property
     def elsewhere(self) -> str | None:
-        """The ONNX file exported to another folder, if the run folder holds none: the one verified, else the last."""
-        own = self.path / "onnx" / "model.onnx"
-        if self.export or own.exists():
-            return None
-        outside = [step for step in self.exports if not self.holds(step)]
-        verified = [step for step in outside if step.hashes.get("model.onnx") == self.verify.get("onnx_sha256")]
-        found = verified or outside
-        return str(Path(str(found[-1].options.get("out")), own.name)) if found else None
+        """The ONNX file that counts, if the run folder holds none."""
+        step = None if self.here else self.exported
+        return str(Path(str(step.options.get("out")), "model.onnx")) if step else None
 
     @property
     def verify_command(self) -> str:
         """The command that verifies the ONNX file that counts; it names the model where the run folder holds none."""
-        model = [str(step.options.get("model")) for step in self.exports[-1:] if self.shipped is None]
+        model = [str(self.exported.options.get("model"))] if self.exported and self.shipped is None else []
         file = ["--onnx-file", self.elsewhere] if self.elsewhere else []
         return shlex.join(["growkit", "verify", *model, *file])
 

@@ -84,7 +84,7 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     if not steps:
         return None, ""
     shipped = facts.shipped[1] if facts.shipped else None
-    known = [shipped, *(step.hashes.get("model.onnx") for step in facts.exports[-1:])]
+    known = [shipped, facts.onnx_sha256]
     source = mapping(facts.grown.get("source")).get("sha256")
     own = [step for step in steps if (model := step.hashes.get("model")) and model in known]
     if new_head(facts):  # judge by another run's model: this run's own heads began untrained
@@ -176,7 +176,7 @@ def _checks(facts: Facts) -> Iterator[Gate]:
 
 def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
     """The checks of the model or file alone against a reference, if they are of the current ones."""
-    now = {facts.shipped[1] if facts.shipped else None, facts.export.get("sha256")}
+    now = (facts.shipped[1] if facts.shipped else None, facts.onnx_sha256)
     return [
         one
         for held in facts.held
