@@ -426,6 +426,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
     "more answers of another model turned wrong": (another_model_exported, ACCURATE, "pass", "yes"),
     "more answers of the file in the run turned wrong": (file_evaluated(ONNX), ACCURATE, "fail", "no"),
+    "more answers of the file in the run turned wrong, whose own record is lost": (
+        in_turn(file_evaluated(ONNX), replaced("onnx/export.json", None)),
+        ACCURATE,
+        "fail",
+        "no",
+    ),
     "more answers of the file exported elsewhere turned wrong": (file_evaluated("ff" * 32), ACCURATE, "pass", "yes"),
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
     "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),

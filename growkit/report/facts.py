@@ -121,7 +121,7 @@ class Facts:
     def exported(self) -> Step | None:
         """The export whose file counts: the run folder's, or if it holds none, the one verified, else the last."""
         made = [step for step in reversed(self.exports) if self.here or not self.holds(step)]
-        wanted = self.export.get("sha256") if self.here else self.verify.get("onnx_sha256")
+        wanted = self.export.get("sha256") or self.verify.get("onnx_sha256")
         return next((step for step in made if step.hashes.get("model.onnx") == wanted), made[0] if made else None)
 
     @property
