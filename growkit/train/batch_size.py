@@ -24,7 +24,6 @@ from growkit.train.settings import AUTO, FitSettings
 
 ROOM = 0.9  # share of the free memory that a step may take: kernels and the allocator need some too
 _FEWEST = {1: "one image", 2: "the two images that are mixed"}
-MORE_ROOM = "try --grad-checkpointing or --precision bf16, or free some"
 STEP = 8  # larger batch sizes are rounded down to a multiple of this before they are tried
 
 
@@ -190,7 +189,7 @@ def telling_what_fits(model: nn.Module, data: Data, settings: FitSettings, devic
     fits = min(largest_batch(model, data, there, device, 2, tried=processes == 1), wanted - 1)
     pairs = _together(settings)
     if fits < pairs:
-        none = f"{told}, and what is free now holds not even {_FEWEST[pairs]}; {MORE_ROOM}"
+        none = f"{told}, and what is free now holds not even {_FEWEST[pairs]}; {_more_room(device, settings)}"
         raise GrowkitError(none if wanted > pairs else _nothing_fits(device, settings))
     fits = max(part for part in range(pairs, fits + 1, pairs) if wanted % part == 0)
     raise GrowkitError(
@@ -214,4 +213,13 @@ def _together(settings: FitSettings) -> int:
 
 
 def _nothing_fits(device: torch.device, settings: FitSettings) -> str:
-    return f"the memory of {device} holds not even {_FEWEST[_together(settings)]}; {MORE_ROOM}"
+    return f"the memory of {device} holds not even {_FEWEST[_together(settings)]}; {_more_room(device, settings)}"
+
+
+def _more_room(device: torch.device, settings: FitSettings) -> str:
+    ways = [
+        *(() if settings.grad_checkpointing else ("--grad-checkpointing",)),
+        *(("--precision bf16",) if precision_on(device, settings.precision) == "fp32" else ()),
+        "a smaller model",  # whose weights, gradients and moments may be what takes the room
+    ]
+    return f"try {' or '.join(ways)}, or free some"

@@ -197,8 +197,10 @@ def test_size_is_found_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert with_batch_size(vit(), data, SETTINGS, CPU) is SETTINGS
     assert with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU).batch_size == 64
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: 1)
-    with pytest.raises(GrowkitError, match="holds not even one image"):
-        with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO), CPU)
+    saving = {"grad_checkpointing": True, "precision": "bf16"}
+    for given, remedy in (({}, "--grad-checkpointing or --precision bf16 or a smaller"), (saving, "a smaller")):
+        with pytest.raises(GrowkitError, match=f"holds not even one image; try {remedy} model, or free some"):
+            with_batch_size(vit(), data, replace(SETTINGS, batch_size=AUTO, **given), CPU)
 
 
 def test_loop_refuses_a_size_still_to_be_found() -> None:
