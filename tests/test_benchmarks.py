@@ -314,6 +314,7 @@ def test_throughput_benchmark_writes_finite_figures(run_here: Callable[..., str]
     assert list(content["images_per_second"]) == ["growkit", "timm", "growkit, cache-ram", "growkit, cache-device"]
     assert all(0 < share < 1 for share in content["share_of_peak"].values())
     assert 0.5 < sum(content["shares_of_time"].values()) <= 1
+    assert not any("Dispatch" in name for name in content["shares_of_time"])  # of counting FLOPs, before any update
     assert content["epochs_end_in_segments"]  # of a few images
     options = ["--batch-size", 4, "--workers", 1, "--steps", 2, "--rounds", 2, "--device", "cpu", "--out", out]
     augmented = ["--aa", "rand-m9-mstd0.5", "--reprob", 0.5]

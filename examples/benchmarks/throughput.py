@@ -193,16 +193,21 @@ def settings_of(options: argparse.Namespace) -> FitSettings:
     )
 
 
-def growkit_segment(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[[], float]:
-    """Images per second in the second half of a short run of fit; cached images stay cached between calls."""
+def growkit_segment(options: argparse.Namespace, device: torch.device, **changes: Any) -> Callable[..., float]:
+    """Images per second in the second half of a short run of fit; cached images stay cached between calls.
+
+    The segment takes what is to be called when that half begins.
+    """
     source, settings = start_of(options), replace(settings_of(options), **changes)
     data = open_data(options.data, source.preprocessing, settings)
 
-    def segment() -> float:
+    def segment(warmed: Callable[[], object] = lambda: None) -> float:
         records: list[StepRecord] = []
 
         def stop_in_time(record: StepRecord) -> None:
             records.append(record)
+            if record.step == options.steps:
+                warmed()
             if record.step == 2 * options.steps:
                 raise KeyboardInterrupt
 
@@ -236,8 +241,9 @@ def shares(options: argparse.Namespace, device: torch.device) -> dict[str, float
     """Share of training steps' time that each kind of operation takes itself, the largest first."""
     segment = growkit_segment(options, device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
-        segment()
+    profiler = profile(activities=activities)
+    segment(profiler.start)  # only then: what comes before updates is no part of them
+    profiler.stop()
     found = {
         event.key: float(event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
         for event in profiler.key_averages()
