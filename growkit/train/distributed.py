@@ -7,6 +7,8 @@ With several, every process must call the functions below in the same order.
 import os
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -67,8 +70,7 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         with _ended_by_sigterm():
             store, number, count = next(rendezvous("env://"))
-            # torchrun keeps one store across restarts; without its own prefix a group reads dead processes' addresses
-            own = PrefixStore(f"growkit {_attempt()}", store)
+            own = PrefixStore(_group_name(store, number, count), store)
             dist.init_process_group(backend, store=own, rank=number, world_size=count)
         yield
         done = True
@@ -99,6 +101,29 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _group_name(store: Store, number: int, count: int) -> str:
+    """Agree with the other processes on a name that no earlier process knew.
+
+    torchrun keeps one store across restarts, and in it a group would read dead processes' addresses; its count of
+    restarts may differ by host. The leader answers questions, old ones too, until all have their answer.
+    """
+    mine = f"growkit {uuid.uuid4().hex}"
+    if number:
+        store.set(f"growkit {number} asks", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name} knows {number}", "")
+        return name
+    given_up = time.monotonic() + default_pg_timeout.total_seconds()
+    while missing := [other for other in range(1, count) if not store.check([f"{mine} knows {other}"])]:
+        if time.monotonic() > given_up:
+            raise dist.DistStoreError(f"process {missing[0]} did not come")
+        for question in (f"growkit {other} asks" for other in missing):
+            if store.check([question]):
+                store.set(store.get(question).decode(), mine)
+        time.sleep(0.05)
+    return mine
 
 
 def _attempt() -> str:

@@ -23,6 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -647,26 +648,43 @@ finally:
 """
 
 
+def leave(how: str, device: str, port: str, *others: dict[str, str]) -> tuple[list[str], list[int]]:
+    """What two processes that do LEAVE print, and their statuses; `others` is what only the environment of one has."""
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE, how, device],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **here, **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, more in enumerate(others or ({}, {}))
+    ]
+    try:
+        return [process.communicate(timeout=120)[0] for process in started], [p.returncode for p in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("how", "device", "status"),
     [("done", "cpu", 0), ("left", "cpu", 1), ("refused", "cpu", 1), ("refused", "cuda", 1)],
 )
 def test_no_thread_of_gloo_outlives_the_interpreter(how: str, device: str, status: int) -> None:
     """One that does ends the process by SIGABRT, in one of some thirty."""
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEAVE, how, device],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **here),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    told = [process.communicate(timeout=120)[0] for process in started]
+    told, statuses = leave(how, device, free_port())
     assert told == [("aborted\n" if device == "cuda" else "") + "False\n"] * 2
-    assert [process.returncode for process in started] == [status] * 2
+    assert statuses == [status] * 2
+
+
+def test_workers_find_each_other_though_their_hosts_count_restarts_differently() -> None:
+    """The torchrun of a host whose worker died counts a restart; those that restart theirs to join it do not."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for counts in (("0", "0"), ("0", "1")):  # in one store, with the addresses of those before
+        others = ({"TORCHELASTIC_RESTART_COUNT": n, "TORCHELASTIC_USE_AGENT_STORE": "True"} for n in counts)
+        assert leave("done", "cpu", str(store.port), *others)[1] == [0, 0]
 
 
 @pytest.mark.parametrize(("raised", "done"), [(typer.Exit(130), True), (GrowkitError("no"), False)])
