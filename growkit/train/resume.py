@@ -82,11 +82,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], *, checked: bool = Tru
     """
     state = _read_state(folder / STATE, checked=checked)
     before = state["identity"]
-    differing = [
-        difference(option_of(name) if name in OPTIONS else name, before.get(name), identity.get(name))
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
-    ]
+    differing = differences(before, identity)
     if differing:
         longer = any(_is_more(identity.get(name), before.get(name)) for name in ("epochs", "steps"))
         more = "; to train what it gave for longer, fine-tune that into another --run" if longer else ""
@@ -96,6 +92,15 @@ def load_state(folder: Path, identity: Mapping[str, Any], *, checked: bool = Tru
 
 def _is_more(now: object, was: object) -> bool:
     return isinstance(now, int | float) and isinstance(was, int | float) and now > was
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in words where two identities differ."""
+    return [
+        difference(option_of(name) if name in OPTIONS else name, was.get(name), now.get(name))
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
 
 
 def difference(name: str, was: object, now: object) -> str:

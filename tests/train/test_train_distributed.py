@@ -178,7 +178,12 @@ def work(rank: str, port: str, *places: str) -> None:
         found["went on"] = train(images, PLAIN, folder=folder / "alone", resume=True)
         train(images, SHARDED, folder=folder / "sharded", on_step=stop_at(3))
         found["went on sharded"] = train(images, SHARDED, folder=folder / "unsharded", resume=True)
-        for name, settings in (("odd", replace(PLAIN, batch_size=9)), ("mixed", replace(PLAIN, batch_size=6, mixup=1))):
+        refused = {
+            "odd": replace(PLAIN, batch_size=9),
+            "mixed": replace(PLAIN, batch_size=6, mixup=1),
+            "unlike": replace(PLAIN, lr=0.01 + int(rank)),
+        }
+        for name, settings in refused.items():
             try:
                 train(images, settings)
             except GrowkitError as error:
@@ -384,6 +389,12 @@ def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[s
     expected = "--batch-size: 9 images do not divide among 2 processes; start 1 or 3 processes, or set --batch-size 8"
     assert [found["odd"] for found in both] == [expected] * 2
     assert "3 is odd; set --batch-size 4" in both[0]["mixed"]
+
+
+def test_processes_that_were_not_given_the_same_are_refused(both: list[dict[str, Any]]) -> None:
+    """Each would train on its part of other batches, and no one would know."""
+    expected = "the first process was given --lr 0.01, not 1.01: give all processes the same"
+    assert [found.get("unlike") for found in both] == [expected] * 2
 
 
 def test_running_statistics_which_would_differ_by_process_are_refused(both: list[dict[str, Any]]) -> None:
