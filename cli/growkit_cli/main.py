@@ -24,7 +24,7 @@ from growkit_cli import (
     verify,
 )
 from growkit_cli.guard import guarded, stoppable
-from growkit_cli.processes import speaks
+from growkit_cli.processes import leave, speaks
 from growkit_cli.typed import Typed
 
 app = typer.Typer(
@@ -123,6 +123,7 @@ def _tell(message: str) -> None:
 
     from growkit.text import visible
 
+    leave(message)
     line = f"error: {visible(message)}"
     if len(line) > LONGEST_LINE:  # the user probably gave a file's content instead of its name
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

@@ -38,7 +38,7 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
             raise leaving
         except (GrowkitError, OSError) as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; let them print why first
-            _leave(str(error))
+            leave(str(error))
             if first_to_say(str(error)):
                 raise
             raise typer.Exit(2) from None
@@ -46,7 +46,7 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _leave(message: str) -> None:
+def leave(message: str) -> None:
     """Write an error to where torchrun takes it from, for the summary that it prints below everything else."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

@@ -732,16 +732,23 @@ def test_processes_that_were_stopped_leave_as_those_that_are_done(
 
 @pytest.mark.parametrize("command", ["compare", "export", "sweep"])
 def test_other_commands_refuse_several_processes(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from growkit_cli.main import app, main
+
+    words = [command, "a", "--to", "b", "--data", "c"]
+    monkeypatch.setattr(sys, "argv", ["growkit", *words])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(GrowkitError, match=f"growkit {command} runs in one process; start it without torchrun"):
-        growkit(command, "a", "--to", "b", "--data", "c")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as left:
+        main()
+    line = f"error: growkit {command} runs in one process; start it without torchrun\n"
+    assert (left.value.code, capsys.readouterr().err) == (2, line)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert f"traceback : {line}" in ChildFailedError("growkit", {0: failure}).format_msg()
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks
-    from growkit_cli.main import app
-
-    assert app([command, "a", "--to", "b", "--data", "c"], standalone_mode=False) == 2
+    assert app(words, standalone_mode=False) == 2
 
 
 def test_device_under_torchrun_is_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
