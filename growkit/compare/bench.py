@@ -127,6 +127,7 @@ class Bench:
             model.load_state_dict(load_file(kept))
         else:
             model = self._grown(arm, replace(arm.grow, seed=seed), operator_lr, folder, progress)
+        (folder / STATE).unlink(missing_ok=True)  # not before its scores are kept
         found = read_json(figures)
         after = Scores(**found["operator"]) if "operator" in found else None
         return Start(model, Scores(**found["step0"]), after, found["flops"], found["seconds"])
@@ -167,9 +168,8 @@ class Bench:
         progress: Progress,
         watch: Watch | None = None,
     ) -> FitResult:
-        """Call fit(), resuming where it was stopped, and remove its state when it is done."""
-        state, known = None if folder is None else folder / STATE, len(self.data.unreadable)
-        resume = state is not None and state.exists()
+        """Call fit(), resuming where it was stopped; its state stays in `folder`."""
+        known, resume = len(self.data.unreadable), folder is not None and (folder / STATE).exists()
         try:
             fitted = fit(
                 model,
@@ -187,8 +187,6 @@ class Bench:
                 write_json(self.folder / UNREADABLE, list(self.data.unreadable))
         if fitted.interrupted:
             raise interruption(fitted.stopped_by)
-        if state is not None:
-            state.unlink(missing_ok=True)
         return fitted
 
     def let_starts_go(self) -> None:
@@ -242,6 +240,8 @@ class Bench:
             warmup *= steps / full.total
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
         fitted = self._fit(start.model, recipe, folder, self.score, progress, watch)
+        if folder is not None:
+            (folder / STATE).unlink(missing_ok=True)
         if fitted.judged is not start.model:
             start.model.load_state_dict(fitted.judged.state_dict())
         first = start.after_operator or start.step0

@@ -27,6 +27,7 @@ from growkit.ranges import SEEDS
 from growkit.record import RunFolder
 from growkit.report.plot import draw
 from growkit.train import loop
+from growkit.train.training import Training
 from growkit_cli.main import app
 
 
@@ -453,6 +454,28 @@ def test_a_comparison_that_is_stopped_in_the_last_scoring_of_a_run_ends_and_goes
     assert not (tmp_path / "compare" / "results.json").exists()
     again = run_compare(tmp_path, source, digits, options(methods="lemon", evals=1), resume=True)
     assert all(arm.budgets[-1].top1 is not None for arm in again.arms)
+
+
+def test_operator_whose_scoring_is_stopped_is_not_trained_again(source, digits, tmp_path, monkeypatch):
+    score, updates, stopped = Bench.score, [], []
+
+    def stopping(self, model, *, test=False):
+        if (self.folder / "starts" / "mango-s0-lr0.001" / "model.safetensors").exists() and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return score(self, model, test=test)
+
+    update = Training.update
+    monkeypatch.setattr(Bench, "score", stopping)
+    monkeypatch.setattr(Training, "update", lambda *given: (updates.append(given[1]), update(*given))[1])
+    settings = options(methods="mango")
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(tmp_path, source, digits, settings)
+    made = len(updates)
+    compared = run_compare(tmp_path, source, digits, settings, resume=True)
+    (run,) = [run for run in compared.content["runs"] if run["arm"] == "mango"]
+    assert len(updates) == made + run["steps"]
+    assert not list((tmp_path / "compare").rglob("state.pt"))
 
 
 def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, tmp_path, monkeypatch):
