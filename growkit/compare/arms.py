@@ -79,9 +79,11 @@ def parse_arm(text: str) -> Arm:
     """
     method, *parts = text.strip().split(":")
     given: dict[str, Any] = {}
+    name = method
     for part in parts:
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
+        name += f":{key}={value}"  # one spelling: results are found by this name
         if not equals or key not in OPTIONS:
             raise GrowkitError(f"--methods {text}: {part!r} is no option; choose from {', '.join(sorted(OPTIONS))}")
         try:
@@ -93,7 +95,7 @@ def parse_arm(text: str) -> Arm:
     refuse_number(f"--methods {text}: lr", rate, above=0)
     if "ranks" in given:
         given["ranks"] = given["ranks"].replace("x", ",")
-    return Arm(text.strip(), GrowSettings(method=method, **given), operator_steps=steps, operator_lr=rate)
+    return Arm(name, GrowSettings(method=method, **given), operator_steps=steps, operator_lr=rate)
 
 
 def in_words(options: Mapping[str, Any]) -> str:

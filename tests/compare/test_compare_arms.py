@@ -35,6 +35,7 @@ def test_options_of_an_arm_reach_its_settings():
     arm = parse_arm("mango:ranks=4x1x4x1:noise=0.5:steps=7:lr=0.01:vectors=false:ring-order=BIOL")
     assert (arm.grow.ranks, arm.grow.noise, arm.grow.vectors) == ("4,1,4,1", 0.5, False)
     assert (arm.grow.ring_order, arm.operator_steps, arm.operator_lr) == ("BIOL", 7, 0.01)
+    assert parse_arm(" mango:ring-order=BIOL") == parse_arm("mango:ring_order=BIOL")  # the same files, the same name
 
 
 def test_arms_that_differ_have_files_that_differ():
