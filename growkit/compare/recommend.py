@@ -137,8 +137,10 @@ def _reasons(
         )
     if len(choice.equal) > 1:
         priced = len({one.operator_flops for one in choice.equal}) > 1
-        why = "its operator is the cheapest" if priced else "it is the best"
-        lines.append(f"{len(choice.equal)} trials lie within one standard error ({choice.error:.4f}); of these {why}")
+        how, why = "have the best score", "it came first"
+        if choice.error:
+            how, why = f"lie within one standard error ({choice.error:.4f})", "it is the best"
+        lines.append(f"{len(choice.equal)} trials {how}; of these {'its operator is the cheapest' if priced else why}")
     for option in best.options:
         by_value: dict[Any, Tried] = {}
         for one in tried:

@@ -12,7 +12,7 @@ from growkit.compare.bench import Bench
 from growkit.compare.settings import SweepSettings
 from growkit.errors import GrowkitError
 from growkit.methods import find
-from growkit.methods.base import growing
+from growkit.methods.base import growing, whole
 from growkit.methods.mango import bond_ranks
 from growkit.settings import GrowSettings
 
@@ -24,6 +24,7 @@ class SearchSpace:
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = LAYERS in grown and len(grown) > 1
+        self.two_paths = LAYERS in grown or not whole(bench.source.architecture, bench.target, "embed")
         self.learned: dict[str, bool] = {}
         self.combinations: dict[str, dict[str, str]] = {}
         for one in self._all({}):
@@ -31,7 +32,16 @@ class SearchSpace:
 
     def key(self, answers: dict[str, str]) -> str:
         """A key that is equal for equivalent answers, such as 1e-3 and 0.001."""
-        return key_of(self.combine(answers)[1])
+        return self.key_of(self.combine(answers)[1])
+
+    def key_of(self, options: Mapping[str, Any]) -> str:
+        """A key that is equal for options, as `combine` gives them, of trials that would be the same."""
+        if options["method"] == "mango" and not options["steps"] and options.get("variant") in (None, "lossless"):
+            # as it starts, a lossless ring differs only in whether there is room for a second path, where it needs one
+            ranks = GrowSettings(**{name: options[name] for name in ("rank", "ranks") if name in options})
+            second = self.two_paths and min(bond_ranks(ranks)) > 1
+            options = {**options, "rank": second, "ranks": None, "ring_order": None}
+        return repr(sorted(options.items(), key=str))
 
     def questions(self, answers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each choice's name and options; its answer must be in `answers` before the next one.
@@ -96,15 +106,6 @@ class SearchSpace:
         if "noise" in answers:
             given["noise"] = float(answers["noise"])
         return replace(grow, **given), given
-
-
-def key_of(options: Mapping[str, Any]) -> str:
-    """A key that is equal for options, as `combine` gives them, of trials that would be the same."""
-    if options["method"] == "mango" and not options["steps"] and options.get("variant") in (None, "lossless"):
-        # as it starts, a lossless ring differs only in whether there is room for a second path
-        ranks = GrowSettings(**{name: options[name] for name in ("rank", "ranks") if name in options})
-        options = {**options, "rank": min(bond_ranks(ranks)) > 1, "ranks": None, "ring_order": None}
-    return repr(sorted(options.items(), key=str))
 
 
 def _listed(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from growkit.compare.folder import begin, read_own, refuse_begun
 from growkit.compare.recommend import Swept, conclude
 from growkit.compare.savings import cost_of, sign_of
 from growkit.compare.settings import SCHEMA, SweepSettings, numbers
-from growkit.compare.space import SearchSpace, key_of
+from growkit.compare.space import SearchSpace
 from growkit.compare.trials import tried_of
 from growkit.errors import GrowkitError
 from growkit.files import write_json
@@ -222,7 +222,7 @@ class Pilot:
         seed = self.bench.recipe.seed + len(ended)
         study = self._study(seed=seed)
         study.add_trials(ended)
-        untried = self.space.combinations.keys() - {key_of(trial.user_attrs["options"]) for trial in ended}
+        untried = self.space.combinations.keys() - {self.space.key_of(trial.user_attrs["options"]) for trial in ended}
 
         for _ in range(REPEATS):
             trial = study.ask()

@@ -392,10 +392,10 @@ def test_same_choice_written_twice_is_one_trial(source, digits, tmp_path):
 class Asking:
     """A space of a pair that grows in width and depth, without any training."""
 
-    def __init__(self, source, digits, folder, **given):
+    def __init__(self, source, digits, folder, sets=LARGE, **given):
         settings = SweepSettings(**{**QUICK, **given})
         job = Job(RunFolder(folder), "cpu", say=print)
-        bench = bench_of(job, folder, source, "deit_tiny", digits, RECIPE, split=settings, sets=LARGE)
+        bench = bench_of(job, folder, source, "deit_tiny", digits, RECIPE, split=settings, sets=sets)
         self.source, self.target = bench.source, bench.target
         space = SearchSpace(bench, settings)
         self.made = [space.combine(answers) for answers in space.combinations.values()]
@@ -449,6 +449,12 @@ def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_p
     for start in starts[1:]:
         for name, weight in start.state_dict().items():
             assert torch.allclose(weight, starts[0].state_dict()[name], atol=1e-6), name
+    wider = ("depth=1", "num_heads=4", "mlp_ratio=2", "embed_dim=32")  # whole multiples: one path is all it needs
+    found = Asking(source, digits, tmp_path / "wider", wider, methods="mango", **choices)
+    assert [one["rank"] for one in found.options] == [4]
+    pair = found.source.architecture, found.target, found.source.state
+    one, two = (grow(*pair, GrowSettings(rank=rank)).materialize().state_dict() for rank in (1, 2))
+    assert all(torch.allclose(weight, two[name], atol=1e-6) for name, weight in one.items())
 
 
 @pytest.mark.parametrize(("metric", "source", "word"), [("top1", 0.8212, "below"), ("loss", 0.3, "above")])
@@ -490,14 +496,20 @@ def test_score_of_a_source_with_a_new_head_is_not_held_against_trials(source, di
     assert not any("the source itself" in reason for reason in found.reasons)
 
 
-@pytest.mark.parametrize(("flops", "why"), [(30.0, "its operator is the cheapest"), (25.0, "it is the best")])
-def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, why):
-    choice = _Choice(BEST, (BEST, replace(BEST, number=2, operator_flops=flops)), 0.05)
+@pytest.mark.parametrize(
+    ("flops", "error", "said"),
+    [
+        (30.0, 0.05, "2 trials lie within one standard error (0.0500); of these its operator is the cheapest"),
+        (25.0, 0.05, "2 trials lie within one standard error (0.0500); of these it is the best"),
+        (30.0, 0.0, "2 trials have the best score; of these its operator is the cheapest"),  # a loss has no such error
+        (25.0, 0.0, "2 trials have the best score; of these it came first"),
+    ],
+)
+def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, error, said):
+    choice = _Choice(BEST, (BEST, replace(BEST, number=2, operator_flops=flops)), error)
     scratch = {"final": {"top1": 0.4, "count": 90}}
     lines = _reasons(choice, choice.equal, scratch, "top1", 0.2)
-    assert [line for line in lines if "within one standard error" in line] == [
-        f"2 trials lie within one standard error (0.0500); of these {why}"
-    ]
+    assert [line for line in lines if line.startswith("2 trials")] == [said]
 
 
 def test_best_scores_by_option_are_listed_in_the_order_of_its_values():
