@@ -174,7 +174,7 @@ def _on_best(fitted: FitResult, start: Scores | None) -> list[str]:
         return []
     lines = [f"best at update {fitted.best_step}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%}, loss {best.loss:.4f}"]
     if start is not None and best.top1 < start.top1 and not fitted.interrupted:
-        remedy = "try a lower --lr or more --epochs, or go on with the model it started from"
+        remedy = "try a lower --lr, more --epochs or --steps, or go on with the model it started from"
         lines.append(below(f"that is below the start, {start.top1:.2%}", start, best, remedy))
     return lines
 

@@ -101,7 +101,7 @@ class Costs:
         if steps < 1 and not spent:
             raise GrowkitError(
                 f"{arm.name}: a budget of {flops / 1e12:.3g} TFLOP does not pay for one update; train for more "
-                "--epochs, or leave out the smallest of --budgets"
+                "--epochs or --steps, or leave out the smallest of --budgets"
             )
         if steps < 1:
             most = math.floor((flops - self.flops_per_step(arm)) / spent * self.operator_steps(arm))
@@ -112,6 +112,6 @@ class Costs:
             whole = "give --budgets 1, " if share and self.steps_left(arm, flops / share, spent) else ""
             raise GrowkitError(
                 f"{arm.name}: its operator takes {spent / 1e12:.3g} TFLOP, which leaves nothing of a budget of "
-                f"{flops / 1e12:.3g}{smallest}; train for more --epochs, {whole}or {fewer}"
+                f"{flops / 1e12:.3g}{smallest}; train for more --epochs or --steps, {whole}or {fewer}"
             )
         return steps

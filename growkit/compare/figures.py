@@ -130,7 +130,8 @@ def warnings(content: Mapping[str, Any], arms: Sequence[ArmFigures]) -> list[str
     worse = [arm.name for arm in arms if arm.step0 and _ends_below_start(arm, metric)]
     told = [guessing(content, arms[0])]
     if worse:
-        told.insert(0, f"worse at the end than at the start: {', '.join(worse)}; try lower --lrs or more --epochs")
+        remedy = "try lower --lrs, or more --epochs or --steps"
+        told.insert(0, f"worse at the end than at the start: {', '.join(worse)}; {remedy}")
     return [line for line in told if line]
 
 
@@ -151,7 +152,7 @@ def guessing(content: Mapping[str, Any], scratch: ArmFigures) -> str | None:
         return None
     return (
         f"training from scratch learned next to nothing: top-1 {found.mean:.1%}, and guessing gives {chance:.1%}; "
-        "savings say nothing then, give more --epochs or a larger --share"
+        "savings say nothing then, give more --epochs or --steps, or a larger --share"
     )
 
 

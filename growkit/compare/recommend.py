@@ -157,7 +157,7 @@ def _reasons(
     elif saving == 1:
         lines.append(
             "it starts where training from scratch ends the pilot, so the pilot's saving is total by construction; "
-            "longer pilots (--epochs, --share) tell more"
+            "longer pilots (--epochs or --steps, --share) tell more"
         )
     elif saving <= 0:
         lines.append("on the pilot it reached that score no sooner: do not expect a saving")

@@ -407,7 +407,7 @@ def test_arms_that_end_below_their_start_are_named_and_training_from_scratch_has
     monkeypatch.setattr("growkit.compare.figures._ends_below_start", lambda arm, metric: True)
     lines = []
     run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
-    assert "warning: worse at the end than at the start: lemon; try lower --lrs or more --epochs" in lines
+    assert "warning: worse at the end than at the start: lemon; try lower --lrs, or more --epochs or --steps" in lines
 
 
 def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digits, tmp_path, monkeypatch):
@@ -673,7 +673,8 @@ def test_operator_that_takes_all_of_the_smallest_budget_is_told_with_remedies_th
     with pytest.raises(GrowkitError) as refused:
         run_compare(tmp_path, source, digits, asked)
     told = str(refused.value)
-    assert " (25% of the full one, the smallest of --budgets); train for more --epochs, give --budgets 1, or " in told
+    remedies = "train for more --epochs or --steps, give --budgets 1, or give it fewer "
+    assert f" (25% of the full one, the smallest of --budgets); {remedies}" in told
     run_compare(tmp_path, source, digits, replace(asked, budgets="1"))
     for own, far in (("mango:steps=5", False), ("mango:steps=500", True)):
         with pytest.raises(GrowkitError, match=r"give it fewer steps= in --methods") as refused:
