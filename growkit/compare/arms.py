@@ -56,7 +56,8 @@ def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], b
         arms.append(Arm("random-pad", GrowSettings(method="random-pad"), control=True))
     if "untrained-operator" in controls:
         for arm in arms[1:]:
-            if arm.grow is not None and arm.operator_steps != 0 and learned(arm.grow):
+            there = any(other.grow == arm.grow and other.operator_steps == 0 for other in arms)
+            if arm.grow is not None and not there and learned(arm.grow):
                 arms.append(replace(arm, name=f"{arm.name}, operator untrained", operator_steps=0, control=True))
     if "untrained-source" in controls:
         arms.append(replace(main, name=f"{main.name}, source untrained", fresh_source=True, control=True))

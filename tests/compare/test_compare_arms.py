@@ -31,6 +31,12 @@ def test_training_from_scratch_comes_first_and_controls_last():
     assert names(methods="lemon", controls="none") == ["from scratch", "lemon"]
 
 
+def test_each_operator_is_left_untrained_in_one_arm():
+    methods = "mango:steps=20,mango:steps=100,mango:rank=4,ligo:steps=0,ligo"
+    untrained = names(methods=methods, controls="untrained-operator")[6:]
+    assert untrained == ["mango:steps=20, operator untrained", "mango:rank=4, operator untrained"]
+
+
 def test_options_of_an_arm_reach_its_settings():
     arm = parse_arm("mango:ranks=4x1x4x1:noise=0.5:steps=7:lr=0.01:vectors=false:ring-order=BIOL")
     assert (arm.grow.ranks, arm.grow.noise, arm.grow.vectors) == ("4,1,4,1", 0.5, False)
