@@ -399,10 +399,13 @@ def test_rates_of_an_interrupted_run_and_of_what_goes_on_count_their_own_time_on
     tmp_path: Path, ticking: Callable[..., tuple[loop.FitResult, list[str]]]
 ) -> None:
     settings = replace(PLAIN, steps=9, log_every=50)
-    for resume, steps in ((False, 4), (True, 9)):
+    for resume, steps, seconds in ((False, 4, 10), (True, 9, 8 + 12)):  # the state was saved after 8
         result, told = ticking(settings, stop=3, folder=tmp_path, resume=resume)
-        assert result.steps == steps
+        assert (result.steps, result.seconds) == (steps, seconds)
         assert told[1:5] == [f"{PLAIN.batch_size / 2:.0f} images/s"] * 4
+        assert result.images_per_second == PLAIN.batch_size / 2
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["images_per_second"] == PLAIN.batch_size / 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lookahead_adamw"])
