@@ -14,6 +14,7 @@ from growkit.plan import RANKS, Plan, plan_growth
 from growkit.settings import GrowSettings
 from growkit.source import Source
 from growkit.train.flops import count_step
+from growkit_cli.plan import _methods, _ranks
 
 BATCH = 3
 SMALL, LARGE = PAIRS["wider and deeper"]
@@ -59,6 +60,15 @@ def test_bigger_rank_costs_more(planned: Plan) -> None:
         assert lower.slice_bytes <= higher.slice_bytes
     assert planned.ranks[0].slice_bytes <= planned.ranks[-1].slice_bytes  # a share of the model at any rank
     assert planned.ranks[0].flops_per_step > planned.flops_per_step[1]
+
+
+def test_tables_give_costs_as_multiples_of_what_the_plain_target_costs(planned: Plan) -> None:
+    plain = cost(build(LARGE.name, LARGE.arguments))
+    times = [rank.flops_per_step / plain for rank in planned.ranks]
+    (mango,) = [row for row in _methods(planned) if row[0] == "mango"]  # at its default rank, the first
+    assert mango[3] == f"{times[0]:.2f}"
+    shown = [(row[4], row[6]) for row in _ranks(planned, steps=100)]
+    assert shown == [(f"{one:.2f}", f"{100 * one:,.0f}") for one in times]
 
 
 def test_parameters_are_those_timm_counts(planned: Plan) -> None:

@@ -137,14 +137,14 @@ def evaluated(wrong: int, right: int, p: float) -> Change:
 
 
 def without(*commands: str, **scores: float) -> Change:
-    """No step of these commands; other top-1 of source and model where given."""
+    """No step of these commands; other scores of the fine-tuned model where given."""
 
     def change(run: RunFolder) -> None:
         content = record(run)
         content["steps"] = [step for step in content["steps"] if step["command"] not in commands]
         for step in content["steps"]:
-            if step["command"] == "finetune" and "model" in scores:
-                step["figures"]["best"]["top1"] = scores["model"]
+            if step["command"] == "finetune":
+                step["figures"]["best"] |= scores
         write_json(run.record, content)
 
     return change
@@ -268,6 +268,14 @@ def test_comparison_of_another_version_is_not_read_as_an_empty_one(tmp_path: Pat
     assert "Another version of growkit made the comparison" not in text(run)
     write_json(results, read_json(results) | {"schema": 2})
     assert "Another version of growkit made the comparison: run `growkit compare` again." in text(run)
+
+
+def test_comparison_that_grew_another_source_is_told_as_such(tmp_path: Path) -> None:
+    run, told = write_run(tmp_path / "run", compared=True), "The comparison grew another source (eeeeeeeeeeee…)"
+    assert "another source" not in text(run)
+    content = comparison()
+    write_json(run.compare / "results.json", content | {"source": content["source"] | {"sha256": "ee" * 32}})
+    assert told in text(run)
 
 
 def tuned_again_and_killed(run: RunFolder) -> None:
@@ -434,7 +442,8 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "more answers of the file exported elsewhere turned wrong": (file_evaluated("ff" * 32), ACCURATE, "pass", "yes"),
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
-    "scores alone, worse": (without("evaluate", model=0.7), ACCURATE, "inconclusive", "not yet"),
+    "scores alone, worse": (without("evaluate", top1=0.7), ACCURATE, "inconclusive", "not yet"),
+    "scores alone, of other images": (without("evaluate", count=7), ACCURATE, "inconclusive", "not yet"),
     "fine-tuned and not scored": (in_turn(without("evaluate"), unscored("finetune")), ACCURATE, "not done", "not yet"),
     "fine-tuning was killed before a score was kept": (
         in_turn(killed, without("evaluate"), unscored("finetuned/growkit.json")),
