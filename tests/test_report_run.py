@@ -32,6 +32,7 @@ from growkit.record import RunFolder
 from growkit.report.commands import command_line
 from growkit.report.facts import read_facts
 from growkit.report.gates import shipping
+from growkit.report.growth import _smoothed, duration
 from growkit.report.page import Gate, Mark, render
 from growkit.report.plot import Bars, Chart, draw
 from growkit.report.run import run_report
@@ -86,7 +87,7 @@ def test_page_tells_the_whole_way(tmp_path: Path) -> None:
         "mango, rank 4",
         "1.0×10⁻⁶",
         "86 million",
-        "Evaluation 2 of 2",
+        "Evaluation 2 of 2 (epochs) was the best",
         "+5.0 points",
         "10 turned wrong and 60 turned right",
         "343.0 MB, opset 18, IR 8",
@@ -103,6 +104,13 @@ def test_page_tells_the_whole_way(tmp_path: Path) -> None:
     assert len(plots) == len(set(plots)) >= 8
     assert "damaged" not in told
     assert "left out" not in told
+
+
+def test_curve_of_training_losses_has_means_at_the_end_of_what_they_are_of() -> None:
+    losses = [(step, float(step % 2)) for step in range(1, 104)]
+    drawn = _smoothed(losses)
+    assert (drawn.name, drawn.points) == ("training, mean of 2", [(step, 0.5) for step in range(2, 103, 2)])
+    assert _smoothed(losses[:99]).points == losses[:99]
 
 
 def test_every_gate_passes_and_it_may_ship(tmp_path: Path) -> None:
@@ -260,6 +268,18 @@ def killed(run: RunFolder) -> None:
 def half_an_operator(run: RunFolder) -> None:
     content = read_json(run.grown / "growkit.json")
     write_json(run.grown / "growkit.json", content | {"operator": content["operator"] | {"interrupted": True}})
+
+
+def test_operator_training_that_was_stopped_is_told_as_such(tmp_path: Path) -> None:
+    run, told = write_run(tmp_path / "run"), "It was stopped before its end."
+    assert told not in text(run)
+    half_an_operator(run)
+    assert told in text(run)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")])
+def test_durations_are_told_in_the_unit_that_reads_best(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
 
 
 def test_comparison_of_another_version_is_not_read_as_an_empty_one(tmp_path: Path) -> None:
