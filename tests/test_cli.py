@@ -33,6 +33,7 @@ from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 from growkit_cli.console import Console
 from growkit_cli.main import app
+from growkit_cli.progress import tell_trained
 
 ROOT = Path(__file__).parents[1]
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
@@ -896,6 +897,18 @@ def stopped(
         return words
 
     return stop
+
+
+@pytest.mark.parametrize(("rate", "told"), [(50.0, "wrote"), (0.0, "kept")])
+def test_end_of_training_tells_what_all_of_its_updates_took(
+    rate: float, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"steps": 20, "flops_per_step": 3 * 10**12, "macs_per_step": 0, "seconds": 4.0, "images_per_second": rate}
+    fitted = SimpleNamespace(**counts, best_scores=None, best_step=None, history=(), interrupted=False)
+    tell_trained(Console(), SimpleNamespace(folder="run/trained", fitted=fitted, scores_at_start=None))
+    out = capsys.readouterr().out
+    assert f"{told} run/trained after 20 updates in 4 s (" in out
+    assert out.endswith("60 TFLOP)\n")
 
 
 @pytest.mark.parametrize("command", ["finetune", "train"])

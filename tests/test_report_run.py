@@ -65,12 +65,16 @@ def test_page_tells_throughput_and_what_the_files_precision_allows(tmp_path: Pat
     checks = [{**one, "limit": 0.056} if "relative RMS" in one["name"] else one for one in verification()["checks"]]
     content = verification(checks=checks)
     content["throughput"] |= {"foreign": 0.4, "contended": True}
+    content["numerics"]["batches"]["2"]["relative_rms"] = 3e-7
+    content["numerics"]["accuracy"] |= {"n01": 3, "n10": 4}
     write_json(run.verify / "report.json", content)
     told = text(run)
     assert "Further figures" not in told
     content["throughput"]["rates"][0]["images_per_second"] = 3851.2
     write_json(run.verify / "report.json", content | {"latency": content["latency"] | {"notes": ["a busy machine"]}})
     assert all(words in text(run) for words in ("3,851", "Further figures", "a busy machine"))
+    assert "differ from the float64 model by 3.0e-07 of their spread" in told
+    assert "it turned 3 answers right and 4 wrong against PyTorch" in told
     assert "Other programs took 40% of the processors meanwhile." in told
     for words in ("Throughput, as a server runs it", "47%", "296", "The peak is 331 GFLOP/s", "spread, allowed 0.056"):
         assert words in told, words
@@ -139,6 +143,17 @@ def evaluated(wrong: int, right: int, p: float) -> Change:
     def change(run: RunFolder) -> None:
         content = record(run)
         content["steps"][2]["figures"] = agreement(wrong, right, p)
+        write_json(run.record, content)
+
+    return change
+
+
+def evaluated_again(wrong: int, right: int, p: float) -> Change:
+    """Since then the same models were compared once more."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"].append(content["steps"][2] | {"figures": agreement(wrong, right, p)})
         write_json(run.record, content)
 
     return change
@@ -275,6 +290,12 @@ def test_operator_training_that_was_stopped_is_told_as_such(tmp_path: Path) -> N
     assert told not in text(run)
     half_an_operator(run)
     assert told in text(run)
+
+
+def test_grown_model_that_nobody_fine_tuned_was_not_stopped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    operator_only(trained=True)(run)
+    assert "It was trained to its end" not in gates(run)
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")])
@@ -450,6 +471,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "yes",
     ),
     "more answers turned wrong": (evaluated(60, 10, 1e-9), ACCURATE, "fail", "no"),
+    "more answers turned wrong when it was evaluated again": (evaluated_again(60, 10, 1e-9), ACCURATE, "fail", "no"),
     "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
     "more answers of another model turned wrong": (another_model_exported, ACCURATE, "pass", "yes"),

@@ -19,7 +19,7 @@ from growkit.compare.arms import LONGER, SCRATCH
 from growkit.compare.bench import Bench
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
-from growkit.compare.page import comparison_report, plots, write_pages
+from growkit.compare.page import _reading, comparison_report, plots, write_pages
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.errors import GrowkitError
 from growkit.job import Job
@@ -149,10 +149,21 @@ def test_summary_names_the_test_images_the_sources_score_and_arms_that_end_below
         assert f"2 paired seeds, {images} test images, one of which is {100 / images:.2g} points of top-1." in page
         assert f"The source itself has top-1 {own:.1%} on the held-out images." in page
         assert re.search("Beware: worse at the end than at the start: .*mango", page)
+    lines = comparison_report({**compared.content, "full_flops": 4e12}, arms).summary
+    assert any("after 4.000 TFLOP (2.000 T multiply-adds)." in line for line in lines)
     earlier = {key: value for key, value in compared.content.items() if key not in ("own_head", "source_score")}
     for content in ({**compared.content, "own_head": False}, earlier):
         lines = comparison_report(content, arms).summary
         assert not any(line.startswith("The source itself") for line in lines)
+
+
+def test_what_the_tables_cannot_tell_is_said_above_them(whole):
+    _, compared = whole
+    for seeds, lr in ((1, 1e-3), (2, 2e-3), (2, 4e-3)):
+        budgets = (replace(compared.arms[1].budgets[-1], lr=lr),)
+        told = _reading({"seeds": seeds, "lrs": "1e-3,2e-3,4e-3"}, [replace(compared.arms[1], budgets=budgets)])
+        assert ("One seed has none" in told) is (seeds == 1)
+        assert ("Best at the edge of the grid of rates" in told) is (lr != 2e-3)
 
 
 def test_what_is_drawn_of_a_share_stays_between_0_and_100_percent(whole):

@@ -23,7 +23,7 @@ from growkit.compare import sweep as sweep_module
 from growkit.compare.arms import parse_arm
 from growkit.compare.bench import Bench, Start, bench_of
 from growkit.compare.page import trials_table
-from growkit.compare.recommend import _Choice, _commands, _reasons
+from growkit.compare.recommend import _Choice, _choose, _commands, _reasons
 from growkit.compare.settings import SweepSettings
 from growkit.compare.space import SearchSpace
 from growkit.compare.sweep import sweep_settings
@@ -349,6 +349,7 @@ def test_rate_that_fails_from_scratch_is_left_out(source, digits, tmp_path, monk
     [
         (40, 0.2, "with 20% less compute"),
         (0, 1.0, "starts where training from scratch ends"),
+        (50, 0.0, "no sooner: do not expect a saving"),
         (60, -0.2, "no sooner: do not expect a saving"),
         (None, None, "it never reached what training from scratch ends with"),
     ],
@@ -468,6 +469,15 @@ def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, w
         assert not any("warning" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("metric", "step0", "told"), [("top1", 0.6, True), ("top1", 0.4, False), ("loss", 0.4, True), ("loss", 0.6, False)]
+)
+def test_trial_that_training_made_worse_is_told_with_its_start(metric, step0, told):
+    best = replace(BEST, step0=step0)
+    lines = _reasons(_Choice(best, (best,), 0.05), [best], {"final": {metric: 0.4, "count": 90}}, metric, 0.2)
+    assert any(f"its start, {step0:.4f}: try lower --lrs" in line for line in lines) is told
+
+
 def test_sweep_scores_the_source_on_the_held_out_images_once_and_warns_on_its_page(
     source, digits, tmp_path, monkeypatch
 ):
@@ -512,8 +522,15 @@ def test_reason_for_a_trial_among_equals_is_the_one_that_decided(flops, error, s
     assert [line for line in lines if line.startswith("2 trials")] == [said]
 
 
+def test_of_equals_that_cost_the_same_the_best_is_recommended():
+    tried = [replace(BEST, number=number, score=score) for number, score in enumerate((0.5, 0.52, 0.51))]
+    choice = _choose(tried, "top1", count=90)
+    assert (len(choice.equal), choice.best) == (3, tried[1])
+
+
 def test_best_scores_by_option_are_listed_in_the_order_of_its_values():
     tried = [replace(BEST, options={**BEST.options, "steps": steps}, score=steps / 1000) for steps in (100, 20, 0, 3)]
+    tried.append(replace(tried[0], score=0.05))
     lines = _reasons(_Choice(BEST, (BEST,), 0.05), tried, {"final": {"top1": 0.4, "count": 90}}, "top1", 0.2)
     assert "best top1 by steps: 0 0.0000, 3 0.0030, 20 0.0200, 100 0.1000" in lines
 
