@@ -109,7 +109,7 @@ def _sized(model: nn.Module, opened: Data, settings: FitSettings, device: torch.
         found = f"is the largest that fits {where}"
         if takes_all:
             updates = counted(length_of(opened, sized).total, "update")
-            found = f"takes nearly all {images:,} training images, so that the run is of {updates}"
+            found = f"is the largest for {images:,} training images, so that the run is of {updates}"
         say(f"--batch-size {sized.batch_size} {found}; --lr {settings.lr:g} is not scaled")
     return sized
 

@@ -465,7 +465,7 @@ def test_grow_records_what_made_the_model(here: Path, tmp_path: Path, capsys: py
     [
         (
             "auto",
-            "--batch-size {eights} takes nearly all {images} training images, so that the run is of 1 update;"
+            "--batch-size {eights} is the largest for {images} training images, so that the run is of 1 update;"
             " --lr 0.0001 is not scaled",
         ),
         ("1000", "--batch-size 1000: there are {images} training images, and a batch takes them all"),

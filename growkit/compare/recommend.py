@@ -151,7 +151,8 @@ def _reasons(
             told = ", ".join(f"{value} {one.score:.4f}" for value, one in sorted(by_value.items()))
             lines.append(f"best {metric} by {option}: {told}")
     if best.step0 is not None and _goodness(best, metric) < sign_of(metric) * best.step0:
-        lines.append(f"it ends below its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
+        worse = "below" if metric == "top1" else "above"
+        lines.append(f"it ends {worse} its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
     if saving is None:
         lines.append("on the pilot it never reached what training from scratch ends with: do not expect a saving")
     elif saving == 1:

@@ -1,6 +1,6 @@
 """random-pad, a control: the source in a corner of freshly initialised weights.
 
-Old units and layers keep their weights among themselves. Everything new is what timm gives a fresh ViT: matrices and
+Old units and layers keep their weights among themselves. Everything new is as fresh ViTs usually start: matrices and
 embeddings are normal with deviation 0.02, truncated at two deviations; biases are 0, gains 1, layer scales 1e-5. New
 layers come last. It shows what merely having the source's numbers somewhere is worth.
 """
@@ -36,7 +36,7 @@ class RandomPad(GrowthMethod):
         return grown
 
     def _fresh(self, row: TensorSpec, slot: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return timm's initial values for this slot; `shape` is the source's."""
+        """Return initial values for this slot; `shape` is the source's."""
         spaces = (LAYERS, *row.dims) if row.layered else row.dims
         sizes = [self.target.spaces[s].size if s else old for s, old in zip(spaces, shape, strict=True)]
         if row.normalises and slot.endswith("weight"):

@@ -31,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
         available = 1024 * _entry(PROC / "meminfo", "MemAvailable:")
     except (OSError, StopIteration):  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MANY
-    share = min(available, *_left_to_groups(), MANY) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = min(available, *_left_to_groups(), MANY) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(0, min(share, _left_to_process()))
 
 

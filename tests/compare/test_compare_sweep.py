@@ -470,12 +470,14 @@ def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, w
 
 
 @pytest.mark.parametrize(
-    ("metric", "step0", "told"), [("top1", 0.6, True), ("top1", 0.4, False), ("loss", 0.4, True), ("loss", 0.6, False)]
+    ("metric", "step0", "told"),
+    [("top1", 0.6, "below"), ("top1", 0.4, None), ("loss", 0.4, "above"), ("loss", 0.6, None)],
 )
 def test_trial_that_training_made_worse_is_told_with_its_start(metric, step0, told):
     best = replace(BEST, step0=step0)
     lines = _reasons(_Choice(best, (best,), 0.05), [best], {"final": {metric: 0.4, "count": 90}}, metric, 0.2)
-    assert any(f"its start, {step0:.4f}: try lower --lrs" in line for line in lines) is told
+    remedies = [line for line in lines if "try lower --lrs" in line]
+    assert remedies == ([f"it ends {told} its start, {step0:.4f}: try lower --lrs or a longer pilot"] if told else [])
 
 
 def test_sweep_scores_the_source_on_the_held_out_images_once_and_warns_on_its_page(
