@@ -29,7 +29,7 @@ from growkit.settings import GrowSettings
 from growkit.train import training
 from growkit.train.data import Data, open_data
 from growkit.train.loop import fit
-from growkit.train.score import score_model
+from growkit.train.score import Scores, score_model
 from growkit.train.settings import FitSettings
 
 pytestmark = pytest.mark.gpu
@@ -98,7 +98,11 @@ def trained_of(operator: bool = False, pair: tuple[Architecture, Architecture] =
 def losses_of(images: Path, settings: FitSettings, device: torch.device, **what: Any) -> Tensor:
     torch.compiler.reset()
     data = open_data(str(images), INPUT, settings)
-    return torch.tensor(fit(trained_of(**what), data, settings, device=device).losses)
+
+    def judge(model: nn.Module) -> Scores:
+        return score_model(model, data, settings, device)
+
+    return torch.tensor(fit(trained_of(**what), data, settings, device=device, evaluate=judge).losses)
 
 
 @pytest.mark.parametrize("operator", [False, True], ids=["target", "operator"])
