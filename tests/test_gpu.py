@@ -282,8 +282,8 @@ def test_torchrun_trains_on_a_gpu_of_its_own(more: tuple[str, ...], images: Path
 
 
 def test_torchrun_on_a_gpu_ends_with_the_status_of_an_error(images: Path, tmp_path: Path) -> None:
-    words = ["train", "vit_tiny", *SIZES, "--data", images, "--epochs", 1, "--workers", 0, "--lr", "1e9"]
-    words += ["--opt", "sgd", "--weight-decay", 0]
+    words = ["train", "vit_tiny", *SIZES, "--data", images, "--epochs", 1, "--workers", 0, "--batch-size", 16]
+    words += ["--lr", "1e9", "--opt", "sgd", "--weight-decay", 0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
     asked = [*command, "-m", "growkit_cli", *words, "--clip-grad", 0, "--device", "cuda"]
     ended = subprocess.run(list(map(str, asked)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
