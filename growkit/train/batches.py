@@ -3,6 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -187,7 +188,8 @@ def _ahead(
 
     At most BATCHES_AHEAD are there besides the one in use, however far the GPU lags behind.
     """
-    copying = torch.cuda.Stream(device)
+    copying = _copying(device)
+    copying.wait_event(torch.cuda.current_stream(device).record_event())  # which may use batches that came before
     waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
 
     def handed_out() -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,6 +208,12 @@ def _ahead(
             yield from handed_out()
     while waiting:
         yield from handed_out()
+
+
+@lru_cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that copies: torch's allocator keeps what was freed on a stream for that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def _shares(images: int, batch_size: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from growkit.seeds import seeded
 from growkit.train import loading, posterize
 from growkit.train.batches import (
     _ahead,
+    _copying,
     _Places,
     _read_to_train,
     batches_per_epoch,
@@ -822,7 +824,8 @@ def test_batches_copied_ahead_are_those_that_are_not(
     opened: Open, reprob: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that a GPU's path does but for the copying, on tensors of the CPU."""
-    for name in ("Stream", "stream", "current_stream"):
+    monkeypatch.setattr("growkit.train.batches._copying", lambda _: MagicMock())
+    for name in ("stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: MagicMock())
     settings = replace(HARD, reprob=reprob)
     data = opened(settings)
@@ -832,13 +835,18 @@ def test_batches_copied_ahead_are_those_that_are_not(
 
 
 def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams that note what is asked of them stand in for the GPU's; none of two batches is copied over the other."""
+    """Streams that note what is asked of them stand in for the GPU's; no batch is copied over one that is in use.
+
+    Later runs over images copy on the stream of the first: torch would keep the memory of each stream for it alone.
+    """
     happened: list[str] = []
     events = iter(range(1, 99))
 
     class Stream:
         def __init__(self, name: object) -> None:
             self.name = name if isinstance(name, str) else "copying"
+            if self.name == "copying":
+                happened.append("a stream to copy on")
 
         def record_event(self) -> int:
             event = next(events)
@@ -857,6 +865,7 @@ def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypat
             happened.append(f"copy {self.name}")
             return Images(self.name)
 
+    monkeypatch.setattr("growkit.train.batches._copying", lru_cache(_copying.__wrapped__))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("working"))
@@ -870,15 +879,17 @@ def test_batches_are_copied_to_a_gpu_while_the_one_before_is_worked_on(monkeypat
         assert images.name == "ABC"[label]
         happened.append(f"work on {images.name}")
     assert happened == [
-        *("copy A, normalise", "copying: event 1", "copy B, normalise", "copying: event 2"),
-        *("working: wait for 1", "work on A", "working: event 3", "copying: wait for 3"),
-        *("copy C, normalise", "copying: event 4", "working: wait for 2", "work on B"),
-        *("working: event 5", "copying: wait for 5", "working: wait for 4", "work on C"),
-        *("working: event 6", "copying: wait for 6"),
+        *("a stream to copy on", "working: event 1", "copying: wait for 1"),
+        *("copy A, normalise", "copying: event 2", "copy B, normalise", "copying: event 3"),
+        *("working: wait for 2", "work on A", "working: event 4", "copying: wait for 4"),
+        *("copy C, normalise", "copying: event 5", "working: wait for 3", "work on B"),
+        *("working: event 6", "copying: wait for 6", "working: wait for 5", "work on C"),
+        *("working: event 7", "copying: wait for 7"),
     ]
     happened.clear()
     given = ((Images(name), torch.tensor(number)) for number, name in enumerate("ABC"))
     batches = _ahead(torch.device("cuda"), normalised, given)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
-    assert happened[-3:] == ["working: wait for 7", "working: event 9", "copying: wait for 9"]
+    assert happened[:2] == ["working: event 8", "copying: wait for 8"]
+    assert happened[-3:] == ["working: wait for 9", "working: event 11", "copying: wait for 11"]
