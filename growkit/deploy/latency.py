@@ -24,7 +24,7 @@ from growkit.deploy.parts import core_session, whole_session
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.timing import NOISY, Call, Comparison, compare
 from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
-from growkit.errors import first_line
+from growkit.errors import GrowkitError, first_line
 from growkit.float32 import multiplying
 
 
@@ -75,10 +75,15 @@ def measure_latency(
     progress  called with how many comparisons are done and which comes next
 
     Raises:
-        GrowkitError: the provider does not run here.
+        GrowkitError: the provider does not run here, or torch does not run on the GPU that it runs on.
     """
     first = whole_session(file, form, provider=settings.provider)
     device = torch.device("cpu" if first.provider == "cpu" else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise GrowkitError(
+            f"ONNX Runtime runs the file on {first.provider}, but torch {torch.__version__} sees no GPU to time PyTorch"
+            " on; install torch for CUDA, or give --no-latency"
+        )
     model = copy.deepcopy(model).eval().to(device)
     done = 0
     comparisons: list[Comparison] = []

@@ -10,9 +10,12 @@ import torch
 from deploy_models import ARGUMENTS, NAME
 from torch import nn
 
+from growkit.deploy import runtime
 from growkit.deploy.latency import equivalence, latency_check, measure_latency
+from growkit.deploy.runtime import PROVIDERS
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.timing import Comparison, Percentiles, compare
+from growkit.errors import GrowkitError
 
 
 class Machine:
@@ -241,6 +244,16 @@ def test_model_that_does_not_compile_is_a_note_and_the_rest_is_timed(
     assert note.endswith("does not compile here: InvalidCxxCompiler: No working C++ compiler found")
     assert latency.compile_seconds == {}
     assert told[-1] == 8
+
+
+def test_a_torch_without_the_gpu_that_onnx_runtime_has_is_told_with_the_remedy(
+    model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
+    monkeypatch.setattr(runtime, "_wanted", lambda provider: {provider: {}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GrowkitError, match=r"on cuda, but torch \S+ sees no GPU .* or give --no-latency$"):
+        measure_latency(model, exported, VerifySettings(provider="auto"), stock=(NAME, ARGUMENTS))
 
 
 @pytest.mark.slow  # compiles
