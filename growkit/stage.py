@@ -17,7 +17,7 @@ from growkit.train.compiling import with_compile
 from growkit.train.data import Data, size_of
 from growkit.train.distributed import by_leader, leads, restarted, size
 from growkit.train.length import length_of
-from growkit.train.loop import refuse_settings, updates_made
+from growkit.train.loop import refuse_settings, refuse_unlike, updates_made
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
 from growkit.train.resume import METRICS, STATE, begun_with
@@ -74,8 +74,9 @@ def settled(
     """Settle what is auto: tried once per run, and then read from the state in `resumed`.
 
     Raises:
-        GrowkitError: not even one image fits in memory, or `fit` would refuse the settings.
+        GrowkitError: not even one image fits in memory, `fit` would refuse the settings, or processes have others.
     """
+    refuse_unlike(opened, settings, device)
     refuse_tf32(settings, device)
     if resumed is not None and settings.compile == COMPILE_AUTO:
         settings = replace(settings, compile=begun_with(resumed, "compile", str, NoneType))

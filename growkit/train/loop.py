@@ -98,8 +98,7 @@ def fit(
 
     Raises:
         GrowkitError: nothing to train, settings that do not fit the data, a loss that is not
-            finite, --tf32 on a device without it, no state to resume from, or a state of another run; or processes
-            that were given other settings, images or models.
+            finite, --tf32 on a device without it, no state to resume from, or a state of another run.
         KeyboardInterrupt: a second signal, or a first one before anything was learned.
     """
     _refuse_values(settings)
@@ -109,7 +108,6 @@ def fit(
     device = torch.device(device)
     refuse_tf32(settings, device)
     identity = _identity(data, settings, device)
-    _refuse_unlike(identity)
     state = _state_of(folder, identity) if resume else None
     run = _Run(model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, progress)
     if state is None and on_start is not None:
@@ -416,9 +414,13 @@ def _identity(data: Data, settings: FitSettings, device: torch.device) -> dict[s
     return {**comparable(settings, device), **sizes, "classes": data.classes, **data.identity}
 
 
-def _refuse_unlike(identity: dict[str, Any]) -> None:
-    """Raise GrowkitError on all processes where one of them, such as on another host, would train something else."""
-    unlike = resuming.differences(distributed.by_leader(lambda: identity), identity)
+def refuse_unlike(data: Data, settings: FitSettings, device: torch.device) -> None:
+    """Raise GrowkitError on all processes where one of them, such as on another host, was not given the same.
+
+    It would train something else or, where it communicates at other times, wait forever: so ask before what is auto.
+    """
+    mine = {**_identity(data, settings, device), "shard": settings.shard, "log_every": settings.log_every}
+    unlike = resuming.differences(distributed.by_leader(lambda: mine), mine)
     if told := distributed.gathered(unlike):
         raise GrowkitError(f"the first process was given {'; '.join(told)}: give all processes the same")
 

@@ -33,7 +33,10 @@ from growkit.arch import build, find
 from growkit.checkpoint import WEIGHTS
 from growkit.errors import GrowkitError, Terminated
 from growkit.grow import grow
+from growkit.job import Job
+from growkit.record import RunFolder
 from growkit.settings import GrowSettings
+from growkit.stage import settled
 from growkit.train import batches as reading
 from growkit.train import distributed
 from growkit.train.augment import crop_and_flip
@@ -44,7 +47,7 @@ from growkit.train.distributed import joined
 from growkit.train.loop import FitResult, fit
 from growkit.train.progress import Progress
 from growkit.train.score import Scores, evaluate, predictor
-from growkit.train.settings import FitSettings
+from growkit.train.settings import AUTO, FitSettings
 from growkit.train.watch import StepRecord
 from growkit_cli.processes import on_processes
 
@@ -56,6 +59,7 @@ PLAIN = FitSettings(
 ACCUMULATED = replace(PLAIN, grad_accum_steps=2)
 SHARDED = replace(PLAIN, grad_accum_steps=2, model_ema=True, shard=True)
 MANGO = GrowSettings(rank=2)
+UNLIKE: dict[str, tuple[Any, Any]] = {"lr": (0.01, 0.02), "log_every": (3, 4), "batch_size": (8, AUTO)}
 CASES: dict[str, tuple[FitSettings, GrowSettings | None]] = {  # with the growth operator where that is what is trained
     "plain": (replace(PLAIN, aa="rand-m9-mstd0.5", reprob=0.3), None),
     "accumulated": (replace(PLAIN, grad_accum_steps=2, smoothing=0.1, model_ema=True, workers=1), None),
@@ -178,12 +182,7 @@ def work(rank: str, port: str, *places: str) -> None:
         found["went on"] = train(images, PLAIN, folder=folder / "alone", resume=True)
         train(images, SHARDED, folder=folder / "sharded", on_step=stop_at(3))
         found["went on sharded"] = train(images, SHARDED, folder=folder / "unsharded", resume=True)
-        refused = {
-            "odd": replace(PLAIN, batch_size=9),
-            "mixed": replace(PLAIN, batch_size=6, mixup=1),
-            "unlike": replace(PLAIN, lr=0.01 + int(rank)),
-        }
-        for name, settings in refused.items():
+        for name, settings in (("odd", replace(PLAIN, batch_size=9)), ("mixed", replace(PLAIN, batch_size=6, mixup=1))):
             try:
                 train(images, settings)
             except GrowkitError as error:
@@ -197,6 +196,13 @@ def work(rank: str, port: str, *places: str) -> None:
             distributed.by_leader(lambda: (folder / "only-0").mkdir(exist_ok=False))
         except FileExistsError as error:
             found["raised"] = str(error)
+        data, job = open_data(str(images), CONFIG, PLAIN), Job(RunFolder(folder), "cpu", say=print)
+        for name, (one, other) in UNLIKE.items():
+            settings = replace(PLAIN, **{name: other if int(rank) else one})
+            try:
+                settled(job, model_of(None), data, settings, torch.device("cpu"), None)
+            except GrowkitError as error:
+                found[f"unlike {name}"] = str(error)
         found["said"] = distributed.first_to_say("the same line")
         found["least"] = distributed.least(3 + int(rank))
         found["gathered"] = distributed.gathered(["of both", f"of {rank}"])
@@ -392,9 +398,10 @@ def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[s
 
 
 def test_processes_that_were_not_given_the_same_are_refused(both: list[dict[str, Any]]) -> None:
-    """Each would train on its part of other batches, and no one would know."""
-    expected = "the first process was given --lr 0.01, not 1.01: give all processes the same"
-    assert [found.get("unlike") for found in both] == [expected] * 2
+    """Each would train on its part of other batches, and no one would know, or wait for what the others never send."""
+    for name, (one, other) in UNLIKE.items():
+        told = f"the first process was given --{name.replace('_', '-')} {one}, not {other}: give all processes the same"
+        assert [found.get(f"unlike {name}") for found in both] == [told] * 2
 
 
 def test_running_statistics_which_would_differ_by_process_are_refused(both: list[dict[str, Any]]) -> None:
