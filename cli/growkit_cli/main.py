@@ -59,9 +59,11 @@ def growkit(
     """Grow small pretrained transformers into larger ones and take them into serving."""
     command = context.invoked_subcommand
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and command not in ON_PROCESSES:
+        line = f"growkit {command} runs in one process; start it without torchrun"
         if not speaks():
+            leave(line)
             raise typer.Exit(2)
-        raise GrowkitError(f"growkit {command} runs in one process; start it without torchrun")
+        raise GrowkitError(line)
     if debug:
         os.environ["GROWKIT_DEBUG"] = "1"
 
