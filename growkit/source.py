@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from growkit.arch import build, detect, find, full_name, parse_sets
+from growkit.arch import build, detect, find, parse_sets
 from growkit.arch.spec import Architecture
 from growkit.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_checkpoint
 from growkit.errors import GrowkitError, first_line
@@ -122,11 +122,12 @@ def _load(path: str, loading: Loading) -> Source:
 
 
 def _refuse_name(path: str) -> None:
-    """Refuse what is no file but named as an architecture; another missing file is left to who reads it."""
-    name = None
-    if not Path(path).exists():
+    """Refuse what is no file but named as weights that timm publishes; another missing file is left to who reads it."""
+    given, name = Path(path), None
+    if not given.exists():
         with suppress(GrowkitError):
-            name = full_name(Path(path).name)
+            names = (given.name, given.stem, find(given.name).name)  # with its tag, where it has one
+            name = next(filter(timm.is_model_pretrained, names), None)
     if name:
         raise GrowkitError(f"{path}: no such file or folder; {TIMM}{name} fetches the weights that timm publishes")
 

@@ -330,6 +330,9 @@ def test_text_is_no_checkpoint(tmp_path: Path, suffix: str, text: str) -> None:
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere.pth").endswith("no such file or folder")
+    for name in ("vit_giant_patch14_224.pth", "resnet50"):  # without published weights, and of another family
+        with pytest.raises(GrowkitError, match=r"no such file or folder$"):
+            load_source(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin", CONFIG])

@@ -187,6 +187,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "deit_small: no such file or folder; timm:deit_small_patch16_224 fetches the weights that timm publishes",
     ),
     "a file for its weights": (("plan", "deit_small.pth", *TO), "; timm:deit_small_patch16_224 fetches"),
+    "a file for weights of a tag": (("plan", "vit_base_patch16_224.mae.pth", *TO), "; timm:vit_base_patch16_224.mae f"),
     "train of no architecture": (("train", "vit_tinny", *DATA), "nearest: vit_tiny"),
     "train on images below a patch": (
         ("train", "vit_tiny", *DATA, "--set", "img_size=8"),
