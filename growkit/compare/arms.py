@@ -80,17 +80,19 @@ def parse_arm(text: str) -> Arm:
     """
     method, *parts = text.strip().split(":")
     given: dict[str, Any] = {}
-    name = method
+    typed: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         key = key.replace("-", "_")
-        name += f":{key}={value}"  # one spelling: results are found by this name
         if not equals or key not in OPTIONS:
             raise GrowkitError(f"--methods {text}: {part!r} is no option; choose from {', '.join(sorted(OPTIONS))}")
         try:
             given[key] = _value(OPTIONS[key], value)
         except ValueError:
             raise GrowkitError(f"--methods {text}: {value!r} is no value for {key}") from None
+        typed[key] = value if isinstance(given[key], bool | str) else str(given[key]).removesuffix(".0")
+    # one spelling, in one order: results are found by this name
+    name = ":".join((method, *(f"{key}={typed[key]}" for key in OPTIONS if key in typed)))
     steps, rate = given.pop("steps", None), given.pop("lr", None)
     refuse_number(f"--methods {text}: steps", steps, least=0)
     refuse_number(f"--methods {text}: lr", rate, above=0)

@@ -41,12 +41,25 @@ def test_options_of_an_arm_reach_its_settings():
     arm = parse_arm("mango:ranks=4x1x4x1:noise=0.5:steps=7:lr=0.01:vectors=false:ring-order=BIOL")
     assert (arm.grow.ranks, arm.grow.noise, arm.grow.vectors) == ("4,1,4,1", 0.5, False)
     assert (arm.grow.ring_order, arm.operator_steps, arm.operator_lr) == ("BIOL", 7, 0.01)
-    assert parse_arm(" mango:ring-order=BIOL") == parse_arm("mango:ring_order=BIOL")  # the same files, the same name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (" mango:ring-order=BIOL", "mango:ring_order=BIOL"),
+        ("mango:lr=1e-3:rank=04:noise=1", "mango:rank=4:noise=1:lr=0.001"),
+        ("mango:noise=1.0:lr=.001:rank=4", "mango:rank=4:noise=1:lr=0.001"),
+        ("mango:vectors=false:ranks=4x1x4x1", "mango:ranks=4x1x4x1:vectors=false"),
+    ],
+)
+def test_an_arm_has_one_name_however_its_options_are_spelled(text, name):
+    assert parse_arm(text) == parse_arm(name)  # the same files
+    assert parse_arm(text).name == name
 
 
 def test_arms_that_differ_have_files_that_differ():
     texts = ["mango", "mango:rank=4", "mango:noise=0.1", "mango:noise=0.01", "mango:lr=1e-4", "mango:lr=1e-3"]
-    texts += ["mango:noise=1e+1", "mango:noise=1e-1"]
+    texts += ["mango:noise=1e+9", "mango:noise=1e-9"]
     arms = [parse_arm(text) for text in texts]
     assert len({arm.slug for arm in arms}) == len(arms)
     assert len({Cell(arms[0], 1.0, 0, lr).slug for lr in (1e-3, 1.0000001e-3)}) == 2
