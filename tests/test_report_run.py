@@ -657,6 +657,9 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     removed("verify")(run)
     assert line_of(run, VERIFIED) == f"{command}` does it."
     assert "elsewhere/model.onnx was not verified" in text(run)
+    gone = later | {"options": later["options"] | {"out": str(run.onnx)}}  # into the run, which holds it no more
+    write_json(run.record, content | {"steps": [*content["steps"][:-1], gone]})
+    assert line_of(run, VERIFIED) == f"{command}` does it."
     again("finetune", finetuned="ee" * 32)(run)
     assert line_of(run, VERIFIED) == "`growkit export --onnx`, then `growkit verify`."
 
