@@ -378,6 +378,13 @@ def moved(run: RunFolder) -> None:
     write_json(run.record, content)
 
 
+def made_of_a_copy(run: RunFolder) -> None:
+    """What was exported into the run was a model that lay beside it."""
+    content = record(run)
+    content["steps"][3]["options"]["model"] = str(run.path.parent / "copy")
+    write_json(run.record, content)
+
+
 GOLDEN = "It answers as when it was accepted"
 WHOLE = "The record is whole"
 DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which gate, its mark, may it ship
@@ -410,6 +417,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "the file exported elsewhere is not what was accepted": (
         in_turn(removed("onnx"), exported_elsewhere, held("file", "fail", ONNX)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file is not what was accepted, and its export is not on record": (
+        in_turn(without("export"), held("file", "fail", ONNX)),
         GOLDEN,
         "fail",
         "no",
@@ -521,6 +534,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "the ONNX file is gone": (replaced("onnx/model.onnx", None), TOGETHER, "not done", "not yet"),
     "the folder of the ONNX file is gone": (removed("onnx"), TOGETHER, "not done", "not yet"),
+    "the folder of the ONNX file is gone, which was made of a copy": (
+        in_turn(removed("onnx"), made_of_a_copy),
+        TOGETHER,
+        "not done",
+        "not yet",
+    ),
     "the run was moved": (moved, TOGETHER, "pass", "yes"),
     "the run was moved without its ONNX file": (in_turn(removed("onnx"), moved), TOGETHER, "not done", "not yet"),
     "the weights were replaced": (replaced("finetuned/model.safetensors"), TOGETHER, "fail", "no"),
@@ -657,6 +676,8 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     removed("verify")(run)
     assert line_of(run, VERIFIED) == f"{command}` does it."
     assert "elsewhere/model.onnx was not verified" in text(run)
+    write_json(run.record, content)
+    assert str(tmp_path / "third") in line_of(run, VERIFIED)  # of the two, the last
     gone = later | {"options": later["options"] | {"out": str(run.onnx)}}  # into the run, which holds it no more
     write_json(run.record, content | {"steps": [*content["steps"][:-1], gone]})
     assert line_of(run, VERIFIED) == f"{command}` does it."
@@ -684,7 +705,19 @@ def test_model_that_was_fine_tuned_is_called_grown_only_where_the_run_grew_it(tm
 def test_remedies_name_the_model_where_the_run_holds_none(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     in_turn(removed("grown", "finetuned"), without("grow", "finetune", "evaluate"), only("structure"))(run)
-    assert line_of(run, FAST) == f"`growkit verify {run.finetuned} --data DATA`, with times."
+    line = f"`growkit verify {run.finetuned} --data DATA`, with times."
+    assert line_of(run, FAST) == line
+    content = record(run)
+    (export,) = (step for step in content["steps"] if step["command"] == "export")
+    other = {"options": {"model": "other", "out": "elsewhere"}, "hashes": {"model.onnx": "ff" * 32}}
+    write_json(run.record, content | {"steps": [*content["steps"], export | other]})
+    assert line_of(run, FAST) == line  # not the model of a file that was exported elsewhere since
+
+
+def test_remedies_name_no_file_elsewhere_where_the_runs_own_is_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    in_turn(replaced("onnx/model.onnx", None), file_evaluated("ff" * 32), removed("verify"))(run)
+    assert line_of(run, VERIFIED) == "Only the export's own checks: `growkit verify`."
 
 
 def test_weights_made_since_the_file_are_to_be_exported_and_not_only_verified(tmp_path: Path) -> None:
