@@ -121,11 +121,11 @@ def main() -> None:
 
 
 def _tell(message: str) -> None:
+    leave(message)
     from rich.console import Console
 
     from growkit.text import visible
 
-    leave(message)
     line = f"error: {visible(message)}"
     if len(line) > LONGEST_LINE:  # the user probably gave a file's content instead of its name
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"

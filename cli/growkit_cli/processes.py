@@ -37,7 +37,6 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
                     leaving = left
             raise leaving
         except (GrowkitError, OSError) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; let them print why first
             leave(str(error))
             if first_to_say(str(error)):
                 raise
@@ -47,9 +46,10 @@ def on_processes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def leave(message: str) -> None:
-    """Write an error to where torchrun takes it from, for the summary that it prints below everything else."""
+    """Write an error to where torchrun takes it from, for the summary below everything else, and live to print it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; let them print why first
         content = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": int(time.time())}}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps(content), encoding="utf-8")

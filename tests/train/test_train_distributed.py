@@ -748,15 +748,23 @@ def test_other_commands_refuse_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    with pytest.raises(SystemExit) as left:
-        main()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # which torchrun may send before it has spoken
+    finally:
+        signal.signal(signal.SIGTERM, before)
     line = f"error: growkit {command} runs in one process; start it without torchrun\n"
     assert (left.value.code, capsys.readouterr().err) == (2, line)
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     assert f"traceback : {line}" in ChildFailedError("growkit", {0: failure}).format_msg()
     (tmp_path / "error.json").unlink()
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks; torchrun's summary may end with any
-    assert app(words, standalone_mode=False) == 2
+    try:
+        assert app(words, standalone_mode=False) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert "runs in one process" in (tmp_path / "error.json").read_text()
 
 
