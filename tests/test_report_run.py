@@ -241,11 +241,20 @@ ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
 )
 
 
-def held(what: str, verdict: str, sha256: str) -> Change:
-    """A model or a file alone, held against a reference."""
-    check = {"group": "reference", "name": f"{what}: weights", "verdict": verdict, "line": f"why the {what}"}
-    identity = {"weights_sha256" if what == "model" else "onnx_sha256": sha256}
-    return lambda run: write_json(run.verify / f"held-{what}.json", {"checks": [check], **identity})
+def held(what: str, verdict: str, *sha256: str, timed: bool = False) -> Change:
+    """A model or a file alone, or both, held against a reference; `timed` as well."""
+    names = {"model": ["weights"], "file": ["model.onnx"]}.get(what, ["weights", "model.onnx"])
+    hashes = dict(zip(names, sha256, strict=True))
+    options = {"model": "weights" in hashes or None, "onnx": "model.onnx" in hashes or None, "reference": "accepted"}
+    failed = [f"why the {what}"] if verdict == "fail" else []
+    figures = {"verdict": verdict, "failed": failed, "latency": {"threads": 2} if timed else None}
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"].append(as_step("verify", options, figures, hashes))
+        write_json(run.record, content)
+
+    return change
 
 
 def in_turn(*changes: Change) -> Change:
@@ -408,6 +417,48 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         GOLDEN,
         "fail",
         "no",
+    ),
+    "the model alone is not what was accepted, but the one grown is": (
+        in_turn(held("model", "fail", TUNED), held("model", "pass", GROWN)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file alone is not what was accepted, but another is": (
+        in_turn(held("file", "fail", ONNX), held("file", "pass", "ff" * 32)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file alone is not what was accepted, and was accepted then": (
+        in_turn(held("file", "fail", ONNX), held("both", "pass", TUNED, ONNX)),
+        GOLDEN,
+        "pass",
+        "yes",
+    ),
+    "the file is not what was accepted, and was verified without that since": (
+        held("both", "fail", TUNED, ONNX),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file is what was accepted, and too slow, and was verified without that since": (
+        held("both", "fail", TUNED, ONNX, timed=True),
+        GOLDEN,
+        "pass",
+        "yes",
+    ),
+    "the file alone is not what was accepted, and no verification could tell": (
+        in_turn(held("file", "fail", ONNX), held("both", "inconclusive", TUNED, ONNX)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the file failed once, and is what was accepted now": (
+        in_turn(held("both", "fail", TUNED, ONNX), one_check("reference", "pass")),
+        GOLDEN,
+        "pass",
+        "yes",
     ),
     "the model is not what was accepted and there is no file": (
         in_turn(removed("onnx"), lambda run: (run.verify / "report.json").unlink(), held("model", "fail", TUNED)),

@@ -59,7 +59,6 @@ class Facts:
     config: Content  # config.json of the furthest model
     export: Content
     verify: Content
-    held: tuple[Content, ...]  # checks of the model alone and of an ONNX file alone, against a reference
     comparison: Content
     left_out: tuple[str, ...]  # a line for each file that could not be read: why, and what to do
 
@@ -181,7 +180,6 @@ def read_facts(run: RunFolder) -> Facts:
         config=read(furthest / "config.json"),
         export=read(run.onnx / "export.json"),
         verify=read(run.verify / "report.json"),
-        held=tuple(read(run.verify / f"held-{what}.json") for what in ("model", "file")),
         comparison=read(run.compare / "results.json"),
         left_out=tuple(left_out),
     )

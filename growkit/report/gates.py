@@ -7,7 +7,7 @@ from typing import Any
 from growkit.report.facts import Facts, Step, mapping, number, percent, sha256_on_disk, texts
 from growkit.report.growth import EXACT, gap_of, operator_fit, scores_of, start_line
 from growkit.report.page import Gate, Mark, cell
-from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
+from growkit.report.serving import GROUPS, checked, checks_of, group_name, is_whole, mark_of
 from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of predictions is not chance
@@ -37,8 +37,9 @@ def shipping(gates: Sequence[Gate]) -> Gate:
 
 def gates_of(facts: Facts) -> list[Gate]:
     """Gates on the start, end of training, accuracy against the source, each group of checks, and matching files."""
-    models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify, *facts.held)
-    if not any(models) and not any(files) and not facts.all("evaluate") and not facts.left_out:
+    models, files = (facts.shipped, facts.grown, facts.tuned, facts.trained), (facts.export, facts.verify)
+    judged = facts.all("evaluate") or facts.all("verify")
+    if not any(models) and not any(files) and not judged and not facts.left_out:
         return []
     has_source = facts.grown or facts.all("evaluate") or not facts.trained
     return [
@@ -154,7 +155,8 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     """One gate for each group of checks, and one for each group that a rollout needs and that is missing."""
     content = checked(facts)
     groups = checks_of(content)
-    reference = [*groups.pop("reference", ()), *_held_alone(facts)]
+    reference = groups.pop("reference", [])
+    reference += _held(facts, told=bool(reference))
     if reference:
         yield Gate(group_name("reference"), mark_of(reference), _line("reference", reference, content))
     if not groups:
@@ -174,15 +176,27 @@ def _checks(facts: Facts) -> Iterator[Gate]:
             yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command} --data DATA`{how}.")
 
 
-def _held_alone(facts: Facts) -> list[Mapping[str, Any]]:
-    """The checks of the model or file alone against a reference, if they are of the current ones."""
-    now = (facts.shipped[1] if facts.shipped else None, facts.onnx_sha256)
-    return [
-        one
-        for held in facts.held
-        if str(held.get("onnx_sha256") or held.get("weights_sha256")) in now
-        for one in checks_of(held).get("reference", ())
-    ]
+def _held(facts: Facts, *, told: bool) -> list[Mapping[str, Any]]:
+    """What the model alone and the file, as they are now, last came to against a reference; `told` by report.json too.
+
+    It is on record: report.json may be of a later verification without one, held-*.json of another model or file.
+    """
+    now = {"weights": facts.shipped[1] if facts.shipped else None, "model.onnx": facts.onnx_sha256}
+    last: dict[bool, list[Mapping[str, Any]]] = {}  # by whether a file was held
+    for step in facts.all("verify"):
+        reference, whole, verdict = step.options.get("reference"), is_whole(step), step.figures.get("verdict")
+        if whole and step.figures.get("latency"):
+            verdict = "pass"  # only a file that holds is timed
+        if not reference or not step.hashes or not step.hashes.items() <= now.items():
+            continue
+        if whole and verdict == "inconclusive":  # of something else
+            continue
+        failed = texts(step.figures.get("failed")) if verdict == "fail" else []
+        lines = failed or [f"held against {reference}: {verdict}"]
+        last["model.onnx" in step.hashes] = [
+            {"verdict": verdict, "line": line} for line in lines if not (whole and told)
+        ]
+    return [one for checks in last.values() for one in checks]
 
 
 def _line(group: str, checks: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
