@@ -349,6 +349,17 @@ def trained_here(run: RunFolder) -> None:
     write_json(run.trained / "growkit.json", {"fit": {"steps": 3}, "weights_sha256": SOURCE})
 
 
+def compared_with(source: str) -> Change:
+    """The model was compared with another source."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"][2]["hashes"]["source"] = source
+        write_json(run.record, content)
+
+    return change
+
+
 def another_model_exported(run: RunFolder) -> None:
     """Another model was exported since, and the file held against the source."""
     content = record(run)
@@ -528,6 +539,28 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "inconclusive",
         "not yet",
     ),
+    "fine-tuning was stopped, and its record is gone": (
+        in_turn(
+            lambda run: write_json(run.finetuned / "growkit.json", stopped(run)),
+            replaced("finetuned/growkit.json", None),
+        ),
+        WHOLE,
+        "inconclusive",
+        "not yet",
+    ),
+    "what was grown of a model trained here is gone": (
+        in_turn(trained_here, without("evaluate"), removed("grown")),
+        ACCURATE,
+        "not done",
+        "not yet",
+    ),
+    "what was grown is gone, and the model was held against another": (
+        in_turn(removed("grown"), compared_with("ee" * 32)),
+        ACCURATE,
+        "not done",
+        "not yet",
+    ),
+    "what was grown is gone, and the model was held against its source": (removed("grown"), ACCURATE, "pass", "yes"),
     "the comparison of methods is damaged": (
         in_turn(lambda run: run.compare.mkdir(), damaged("compare/results.json")),
         TOGETHER,

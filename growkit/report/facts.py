@@ -168,8 +168,14 @@ def read_facts(run: RunFolder) -> Facts:
         leave_out(name, "it holds something else than growkit writes there")
         return {}
 
+    def history(folder: Path) -> Content:
+        path = folder / "growkit.json"
+        if (folder / "model.safetensors").exists() and not path.exists():
+            leave_out(str(path.relative_to(run.path)), "it is missing")
+        return read(path)
+
     steps = tuple(_steps(read(run.record), run.record.name, leave_out))
-    trained, grown, tuned = (read(folder / "growkit.json") for folder in (run.trained, run.grown, run.finetuned))
+    trained, grown, tuned = (history(folder) for folder in (run.trained, run.grown, run.finetuned))
     furthest = run.finetuned if tuned else run.grown if grown else run.trained
     facts = Facts(
         path=run.path,

@@ -41,7 +41,7 @@ def gates_of(facts: Facts) -> list[Gate]:
     judged = facts.all("evaluate") or facts.all("verify")
     if not any(models) and not any(files) and not judged and not facts.left_out:
         return []
-    has_source = facts.grown or facts.all("evaluate") or not facts.trained
+    has_source = facts.grown or facts.all("grow") or facts.all("evaluate") or not facts.trained
     return [
         *_whole(facts),
         *_start(facts),
@@ -86,7 +86,7 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
         return None, ""
     shipped = facts.shipped[1] if facts.shipped else None
     known = [shipped, facts.onnx_sha256]
-    source = mapping(facts.grown.get("source")).get("sha256")
+    source = mapping(facts.grown.get("source")).get("sha256") or facts.hashes("grow").get("source")
     own = [step for step in steps if (model := step.hashes.get("model")) and model in known]
     if new_head(facts):  # judge by another run's model: this run's own heads began untrained
         made = (*facts.all("grow"), *facts.all("finetune"))
@@ -139,7 +139,9 @@ def _by_scores(facts: Facts) -> Gate:
         )
         return Gate(ACCURATE, Mark("not done"), line)
     scores, tuned = scores_of(facts), facts.tuned or facts.tuning
-    source, model = scores.get("source"), scores.get("tuned" if tuned else "operator")
+    # of a grown model that was removed nobody knows whether its source had these classes
+    source = scores.get("source") if facts.grown else None
+    model = scores.get("tuned" if tuned else "operator")
     if model is None and not tuned and not operator_fit(facts):
         model = scores.get("step0")  # nothing was trained since
     remedy = "`growkit evaluate --against SOURCE` tells image by image."
