@@ -191,7 +191,8 @@ def write_run(folder: Path, *, compared: bool = False, name: str = "small.pth", 
     grown |= {"step0_gap": 1e-6, "operator": operator, "weights_sha256": GROWN}
     write_json(run.grown / "growkit.json", {"stage": "grown", **grown})
     tuned = fit(0.85) | {"settings": asdict(tune)}
-    history = {"stage": "finetuned", "source": origin, "fit": tuned, "weights_sha256": TUNED}
+    begun = {"name": "grown", "sha256": GROWN}
+    history = {"stage": "finetuned", "source": begun, "fit": tuned, "weights_sha256": TUNED}
     write_json(run.finetuned / "growkit.json", history)
     bigger = {**sizes, "embed_dim": 768, "num_heads": 12}
     write_json(run.finetuned / "config.json", {"model_args": bigger, "pretrained_cfg": {"license": "apache-2.0"}})

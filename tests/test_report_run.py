@@ -289,6 +289,12 @@ def killed(run: RunFolder) -> None:
     write_json(run.finetuned / "growkit.json", content | {"scores": scores(0.85)})
 
 
+def grown_again_and_killed(run: RunFolder) -> None:
+    """Grown anew, and killed between the two writes."""
+    content = read_json(run.grown / "growkit.json")
+    write_json(run.grown / "growkit.json", content | {"weights_sha256": "ee" * 32})
+
+
 def half_an_operator(run: RunFolder) -> None:
     content = read_json(run.grown / "growkit.json")
     write_json(run.grown / "growkit.json", content | {"operator": content["operator"] | {"interrupted": True}})
@@ -596,6 +602,13 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "another file verified": (spoiled(onnx_sha256="ee" * 32), TOGETHER, "fail", "no"),
     "fine-tuned again": (again("finetune", finetuned="ee" * 32), TOGETHER, "fail", "no"),
     "grown again": (again("grow", grown="ee" * 32), TOGETHER, "fail", "no"),
+    "grown again, and killed before that was on record": (grown_again_and_killed, TOGETHER, "fail", "no"),
+    "grown again after fine-tuning that was killed": (
+        in_turn(killed, again("grow", grown="ee" * 32)),
+        TOGETHER,
+        "fail",
+        "no",
+    ),
     "another model was exported elsewhere, too": (
         in_turn(removed("onnx"), another_model_exported, exported_elsewhere),
         TOGETHER,

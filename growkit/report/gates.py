@@ -245,7 +245,8 @@ def _mixed(facts: Facts, weights: object) -> str:
             return f"The ONNX file was made of other weights than {model}: run `growkit export` and `verify` again."
         if _differ(facts.verify.get("weights_sha256"), sha256):
             return f"verify held a file against other weights than {model}: {again if weights else BOTH}"
-    if facts.tuning and _differ(facts.tuning.hashes.get("source"), facts.hashes("grow").get("grown")):
+    begun = mapping(facts.tuned.get("source")).get("sha256")
+    if _differ(begun, facts.grown.get("weights_sha256") or facts.hashes("grow").get("grown")):
         return "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
     return ""
 
