@@ -397,6 +397,18 @@ def exported_elsewhere(run: RunFolder) -> None:
     write_json(run.record, content)
 
 
+def exported_there_again(**hashes: str) -> Change:
+    """Exported once more into the folder of the last export."""
+
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        step = content["steps"][3]
+        content["steps"].append(step | {"hashes": step["hashes"] | hashes})
+        write_json(run.record, content)
+
+    return change
+
+
 def moved(run: RunFolder) -> None:
     """The record tells of a run that lay elsewhere, as after copying it, or from another working directory."""
     content = record(run)
@@ -611,6 +623,24 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "another model was exported elsewhere, too": (
         in_turn(removed("onnx"), another_model_exported, exported_elsewhere),
+        TOGETHER,
+        "pass",
+        "yes",
+    ),
+    "another file was exported elsewhere in its place": (
+        in_turn(removed("onnx"), exported_elsewhere, exported_there_again(**{"model.onnx": "ff" * 32})),
+        VERIFIED,
+        "not done",
+        "not yet",
+    ),
+    "another model was exported elsewhere in its place": (
+        in_turn(removed("onnx"), exported_elsewhere, exported_there_again(weights="ee" * 32)),
+        VERIFIED,
+        "not done",
+        "not yet",
+    ),
+    "exported elsewhere again, the same": (
+        in_turn(removed("onnx"), exported_elsewhere, exported_there_again()),
         TOGETHER,
         "pass",
         "yes",

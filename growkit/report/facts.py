@@ -119,7 +119,8 @@ class Facts:
     @property
     def exported(self) -> Step | None:
         """The export whose file counts: the run folder's, or if it holds none, the one verified, else the last."""
-        made = [step for step in reversed(self.exports) if self.here or not self.holds(step)]
+        latest = {str(step.options.get("out")): step for step in self.all("export")}.values()  # in each folder
+        made = [step for step in reversed(self.exports) if self.here or (step in latest and not self.holds(step))]
         wanted = self.export.get("sha256") or self.verify.get("onnx_sha256")
         return next((step for step in made if step.hashes.get("model.onnx") == wanted), made[0] if made else None)
 

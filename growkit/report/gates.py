@@ -170,9 +170,9 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if content is not facts.verify:
         yield Gate(VERIFIED, Mark("not done"), f"Only the export's own checks: `{facts.verify_command}`.")
         return
-    exported = {step.hashes.get("model.onnx") for step in facts.all("export")}
-    if not facts.export and facts.verify.get("onnx_sha256") not in exported:
-        yield Gate(VERIFIED, Mark("not done"), f"What was verified is no ONNX file of this run: {BOTH}")
+    if not facts.export and facts.verify.get("onnx_sha256") != facts.onnx_sha256:
+        remedy = f"`{facts.verify_command}`." if facts.elsewhere else BOTH
+        yield Gate(VERIFIED, Mark("not done"), f"What was verified is no ONNX file that this run has now: {remedy}")
     for group, how in (("accuracy", ""), ("latency", ", with times")):  # one command answers both
         if group not in groups:
             yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command} --data DATA`{how}.")
