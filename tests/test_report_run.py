@@ -700,7 +700,10 @@ def test_weights_beside_the_onnx_file_belong_to_it(tmp_path: Path) -> None:
     assert (gates(run)[TOGETHER], verdict(run).mark) == ("pass", "yes")
     replaced("onnx/model.onnx.data")(run)
     assert verdict(run).mark == "no"
-    assert "onnx/model.onnx with model.onnx.data is not the file that was verified: run `growkit export`" in text(run)
+    assert (
+        "onnx/model.onnx with model.onnx.data is not the file that was verified: run `growkit export --force`"
+        in text(run)
+    )
     replaced("onnx/model.onnx.data", None)(run)
     assert (gates(run)[TOGETHER], verdict(run).mark) == ("not done", "not yet")
 
@@ -784,24 +787,24 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     run = write_run(tmp_path / "run")
     assert "not looked at since" not in line_of(run, TOGETHER)
     in_turn(removed("onnx"), exported_elsewhere, only("structure", "numbers"))(run)
-    command = f"`growkit verify --onnx-file {tmp_path / 'elsewhere' / 'model.onnx'}"
-    assert line_of(run, "It scores like the model") == f"{command} --data DATA`."
-    assert line_of(run, FAST) == f"{command} --data DATA`, with times."
+    command = f"`growkit verify --onnx-file {tmp_path / 'elsewhere' / 'model.onnx'} --data DATA`"
+    assert line_of(run, "It scores like the model") == f"{command}."
+    assert line_of(run, FAST) == f"{command}, with times."
     assert line_of(run, TOGETHER).endswith(", exported elsewhere and not looked at since.")
     content = record(run)
     later = content["steps"][3]
     options = later["options"] | {"out": str(tmp_path / "third")}
     content["steps"].append(later | {"options": options, "hashes": later["hashes"] | {"model.onnx": "ff" * 32}})
     write_json(run.record, content)
-    assert line_of(run, "It scores like the model") == f"{command} --data DATA`."  # of the two, the one verified
+    assert line_of(run, "It scores like the model") == f"{command}."  # of the two, the one verified
     write_json(run.record, content | {"steps": content["steps"][:-1]})
     report = run.verify / "report.json"
     write_json(report, read_json(report) | {"onnx": "moved/model.onnx"})
     assert "Verified was moved/model.onnx." in text(run)
     spoiled(weights_sha256="ee" * 32)(run)
-    assert line_of(run, TOGETHER).endswith(f": run {command}` again.")
+    assert line_of(run, TOGETHER).endswith(f": run {command} again.")
     removed("verify")(run)
-    assert line_of(run, VERIFIED) == f"{command}` does it."
+    assert line_of(run, VERIFIED) == f"{command} does it."
     assert "elsewhere/model.onnx was not verified" in text(run)
     write_json(run.record, content)
     assert str(tmp_path / "third") in line_of(run, VERIFIED)  # of the two, the last
@@ -809,7 +812,7 @@ def test_remedies_name_the_file_that_was_exported_elsewhere(tmp_path: Path) -> N
     write_json(run.record, content | {"steps": [*content["steps"][:-1], gone]})
     assert line_of(run, VERIFIED) == f"{command}` does it."
     again("finetune", finetuned="ee" * 32)(run)
-    assert line_of(run, VERIFIED) == "`growkit export --onnx`, then `growkit verify`."
+    assert line_of(run, VERIFIED) == "`growkit export --onnx`, then `growkit verify --data DATA`."
 
 
 def test_fine_tuning_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
@@ -850,7 +853,29 @@ def test_remedies_name_no_file_elsewhere_where_the_runs_own_is_missing(tmp_path:
 def test_weights_made_since_the_file_are_to_be_exported_and_not_only_verified(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     again("finetune", finetuned="ee" * 32)(run)
-    assert line_of(run, TOGETHER).endswith(": run `growkit export` and `verify` again.")
+    exported, verified = read_json(run.onnx / "export.json"), verification(onnx_sha256="ee" * 32)
+    write_json(run.verify / "report.json", verified)  # of yet another file, which is beside the point
+    assert line_of(run, TOGETHER).endswith(": run `growkit export --force`, then `growkit verify --data DATA`.")
+    write_json(run.onnx / "export.json", exported | {"provenance": {"weights_sha256": "ee" * 32}})
+    assert line_of(run, TOGETHER).endswith(" now: run `growkit verify --data DATA` again.")
+
+
+def test_remedies_begin_with_what_was_made_first(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    in_turn(again("finetune", finetuned="ee" * 32), again("grow", grown="ee" * 32))(run)
+    assert "run `growkit finetune --force --data DATA` and what comes after it." in line_of(run, TOGETHER)
+
+
+def test_remedies_of_another_run_than_the_default_are_told_to_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, told in (("run", False), ("my run", True)):
+        run = write_run(Path(folder))
+        assert not any("remedy" in line for line in run_report(run).summary)
+        removed("verify")(run)
+        line = "Commands that are named as a remedy take --run 'my run' here."
+        assert (line in run_report(run).summary) is told
 
 
 def test_headline_tells_the_sources_score_where_only_a_comparison_does(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class Facts:
         """The command that verifies the ONNX file that counts; it names the model where the run folder holds none."""
         model = [str(self.exported.options.get("model"))] if self.exported and self.shipped is None else []
         file = ["--onnx-file", self.elsewhere] if self.elsewhere else []
-        return shlex.join(["growkit", "verify", *model, *file])
+        return shlex.join(["growkit", "verify", *model, *file, "--data", "DATA"])
 
 
 def read_facts(run: RunFolder) -> Facts:

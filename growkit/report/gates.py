@@ -16,7 +16,8 @@ ENDED = "It was trained to its end"
 TOGETHER = "The files belong together"
 WHOLE = "The record is whole"
 VERIFIED = "The ONNX file was verified"
-BOTH = "`growkit export --onnx`, then `growkit verify`."
+BOTH = "`growkit export --onnx`, then `growkit verify --data DATA`."
+ANEW = "run `growkit export --force`, then `growkit verify --data DATA`."
 LINES = 3  # checks quoted per group
 
 
@@ -135,7 +136,8 @@ def _by_scores(facts: Facts) -> Gate:
     if new_head(facts):
         line = (
             "Its source has other classes, or none, so there is nothing to hold it against: fine-tune the source, too "
-            "(`growkit finetune SOURCE --data DATA --run OTHER`), then `growkit evaluate --against OTHER/finetuned`."
+            "(`growkit finetune SOURCE --data DATA --run OTHER`), "
+            "then `growkit evaluate --data DATA --against OTHER/finetuned`."
         )
         return Gate(ACCURATE, Mark("not done"), line)
     scores, tuned = scores_of(facts), facts.tuned or facts.tuning
@@ -144,7 +146,7 @@ def _by_scores(facts: Facts) -> Gate:
     model = scores.get("tuned" if tuned else "operator")
     if model is None and not tuned and not operator_fit(facts):
         model = scores.get("step0")  # nothing was trained since
-    remedy = "`growkit evaluate --against SOURCE` tells image by image."
+    remedy = "`growkit evaluate --data DATA --against SOURCE` tells image by image."
     if source is None or model is None:
         return Gate(ACCURATE, Mark("not done"), f"Not measured here: {remedy}")
     if source.get("count") != model.get("count"):
@@ -175,7 +177,7 @@ def _checks(facts: Facts) -> Iterator[Gate]:
         yield Gate(VERIFIED, Mark("not done"), f"What was verified is no ONNX file that this run has now: {remedy}")
     for group, how in (("accuracy", ""), ("latency", ", with times")):  # one command answers both
         if group not in groups:
-            yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command} --data DATA`{how}.")
+            yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command}`{how}.")
 
 
 def _held(facts: Facts, *, told: bool) -> list[Mapping[str, Any]]:
@@ -236,18 +238,19 @@ def _mixed(facts: Facts, weights: object) -> str:
     """Say which steps worked on different models, as steps may run more than once; `weights` were exported."""
     verified, exported = facts.verify.get("onnx_sha256"), facts.export.get("sha256")
     again = f"run `{facts.verify_command}` again."
+    stage, sha256 = facts.shipped or ("", "")
+    model = f"{facts.path.resolve().name}/{stage}"
+    begun = mapping(facts.tuned.get("source")).get("sha256")
+    # what was made first goes first: its remedy makes the later files anew, too
+    if _differ(begun, facts.grown.get("weights_sha256") or facts.hashes("grow").get("grown")):
+        remedy = "run `growkit finetune --force --data DATA` and what comes after it."
+        return f"The fine-tuned model did not start from the latest grown model: {remedy}"
+    if _differ(weights, sha256):
+        return f"The ONNX file was made of other weights than {model}: {ANEW}"
     if _differ(verified, exported):
         return f"verify checked {short(verified)}…, the ONNX file is {short(exported)}… now: {again}"
-    if facts.shipped:
-        stage, sha256 = facts.shipped
-        model = f"{facts.path.resolve().name}/{stage}"
-        if _differ(weights, sha256):
-            return f"The ONNX file was made of other weights than {model}: run `growkit export` and `verify` again."
-        if _differ(facts.verify.get("weights_sha256"), sha256):
-            return f"verify held a file against other weights than {model}: {again if weights else BOTH}"
-    begun = mapping(facts.tuned.get("source")).get("sha256")
-    if _differ(begun, facts.grown.get("weights_sha256") or facts.hashes("grow").get("grown")):
-        return "The fine-tuned model did not start from the latest grown model: run `growkit finetune` again."
+    if _differ(facts.verify.get("weights_sha256"), sha256):
+        return f"verify held a file against other weights than {model}: {again if weights else BOTH}"
     return ""
 
 
@@ -261,8 +264,8 @@ def _replaced(facts: Facts) -> Gate | None:
     known: list[tuple[list[Path], object, str, str]] = []  # files, the SHA-256 on record and what it is of, what to do
     if made_here or facts.export or (onnx / "model.onnx").exists():
         names = dict.fromkeys(("model.onnx", *(Path(name).name for name in texts(facts.export.get("files")))))
-        what, remedy = f"that was {'verified' if verified else 'exported'}", "run `growkit export` and `verify` again."
-        known.append(([onnx / name for name in names], verified or exported, what, remedy))
+        what = f"that was {'verified' if verified else 'exported'}"
+        known.append(([onnx / name for name in names], verified or exported, what, ANEW))
     if facts.shipped:
         stage, sha256 = facts.shipped
         remedy = "restore it, or run the steps from there again."

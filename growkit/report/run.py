@@ -1,7 +1,9 @@
 """The report of a run, from its folder alone: a model's whole history, for whoever decides on its rollout."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from growkit.errors import GrowkitError
 from growkit.record import RunFolder
@@ -22,6 +24,7 @@ from growkit.report.serving import latency_section, parity_section
 from growkit.report.steps import hashes, machines, step_sections
 from growkit.text import short
 
+DEFAULT = Path("run")  # of --run
 # exceptions that damaged records cause
 ODD = (ArithmeticError, AttributeError, GrowkitError, LookupError, TypeError, ValueError)
 
@@ -53,7 +56,10 @@ def run_report(run: RunFolder) -> Report:
     except ODD as error:
         gates = [Gate(WHOLE, Mark("fail"), f"It is damaged ({type(error).__name__}): run the steps again.")]
     title, summary = _head(facts)
-    return Report(title, summary, sections, shipping(gates), gates, facts.left_out)
+    verdict = shipping(gates)
+    if verdict.mark != "yes" and facts.path != DEFAULT:
+        summary.append(f"Commands that are named as a remedy take --run {shlex.quote(str(facts.path))} here.")
+    return Report(title, summary, sections, verdict, gates, facts.left_out)
 
 
 def _guarded(title: str, make: Callable[[Facts], Section], facts: Facts) -> Section:
@@ -92,7 +98,8 @@ def _behaviour(facts: Facts) -> Section:
     step, stale = behaviour_step(facts)
     if step is None:
         return Section(
-            title, "Not compared: `growkit evaluate --against SOURCE` tells which answers turned wrong or right."
+            title,
+            "Not compared: `growkit evaluate --data DATA --against SOURCE` tells which answers turned wrong or right.",
         )
     compared = f"{step.options.get('model')} against {step.options.get('against')}, on {step.options.get('data')}."
     lines = filter(None, (compared, stale, *earlier_line(facts.all("evaluate"), step)))
