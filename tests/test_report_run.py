@@ -173,6 +173,15 @@ def without(*commands: str, **scores: float) -> Change:
     return change
 
 
+def tuned_on(data: str) -> Change:
+    def change(run: RunFolder) -> None:
+        content = record(run)
+        content["steps"][1]["options"]["data"] = data
+        write_json(run.record, content)
+
+    return change
+
+
 def unscored(made: str) -> Change:
     """Without the scores in this file, or in the figures of the step of this command."""
 
@@ -601,6 +610,18 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "scores alone, better": (without("evaluate"), ACCURATE, "pass", "yes"),
     "scores alone, worse": (without("evaluate", top1=0.7), ACCURATE, "inconclusive", "not yet"),
     "scores alone, of other images": (without("evaluate", count=7), ACCURATE, "inconclusive", "not yet"),
+    "scores alone, of as many images of other data": (
+        in_turn(without("evaluate"), tuned_on("others")),
+        ACCURATE,
+        "inconclusive",
+        "not yet",
+    ),
+    "scores alone, of the same data spelled otherwise": (
+        in_turn(without("evaluate"), tuned_on("./images/")),
+        ACCURATE,
+        "pass",
+        "yes",
+    ),
     "fine-tuned and not scored": (in_turn(without("evaluate"), unscored("finetune")), ACCURATE, "not done", "not yet"),
     "fine-tuning was killed before a score was kept": (
         in_turn(killed, without("evaluate"), unscored("finetuned/growkit.json")),

@@ -149,7 +149,8 @@ def _by_scores(facts: Facts) -> Gate:
     remedy = "`growkit evaluate --data DATA --against SOURCE` tells image by image."
     if source is None or model is None:
         return Gate(ACCURATE, Mark("not done"), f"Not measured here: {remedy}")
-    if source.get("count") != model.get("count"):
+    data = {Path(str(step.options.get("data"))) for step in (facts.latest("grow"), facts.tuning) if step}
+    if source.get("count") != model.get("count") or len(data) > 1:
         return Gate(ACCURATE, Mark("inconclusive"), f"Measured on different images: {remedy}")
     line = f"Top-1 {percent(source['top1'])} → {percent(model['top1'])} on validation images; {remedy}"
     return Gate(ACCURATE, Mark("pass" if model["top1"] >= source["top1"] else "inconclusive"), line)
