@@ -1304,8 +1304,12 @@ def test_run_that_only_trained_is_not_asked_for_a_source(tmp_path: Path) -> None
     write_json(run.trained / "growkit.json", {"stage": "trained"})
     for name in ("grown", "finetuned"):
         shutil.rmtree(run.path / name)
+    tuned = record(run)["steps"][1]
     without("grow", "finetune", "evaluate")(run)
     assert ACCURATE not in gates(run)
+    content = record(run)
+    write_json(run.record, content | {"steps": [*content["steps"], tuned]})  # trained, and fine-tuned then
+    assert gates(run)[ACCURATE] == "not done"
 
 
 @pytest.mark.parametrize("typed", [None, 3, "growkit grow 'small", ["growkit"]])

@@ -42,7 +42,8 @@ def gates_of(facts: Facts) -> list[Gate]:
     judged = facts.all("evaluate") or facts.all("verify")
     if not any(models) and not any(files) and not judged and not facts.left_out:
         return []
-    has_source = facts.grown or facts.all("grow") or facts.all("evaluate") or not facts.trained
+    made = any(map(facts.all, ("grow", "finetune", "evaluate")))
+    has_source = facts.grown or facts.tuned or made or not facts.trained
     return [
         *_whole(facts),
         *_start(facts),
