@@ -779,6 +779,7 @@ def test_a_source_of_other_classes_is_no_measure_but_one_tuned_to_them_is(tmp_pa
         content["source"]["own_head"] = False
         write_json(path, content)
         evaluate = next(step for step in record(run)["steps"] if step["command"] == "evaluate")
+        assert "source 80.0%" not in text(run)  # of a head that guesses
         without("evaluate")(run)
         assert gates(run)[ACCURATE] == "not done"
         assert "fine-tune the source, too" in text(run)

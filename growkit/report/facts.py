@@ -87,6 +87,11 @@ class Facts:
         return None if made and now and made != now else self.latest("finetune")
 
     @property
+    def new_head(self) -> bool:
+        """Whether the classifier was replaced on the way: the source has other classes, so no comparable accuracy."""
+        return any(mapping(model.get("source")).get("own_head") is False for model in (self.grown, self.tuned))
+
+    @property
     def shipped(self) -> tuple[str, str] | None:
         """The folder of the furthest model, as `growkit export` takes it, and the SHA-256 of its weights."""
         made = (

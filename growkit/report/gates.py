@@ -90,7 +90,7 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     known = [shipped, facts.onnx_sha256]
     source = mapping(facts.grown.get("source")).get("sha256") or facts.hashes("grow").get("source")
     own = [step for step in steps if (model := step.hashes.get("model")) and model in known]
-    if new_head(facts):  # judge by another run's model: this run's own heads began untrained
+    if facts.new_head:  # judge by another run's model: this run's own heads began untrained
         made = (*facts.all("grow"), *facts.all("finetune"))
         stages = {str(sha256) for step in made for sha256 in step.hashes.values()}
         others = [step for step in own if str(step.hashes.get("source")) not in stages]
@@ -104,15 +104,10 @@ def behaviour_step(facts: Facts) -> tuple[Step | None, str]:
     return steps[-1], f"It is of {steps[-1].options.get('model')}, which is not the model as it stands now."
 
 
-def new_head(facts: Facts) -> bool:
-    """Whether the classifier was replaced on the way: the source has other classes, so no comparable accuracy."""
-    return any(mapping(model.get("source")).get("own_head") is False for model in (facts.grown, facts.tuned))
-
-
 def _accuracy(facts: Facts) -> Gate:
     """Accuracy against the source, image by image if that was evaluated, else by the two scores."""
     step, stale = behaviour_step(facts)
-    if step and not stale and (gate := _by_image(step, new_head=new_head(facts))):
+    if step and not stale and (gate := _by_image(step, new_head=facts.new_head)):
         return gate
     return _by_scores(facts)
 
@@ -134,7 +129,7 @@ def _by_image(step: Step, *, new_head: bool) -> Gate | None:
 
 def _by_scores(facts: Facts) -> Gate:
     """The gate of the scores on record."""
-    if new_head(facts):
+    if facts.new_head:
         line = (
             "Its source has other classes, or none, so there is nothing to hold it against: fine-tune the source, too "
             "(`growkit finetune SOURCE --data DATA --run OTHER`), "

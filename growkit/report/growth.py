@@ -196,6 +196,8 @@ def scores_of(facts: Facts) -> dict[str, Mapping[str, Any]]:
         found.setdefault("operator", mapping(tune.figures.get("start")))
     elif facts.tuned:
         found["tuned"] = mapping(facts.tuned.get("scores"))
+    if facts.new_head:  # the source was scored with the new one, untrained
+        found.pop("source", None)
     return {name: one for name, one in found.items() if number(one.get("top1")) is not None}
 
 

@@ -10,7 +10,7 @@ from growkit.record import RunFolder
 from growkit.report.behaviour import agreement_sections
 from growkit.report.commands import ONCE, command_line, in_lines
 from growkit.report.facts import Facts, mapping, percent, read_facts
-from growkit.report.gates import WHOLE, behaviour_step, gates_of, new_head, shipping
+from growkit.report.gates import WHOLE, behaviour_step, gates_of, shipping
 from growkit.report.growth import (
     earlier_line,
     grown_sizes,
@@ -82,7 +82,7 @@ def _head(facts: Facts) -> tuple[str, list[str]]:
     lines = [f"{origin.get('name')}, a {source}, was grown with {method}" + (f": {sizes}." if sizes else ".")]
     scores = scores_of(facts)
     step, stale = behaviour_step(facts)
-    if "source" not in scores and step and not stale and not new_head(facts):  # both of the same images
+    if "source" not in scores and step and not stale and not facts.new_head:  # both of the same images
         last = "tuned" if facts.tuned or facts.tuning else "step0"
         scores = {"source": mapping(step.figures.get("source_scores")), last: mapping(step.figures.get("model_scores"))}
     told = (("source", "source"), ("step0", "grown"), ("tuned", "fine-tuned"))
