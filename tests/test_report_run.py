@@ -575,6 +575,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "inconclusive",
         "not yet",
     ),
+    "fine-tuning was stopped, and its record tells nothing": (
+        replaced("finetuned/growkit.json", b"{}"),
+        WHOLE,
+        "inconclusive",
+        "not yet",
+    ),
     "what was grown of a model trained here is gone": (
         in_turn(trained_here, without("evaluate"), removed("grown")),
         ACCURATE,

@@ -175,10 +175,13 @@ def read_facts(run: RunFolder) -> Facts:
         return {}
 
     def history(folder: Path) -> Content:
-        path = folder / "growkit.json"
-        if (folder / "model.safetensors").exists() and not path.exists():
-            leave_out(str(path.relative_to(run.path)), "it is missing")
-        return read(path)
+        path, told = folder / "growkit.json", len(left_out)
+        content = read(path)
+        unknown = "weights_sha256" not in content and len(left_out) == told
+        if unknown and (folder / "model.safetensors").exists():
+            why = "it says nothing of the weights beside it" if path.exists() else "it is missing"
+            leave_out(str(path.relative_to(run.path)), why)
+        return content
 
     steps = tuple(_steps(read(run.record), run.record.name, leave_out))
     trained, grown, tuned = (history(folder) for folder in (run.trained, run.grown, run.finetuned))
