@@ -12,7 +12,7 @@ from PIL import Image
 from growkit.report.facts import Step
 from growkit.report.page import STYLE, Gate, Mark, Report, Section, Table, cell, render, write_report
 from growkit.report.plot import Bar, Bars, Dots, Plot, Point, Series, draw, save
-from growkit.report.steps import machines, step_sections
+from growkit.report.steps import machines, step_section
 
 EVIL = "<script>alert('x')</script>\"&<img src=http://example.org/x onerror=y>"
 ALONE = {"meta", "img", "br", "link"}  # elements without an end tag
@@ -265,52 +265,21 @@ def test_saved_files_stand_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
 
 
-def step(command: str, **figures: object) -> dict[str, object]:
+def step(command: str) -> dict[str, object]:
     return {
         "command": command,
         "finished": "2026-01-02T03:04:05+00:00",
         "options": {"seed": 3, "lr": 0.001, "to": None},
-        "figures": figures,
         "hashes": {"model.safetensors": "ab" * 32},
         "versions": {"torch": "2.15.0"},
         "hardware": {"cpu": "a processor"},
     }
 
 
-def sections(content: dict[str, object]) -> list[Section]:
-    return step_sections(Step(1, content))
-
-
-def test_step_has_its_figures_and_options() -> None:
-    (grow,) = sections(step("grow", gap={"x": 1}))
+def test_step_has_its_time_and_options() -> None:
+    grow = step_section(Step(1, step("grow")))
     assert grow.title == "1. grow"
     assert grow.text == "Finished 2026-01-02 03:04:05 UTC.\nOptions: seed 3, lr 0.001."
-    assert grow.table == Table(("Figure", "Value"), [("gap: x", 1)])
-
-
-def test_curves_become_plots_of_losses_and_of_scores() -> None:
-    curve = [{"step": n, "loss": 1 / (n + 1), "lr": 0.1} for n in range(3)]
-    scores = [{"step": 2, "top1": 0.5, "val_loss": 1.0}, {"step": 4, "top1": None}]
-    (section,) = sections(step("train", curve=curve, scores=scores))
-    drawn = {chart.title: [line.points for line in chart.series] for chart in section.plots}
-    assert drawn == {
-        "curve: loss": [[(0, 1), (1, 0.5), (2, 1 / 3)]],
-        "scores: val loss": [[(2, 1)]],
-        "scores: top1": [[(2, 0.5)]],
-    }
-    assert section.table is None
-
-
-@pytest.mark.parametrize("clock", [(), (9, 8)])
-def test_rows_that_are_no_curve_become_a_table(clock: tuple[int, ...]) -> None:
-    checks: list[dict[str, object]] = [{"check": "numbers", "passed": True}, {"check": "speed", "ratio": 1.1}]
-    for one, images in zip(checks, clock, strict=False):  # a clock does not go back
-        one["images"] = images
-    _, section = sections(step("verify", checks=checks))
-    assert section.title == "1. verify: checks"
-    assert section.table is not None
-    assert set(section.table.columns) == {"check", "passed", "ratio", *(("images",) if clock else ())}
-    assert [row[:2] for row in section.table.rows] == [["numbers", True], ["speed", None]]
 
 
 def test_machines_that_differ_get_a_column_each() -> None:
@@ -327,16 +296,13 @@ def test_machines_that_differ_get_a_column_each() -> None:
     "odd",
     [
         {},
-        {"command": None, "figures": None, "options": [1], "hashes": "x", "versions": 3},
-        {"command": "train", "figures": {"curve": [], "scores": [{}], "a": {"b": {}}}},
-        {"command": "train", "figures": {"curve": [{"step": "one", "loss": "nan"}]}},
-        {"command": "train", "figures": {"curve": [{"step": 1}], "losses": list(range(99))}},
-        {"command": "train", "figures": {"curve": [{"step": 1, "loss": math.nan}, {"x": [1]}]}},
-        {"command": EVIL, "figures": {EVIL: {EVIL: EVIL}}, "hashes": {EVIL: EVIL}},
+        {"command": None, "options": [1], "hashes": "x", "versions": 3},
+        {"command": "train", "options": {"a": {"b": {}}, "losses": list(range(99)), "lr": math.nan}},
+        {"command": EVIL, "options": {EVIL: {EVIL: EVIL}}, "hashes": {EVIL: EVIL}},
     ],
 )
 def test_odd_steps_still_make_a_page(odd: dict[str, object]) -> None:
-    page = Page(render(Report("t", [], sections(odd))))
+    page = Page(render(Report("t", [], [step_section(Step(1, odd))])))
     assert page.open == []
     assert "script" not in page.names()
 

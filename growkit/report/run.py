@@ -21,7 +21,7 @@ from growkit.report.growth import (
 )
 from growkit.report.page import Gate, Mark, Report, Section, Table
 from growkit.report.serving import latency_section, parity_section
-from growkit.report.steps import hashes, machines, step_sections
+from growkit.report.steps import hashes, machines, step_section
 from growkit.text import short
 
 DEFAULT = Path("run")  # of --run
@@ -140,14 +140,10 @@ def _provenance(facts: Facts) -> Section:
     seeds = [(step.name, step.options["seed"]) for step in steps if "seed" in step.options]
     parts = []
     if steps:
-        parts.append(Section("Machine and versions", table=machines(steps)))
-        parts.append(Section("Files", table=hashes(steps)))
-    if seeds:
-        parts.append(Section("Seeds", table=Table(("step", "seed"), [(name, str(seed)) for name, seed in seeds])))
-    told = ("train", "grow", "finetune", "evaluate", "export", "verify")  # their figures have sections of their own
-    made = [one for step in steps for one in step_sections(step, figures=step.command not in told)]
-    if made:
-        parts.append(Section("Every step as recorded", parts=made, folded=True))
+        parts = [Section("Machine and versions", table=machines(steps)), Section("Files", table=hashes(steps))]
+        if seeds:
+            parts.append(Section("Seeds", table=Table(("step", "seed"), [(name, str(seed)) for name, seed in seeds])))
+        parts.append(Section("Every step as recorded", parts=[*map(step_section, steps)], folded=True))
     return Section(
         "Provenance", "\n".join(lines) or "No steps on record.", code=[*map(in_lines, commands)], parts=parts
     )

@@ -8,7 +8,7 @@ from growkit.report.facts import Facts, Step, formatted, mapping, number, rows, 
 from growkit.report.growth import earlier_line
 from growkit.report.page import Mark, Section, Table, cell
 from growkit.report.plot import LONG, Bar, Bars, Chart, Dots
-from growkit.report.steps import figure_sections
+from growkit.report.steps import figures_table
 from growkit.text import clipped, counted
 
 GROUPS = {  # the known groups of checks, as statements for a reader
@@ -176,7 +176,7 @@ def latency_section(facts: Facts) -> Section:
         parts.insert(0, _group("latency", checks))
     more = {key: value for key, value in timed.items() if value and key not in TOLD}
     if more:
-        parts += figure_sections("Further figures", more)
+        parts.append(Section("Further figures", table=figures_table(more)))
     return Section("Latency", "\n".join(lines), plots=plots, parts=parts)
 
 
