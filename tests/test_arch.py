@@ -29,6 +29,7 @@ PUBLISHED = (
     "vit_base_patch16_224",
     "vit_large_patch16_224",
 )
+HUGE, NARROW = "vit_huge_patch14_224", {"mlp_ratio": 0.1}
 
 
 def state_of(architecture: Architecture) -> dict[str, Tensor]:
@@ -72,15 +73,25 @@ def test_head_count_comes_from_from() -> None:
 
 def test_head_size_is_that_of_from_at_another_width() -> None:
     state = zeros(160, 2)
-    architecture, _ = detect(state, name="vit_huge_patch14_224")
+    architecture, _ = detect(state, name=HUGE)
     assert (heads(architecture), architecture.spaces["attn"].group) == (2, 80)
 
 
-def test_head_count_is_assumed_from_64_wide_heads_and_said() -> None:
-    architecture, how = detect(zeros(128, 2))
-    assert heads(architecture) == 2
+@pytest.mark.parametrize(
+    ("state", "said", "size"),
+    [
+        (zeros(128, 2), "a ViT of 2 layers, 128 wide", 64),
+        ({key: torch.zeros(()).expand(shape) for key, shape in find(HUGE, NARROW).shapes.items()}, HUGE, 80),
+    ],
+    ids=["unpublished", "ViT-H"],
+)
+def test_head_count_is_assumed_from_the_usual_width_of_heads_and_said(
+    state: dict[str, Tensor], said: str, size: int
+) -> None:
+    architecture, how = detect(state)
+    assert architecture.spaces["attn"].group == size
     assert (
-        how == "a ViT of 2 layers, 128 wide, from its shapes; 64-wide heads assumed, which "
+        how == f"{said}, from its shapes; {size}-wide heads assumed, which "
         "weights do not show (--from-set num_heads=N says otherwise)"
     )
 

@@ -206,20 +206,19 @@ def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
 def _name_for(shapes: Mapping[str, Any], *, heads_given: bool, distilled: bool) -> tuple[str, str]:
     """Return the timm name for the shapes and the line that says how it was found."""
     embed, depth = shapes["embed_dim"], shapes["depth"]
-    fitting = [known for (e, d, _), known in recognise.KNOWN.items() if (e, d) == (embed, depth)]
+    known = recognise.KNOWN.get((embed, depth), "")
     if distilled:
-        fitting = [known.replace("_patch16", "_distilled_patch16") for known in fitting if known.startswith("deit")]
-    assumed = f"{HEAD_SIZE}-wide heads assumed, which weights do not show (--from-set num_heads=N says otherwise)"
-    heads = "heads as --from-set" if heads_given else assumed
-    if fitting:
-        return fitting[0], f"{fitting[0]}, from its shapes; {heads}"
+        known = known.replace("_patch16", "_distilled_patch16") if known.startswith("deit") else ""
     if embed % HEAD_SIZE and not heads_given:
         raise GrowkitError(
             f"the weights do not show their head count and {embed} is no multiple of {HEAD_SIZE}; "
             "--from-set num_heads=N says it"
         )
-    plain = "deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224"
-    return plain, f"a ViT of {depth} layers, {embed} wide, from its shapes; {heads}"
+    name = known or ("deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224")
+    size = _as_named(name).blocks[0].attn.head_dim
+    assumed = f"{size}-wide heads assumed, which weights do not show (--from-set num_heads=N says otherwise)"
+    heads = "heads as --from-set" if heads_given else assumed
+    return name, f"{known or f'a ViT of {depth} layers, {embed} wide'}, from its shapes; {heads}"
 
 
 def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tuple[Architecture, list[str]]:

@@ -7,13 +7,13 @@ from growkit.arch.spec import StateDict
 from growkit.arch.vit import POOL, ratio
 from growkit.errors import GROWS, GrowkitError
 
-# Names by (embed, depth, head size). The first that fits is taken; `--from` names any other.
+# Names by (embed, depth); `--from` names any other.
 KNOWN = {
-    (192, 12, 64): "deit_tiny_patch16_224",
-    (384, 12, 64): "deit_small_patch16_224",
-    (768, 12, 64): "deit_base_patch16_224",
-    (1024, 24, 64): "vit_large_patch16_224",
-    (1280, 32, 80): "vit_huge_patch14_224",
+    (192, 12): "deit_tiny_patch16_224",
+    (384, 12): "deit_small_patch16_224",
+    (768, 12): "deit_base_patch16_224",
+    (1024, 24): "vit_large_patch16_224",
+    (1280, 32): "vit_huge_patch14_224",
 }
 # Axes of the tensors whose shapes say what the network is.
 AXES = {
