@@ -176,12 +176,8 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
     where depends on `seed` alone.
 
     Raises:
-        GrowkitError: a share out of range, or a class with too few validation images; the message names it.
+        GrowkitError: a class with too few validation images; the message names it.
     """
-    if not 0 < share < 1:
-        raise GrowkitError(f"cannot hold out a share of {share} of the validation images; give one between 0 and 1")
-    if not 0 < keep <= 1:
-        raise GrowkitError(f"cannot keep a share of {keep} of the training images; give one above 0 and at most 1")
     chosen: list[int] = []
     tested: list[int] = []
     for label, own in _by_class(data.val, seed, "hold out"):
