@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from growkit.errors import GrowkitError
+from growkit.files import LOCK
 
-LOCK = ".growkit.lock"
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems call a lock that another process holds
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TRIES = 100  # to make a folder that others may be removing

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from growkit import files, lock
 from growkit.errors import GrowkitError, UnwritableError
 from growkit.files import (
     read_json,
@@ -270,10 +269,6 @@ def test_force_replaces_no_folder_that_holds_more_than_growkit_writes(
         f"own is not growkit's to replace: {told} in it, which growkit did not write, would be lost; "
         "name another folder, or move that away"
     )
-
-
-def test_lock_that_is_no_part_of_a_folder_is_the_one_that_commands_hold() -> None:
-    assert files.LOCK == lock.LOCK
 
 
 def test_file_to_replace_is_of_the_same_kind(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "files": "errors",
     "float32": "",
     "mcnemar": "",
-    "lock": "errors",
+    "lock": "errors files",
     "record": "errors files",
     "checkpoint": "errors text files",
     "core": "errors core",

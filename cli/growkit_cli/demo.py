@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from growkit.lock import LOCK
+from growkit.files import LOCK, refuse_existing, refuse_unwritable
 from growkit_cli.console import Console
 from growkit_cli.guard import holding
 from growkit_cli.options import AsJson, Force
@@ -27,8 +27,6 @@ def demo(
     Example: growkit demo
     """
     import shutil
-
-    from growkit.files import refuse_existing, refuse_unwritable
 
     console = Console(as_json)
     writes = ("digits/*/[0-9]/*.png", *(f"{run}/**" for run in RUNS), "report.html")
