@@ -40,7 +40,6 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 class Checkpoint:
     """Weights by checkpoint name, float32, and what else the file contained."""
 
-    path: Path
     state: dict[str, Tensor] = field(repr=False)
     sha256: str
     config: dict[str, Any] | None  # timm's config.json, of a model folder
@@ -106,7 +105,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         state = {key: value.float() for key, value in state.items()}
     sha256 = sha256_of(path)
     history, said = (None, ()) if config is None else _read_history(folder / HISTORY, sha256)
-    return Checkpoint(path, state, sha256, config, history, (*notes, *said))
+    return Checkpoint(state, sha256, config, history, (*notes, *said))
 
 
 def _read_history(path: Path, sha256: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
