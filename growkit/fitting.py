@@ -135,7 +135,7 @@ def _fit_into(
             command,
             options={**asked, **recorded(settings)},
             figures={
-                **(in_short(history["fit"]) or {}),
+                **in_short(history["fit"]),
                 "adapted": list(source.adapted),
                 "unreadable": list(opened.unreadable),
             },

@@ -251,7 +251,7 @@ def _write(
     unreadable: list[str],
 ) -> None:
     """Write run/grown and the step in the run's record."""
-    operator = fit_figures(learned.fitted, learned.settings) if learned else None
+    operator = fit_figures(learned.fitted, learned.settings) if learned and learned.fitted else None
     history = {
         "stage": "grown",
         **origin_of(source),
@@ -274,7 +274,7 @@ def _write(
             "step0_gap": result.gap,
             "parameters": result.parameters,
             "operator_parameters": result.operator_parameters,
-            "operator": in_short(operator),
+            "operator": in_short(operator) if operator else None,
             "scores": {name: asdict(found) for name, found in shown.items()} or None,
             "adapted": list(source.adapted),
             "unreadable": unreadable,

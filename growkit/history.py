@@ -57,12 +57,8 @@ def served_settings(settings: FitSettings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name != "data_dir"}
 
 
-def fit_figures(
-    fitted: FitResult | None, settings: FitSettings | None, start: Scores | None = None
-) -> dict[str, Any] | None:
-    """Return what a fit did, as JSON, with the scores it started from; None if there was no fit."""
-    if fitted is None or settings is None:
-        return None
+def fit_figures(fitted: FitResult, settings: FitSettings, start: Scores | None = None) -> dict[str, Any]:
+    """Return what a fit did, as JSON, with the scores it started from."""
     return {
         "start": asdict(start) if start else None,
         "steps": fitted.steps,
@@ -82,10 +78,8 @@ def fit_figures(
     }
 
 
-def in_short(fit: dict[str, Any] | None) -> dict[str, Any] | None:
+def in_short(fit: dict[str, Any]) -> dict[str, Any]:
     """Shorten a fit for the run's record, which has the options already and needs few points of the loss curve."""
-    if fit is None:
-        return None
     losses = fit["losses"] if isinstance(fit.get("losses"), list) else []
     every = -(-len(losses) // 200) or 1
     curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1) if step % every == 0]
