@@ -17,7 +17,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from growkit.arch import build, find, parse_sets, vit
-from growkit.arch.spec import Architecture
 from growkit.errors import GrowkitError
 from growkit.seeds import random_kept
 from growkit.source import Source
@@ -191,7 +190,7 @@ def _with_new_head(source: Source, count: int, names: Sequence[str] | None, seed
 def _other_head(source: Source, state: dict[str, Tensor], names: Sequence[str] | None, count: int, line: str) -> Source:
     return replace(
         source,
-        architecture=_counting(source.architecture, count),
+        architecture=find(source.architecture.name, {**source.architecture.arguments, "num_classes": count}),
         state=state,
         labels=tuple(names) if names else None,
         adapted=(*source.adapted, line),
@@ -205,8 +204,3 @@ def head_is_new(source: Source, data: str) -> str:
         "warning: the new head is untrained, so scores say nothing about the source; train it on these classes first: "
         f"{tune}, and take OTHER/finetuned"
     )
-
-
-def _counting(architecture: Architecture, count: int) -> Architecture:
-    """Return the architecture with a head for `count` classes."""
-    return find(architecture.name, {**architecture.arguments, "num_classes": count})

@@ -34,7 +34,7 @@ class GrowthMethod(nn.Module, ABC):
     @property
     def lossless(self) -> bool:
         """Whether the grown model, before any training, computes what the source computes; tests check that."""
-        return same_size(self.source, self.target)
+        return not growing(self.source, self.target)
 
     @abstractmethod
     def forward(self, weights: Weights) -> Weights:
@@ -103,11 +103,6 @@ def averages(source: Architecture, target: Architecture) -> bool:
     alone = target.spaces["embed"].size % source.spaces["embed"].size == 1 and source.has("norm_pre")
     pooled = "max" in source.kind.get("pooling", "") and "fc_norm.weight" in source.shapes
     return not (source.has("norm_patch") or alone or pooled)
-
-
-def same_size(source: Architecture, target: Architecture) -> bool:
-    """Whether nothing grows."""
-    return not growing(source, target)
 
 
 def grows_width(source: Architecture, target: Architecture) -> str | None:
