@@ -26,7 +26,6 @@ GROUPS = {  # the known groups of checks, as statements for a reader
     "latency": "It is as fast as its architecture allows",
 }
 TOLD = {"comparisons", "checks", "provider", "threads"}  # parts of the latency report shown elsewhere
-COMPARED = {"subject", "baseline", "batch", "ratio", "low", "high", "sessions", "pairs", "subject_ms", "baseline_ms"}
 
 
 def group_name(group: str) -> str:
@@ -219,8 +218,7 @@ def _throughput(facts: Facts) -> list[Section]:
 
 
 def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per comparison; figures not known here get a column each."""
-    more = list(dict.fromkeys(key for one in compared for key in one if key not in COMPARED))
+    """One row per comparison."""
     body = []
     for one in compared:
         own, other = mapping(one.get("subject_ms")), mapping(one.get("baseline_ms"))
@@ -232,20 +230,13 @@ def _times(compared: Sequence[Mapping[str, Any]]) -> Table:
                 f"{ratio} [{low}, {high}]",
                 *(_digits(own.get(key)) for key in ("p50", "p90", "p99")),
                 *(_digits(other.get(key)) for key in ("p50", "p90", "p99")),
-                *(_any(one.get(key)) for key in more),
+                *(_digits(one.get(key)) for key in ("dropped", "foreign")),
             )
         )
     columns = ("compared", "batch", "ratio [95 %]", "p50", "p90", "p99", "its p50", "its p90", "its p99")
-    return Table((*columns, *map(words, more)), body)
+    return Table((*columns, "dropped", "foreign"), body)
 
 
 def _digits(value: object) -> str:
     """Three digits, or all before the point up to a million; a dash if there is no number."""
     return formatted(value, ",.0f" if 999.5 <= abs(number(value) or 0) < LONG else ".3g")
-
-
-def _any(value: object) -> str:
-    """Any figure in one cell."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{words(key)} {_digits(entry)}" for key, entry in value.items())
-    return _digits(value) if number(value) is not None else cell(value)
