@@ -1124,7 +1124,7 @@ def draw_once(chart: Chart) -> str:
     return DRAWN[repr(chart)]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("growkit.report.page.draw", draw_once)
 
@@ -1146,7 +1146,6 @@ MISSING = {  # what the page says where a file is JSON, but of something else
     "broken", ["record.json", "grown/growkit.json", "onnx/export.json", "verify/report.json", "compare/results.json"]
 )
 @pytest.mark.parametrize("content", [*LEFT_OUT, '{"steps": 3}', '{"schema": 1}'])
-@pytest.mark.usefixtures("drawn_once")
 def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", compared=True)
     whole = text(run)
@@ -1164,7 +1163,6 @@ def test_damaged_file_is_a_line_and_the_rest_is_told(broken: str, content: str, 
 
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [], [1], {}, {"a": 1}, "nan", True], ids=repr)
-@pytest.mark.usefixtures("drawn_once")
 def test_odd_values_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "run", compared=True)
     files = [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]
@@ -1198,7 +1196,6 @@ def paths(node: object, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
     [10**400, math.inf, 1e308, -1e308, "--nan"],
     ids=["400 digits", "infinity", "nearly infinity", "less than nothing", "no number"],
 )
-@pytest.mark.usefixtures("drawn_once")
 def test_numbers_beyond_reason_anywhere_still_make_a_page(odd: object, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "run", compared=True)
     for path in [p for p in whole.path.rglob("*.json") if "runs" not in p.parts]:
