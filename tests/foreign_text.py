@@ -13,7 +13,7 @@ HOSTILE = {
     "control characters": "a\x01\x08\x0b\x0c\x1f\x7f\x9bz",
     "ANSI": "\x1b[2J\x1b[31mred\x1b]0;title\x07",
     "new line": "a\r\nverdict: pass\u2028b\u2029c\x85d",
-    "rich": "[red]x[/red] [link=http://localhost:9/x]y[/link] [/] \\[b]",
+    "rich": "[red]x[/red] :key: [link=http://localhost:9/x]y[/link] [/] \\[b]",
     "bidi": "abc\u202egnp.exe\u2066\u200f",
     "half a pair": "a\udcffb\udc80",
     "no character": "a\ufffe\uffff\ufdd0",

@@ -10,6 +10,7 @@ import subprocess
 import unicodedata
 import xml.etree.ElementTree as ET
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,11 @@ def test_junit_is_well_formed_and_holds_the_text(text: str) -> None:
 
 def printed(act: Any, *, width: int = 10**6) -> str:
     """What a console prints on a terminal without colours."""
-    console = Console()
     stream = io.StringIO()
-    console.rich = RichConsole(
-        file=stream, force_terminal=True, color_system=None, highlight=False, soft_wrap=True, width=width
-    )
-    act(console)
+    terminal = partial(RichConsole, file=stream, force_terminal=True, color_system=None, width=width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("growkit_cli.console.RichConsole", terminal)
+        act(Console())
     return stream.getvalue()
 
 

@@ -43,7 +43,7 @@ class Console:
 
     def __init__(self, as_json: bool = False, *, quiet: bool = False):
         self.as_json = as_json and not quiet
-        self.rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True, quiet=quiet)
+        self.rich = RichConsole(stderr=as_json, highlight=False, emoji=False, soft_wrap=True, quiet=quiet)
         if not self.rich.is_terminal and "COLUMNS" not in os.environ:
             self.rich.width = LOG_WIDTH
 
