@@ -1100,6 +1100,38 @@ def test_process_of_its_own_ends_with_the_same_status_and_line(place: Path) -> N
     )
 
 
+FULL = "error: stdout: cannot be written (the disk is full); free some space there and try again; "
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        ("", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (">said", 0, r"wrote \xfc.html: may it ship? not yet"),
+        (">/dev/full 2>said", 2, f"growkit {__version__}: report\n{FULL}"),
+        (">said 2>/dev/full", 2, ""),
+    ],
+    ids=["reader gone", "closed", "ascii", "full", "full for messages"],
+)
+def test_work_and_its_status_do_not_depend_on_who_reads(
+    redirected: str, status: int, said: str, tmp_path: Path
+) -> None:
+    RunFolder(tmp_path / "run").add("grow", options={}, figures={})
+    command = ["sh", "-c", f'"$@" {redirected}', "sh", sys.executable, "-m", "growkit_cli", "report", "--out", "ü.html"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'cli'}", "PYTHONIOENCODING": "ascii"}
+    reading, gone = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=gone, stderr=gone)
+    finally:
+        os.close(gone)
+    assert done.returncode == status
+    assert (tmp_path / "ü.html").exists() == ("2>/dev/full" not in redirected)  # where it could not begin
+    if "said" in redirected:
+        assert (tmp_path / "said").read_text().startswith(said)
+
+
 @pytest.mark.parametrize("force", [(), ("--force",)])
 def test_demo_removes_nothing_that_is_not_its_own(
     force: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]

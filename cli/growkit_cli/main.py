@@ -25,6 +25,7 @@ from growkit_cli import (
 )
 from growkit_cli.guard import guarded, stoppable
 from growkit_cli.processes import leave, speaks
+from growkit_cli.streams import ready
 from growkit_cli.typed import Typed
 
 app = typer.Typer(
@@ -102,6 +103,7 @@ def main() -> None:
 
     Exit status: 0 done, 1 a check said no, 2 bad usage or input, 130 ended by Ctrl-C, 143 by SIGTERM.
     """
+    ready()
     try:
         with stoppable():
             app()
@@ -122,11 +124,10 @@ def main() -> None:
 
 def _tell(message: str) -> None:
     leave(message)
-    from rich.console import Console
-
     from growkit.text import visible
+    from growkit_cli.console import Console
 
     line = f"error: {visible(message)}"
     if len(line) > LONGEST_LINE:  # the user probably gave a file's content instead of its name
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line, style="red", markup=False)
+    Console(as_json=True).rich.print(line, style="red", markup=False)
