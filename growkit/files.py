@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,13 @@ def as_json(content: Any) -> str:
 
 def plain(value: Any) -> Any:
     """Return `value` as JSON can express it: NaN, the infinities, paths and other types as strings."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: str(float(name)))
+    return json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: str(float(name)))
+
+
+def _plain(value: object) -> int | float | str:
+    if isinstance(value, Integral):  # as NumPy's
+        return int(value)
+    return float(value) if isinstance(value, Real) else str(value)
 
 
 def without_folders(value: object) -> object:
