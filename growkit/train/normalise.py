@@ -24,14 +24,15 @@ class Normalisation:
     def of(self, values: Tensor) -> Tensor:
         """Turn images (N, C, H, W) with values between 0 and 1 into network input, in place."""
         # in place, because fresh memory costs a CPU more than the arithmetic
-        mean, std = (sent(torch.tensor(each), values.device).view(1, -1, 1, 1) for each in (self.mean, self.std))
+        own = (torch.tensor(each, dtype=values.dtype) for each in (self.mean, self.std))
+        mean, std = (sent(each, values.device).view(1, -1, 1, 1) for each in own)
         return values.sub_(mean).div_(std)
 
 
 def values(images: Tensor) -> Tensor:
     """Return uint8 images as float32 between 0 and 1."""
     # by a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-    return torch.div(images, sent(torch.tensor(255.0), images.device))
+    return torch.div(images, sent(torch.tensor(255, dtype=torch.float32), images.device))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -110,6 +110,19 @@ def test_what_is_erased_is_what_timm_erases(shape: tuple[int, int, int], probabi
     assert torch.equal(batch.over(normalised(batch.images)), expected)
 
 
+def test_normalised_images_are_float32_whatever_the_default_is() -> None:
+    images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    normalised = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = normalised(images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = normalised(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_batches_from_the_middle_are_those_of_the_whole_run(opened: Open) -> None:
     whole = list(train_batches(opened(HARD), HARD, 0, 8))
     assert same(whole[5:], list(train_batches(opened(HARD), HARD, 5, 8)))
