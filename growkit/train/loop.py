@@ -23,7 +23,7 @@ from growkit.train.optimizer import optimizer_of
 from growkit.train.precision import precision_on, refuse_tf32
 from growkit.train.progress import Progress, no_progress, rate
 from growkit.train.score import Scores
-from growkit.train.settings import COMPILE_AUTO, FitSettings
+from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 from growkit.train.training import REMEDY, Training
 from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
 
@@ -420,6 +420,7 @@ def refuse_unlike(data: Data, settings: FitSettings, device: torch.device) -> No
     It would train something else or, where it communicates at other times, wait forever: so ask before what is auto.
     """
     mine = {**_identity(data, settings, device), "shard": settings.shard, "log_every": settings.log_every}
+    mine["batch_size"] = "auto" if settings.batch_size == AUTO else settings.batch_size  # as it is typed
     unlike = resuming.differences(distributed.by_leader(lambda: mine), mine)
     if told := distributed.gathered(unlike):
         raise GrowkitError(f"the first process was given {'; '.join(told)}: give all processes the same")

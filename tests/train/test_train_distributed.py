@@ -400,7 +400,8 @@ def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[s
 def test_processes_that_were_not_given_the_same_are_refused(both: list[dict[str, Any]]) -> None:
     """Each would train on its part of other batches, and no one would know, or wait for what the others never send."""
     for name, (one, other) in UNLIKE.items():
-        told = f"the first process was given --{name.replace('_', '-')} {one}, not {other}: give all processes the same"
+        wrong = f"--{name.replace('_', '-')} {one}, not {'auto' if other == AUTO else other}"
+        told = f"the first process was given {wrong}: give all processes the same"
         assert [found.get(f"unlike {name}") for found in both] == [told] * 2
 
 
