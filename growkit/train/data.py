@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from growkit.errors import GrowkitError, first_line
 from growkit.seeds import seeded
+from growkit.text import some
 from growkit.train import posterize
 from growkit.train.augment import refuse_other_augmentation
 from growkit.train.distributed import by_leader, size
@@ -28,7 +29,9 @@ from growkit.train.progress import StartProgress, start_nothing
 from growkit.train.resident import Decoded, Resident
 from growkit.train.settings import FitSettings
 
-TIMM_DATASETS = ("torch", "hfds", "tfds", "wds", "hfids")
+TIMM_DATASETS = ("torch", "hfds")
+STREAMS = ("tfds", "wds", "hfids")
+FOLDERS = ("torch/folder", "torch/image_folder")  # torchvision would pair classes of train and val by number
 
 
 def _as_they_are(images: Tensor) -> Tensor:
@@ -129,16 +132,24 @@ def _opened(
 
     Without `training` the first is empty.
     """
-    prefix, slash, _ = data.partition("/")
-    if slash and prefix.lower() in TIMM_DATASETS and not Path(data).is_dir():
+    path, (prefix, slash, _) = Path(data), data.lower().partition("/")
+    named = slash and not path.is_dir()
+    if named and prefix in STREAMS:
+        raise GrowkitError(
+            f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
+            " random access (an image folder, torch/..., hfds/...)"
+        )
+    if named and data.lower() in FOLDERS:
+        path = Path(settings.data_dir)
+    elif named and prefix in TIMM_DATASETS:
         splits = ("train", settings.val_split) if training else (settings.val_split,)
         first, *others = (_timm_dataset(data, split, settings, mode) for split in splits)
         train, val = (first, *others) if training else (Subset(first, []), first)
         return train, val, _class_names(first), {"dataset": data}
     if not training:
-        val, classes = open_val_folder(Path(data), settings.val_split, mode)
+        val, classes = open_val_folder(path, settings.val_split, mode)
         return Subset(val, []), val, classes, {"validation files": _digest(val.reader)}
-    train, val, classes = open_folders(Path(data), settings.val_split, mode)
+    train, val, classes = open_folders(path, settings.val_split, mode)
     return train, val, classes, {"files": _digest(train.reader), "validation files": _digest(val.reader)}
 
 
@@ -223,10 +234,10 @@ def labels_of(dataset: Any) -> list[int]:
         inner = labels_of(dataset.dataset)
         return [inner[place] for place in dataset.indices]
     reader = getattr(dataset, "reader", None)
-    if isinstance(reader, FolderReader):
-        return [int(label) for _, label in reader.samples]
-    known = np.asarray(getattr(dataset, "targets", []))
-    if known.shape == (len(dataset),):  # QMNIST's have eight columns
+    listed: Any = getattr(reader, "iter_targets", None)
+    known = np.asarray([*listed()] if listed else getattr(dataset, "targets", []))
+    # QMNIST's have eight columns, and a missing one is None
+    if known.shape == (len(dataset),) and np.issubdtype(known.dtype, np.integer):
         return [int(label) for label in known]
     return [int(dataset[place][1]) for place in range(len(dataset))]
 
@@ -265,12 +276,12 @@ def _timm_dataset(data: str, split: str, settings: FitSettings, mode: str) -> An
         by_leader(fetch)
         download = False
     dataset = _named(data, split, settings, download=download)
-    if isinstance(dataset, IterableDataset):
-        raise GrowkitError(
-            f"--data {data}: a stream cannot be read in a repeatable order; use a dataset with"
-            " random access (an image folder, torch/..., hfds/...)"
-        )
-    return Pictures(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
+    if not isinstance(dataset, ImageDataset):
+        return dataset
+    columns = getattr(getattr(dataset.reader, "dataset", None), "column_names", ["label"])
+    if "label" not in columns:
+        raise GrowkitError(f"--data {data}: no column is called label, only {some(columns)}; use a copy with that one")
+    return Pictures(dataset.reader, mode)
 
 
 def _named(data: str, split: str, settings: FitSettings, *, download: bool) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,10 @@ class FolderReader:
     def __getitem__(self, index: int) -> tuple[str, int]:
         return self.samples[index]
 
+    def iter_targets(self) -> Iterator[int]:
+        """Yield the labels in order, as timm's reader of hfds/... does."""
+        return (label for _, label in self.samples)
+
 
 def _pictures(folder: Path) -> list[str]:
     """Paths of the pictures of one class, in timm's order."""
@@ -187,8 +192,10 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             source, label = self.reader[index]  # a path, or from timm's readers an open file
-        except OSError as error:
-            raise UnreadablePictureError(unreadable(f"image {index}", first_line(error, 160))) from None
+            label = int(label)
+        except Exception as error:  # of a file OSError, of an image or a label that is None TypeError
+            reason = f"{type(error).__name__}: {first_line(error, 160)}"
+            raise UnreadablePictureError(unreadable(f"image {index}", reason)) from None
         if isinstance(source, str):
             picture = open_picture(source, self.mode)
         else:

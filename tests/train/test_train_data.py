@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -343,14 +343,10 @@ def test_timm_dataset_that_does_not_open_says_so_in_a_line(tmp_path: Path, data:
     assert "\n" not in str(caught.value)
 
 
-def test_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Iterator[int]:
-            return iter([])
-
-    monkeypatch.setattr("growkit.train.data.create_dataset", lambda *_, **__: Stream())
+@pytest.mark.parametrize("data", ["wds/imagenet", "tfds/mnist", "hfids/any"])
+def test_streams_are_refused_before_anything_is_fetched(data: str) -> None:
     with pytest.raises(GrowkitError, match="a stream cannot be read in a repeatable order"):
-        open_data("wds/imagenet", CONFIG, HARD)
+        open_data(data, CONFIG, HARD)
 
 
 PLAIN = FitSettings(batch_size=4, workers=0, color_jitter=0.0)

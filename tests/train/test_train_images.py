@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -334,6 +335,46 @@ def test_images_of_a_timm_dataset_are_not_silently_replaced_either(
     data = open_data("hfds/any", CONFIG, settings)
     next(train_batches(data, settings, 0, 1))
     assert "read: 1," in data.remarks(RECORD)[0]
+
+
+@pytest.mark.parametrize("missing", ["image", "label"])
+def test_image_or_label_that_a_timm_dataset_lacks_is_unreadable_and_labels_are_listed_without_reading(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    class Reader(ReaderImageFolder):
+        """Like timm's of hfds/..., which fails on an image that is None and gives such a label."""
+
+        def iter_targets(self) -> Iterator[Any]:
+            return (label for _, label in self.samples)
+
+    readers = {split: Reader(str(folder / split)) for split in ("train", "val")}
+    monkeypatch.setattr(
+        "growkit.train.data.create_dataset", lambda name, split, **_: timm.data.ImageDataset("", reader=readers[split])
+    )
+    settings = replace(PLAIN, val_split="val", batch_size=6)
+    data = open_data("hfds/any", CONFIG, settings)
+    for reader in readers.values():
+        path, label = reader.samples[1]
+        reader.samples[1] = (None, label) if missing == "image" else (path, None)
+    assert refusal("hfds/any", settings).startswith("image 1: not a readable picture (TypeError: ")
+    next(train_batches(data, settings, 0, 1))
+    assert "read: 1," in data.remarks(RECORD)[0]
+    if missing == "image":
+        assert labels_of(data.val) == [0, 0, 0, 1, 1, 1]
+    readers["train"].dataset = SimpleNamespace(column_names=["image", "fine_label"])
+    assert "no column is called label, only image, fine_label;" in refusal(
+        "hfds/any", replace(settings, val_split="train")
+    )
+
+
+def test_timms_torch_folder_is_the_folder_itself(folder: Path) -> None:
+    settings = replace(PLAIN, data_dir=str(folder))
+    named, given = open_data("torch/folder", CONFIG, settings), open_data(str(folder), CONFIG, settings)
+    assert (named.identity, named.classes) == (given.identity, given.classes)
+    shutil.move(folder / "val" / "dog", folder / "val" / "fox")
+    assert "val/ has no images of dog and alone has fox" in refusal("torch/image_folder", settings)
+    shutil.rmtree(folder / "train")
+    assert "no such folder" in refusal("torch/folder", settings)
 
 
 def test_folder_lists_what_timm_lists_with_the_same_labels(tmp_path: Path) -> None:
