@@ -3,7 +3,7 @@
 GROWS = "growkit grows timm's plain ViT and DeiT; docs/architectures.md lists the names"
 MEMORY_IS_FULL = (
     *("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory"),
-    "resource temporarily unavailable",  # threads need some, too
+    *("resource temporarily unavailable", "can't start new thread"),  # threads need some, too
     *("bad allocation", "bad_alloc", "unable to mmap", "failed to map segment"),
     *("status_alloc_failed", "failed to allocate"),  # of CUDA's libraries; of ONNX Runtime's CUDA provider
 )

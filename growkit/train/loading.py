@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from growkit.errors import GrowkitError, first_line
+from growkit.errors import GrowkitError, first_line, is_memory_full
 from growkit.pictures import NOT_READABLE, UnreadablePictureError, unreadable
 from growkit.seeds import random_kept, seed_all
 from growkit.text import some
@@ -118,11 +118,12 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
     while due < len(sampler):
         try:
             batches, readers, born = _begun(dataset, islice(sampler, due, None), count, pin_memory=pin_memory)
-        except OSError as error:
-            if error.errno not in MEMORY_ERRORS or not count:
+        except (OSError, RuntimeError) as error:
+            if not count or not (is_memory_full(error) or getattr(error, "errno", None) in MEMORY_ERRORS):
                 raise
             _kept.append(error)
-            count = _fewer(count, f"a process that reads images cannot begin ({error.strerror})")
+            why = getattr(error, "strerror", None) or first_line(error)
+            count = _fewer(count, f"a process that reads images cannot begin ({why})")
             continue
         if not born:
             _end(readers)
@@ -202,12 +203,14 @@ def _begun(
             generator=torch.Generator(),  # else a loader draws from the global one
         )
         try:
-            batches = iter(loader)
-        except OSError:  # some may have started
+            try:
+                batches = iter(loader)
+            finally:
+                if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
+                    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        except (OSError, RuntimeError):  # some may have started
             _end(set(active_children()).difference(before))
             raise
-    if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     # multiprocessing.active_children() leaves out those that have ended already
     readers: list[BaseProcess] = getattr(batches, "_workers", [])
     _readers.update(dict.fromkeys(readers, os.getpid()))

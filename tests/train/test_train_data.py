@@ -644,6 +644,7 @@ FULL = "unable to write to file </torch_1>: No space left on device (28)"
         (RuntimeError(FULL), "shared memory (/dev/shm) is full"),
         (OSError(errno.ENOSPC, "No space left on device"), "a process that reads images cannot begin (No space left"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "a process that reads images cannot begin (Cannot allocate"),
+        (RuntimeError("can't start new thread"), "a process that reads images cannot begin (can't start new thread)"),
     ],
 )
 def test_images_are_read_without_processes_where_there_is_no_memory_for_these(
@@ -658,15 +659,17 @@ def test_images_are_read_without_processes_where_there_is_no_memory_for_these(
                 raise fault
             return super().__getitem__(index)
 
-    if isinstance(fault, OSError):
-        begun = multiprocessing.Process.start
+    if FULL not in fault.args:
+        process = isinstance(fault, OSError)
+        starts = (multiprocessing.Process, "start") if process else (multiprocessing.queues.Queue, "_start_thread")
+        begun = getattr(*starts)
 
-        def start(process: Any) -> None:
-            if len(caplog.messages) or set(multiprocessing.active_children()) - before:
+        def start(starting: Any) -> None:
+            if os.getpid() == main and (len(caplog.messages) or set(multiprocessing.active_children()) - before):
                 raise fault
-            begun(process)  # the first one of two
+            begun(starting)  # the first process of two
 
-        monkeypatch.setattr(multiprocessing.Process, "start", start)
+        monkeypatch.setattr(*starts, start)
     before = set(multiprocessing.active_children())
     data = Data(train=(images := Full(torch.rand(8, 1), torch.arange(8))), val=images, classes=[])
     found = list(val_batches(data, FitSettings(batch_size=4, workers=2)))
