@@ -18,7 +18,7 @@ from growkit.deploy.store import form_in, refuse_missing
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.deploy.unmeant import READING, Need, unmeant
-from growkit.deploy.verify import Verification, timing_steps, verify_alone, verify_onnx
+from growkit.deploy.verify import Verification, overall, timing_steps, verify_alone, verify_onnx
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, labelled
 from growkit.files import (
@@ -251,10 +251,21 @@ def _record(
         figures={
             "verdict": verified.verdict,
             "failed": [c.line for c in verified.checks if c.verdict == "fail"],
+            "reference": _held(verified, report),
             **{key: report[key] for key in ("numerics", "latency", "throughput")},
         },
         hashes={name: sha256 for name, sha256 in hashes.items() if sha256},
     )
+
+
+def _held(verified: Verification, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What holding against a reference came to, of a model or a file alone with all checks; None if it was not done."""
+    if report["reference"] is None or "reference_update" in report:
+        return {"verdict": "pass", "failed": []} if report["reference"] else None
+    alone = not (report["model"] and report["onnx"])
+    judged = [c for c in verified.checks if alone or c.group == "reference"]
+    failed = [c.line for c in judged if c.verdict != "pass"]
+    return {"verdict": overall(judged), "failed": failed} if judged else None
 
 
 def _with_file(

@@ -7,7 +7,7 @@ from typing import Any
 from growkit.report.facts import Facts, Step, mapping, number, percent, sha256_on_disk, texts
 from growkit.report.growth import EXACT, gap_of, operator_fit, scores_of, start_line
 from growkit.report.page import Gate, Mark, cell
-from growkit.report.serving import GROUPS, checked, checks_of, group_name, is_whole, mark_of
+from growkit.report.serving import GROUPS, checked, checks_of, group_name, mark_of
 from growkit.text import counted, short
 
 CHANCE = 0.05  # p below which a change of predictions is not chance
@@ -156,8 +156,8 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     """One gate for each group of checks, and one for each group that a rollout needs and that is missing."""
     content = checked(facts)
     groups = checks_of(content)
-    reference = groups.pop("reference", [])
-    reference += _held(facts, told=bool(reference))
+    told = groups.pop("reference", [])
+    reference = _held(facts) or told
     if reference:
         yield Gate(group_name("reference"), mark_of(reference), _line("reference", reference, content))
     if not groups:
@@ -177,26 +177,18 @@ def _checks(facts: Facts) -> Iterator[Gate]:
             yield Gate(GROUPS[group], Mark("not done"), f"`{facts.verify_command}`{how}.")
 
 
-def _held(facts: Facts, *, told: bool) -> list[Mapping[str, Any]]:
-    """What the model alone and the file, as they are now, last came to against a reference; `told` by report.json too.
+def _held(facts: Facts) -> list[Mapping[str, Any]]:
+    """What the model alone and the file, as they are now, last came to against a reference, by the record.
 
-    It is on record: report.json may be of a later verification without one, held-*.json of another model or file.
+    report.json may be of a later verification without one, and held-*.json of another model or file.
     """
     now = {"weights": facts.shipped[1] if facts.shipped else None, "model.onnx": facts.onnx_sha256}
     last: dict[bool, list[Mapping[str, Any]]] = {}  # by whether a file was held
     for step in facts.all("verify"):
-        reference, whole, verdict = step.options.get("reference"), is_whole(step), step.figures.get("verdict")
-        if whole and step.figures.get("latency"):
-            verdict = "pass"  # only a file that holds is timed
-        if not reference or not step.hashes or not step.hashes.items() <= now.items():
-            continue
-        if whole and verdict == "inconclusive":  # of something else
-            continue
-        failed = texts(step.figures.get("failed")) if verdict == "fail" else []
-        lines = failed or [f"held against {reference}: {verdict}"]
-        last["model.onnx" in step.hashes] = [
-            {"verdict": verdict, "line": line} for line in lines if not (whole and told)
-        ]
+        held = mapping(step.figures.get("reference"))
+        if held and step.hashes and step.hashes.items() <= now.items():
+            lines = texts(held.get("failed")) or [f"held against {step.options.get('reference')}"]
+            last["model.onnx" in step.hashes] = [{"verdict": held.get("verdict"), "line": line} for line in lines]
     return [one for checks in last.values() for one in checks]
 
 

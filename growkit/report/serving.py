@@ -76,7 +76,7 @@ def parity_section(facts: Facts) -> Section:
         lines.append(f"Verified was {facts.verify.get('onnx')}.")
     lines += _numbers(figures, groups)
     # comparisons of a model or file alone with a reference have other checks
-    steps = tuple(filter(is_whole, facts.all("verify"))) if verified else facts.all("export")
+    steps = tuple(filter(_is_whole, facts.all("verify"))) if verified else facts.all("export")
     sha256 = content.get("onnx_sha256") if verified else facts.export.get("sha256")
     # other files may have been exported and verified since; without the step of this one nothing is claimed
     shown = next((step for step in reversed(steps) if step.hashes.get("model.onnx") == sha256), None)
@@ -104,7 +104,7 @@ def _numbers(figures: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[s
     return lines
 
 
-def is_whole(step: Step) -> bool:
+def _is_whole(step: Step) -> bool:
     """Whether this verification compared a file with its model."""
     return bool(step.options.get("model")) and bool(step.options.get("onnx"))
 

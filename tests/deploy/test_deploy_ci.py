@@ -265,6 +265,13 @@ def test_references_of_models_by_name_are_told_apart_by_their_tags(tmp_path: Pat
     assert found == [tmp_path / "reference" / name.replace(":", "-") for name in names]
 
 
+def references_on_record(place: Path) -> list[str | None]:
+    """What each verification came to against its reference."""
+    steps = json.loads((place / "run" / "record.json").read_text())["steps"]
+    found = [step["figures"]["reference"] for step in steps if step["command"] == "verify"]
+    return [one and one["verdict"] for one in found]
+
+
 def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place: Path) -> None:
     whole = ("verify", "model", "--onnx-file", "onnx/model.onnx", "--no-latency")
     assert growkit(place, *whole) == 0
@@ -274,6 +281,8 @@ def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place
     assert {one["group"] for one in model["checks"]} == {"reference"}
     assert (model["model"], model["onnx"], file["model"], file["onnx"]) == ("model", None, None, "onnx/model.onnx")
     assert (place / "run" / "verify" / "report.json").read_bytes() == before
+    assert growkit(place, *whole, "--reference", "reference/model") == 0
+    assert references_on_record(place)[-4:] == [None, "pass", "pass", "pass"]
 
 
 def test_change_that_was_meant_is_accepted_by_the_command_that_is_told(
@@ -289,6 +298,7 @@ def test_change_that_was_meant_is_accepted_by_the_command_that_is_told(
         assert growkit(place, *(named.get(word, word) for word in command.split())) == 0
         assert growkit(place, *FILE, reference) == 0
     assert growkit(place, *MODEL) == 0
+    assert references_on_record(place)[-7:] == [*["fail", "pass", "pass"] * 2, "pass"]
 
 
 def test_update_says_what_it_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
