@@ -17,7 +17,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from growkit.errors import GROWS, GrowkitError, first_line
-from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json
+from growkit.files import read_json, refuse_no_file, sha256_of, whole_files, without_folders, write_json, writing
 from growkit.text import clipped, some
 
 WEIGHTS, CONFIG, HISTORY, OPERATOR = (
@@ -255,6 +255,16 @@ def replace_model(folder: Path, model: nn.Module, **described: Any) -> None:
     """
     with whole_files(folder, CONFIG, HISTORY, WEIGHTS) as staged:
         write_model(staged, model, **described)
+
+
+def sha256_written(folder: Path) -> str:
+    """SHA-256 of the weights that were just written into a model folder.
+
+    Raises:
+        UnwritableError: the folder is gone again.
+    """
+    with writing(folder / WEIGHTS):
+        return sha256_of(folder / WEIGHTS)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

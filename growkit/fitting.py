@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from growkit.adapt import unread_pixels, with_classes
-from growkit.checkpoint import HISTORY, WEIGHTS, replace_model
+from growkit.checkpoint import HISTORY, replace_model, sha256_written
 from growkit.errors import GrowkitError
-from growkit.files import read_json, sha256_of, without_folders, write_json
+from growkit.files import read_json, without_folders, write_json
 from growkit.history import fit_figures, in_short, origin_of, served_settings
 from growkit.job import Job
 from growkit.source import Source, fresh, named
@@ -129,7 +129,8 @@ def _fit_into(
         _replace(last, at_last, source, history)
         if fitted.best_scores is None:
             _replace(folder, judged, source, history)
-        else:
+        sha256 = sha256_written(folder)
+        if fitted.best_scores is not None:
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(history["fit"])})
         job.run.add(
             command,
@@ -139,7 +140,7 @@ def _fit_into(
                 "adapted": list(source.adapted),
                 "unreadable": list(opened.unreadable),
             },
-            hashes={"source": source.sha256, folder.name: sha256_of(folder / WEIGHTS)},
+            hashes={"source": source.sha256, folder.name: sha256},
         )
 
     by_leader(write)

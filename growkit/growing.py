@@ -11,9 +11,9 @@ from torch import nn
 from growkit.adapt import head_is_new, with_classes, with_input
 from growkit.arch import find, find_target
 from growkit.arch.spec import Architecture
-from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, write_model, write_tensors
+from growkit.checkpoint import CONFIG, HISTORY, OPERATOR, WEIGHTS, sha256_written, write_model, write_tensors
 from growkit.errors import GrowkitError
-from growkit.files import sha256_of, whole_folder
+from growkit.files import whole_folder
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.history import fit_figures, in_short, origin_of, sizes
 from growkit.job import Job
@@ -279,5 +279,5 @@ def _write(
             "adapted": list(source.adapted),
             "unreadable": unreadable,
         },
-        hashes={"source": source.sha256, "grown": sha256_of(result.folder / WEIGHTS)},
+        hashes={"source": source.sha256, "grown": sha256_written(result.folder)},
     )

@@ -607,7 +607,7 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(
     readable(folder / "run")
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.72, 0.88, 0.9])
 def test_run_folder_that_goes_is_one_line_or_made_again(
     server: Server, new: Callable[..., Path], unbroken: Callable[[str], Any], share: float
 ) -> None:
