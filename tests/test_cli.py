@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -1104,21 +1105,20 @@ FULL = "error: stdout: cannot be written (the disk is full); free some space the
 
 
 @pytest.mark.parametrize(
-    ("redirected", "status", "said"),
+    ("words", "status", "said"),
     [
-        ("", 0, ""),
-        (">&- 2>&-", 0, ""),
-        (">said", 0, r"wrote \xfc.html: may it ship? not yet"),
-        (">/dev/full 2>said", 2, f"growkit {__version__}: report\n{FULL}"),
-        (">said 2>/dev/full", 2, ""),
+        ('"$@"', 0, ""),
+        ('"$@" >&- 2>&-', 0, ""),
+        ('"$@" >said', 0, r"wrote \xfc.html: may it ship? not yet"),
+        ('"$@" >/dev/full 2>said', 2, f"growkit {__version__}: report\n{FULL}"),
+        ('"$@" >said 2>/dev/full', 0, r"wrote \xfc.html"),
+        ('head -c 490 /dev/zero >said; ulimit -f 1; "$@" 2>>said', 2, "\0"),  # 22 bytes are free, and no page fits
     ],
-    ids=["reader gone", "closed", "ascii", "full", "full for messages"],
+    ids=["reader gone", "closed", "ascii", "full", "full for messages", "full for an error"],
 )
-def test_work_and_its_status_do_not_depend_on_who_reads(
-    redirected: str, status: int, said: str, tmp_path: Path
-) -> None:
+def test_work_and_its_status_do_not_depend_on_who_reads(words: str, status: int, said: str, tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").add("grow", options={}, figures={})
-    command = ["sh", "-c", f'"$@" {redirected}', "sh", sys.executable, "-m", "growkit_cli", "report", "--out", "ü.html"]
+    command = ["sh", "-c", words, "sh", sys.executable, "-m", "growkit_cli", "report", "--out", "ü.html"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'cli'}", "PYTHONIOENCODING": "ascii"}
     reading, gone = os.pipe()
     os.close(reading)
@@ -1127,9 +1127,27 @@ def test_work_and_its_status_do_not_depend_on_who_reads(
     finally:
         os.close(gone)
     assert done.returncode == status
-    assert (tmp_path / "ü.html").exists() == ("2>/dev/full" not in redirected)  # where it could not begin
-    if "said" in redirected:
+    assert (tmp_path / "ü.html").exists() == ("ulimit" not in words)
+    if "said" in words:
         assert (tmp_path / "said").read_text().startswith(said)
+
+
+def test_closed_streams_take_any_character_and_are_there_for_children_and_busy_ones_are_waited_for() -> None:
+    child = "import os, sys; os.fstat(1); print(os.open(os.devnull, os.O_RDONLY), file=sys.stderr)"
+    script = (
+        "import subprocess, sys; from growkit_cli.streams import ready; ready(); print(chr(252));"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True); print('x' * 10**6, file=sys.stderr)"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **ascii_only, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'cli'}"}
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", script]
+    reading, busy = os.pipe()
+    os.set_blocking(busy, False)  # as another program that shares it may have done
+    with subprocess.Popen(command, stderr=busy, env=environment) as started, open(reading, encoding="utf-8") as pipe:
+        os.close(busy)
+        time.sleep(1)  # until the pipe is full
+        assert pipe.read() == f"3\n{'x' * 10**6}\n"
+    assert started.returncode == 0
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ class Stream(io.FileIO):
     failed = False
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
-        """Write, or raise UnwritableError once, as on a full disk."""
+        """Write; where stdout is on a full disk, raise UnwritableError once. Of a full stderr nothing can be told."""
         try:
-            with writing(Path("stdout" if self.fileno() == 1 else "stderr")):
-                return super().write(data)
+            with writing(Path("stdout")):
+                while (written := super().write(data)) is None:  # programs that share it may have made it non-blocking
+                    select.select((), (self,), ())
+                return written
         except OSError:
             return len(data)
         except UnwritableError:
-            if self.failed:
+            if self.failed or self.fileno() != 1:
                 return len(data)
             self.failed = True
             raise
@@ -33,8 +36,10 @@ def ready() -> None:
     """Open the standard streams that are closed, and guard the others."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # the next file opened would take its number, and what libraries print there
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+        if stream is None:  # the next file opened would take its number, and what libraries and children print there
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(opened, True)
+            setattr(sys, name, os.fdopen(opened, "w" if number else "r", errors="backslashreplace"))
         elif number and stream is getattr(sys, f"__{name}__") and _is_file(stream):
             guarded = io.BufferedWriter(Stream(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(guarded, stream.encoding, "backslashreplace", line_buffering=True))
