@@ -343,7 +343,7 @@ def test_timm_dataset_that_does_not_open_says_so_in_a_line(tmp_path: Path, data:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", ["wds/imagenet", "tfds/mnist", "hfids/any"])
+@pytest.mark.parametrize("data", ["wds/imagenet", "tfds/mnist", "HFIDS/any"])
 def test_streams_are_refused_before_anything_is_fetched(data: str) -> None:
     with pytest.raises(GrowkitError, match="a stream cannot be read in a repeatable order"):
         open_data(data, CONFIG, HARD)

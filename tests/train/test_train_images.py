@@ -361,6 +361,9 @@ def test_image_or_label_that_a_timm_dataset_lacks_is_unreadable_and_labels_are_l
     assert "read: 1," in data.remarks(RECORD)[0]
     if missing == "image":
         assert labels_of(data.val) == [0, 0, 0, 1, 1, 1]
+    else:
+        with pytest.raises(GrowkitError, match=r"^image 1: not a readable picture"):
+            labels_of(data.val)
     readers["train"].dataset = SimpleNamespace(column_names=["image", "fine_label"])
     assert "no column is called label, only image, fine_label;" in refusal(
         "hfds/any", replace(settings, val_split="train")
@@ -369,7 +372,7 @@ def test_image_or_label_that_a_timm_dataset_lacks_is_unreadable_and_labels_are_l
 
 def test_timms_torch_folder_is_the_folder_itself(folder: Path) -> None:
     settings = replace(PLAIN, data_dir=str(folder))
-    named, given = open_data("torch/folder", CONFIG, settings), open_data(str(folder), CONFIG, settings)
+    named, given = open_data("Torch/Folder", CONFIG, settings), open_data(str(folder), CONFIG, settings)
     assert (named.identity, named.classes) == (given.identity, given.classes)
     shutil.move(folder / "val" / "dog", folder / "val" / "fox")
     assert "val/ has no images of dog and alone has fox" in refusal("torch/image_folder", settings)
