@@ -211,6 +211,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "export without a model": (("export", "--onnx"), "holds no model yet"),
     "verify without a model": (("verify",), "holds no model yet"),
     "verify of no file": (("verify", "small", "--onnx-file", "nowhere.onnx"), "nowhere.onnx: no such file"),
+    "verify of a folder": (("verify", "small", "--onnx-file", "images"), "images: a folder; give the file in it"),
     "evaluate without a model": (("evaluate", *DATA), "holds no model yet"),
     "evaluate of no ONNX file": (("evaluate", "nowhere.onnx", *DATA), "nowhere.onnx: no such file"),
     "evaluate of text": (("evaluate", "text.onnx", *DATA), "text.onnx"),

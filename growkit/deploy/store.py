@@ -41,6 +41,8 @@ def write_graph(proto: onnx.ModelProto, path: Path, *, external: bool = False) -
 
 def refuse_missing(file: Path) -> None:
     """Raise GrowkitError where there is no ONNX file."""
+    if file.is_dir():
+        raise GrowkitError(f"{file}: a folder; give the file in it, as in {file / 'model.onnx'}")
     if not file.is_file():
         raise GrowkitError(f"{file}: no such file; `growkit export --onnx` writes it")
 
