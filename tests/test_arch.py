@@ -351,7 +351,8 @@ def test_short_names_are_completed(given: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("deit_bse", "deit_base"), ("diet_small", "deit_small"), ("vit_lrge", "vit_large")]
+    ("typo", "meant"),
+    [("deit_bse", "deit_base"), ("diet_small", "deit_small"), ("vit_lrge", "vit_large"), ("deit3_hug", "deit3_huge")],
 )
 def test_typo_is_offered_the_nearest_names(typo: str, meant: str) -> None:
     with pytest.raises(GrowkitError) as caught:

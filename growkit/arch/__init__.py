@@ -38,7 +38,7 @@ def full_name(name: str) -> str:
     for candidate in (base, f"{base}_patch16_224", f"{base}_patch14_224"):
         if timm.is_model(candidate):
             return candidate
-    plain = [known.removesuffix("_patch16_224") for known in _named()]
+    plain = {known.removesuffix("_patch16_224").removesuffix("_patch14_224") for known in _named()}
     near = difflib.get_close_matches(base, plain, n=3)
     known = f"nearest: {', '.join(near)}" if near else GROWS
     raise GrowkitError(f"unknown architecture {name!r}; {known}")
