@@ -193,7 +193,7 @@ class Pictures(Dataset[Any]):
         try:
             source, label = self.reader[index]  # a path, or from timm's readers an open file
             label = int(label)
-        except Exception as error:  # of a file OSError, of an image or a label that is None TypeError
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # the last three of what is None in hfds/
             reason = f"{type(error).__name__}: {first_line(error, 160)}"
             raise UnreadablePictureError(unreadable(f"image {index}", reason)) from None
         if isinstance(source, str):
