@@ -1,5 +1,6 @@
 """Standard streams that no work fails on: a reader that is gone, a closed stream, characters it cannot express."""
 
+import contextlib
 import io
 import os
 import select
@@ -41,6 +42,8 @@ def ready() -> None:
             os.set_inheritable(opened, True)
             setattr(sys, name, os.fdopen(opened, "w" if number else "r", errors="backslashreplace"))
         elif number and stream is getattr(sys, f"__{name}__") and _is_file(stream):
+            with contextlib.suppress(OSError):
+                stream.flush()  # what was printed before
             guarded = io.BufferedWriter(Stream(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(guarded, stream.encoding, "backslashreplace", line_buffering=True))
 
