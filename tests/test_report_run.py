@@ -878,6 +878,13 @@ def test_remedies_name_no_file_elsewhere_where_the_runs_own_is_missing(tmp_path:
     assert line_of(run, VERIFIED) == "Only the export's own checks: `growkit verify --data DATA`."
 
 
+def test_file_in_the_run_whose_own_record_is_lost_is_to_be_verified_and_not_exported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    in_turn(removed("verify"), replaced("onnx/export.json", None))(run)
+    assert line_of(run, VERIFIED) == "`growkit verify --data DATA` does it."
+    assert "model.onnx was not verified: `growkit verify --data DATA` does it." in text(run)
+
+
 def test_weights_made_since_the_file_are_to_be_exported_and_not_only_verified(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     again("finetune", finetuned="ee" * 32)(run)

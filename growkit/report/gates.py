@@ -161,7 +161,7 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if reference:
         yield Gate(group_name("reference"), mark_of(reference), _line("reference", reference, content))
     if not groups:
-        made = facts.export or facts.elsewhere
+        made = facts.here or facts.elsewhere
         yield Gate(VERIFIED, Mark("not done"), f"`{facts.verify_command}` does it." if made else BOTH)
         return
     for group, checks in groups.items():

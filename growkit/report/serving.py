@@ -58,7 +58,7 @@ def parity_section(facts: Facts) -> Section:
     groups = {group: checks for group, checks in checks_of(content).items() if group != "latency"}
     if not groups:
         missing = "No ONNX file was written: `growkit export --onnx` writes one."
-        if facts.export or facts.elsewhere:
+        if facts.here or facts.elsewhere:
             missing = f"{facts.elsewhere or 'model.onnx'} was not verified: `{facts.verify_command}` does it."
         return Section("ONNX parity", missing)
     verified = content is facts.verify
