@@ -139,26 +139,6 @@ def one_check(group: str, outcome: str) -> Change:
     return lambda run: write_json(run.verify / "report.json", content)
 
 
-def evaluated(wrong: int, right: int, p: float) -> Change:
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        content["steps"][2]["figures"] = agreement(wrong, right, p)
-        write_json(run.record, content)
-
-    return change
-
-
-def evaluated_again(wrong: int, right: int, p: float) -> Change:
-    """Since then the same models were compared once more."""
-
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        content["steps"].append(content["steps"][2] | {"figures": agreement(wrong, right, p)})
-        write_json(run.record, content)
-
-    return change
-
-
 def without(*commands: str, **scores: float) -> Change:
     """No step of these commands; other scores of the fine-tuned model where given."""
 
@@ -168,15 +148,6 @@ def without(*commands: str, **scores: float) -> Change:
         for step in content["steps"]:
             if step["command"] == "finetune":
                 step["figures"]["best"] |= scores
-        write_json(run.record, content)
-
-    return change
-
-
-def tuned_on(data: str) -> Change:
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        content["steps"][1]["options"]["data"] = data
         write_json(run.record, content)
 
     return change
@@ -221,19 +192,36 @@ def removed(*names: str) -> Change:
     return change
 
 
-def again(command: str, **hashes: str) -> Change:
-    """The command once more, with other files."""
+def recorded(command: str, *, more: bool = False, **entries: dict[str, Any]) -> Change:
+    """Other options, figures or hashes of the command's step, or with `more` of the same command run once more."""
 
     def change(run: RunFolder) -> None:
         content = record(run)
         step = next(step for step in content["steps"] if step["command"] == command)
-        content["steps"].append(step | {"hashes": step["hashes"] | hashes, "finished": "2026-02-02T00:00:00+00:00"})
+        changed = {part: step[part] | new for part, new in entries.items()}
+        if more:
+            content["steps"].append(step | {"finished": "2026-02-02T00:00:00+00:00"} | changed)
+        else:
+            step |= changed
         write_json(run.record, content)
+
+    return change
+
+
+def again(command: str, **hashes: str) -> Change:
+    """The command once more, with other files."""
+
+    def change(run: RunFolder) -> None:
+        recorded(command, more=True, hashes=hashes)(run)
         for stage, sha256 in hashes.items():
             if (path := run.path / stage / "growkit.json").exists():
                 write_json(path, read_json(path) | {"weights_sha256": sha256})
 
     return change
+
+
+def evaluated(wrong: int, right: int, p: float, *, more: bool = False, **hashes: str) -> Change:
+    return recorded("evaluate", more=more, figures=agreement(wrong, right, p), hashes=hashes)
 
 
 def only(*groups: str) -> Change:
@@ -364,72 +352,25 @@ def trained_here(run: RunFolder) -> None:
     write_json(run.trained / "growkit.json", {"fit": {"steps": 3}, "weights_sha256": SOURCE})
 
 
-def compared_with(source: str) -> Change:
-    """The model was compared with another source."""
-
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        content["steps"][2]["hashes"]["source"] = source
-        write_json(run.record, content)
-
-    return change
-
-
 def another_model_exported(run: RunFolder) -> None:
     """Another model was exported since, and the file held against the source."""
-    content = record(run)
-    by_name = {step["command"]: step for step in content["steps"]}
-    content["steps"] += [
-        by_name["export"] | {"hashes": {"weights": "ee" * 32, "model.onnx": "ff" * 32}},
-        by_name["evaluate"] | {"hashes": {"source": SOURCE, "model": "ff" * 32}, "figures": agreement(60, 10, 1e-9)},
-    ]
-    write_json(run.record, content)
+    again("export", **{"weights": "ee" * 32, "model.onnx": "ff" * 32})(run)
+    evaluated(60, 10, 1e-9, more=True, model="ff" * 32)(run)
 
 
 def file_evaluated(sha256: str) -> Change:
     """The model was exported again, elsewhere; of the file with this SHA-256 more answers turned wrong."""
-
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        _, _, evaluate, export, _ = content["steps"]
-        evaluate |= {"hashes": {"source": SOURCE, "model": sha256}, "figures": agreement(60, 10, 1e-9)}
-        options, hashes = export["options"] | {"out": "elsewhere"}, export["hashes"] | {"model.onnx": "ff" * 32}
-        content["steps"].append(export | {"options": options, "hashes": hashes})
-        write_json(run.record, content)
-
-    return change
+    out, other = {"out": "elsewhere"}, {"model.onnx": "ff" * 32}
+    return in_turn(evaluated(60, 10, 1e-9, model=sha256), recorded("export", more=True, options=out, hashes=other))
 
 
 def exported_elsewhere(run: RunFolder) -> None:
-    content = record(run)
-    content["steps"][3]["options"]["out"] = str(run.path.parent / "elsewhere")
-    write_json(run.record, content)
-
-
-def exported_there_again(**hashes: str) -> Change:
-    """Exported once more into the folder of the last export."""
-
-    def change(run: RunFolder) -> None:
-        content = record(run)
-        step = content["steps"][3]
-        content["steps"].append(step | {"hashes": step["hashes"] | hashes})
-        write_json(run.record, content)
-
-    return change
+    recorded("export", options={"out": str(run.path.parent / "elsewhere")})(run)
 
 
 def moved(run: RunFolder) -> None:
     """The record tells of a run that lay elsewhere, as after copying it, or from another working directory."""
-    content = record(run)
-    content["steps"][3]["options"] |= {"model": "before/finetuned", "out": "before/onnx"}
-    write_json(run.record, content)
-
-
-def made_of_a_copy(run: RunFolder) -> None:
-    """What was exported into the run was a model that lay beside it."""
-    content = record(run)
-    content["steps"][3]["options"]["model"] = str(run.path.parent / "copy")
-    write_json(run.record, content)
+    recorded("export", options={"model": "before/finetuned", "out": "before/onnx"})(run)
 
 
 GOLDEN = "It answers as when it was accepted"
@@ -588,7 +529,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not yet",
     ),
     "what was grown is gone, and the model was held against another": (
-        in_turn(removed("grown"), compared_with("ee" * 32)),
+        in_turn(removed("grown"), recorded("evaluate", hashes={"source": "ee" * 32})),
         ACCURATE,
         "not done",
         "not yet",
@@ -601,7 +542,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "yes",
     ),
     "more answers turned wrong": (evaluated(60, 10, 1e-9), ACCURATE, "fail", "no"),
-    "more answers turned wrong when it was evaluated again": (evaluated_again(60, 10, 1e-9), ACCURATE, "fail", "no"),
+    "more answers turned wrong when it was evaluated again": (
+        evaluated(60, 10, 1e-9, more=True),
+        ACCURATE,
+        "fail",
+        "no",
+    ),
     "a few more turned wrong": (evaluated(12, 10, 0.83), ACCURATE, "inconclusive", "not yet"),
     "as many turned wrong": (evaluated(10, 10, 1.0), ACCURATE, "pass", "yes"),
     "more answers of another model turned wrong": (another_model_exported, ACCURATE, "pass", "yes"),
@@ -617,13 +563,13 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "scores alone, worse": (without("evaluate", top1=0.7), ACCURATE, "inconclusive", "not yet"),
     "scores alone, of other images": (without("evaluate", count=7), ACCURATE, "inconclusive", "not yet"),
     "scores alone, of as many images of other data": (
-        in_turn(without("evaluate"), tuned_on("others")),
+        in_turn(without("evaluate"), recorded("finetune", options={"data": "others"})),
         ACCURATE,
         "inconclusive",
         "not yet",
     ),
     "scores alone, of the same data spelled otherwise": (
-        in_turn(without("evaluate"), tuned_on("./images/")),
+        in_turn(without("evaluate"), recorded("finetune", options={"data": "./images/"})),
         ACCURATE,
         "pass",
         "yes",
@@ -655,19 +601,19 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "yes",
     ),
     "another file was exported elsewhere in its place": (
-        in_turn(removed("onnx"), exported_elsewhere, exported_there_again(**{"model.onnx": "ff" * 32})),
+        in_turn(removed("onnx"), exported_elsewhere, again("export", **{"model.onnx": "ff" * 32})),
         VERIFIED,
         "not done",
         "not yet",
     ),
     "another model was exported elsewhere in its place": (
-        in_turn(removed("onnx"), exported_elsewhere, exported_there_again(weights="ee" * 32)),
+        in_turn(removed("onnx"), exported_elsewhere, again("export", weights="ee" * 32)),
         VERIFIED,
         "not done",
         "not yet",
     ),
     "exported elsewhere again, the same": (
-        in_turn(removed("onnx"), exported_elsewhere, exported_there_again()),
+        in_turn(removed("onnx"), exported_elsewhere, again("export")),
         TOGETHER,
         "pass",
         "yes",
@@ -689,7 +635,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     "the ONNX file is gone": (replaced("onnx/model.onnx", None), TOGETHER, "not done", "not yet"),
     "the folder of the ONNX file is gone": (removed("onnx"), TOGETHER, "not done", "not yet"),
     "the folder of the ONNX file is gone, which was made of a copy": (
-        in_turn(removed("onnx"), made_of_a_copy),
+        in_turn(removed("onnx"), recorded("export", options={"model": "copy"})),
         TOGETHER,
         "not done",
         "not yet",
@@ -1053,22 +999,15 @@ def test_of_a_step_made_twice_the_last_counts_and_the_earlier_is_named(tmp_path:
 
 def test_comparison_with_another_model_is_shown_but_decides_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    content = record(run)
-    content["steps"][2]["hashes"] = {"source": "ee" * 32, "model": "ff" * 32}
-    content["steps"][2]["figures"] = agreement(60, 10, 1e-9)
-    write_json(run.record, content)
+    evaluated(60, 10, 1e-9, source="ee" * 32, model="ff" * 32)(run)
     assert gates(run)[ACCURATE] == "pass"  # by the scores
     assert "which is not the model as it stands now" in text(run)
 
 
 def test_comparison_that_counts_is_named_where_others_were_made_since(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    content = record(run)
-    steps = content["steps"]
-    number = next(n for n, step in enumerate(steps) if step["command"] == "evaluate")
-    steps.append({**steps[number], "hashes": {"source": "ee" * 32, "model": "ff" * 32}})
-    write_json(run.record, content)
-    assert f"Done 2 times; this is {number + 1}. evaluate. Others: {len(steps)}. evaluate" in text(run)
+    again("evaluate", source="ee" * 32, model="ff" * 32)(run)
+    assert "Done 2 times; this is 3. evaluate. Others: 6. evaluate" in text(run)
 
 
 @pytest.mark.parametrize("command", ["export", "verify"])
