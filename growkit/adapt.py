@@ -20,7 +20,7 @@ from growkit.arch import build, find, parse_sets, vit
 from growkit.errors import GrowkitError
 from growkit.seeds import random_kept
 from growkit.source import Source
-from growkit.text import counted, some
+from growkit.text import counted, first_difference, some
 
 INPUT = ("img_size", "patch_size", "in_chans")
 KERNELS, POSITIONS = "patch_embed.proj.weight", "pos_embed"
@@ -165,8 +165,7 @@ def _as_it_is(source: Source, names: Sequence[str] | None) -> Source:
     kept = replace(source, labels=tuple(names) if names else None)
     if not names or not source.labels or tuple(names) == source.labels:
         return kept
-    differ = (at for at, name in enumerate(names) if source.labels[at : at + 1] != (name,))
-    at = next(differ, len(names))
+    at, _, _ = first_difference(source.labels, names)
     where = f" from {at} on" if at else ""
     was, now = (some(each[at:]) for each in (source.labels, names))
     line = f"the source calls its classes{where} {was}, the data {now}: they are taken in order"

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "arch.recognise": "errors arch.spec arch.vit",
     "arch.*": "errors arch.spec",
     "arch": "errors arch",
-    "methods": "errors settings core arch.spec methods",
+    "methods": "errors ranges settings core arch.spec methods",
     "source": "errors seeds settings checkpoint arch",
     "adapt": "errors text seeds arch source",
     "lineage": "source",

@@ -15,6 +15,7 @@ from growkit.compare.settings import SweepSettings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
 from growkit.files import write_json
+from growkit.ranges import option_of
 from growkit.settings import FINETUNE_DEFAULTS, OPERATOR_DEFAULTS
 from growkit.train.settings import FitSettings
 
@@ -210,9 +211,8 @@ def _given(options: Mapping[str, Any]) -> list[str]:
     """Options as the command line takes them."""
     words = []
     for name, value in options.items():
-        option = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
+            words.append(option_of(name if value else f"no_{name}"))
         else:
-            words += [f"--{option}", str(value)]
+            words += [option_of(name), str(value)]
     return words

@@ -15,6 +15,7 @@ from growkit.methods.mango import Mango
 from growkit.methods.net2net import Net2Net
 from growkit.methods.random_pad import RandomPad
 from growkit.methods.stackbert import StackBERT
+from growkit.ranges import option_of
 from growkit.settings import GrowSettings
 
 METHODS: dict[str, type[GrowthMethod]] = {
@@ -68,7 +69,7 @@ def ignored(settings: GrowSettings) -> list[str]:
     method, plain = find(settings.method), GrowSettings()
     given = [name for name in OPTIONAL if getattr(settings, name) != getattr(plain, name)]
     told = {"vectors": "--no-vectors"}
-    return [told.get(name, f"--{name.replace('_', '-')}") for name in given if name not in method.TAKES]
+    return [told.get(name, option_of(name)) for name in given if name not in method.TAKES]
 
 
 def able(source: Architecture, target: Architecture) -> list[str]:

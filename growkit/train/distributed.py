@@ -126,10 +126,6 @@ def _group_name(store: Store, number: int, count: int) -> str:
     return mine
 
 
-def _attempt() -> str:
-    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {os.environ['WORLD_SIZE']}"
-
-
 def _is_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # gloo has no error class of its own
 
@@ -143,8 +139,9 @@ def first_to_say(line: str) -> bool:
     """Return whether no other process has said `line` yet; an error may strike one process or all."""
     if local_rank() is None:
         return True
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {os.environ['WORLD_SIZE']}"
     try:
-        return _store().add(f"growkit {_attempt()} said {line}", 1) == 1
+        return _store().add(f"growkit {attempt} said {line}", 1) == 1
     except RuntimeError:  # the store is gone with its host
         return True
 
