@@ -12,8 +12,8 @@ from growkit.compare.bench import Bench
 from growkit.compare.settings import SweepSettings
 from growkit.errors import GrowkitError
 from growkit.methods import find
-from growkit.methods.base import growing, whole
-from growkit.methods.mango import bond_ranks
+from growkit.methods.base import growing
+from growkit.methods.mango import bond_ranks, takes_two_paths
 from growkit.settings import GrowSettings
 
 
@@ -24,7 +24,6 @@ class SearchSpace:
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = LAYERS in grown and len(grown) > 1
-        self.two_paths = LAYERS in grown or not whole(bench.source.architecture, bench.target, "embed")
         self.learned: dict[str, bool] = {}
         self.combinations: dict[str, dict[str, str]] = {}
         for one in self._all({}):
@@ -37,9 +36,9 @@ class SearchSpace:
     def key_of(self, options: Mapping[str, Any]) -> str:
         """A key that is equal for options, as `combine` gives them, of trials that would be the same."""
         if options["method"] == "mango" and not options["steps"] and options.get("variant") in (None, "lossless"):
-            # as it starts, a lossless ring differs only in whether there is room for a second path, where it needs one
-            ranks = GrowSettings(**{name: options[name] for name in ("rank", "ranks") if name in options})
-            second = self.two_paths and min(bond_ranks(ranks)) > 1
+            # as it starts, a lossless ring differs only in whether it has a second path
+            grow = GrowSettings(**{name: options[name] for name in ("rank", "ranks") if name in options})
+            second = takes_two_paths(self.bench.source.architecture, self.bench.target, bond_ranks(grow))
             options = {**options, "rank": second, "ranks": None, "ring_order": None}
         return repr(sorted(options.items(), key=str))
 

@@ -18,7 +18,7 @@ from growkit.arch.spec import LAYERS, Architecture, TensorSpec, Weights
 from growkit.core import maps
 from growkit.core.ring import RingOperator
 from growkit.errors import GrowkitError
-from growkit.methods.base import GrowthMethod, averages, normed_inside, whole
+from growkit.methods.base import GrowthMethod, averages, growing, normed_inside, whole
 from growkit.methods.carried_mean import carry_mean
 from growkit.methods.expand import BRANCHES, SpaceMap, expand, parted_copies, read_maps, residual_vectors, vector_maps
 from growkit.settings import MOST_RANK, GrowSettings
@@ -98,7 +98,7 @@ class Mango(GrowthMethod):
         generator = torch.Generator().manual_seed(settings.seed)
         ranks = bond_ranks(settings)
         paths, matrices = lossless_start(
-            source, target, two_paths=min(ranks) >= 2, noise=settings.noise, generator=generator
+            source, target, two_paths=takes_two_paths(source, target, ranks), noise=settings.noise, generator=generator
         )
         self.ring = RingOperator.lossless(paths, ranks, settings.ring_order, noise=settings.noise, generator=generator)
         self.vectors = tuple(_mlp_in_blocks(row) for row in source.tensors if row.slots[-1] not in MATRICES)
@@ -140,6 +140,11 @@ class Mango(GrowthMethod):
         return by_slot
 
 
+def takes_two_paths(source: Architecture, target: Architecture, ranks: tuple[int, ...]) -> bool:
+    """Whether a lossless ring starts with two paths: every bond has room for them, and one would copy less."""
+    return min(ranks) > 1 and (LAYERS in growing(source, target) or not whole(source, target, "embed"))
+
+
 def lossless_start(
     source: Architecture,
     target: Architecture,
@@ -153,9 +158,9 @@ def lossless_start(
     Residual channels are copied whole and the rest gets their mean, so that a LayerNorm sees the source's
     statistics (LEMON, Wang et al., ICLR 2024). Readers take each copy with its share, plus noise that cancels
     over the copies and so breaks their symmetry without changing any sum. One path is enough for every size:
-    new parts of a head or an MLP block are then not read yet, and a new layer is zero. Two paths, where they
-    fit, let every new head, unit and layer start as a copy: path 0 carries q, k, v and in, path 1 o and out,
-    which new layers keep at zero.
+    new parts of a head or an MLP block are then not read yet, and a new layer is zero. Two paths let every new
+    head, unit and layer start as a copy: path 0 carries q, k, v and in, path 1 o and out, which new layers keep
+    at zero.
     """
     old, new = source.spaces["embed"].size, target.spaces["embed"].size
     old_k, new_k = mlp_blocks(source), mlp_blocks(target)
@@ -169,7 +174,7 @@ def lossless_start(
     def parted(written: list[Tensor]) -> Tensor:
         return noise / copies * maps.null_noise((new, old), written, generator)
 
-    if two_paths and (new % old or len(layers) > layers.shape[1]):
+    if two_paths:
         hidden = maps.duplicate(old, new, source.spaces["attn"].group)
         paths = [
             {
