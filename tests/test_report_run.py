@@ -480,6 +480,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not done",
         "not yet",
     ),
+    "the file in the run was verified, and nothing tells of its export": (
+        in_turn(without("export"), replaced("onnx/export.json", None)),
+        NUMBERS,
+        "pass",
+        "yes",
+    ),
     "fine-tuning was killed": (killed, "It was trained to its end", "inconclusive", "not yet"),
     "fine-tuning was killed and the rest was done of what it left": (killed, TOGETHER, "pass", "not yet"),
     "operator training was stopped, and fine-tuning was not": (

@@ -169,7 +169,7 @@ def _checks(facts: Facts) -> Iterator[Gate]:
     if content is not facts.verify:
         yield Gate(VERIFIED, Mark("not done"), f"Only the export's own checks: `{facts.verify_command}`.")
         return
-    if not facts.export and facts.verify.get("onnx_sha256") != facts.onnx_sha256:
+    if not facts.here and facts.verify.get("onnx_sha256") != facts.onnx_sha256:
         remedy = f"`{facts.verify_command}`." if facts.elsewhere else BOTH
         yield Gate(VERIFIED, Mark("not done"), f"What was verified is no ONNX file that this run has now: {remedy}")
     for group, how in (("accuracy", ""), ("latency", ", with times")):  # one command answers both
