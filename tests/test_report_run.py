@@ -240,7 +240,7 @@ ACCURATE, VERIFIED, NUMBERS, FAST, TOGETHER = (
 
 def held(what: str, verdict: str | None, *sha256: str) -> Change:
     """A model or a file alone, or both, held against a reference; `verdict` is None where that was not come to."""
-    names = {"model": ["weights"], "file": ["model.onnx"]}.get(what, ["weights", "model.onnx"])
+    names = {"model": ["weights"], "file": ["model.onnx"], "nothing": []}.get(what, ["weights", "model.onnx"])
     hashes = dict(zip(names, sha256, strict=True))
     options = {"model": "weights" in hashes or None, "onnx": "model.onnx" in hashes or None, "reference": "accepted"}
     failed = [f"why the {what}"] if verdict == "fail" else []
@@ -368,9 +368,9 @@ def exported_elsewhere(run: RunFolder) -> None:
     recorded("export", options={"out": str(run.path.parent / "elsewhere")})(run)
 
 
-def moved(run: RunFolder) -> None:
-    """The record tells of a run that lay elsewhere, as after copying it, or from another working directory."""
-    recorded("export", options={"model": "before/finetuned", "out": "before/onnx"})(run)
+def exported_beside(model: str) -> Change:
+    """The record tells of a file beside a model that lay elsewhere: in the run before it was moved, or of a copy."""
+    return recorded("export", options={"model": f"before/{model}", "out": "before/onnx"})
 
 
 GOLDEN = "It answers as when it was accepted"
@@ -399,6 +399,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
     ),
     "the model alone is not what was accepted, but the one grown is": (
         in_turn(held("model", "fail", TUNED), held("model", "pass", GROWN)),
+        GOLDEN,
+        "fail",
+        "no",
+    ),
+    "the model alone is not what was accepted, but what the record does not name is": (
+        in_turn(held("model", "fail", TUNED), held("nothing", "pass")),
         GOLDEN,
         "fail",
         "no",
@@ -646,8 +652,19 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not done",
         "not yet",
     ),
-    "the run was moved": (moved, TOGETHER, "pass", "yes"),
-    "the run was moved without its ONNX file": (in_turn(removed("onnx"), moved), TOGETHER, "not done", "not yet"),
+    "the run was moved": (exported_beside("finetuned"), TOGETHER, "pass", "yes"),
+    "the run was moved without its ONNX file": (
+        in_turn(removed("onnx"), exported_beside("finetuned")),
+        TOGETHER,
+        "not done",
+        "not yet",
+    ),
+    "the model was copied, and exported beside the copy": (
+        in_turn(removed("onnx"), exported_beside("copy")),
+        TOGETHER,
+        "pass",
+        "yes",
+    ),
     "the weights were replaced": (replaced("finetuned/model.safetensors"), TOGETHER, "fail", "no"),
     "the weights are gone": (replaced("finetuned/model.safetensors", None), TOGETHER, "not done", "not yet"),
     "weights that do not ship were replaced": (replaced("grown/model.safetensors"), TOGETHER, "pass", "yes"),
