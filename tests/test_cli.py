@@ -1136,7 +1136,8 @@ def test_work_and_its_status_do_not_depend_on_who_reads(words: str, status: int,
 def test_closed_streams_take_any_character_and_are_there_for_children_and_busy_ones_are_waited_for() -> None:
     child = "import os, sys; os.fstat(1); print(os.open(os.devnull, os.O_RDONLY), file=sys.stderr)"
     script = (
-        "import subprocess, sys; from growkit_cli.streams import ready; ready(); print(chr(252));"
+        "import subprocess, sys; from growkit_cli.streams import ready; sys.stderr.write('first '); ready();"
+        "print(chr(252)); print('second', file=sys.stderr);"
         f"subprocess.run([sys.executable, '-c', {child!r}], check=True); print('x' * 10**6, file=sys.stderr)"
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -1147,7 +1148,7 @@ def test_closed_streams_take_any_character_and_are_there_for_children_and_busy_o
     with subprocess.Popen(command, stderr=busy, env=environment) as started, open(reading, encoding="utf-8") as pipe:
         os.close(busy)
         time.sleep(1)  # until the pipe is full
-        assert pipe.read() == f"3\n{'x' * 10**6}\n"
+        assert pipe.read() == f"first second\n3\n{'x' * 10**6}\n"
     assert started.returncode == 0
 
 

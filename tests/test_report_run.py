@@ -839,6 +839,8 @@ def test_remedies_name_the_model_where_the_run_holds_none(tmp_path: Path) -> Non
     other = {"options": {"model": "other", "out": "elsewhere"}, "hashes": {"model.onnx": "ff" * 32}}
     write_json(run.record, content | {"steps": [*content["steps"], export | other]})
     assert line_of(run, FAST) == line  # not the model of a file that was exported elsewhere since
+    write_json(run.onnx / "export.json", read_json(run.onnx / "export.json") | {"sha256": "ff" * 32})
+    assert "`growkit verify other --data DATA`" in line_of(run, TOGETHER)  # of the file in its place, not the verified
 
 
 def test_remedies_name_no_file_elsewhere_where_the_runs_own_is_missing(tmp_path: Path) -> None:

@@ -370,10 +370,12 @@ def test_image_or_label_that_a_timm_dataset_lacks_is_unreadable_and_labels_are_l
     )
 
 
-def test_timms_torch_folder_is_the_folder_itself(folder: Path) -> None:
+def test_timms_torch_folder_is_the_folder_itself(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(PLAIN, data_dir=str(folder))
     named, given = open_data("Torch/Folder", CONFIG, settings), open_data(str(folder), CONFIG, settings)
     assert (named.identity, named.classes) == (given.identity, given.classes)
+    monkeypatch.chdir(tmp_path)  # where a folder is there, it is meant
+    assert open_data(shutil.copytree(folder, "wds/pets"), CONFIG, PLAIN).identity == given.identity
     shutil.move(folder / "val" / "dog", folder / "val" / "fox")
     assert "val/ has no images of dog and alone has fox" in refusal("torch/image_folder", settings)
     shutil.rmtree(folder / "train")
