@@ -59,7 +59,12 @@ PLAIN = FitSettings(
 ACCUMULATED = replace(PLAIN, grad_accum_steps=2)
 SHARDED = replace(PLAIN, grad_accum_steps=2, model_ema=True, shard=True)
 MANGO = GrowSettings(rank=2)
-UNLIKE: dict[str, tuple[Any, Any]] = {"lr": (0.01, 0.02), "log_every": (3, 4), "batch_size": (8, AUTO)}
+UNLIKE: dict[str, tuple[Any, Any, str]] = {
+    "lr": (0.01, 0.02, "--lr 0.01, not 0.02"),
+    "log_every": (3, 4, "--log-every 3, not 4"),
+    "batch_size": (8, AUTO, "--batch-size 8, not auto"),
+    "shard": (False, True, "no --shard"),
+}
 CASES: dict[str, tuple[FitSettings, GrowSettings | None]] = {  # with the growth operator where that is what is trained
     "plain": (replace(PLAIN, aa="rand-m9-mstd0.5", reprob=0.3), None),
     "accumulated": (replace(PLAIN, grad_accum_steps=2, smoothing=0.1, model_ema=True, workers=1), None),
@@ -197,7 +202,7 @@ def work(rank: str, port: str, *places: str) -> None:
         except FileExistsError as error:
             found["raised"] = str(error)
         data, job = open_data(str(images), CONFIG, PLAIN), Job(RunFolder(folder), "cpu", say=print)
-        for name, (one, other) in UNLIKE.items():
+        for name, (one, other, _) in UNLIKE.items():
             settings = replace(PLAIN, **{name: other if int(rank) else one})
             try:
                 settled(job, model_of(None), data, settings, torch.device("cpu"), None)
@@ -399,8 +404,7 @@ def test_batch_that_does_not_divide_is_refused_with_the_remedy(both: list[dict[s
 
 def test_processes_that_were_not_given_the_same_are_refused(both: list[dict[str, Any]]) -> None:
     """Each would train on its part of other batches, and no one would know, or wait for what the others never send."""
-    for name, (one, other) in UNLIKE.items():
-        wrong = f"--{name.replace('_', '-')} {one}, not {'auto' if other == AUTO else other}"
+    for name, (_, _, wrong) in UNLIKE.items():
         told = f"the first process was given {wrong}: give all processes the same"
         assert [found.get(f"unlike {name}") for found in both] == [told] * 2
 
