@@ -968,6 +968,8 @@ def test_run_that_only_compared_has_nothing_to_ship(tmp_path: Path) -> None:
     write_json(run.compare / "results.json", comparison())
     assert gates(run) == {}
     assert (verdict(run).mark, "Nothing was grown or trained in this run yet" in verdict(run).line) == ("not yet", True)
+    run.add("verify", options={}, figures={}, hashes={"model.onnx": ONNX})
+    assert gates(run)[VERIFIED] == "not done"
 
 
 @pytest.mark.parametrize(
