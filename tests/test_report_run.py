@@ -391,6 +391,7 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "fail",
         "no",
     ),
+    "the file is not what was accepted, and no record tells": (one_check("reference", "fail"), GOLDEN, "fail", "no"),
     "the model alone is not what the verified file is": (
         in_turn(one_check("reference", "pass"), held("model", "fail", TUNED)),
         GOLDEN,
