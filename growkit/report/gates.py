@@ -186,7 +186,7 @@ def _held(facts: Facts) -> list[Mapping[str, Any]]:
     last: dict[bool, list[Mapping[str, Any]]] = {}  # by whether a file was held
     for step in facts.all("verify"):
         held = mapping(step.figures.get("reference"))
-        if held and step.hashes.items() <= now.items():
+        if held and step.hashes and step.hashes.items() <= now.items():
             lines = texts(held.get("failed")) or [f"held against {step.options.get('reference')}"]
             last["model.onnx" in step.hashes] = [{"verdict": held.get("verdict"), "line": line} for line in lines]
     return [one for checks in last.values() for one in checks]
