@@ -259,11 +259,14 @@ def _record(
 
 
 def _held(verified: Verification, report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What holding against a reference came to, of a model or a file alone with all checks; None if it was not done."""
+    """What holding against a reference came to; None if it was not done.
+
+    Of a model or a file alone, and where the file does not even open, all checks decide.
+    """
     if report["reference"] is None or "reference_update" in report:
         return {"verdict": "pass", "failed": []} if report["reference"] else None
-    alone = not (report["model"] and report["onnx"])
-    judged = [c for c in verified.checks if alone or c.group == "reference"]
+    compared = verified.parity is not None and verified.parity.figures
+    judged = [c for c in verified.checks if not compared or c.group == "reference"]
     failed = [c.line for c in judged if c.verdict != "pass"]
     return {"verdict": overall(judged), "failed": failed} if judged else None
 

@@ -284,7 +284,9 @@ def test_model_or_file_held_alone_leaves_the_verification_of_both_as_it_is(place
     assert growkit(place, *whole, "--reference", "reference/model") == 0
     assert growkit(place, *FILE, "reference/onnx", "--precision", "fp16") == 1  # though it answers as the reference
     assert growkit(place, *whole, "--reference", "reference/model", "--precision", "fp16") == 1
-    assert references_on_record(place)[-6:] == [None, "pass", "pass", "pass", "fail", "pass"]
+    (place / "onnx" / "model.onnx").write_bytes(b"no ONNX")
+    assert growkit(place, *whole, "--reference", "reference/model") == 1
+    assert references_on_record(place)[-7:] == [None, "pass", "pass", "pass", "fail", "pass", "fail"]
 
 
 def test_change_that_was_meant_is_accepted_by_the_command_that_is_told(
