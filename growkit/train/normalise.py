@@ -32,7 +32,9 @@ class Normalisation:
 def values(images: Tensor) -> Tensor:
     """Return uint8 images as float32 between 0 and 1."""
     # by a tensor of 255: CUDA divides by a plain number less exactly than the CPU
-    return torch.div(images, sent(torch.tensor(255, dtype=torch.float32), images.device))
+    full = sent(torch.tensor(255, dtype=torch.float32), images.device)
+    # a GPU converts while it divides; a CPU would convert all into memory of its own first
+    return torch.div(images, full) if images.is_cuda else images.float().div_(full)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
