@@ -24,7 +24,6 @@ class SearchSpace:
         self.bench, self.settings = bench, settings
         grown = growing(bench.source.architecture, bench.target)
         self.staged = LAYERS in grown and len(grown) > 1
-        self.learned: dict[str, bool] = {}
         self.combinations: dict[str, dict[str, str]] = {}
         for one in self._all({}):
             self.combinations.setdefault(self.key(one), one)
@@ -51,9 +50,8 @@ class SearchSpace:
         settings = self.settings
         yield "method", _listed(settings.methods)
         method, fixed = answers["method"], _fixed(answers["method"])
-        grow, _ = self._grow(answers)
-        if method not in self.learned:
-            self.learned[method] = self.bench.costs.learned(grow)
+        grow, _ = self._grow({"method": method})
+        learned = self.bench.costs.learned(grow)
         if grow.method == "mango":
             if not fixed & {"rank", "ranks"}:
                 yield "rank", _listed(settings.rank_choices)
@@ -63,7 +61,7 @@ class SearchSpace:
             yield "stages", _listed(settings.stage_choices)
         if "noise" in find(grow.method).TAKES and "noise" not in fixed:
             yield "noise", _listed(settings.noises)
-        if self.learned[method]:
+        if learned:
             yield "operator_steps", _listed(settings.operator_steps)
             if int(answers["operator_steps"]):
                 yield "operator_lr", _listed(settings.operator_lrs)
