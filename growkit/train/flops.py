@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from growkit.train.made_weights import MakesWeights, made_once
 from growkit.train.memory import without_storage
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class StepCost:
