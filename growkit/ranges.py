@@ -14,26 +14,16 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def refuse_outside(
-    settings: Any,
-    *names: str,
-    least: float | None = None,
-    above: float | None = None,
-    most: float = MOST,
-    below: float | None = None,
-    prefix: str = "",
-) -> None:
-    """Check that fields of `settings` are in a range: from `least` or above `above`, up to `most` or below `below`.
+def refuse_outside(settings: Any, *names: str, prefix: str = "", **limits: float) -> None:
+    """Check that fields of `settings` are within the `limits` of refuse_number.
 
-    A field that is None was left out, and passes. `prefix` goes before the option's name, as in with_settings.
+    `prefix` goes before the option's name, as in with_settings.
 
     Raises:
         GrowkitError: a field is outside, or not a number (NaN).
     """
     for name in names:
-        refuse_number(
-            option_of(prefix + name), getattr(settings, name), least=least, above=above, most=most, below=below
-        )
+        refuse_number(option_of(prefix + name), getattr(settings, name), **limits)
 
 
 def refuse_number(
@@ -45,7 +35,9 @@ def refuse_number(
     most: float = MOST,
     below: float | None = None,
 ) -> None:
-    """Check one option's value in the same way.
+    """Check that one option's value is in a range: from `least` or above `above`, up to `most` or below `below`.
+
+    A value that is None was left out, and passes.
 
     Raises:
         GrowkitError: it is outside, or not a number (NaN).
