@@ -124,6 +124,5 @@ def inserted_layers(old: int, new: int) -> Tensor:
 
 
 def first_copies(write: Tensor) -> Tensor:
-    """1 for the first target unit that copies each source unit, 0 for its later copies; shape (new,)."""
-    source = write.argmax(dim=1)
-    return torch.tensor([1.0 if s not in source[:i] else 0.0 for i, s in enumerate(source)], dtype=write.dtype)
+    """A 0/1 copy map whose later copies of a source unit are zero: only the first one stays."""
+    return write * (write.cumsum(dim=0) == 1)

@@ -120,9 +120,8 @@ def as_in(weights: Weights, maps: Maps) -> Maps:
 
 def identity_blocks(layers: Tensor) -> dict[Place, SpaceMap]:
     """Return depth maps of a 0/1 matrix (new, old) in which only the first copy of a layer writes the residual."""
-    first = layers * maps.first_copies(layers)[:, None]
     writing = ((f"{slot}.{kind}", LAYERS) for slot in BRANCHES for kind in ("weight", "bias"))
-    return {LAYERS: SpaceMap.tied(layers), **dict.fromkeys(writing, SpaceMap.tied(first))}
+    return {LAYERS: SpaceMap.tied(layers), **dict.fromkeys(writing, SpaceMap.tied(maps.first_copies(layers)))}
 
 
 def residual_vectors(source: Architecture) -> dict[Place, str]:

@@ -169,7 +169,7 @@ def lossless_start(
     vectors = vector_maps(source, old, new)
     residual, normed = vectors["embed"], vectors["shift"]
     layers = maps.spread_layers(source.spaces[LAYERS].size, target.spaces[LAYERS].size)
-    branches = layers * maps.first_copies(layers)[:, None]
+    branches = maps.first_copies(layers)
 
     def parted(written: list[Tensor]) -> Tensor:
         return noise / copies * maps.null_noise((new, old), written, generator)
