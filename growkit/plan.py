@@ -14,7 +14,6 @@ from growkit.adapt import with_classes, with_input
 from growkit.arch import build, find, find_target
 from growkit.arch.spec import Architecture
 from growkit.core.ring import AXES
-from growkit.core.ring_plan import contraction_plan
 from growkit.grow import GrownModel, grow, lossless_gap
 from growkit.methods import METHODS, able
 from growkit.methods.base import refuse_shrinking
@@ -115,9 +114,9 @@ def plan_growth(
 
 def _rank_cost(rank: int, grown: GrownModel, target: Architecture, batch_size: int, gap: float) -> RankCost:
     assert isinstance(grown.method, Mango)
-    shape, cores = _ring_shapes(grown.method)
     ring = grown.method.ring
-    contraction = contraction_plan(ring.equation, shape, cores, ring.order)
+    packed = torch.empty([ring.cores[axis].shape[1] for axis in AXES], device="meta")
+    contraction = ring.plan(packed, [ring.cores[axis] for axis in ring.order])
     flops = step_flops(grown.to("meta"), target, batch_size)
     return RankCost(
         rank=rank,
@@ -139,13 +138,6 @@ def _method_cost(name: str, source: Source, target: Architecture, batch_size: in
     parameters = sum(p.numel() for p in grown.method.parameters())
     flops = step_flops(grown.to("meta"), target, batch_size) if parameters else None
     return MethodCost(name, None, grown.method.lossless, parameters, flops)
-
-
-def _ring_shapes(method: Mango) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Shape of the packed source (B, O, L, I) and of the cores in ring order."""
-    cores = method.ring.cores
-    packed = tuple(int(cores[axis].shape[1]) for axis in AXES)
-    return packed, tuple(tuple(cores[axis].shape) for axis in method.ring.order)
 
 
 def step_flops(model: torch.nn.Module, architecture: Architecture, batch_size: int, batches: int = 1) -> int:

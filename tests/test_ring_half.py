@@ -69,7 +69,7 @@ def test_room_holds_twice_as_many_intermediates_of_half_the_size(monkeypatch):
     exact, x = random_ring(*EXAMPLE)
     ring, x = exact.float(), x.detach().float()
     cores = [ring.cores[axis] for axis in ring.order]
-    plan = ring._plan(x, cores, halves=True)
+    plan = ring.plan(x, cores, halves=True)
     held = []
     for slices in (0, 1):
         ring.room = 2 * plan.elements * slices
@@ -104,7 +104,7 @@ def test_room_is_made_for_no_more_than_the_cores_can_do():
         core.data.copy_(torch.eye(core.shape[1], core.shape[2], dtype=torch.float64)[None, :, :, None])
     cores = [ring.cores[axis] for axis in ring.order]
     with torch.no_grad():
-        _, scales, steeper = ring_slices._halved(ring.equation, ring._plan(x, cores), [x, *cores])
+        _, scales, steeper = ring_slices._halved(ring.equation, ring.plan(x, cores), [x, *cores])
         assert torch.equal(scales, scales_of([x, *cores]))
     assert steeper == 1
 

@@ -97,19 +97,20 @@ class RingOperator(nn.Module):
         cores = [self.cores[axis] for axis in self.order]
         if torch.is_grad_enabled():
             halves = may_halve(x)
-            plan = self._plan(x, cores, halves=halves, parts=self.processes)
+            plan = self.plan(x, cores, halves=halves, parts=self.processes)
             if plan.slices == 1 and not halves:
                 return product(self.equation, plan.path, [x, *cores])
             sliced: Tensor = Sliced.apply(self.equation, plan, halves, self.room, x, *cores)
             return sliced
         grown = grown_like(x, self.equation, cores).zero_()
         for ring in _independent_rings(_without_dead_bonds(cores)):
-            plan = self._plan(x, ring)
+            plan = self.plan(x, ring)
             for (place,), slice_ in cut_up(self.equation, plan, grown, [x, *ring]):
                 place += product(self.equation, plan.path, slice_)
         return grown
 
-    def _plan(self, x: Tensor, cores: Sequence[Tensor], *, halves: bool = False, parts: int = 1) -> ContractionPlan:
+    def plan(self, x: Tensor, cores: Sequence[Tensor], *, halves: bool = False, parts: int = 1) -> ContractionPlan:
+        """Plan how to apply `cores`, all of the ring's or fewer indices of its bonds, to x, which may hold nothing."""
         shapes = tuple(tuple(core.shape) for core in cores)
         fewest = fewest_elements(prod(core.shape[2] for core in cores), gpu=x.is_cuda)
         fewest *= 2 if halves else 1  # elements of half the size
