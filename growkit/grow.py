@@ -181,8 +181,8 @@ def make_method(source: Architecture, target: Architecture, settings: GrowSettin
 
 
 @torch.no_grad()
-def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: int, images: int = 4) -> float:
-    """Largest absolute difference of the two networks' logits on `images` standard-normal inputs.
+def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: int) -> float:
+    """Largest absolute difference of the two networks' logits on four standard-normal inputs.
 
     Both run in eval mode, on the device and in the precision of their own parameters. Without a head they give
     features; then the source's are compared with the first of the grown ones, which are their copies.
@@ -190,7 +190,7 @@ def lossless_gap(source: VisionTransformer, grown: VisionTransformer, *, seed: i
     first = next(source.parameters())
     config = source.patch_embed
     generator = torch.Generator().manual_seed(seed)
-    shape = (images, config.proj.in_channels, *config.img_size)
+    shape = (4, config.proj.in_channels, *config.img_size)
     batch = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
     was = source.training, grown.training
     try:
