@@ -54,11 +54,9 @@ class LiGO(GrowthMethod):
         self.pool = nn.ParameterDict(
             {space: start(space, shared=True) for space in source.widths if space not in ("embed", "attn", "mlp")}
         )
-        self.modules_in_layers = sorted(
-            {slot.split(".")[0] for row in source.tensors if row.layered for slot in row.slots}
-        )
+        modules = sorted({slot.split(".")[0] for row in source.tensors if row.layered for slot in row.slots})
         stack = maps.duplicate(layers, target.spaces[LAYERS].size)
-        self.depth = nn.ParameterDict({module: stack.clone() for module in self.modules_in_layers})
+        self.depth = nn.ParameterDict({module: stack.clone() for module in modules})
 
     def forward(self, weights: Weights) -> Weights:
         """Slots of the source -> slots of the target."""
