@@ -77,7 +77,7 @@ def _load(path: str, loading: Loading) -> Source:
             raise GrowkitError(f"{path}: its name is its architecture; --from and --from-set are for bare checkpoints")
         return _load_timm(path)
     if path.startswith(HUB):
-        return replace(_load(str(_from_hub(path)), replace(loading, ema=True)), path=path)
+        return replace(_load(str(_from_hub(path)), loading), path=path)
     _refuse_name(path)
     checkpoint = read_checkpoint(Path(path), ema=loading.ema)
     if checkpoint.config is not None:
