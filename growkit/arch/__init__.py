@@ -167,7 +167,7 @@ def detect(
     chosen = parse_sets(sets)
     if name is not None:
         name, how = full_name(name), f"--from {name}"
-    elif named := _named_by(hint, shapes):
+    elif named := _named_by(hint, state, shapes):
         name, how = named, f"{named}, from the file's name"
     else:
         if marked := recognise.telltale(state):
@@ -192,13 +192,14 @@ def detect(
     return architecture, how
 
 
-def _named_by(hint: str, shapes: Mapping[str, Any]) -> str | None:
-    """Return the timm name that a file's name begins with, if its network has these sizes."""
-    words = hint.replace("-", "_").lower()
+def _named_by(hint: str, state: StateDict, shapes: Mapping[str, Any]) -> str | None:
+    """Return the timm name that a file's name begins with, if its network has these sizes and may be of this kind."""
+    words, marked = hint.replace("-", "_").lower(), recognise.telltale(state)
     for candidate in sorted(_named(), key=len, reverse=True):
         if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
             model = build(candidate, {}, device="meta")
-            if (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"]):
+            alike = marked is None or marked == recognise.telltale(model.state_dict())
+            if alike and (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"]):
                 return candidate
     return None
 
