@@ -59,6 +59,13 @@ def test_head_count_comes_from_the_files_name() -> None:
         assert how == "deit_tiny_patch16_224, from the file's name"
 
 
+@pytest.mark.parametrize("short", ["vit_large", "deit3_huge"])
+def test_files_short_name_is_completed_as_that_of_a_target(short: str) -> None:
+    name = full_name(short)
+    state = {key: torch.zeros(1).expand(shape) for key, shape in find(name).shapes.items()}
+    assert detect(state, hint=short)[0].name == name
+
+
 def test_files_name_of_another_size_is_not_believed() -> None:
     architecture, how = detect(zeros(192, 12), hint="deit_base_patch16_224")
     assert architecture.name == "deit_tiny_patch16_224"

@@ -19,6 +19,7 @@ from growkit.arch import recognise, vit
 from growkit.arch.spec import LAYERS, Architecture, StateDict
 from growkit.errors import GROWS, GrowkitError, first_line
 
+ENDINGS = ("_patch16_224", "_patch14_224")  # that a short name leaves out
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
 DRAWING = {Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}  # steps of timm's trunc_normal_
 ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
@@ -35,13 +36,18 @@ def full_name(name: str) -> str:
         GrowkitError: no such model; the nearest names are offered, where any is near.
     """
     base = name.partition(".")[0]
-    for candidate in (base, f"{base}_patch16_224", f"{base}_patch14_224"):
+    for candidate in (base, *(f"{base}{ending}" for ending in ENDINGS)):
         if timm.is_model(candidate):
             return candidate
-    plain = {known.removesuffix("_patch16_224").removesuffix("_patch14_224") for known in _named()}
-    near = difflib.get_close_matches(base, plain, n=3)
+    near = difflib.get_close_matches(base, {_short(known) for known in _named()}, n=3)
     known = f"nearest: {', '.join(near)}" if near else GROWS
     raise GrowkitError(f"unknown architecture {name!r}; {known}")
+
+
+def _short(name: str) -> str:
+    """The short name that `full_name` completes to this one; the name itself if there is none."""
+    short = name.removesuffix(ENDINGS[0]).removesuffix(ENDINGS[1])
+    return short if full_name(short) == name else name
 
 
 def _named() -> list[str]:
@@ -196,7 +202,7 @@ def _named_by(hint: str, state: StateDict, shapes: Mapping[str, Any]) -> str | N
     """Return the timm name that a file's name begins with, if its network has these sizes and may be of this kind."""
     words, marked = hint.replace("-", "_").lower(), recognise.telltale(state)
     for candidate in sorted(_named(), key=len, reverse=True):
-        if words.startswith((candidate, candidate.removesuffix("_patch16_224"))):
+        if words.startswith((candidate, _short(candidate))):
             model = build(candidate, {}, device="meta")
             alike = marked is None or marked == recognise.telltale(model.state_dict())
             if alike and (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"]):
