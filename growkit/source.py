@@ -21,7 +21,7 @@ from growkit.errors import GrowkitError, first_line
 from growkit.seeds import random_kept
 from growkit.settings import Loading
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 CROP_MODES = ("center", "squash", "border")
 TIMM, HUB = "timm:", "hf-hub:"
 FETCHED = (TIMM, HUB)  # only names with these prefixes are fetched from the network
@@ -241,11 +241,11 @@ def _prepared_as(path: str, config: object) -> dict[str, Any]:
         raise GrowkitError(f"{path}: pretrained_cfg in its config.json is no object; expected timm's config.json")
     given = {key: value for key, value in config.items() if key in PREPROCESSING and value is not None}
     sound = {
-        "mean": lambda value: _numbers(value),
+        "mean": _numbers,
         "std": lambda value: _numbers(value) and min(value) > 0,
         "crop_pct": lambda value: _numbers([value]) and value > 0,
-        "interpolation": lambda value: value in (*map(str, INTERPOLATIONS), "random"),
-        "crop_mode": lambda value: value in CROP_MODES,
+        "interpolation": INTERPOLATIONS.__contains__,
+        "crop_mode": CROP_MODES.__contains__,
     }
     for key, fits in sound.items():
         if key in given and not fits(given[key]):
