@@ -116,7 +116,7 @@ class Bench:
         if arm.name == LONGER:
             return Start(self.source.model(), self.source_score(), None, 0, 0.0)
         if arm.grow is None:
-            model = build(self.target.name, self.target.arguments)
+            model = self.fresh(arm)
             model.load_state_dict(untrained(self.target, seed=seed))
             return Start(model, None, None, 0, 0.0)
         rate = "" if operator_lr is None else f"-lr{operator_lr!r}"
