@@ -100,12 +100,6 @@ def _is_of(parts: tuple[str, ...], wanted: tuple[str, ...], is_dir: bool) -> boo
     return len(parts) == len(wanted) or (is_dir if len(parts) < len(wanted) else wanted[-1] == "**")
 
 
-def refuse_both(force: bool, resume: bool) -> None:
-    """Raise GrowkitError if a run is to be both resumed and started anew."""
-    if force and resume:
-        raise GrowkitError("--resume goes on with a run and --force begins it anew: give one of them")
-
-
 def refuse_unwritable(path: Path, *, suffix: str | None = None) -> None:
     """Raise UnwritableError if `path` could not be written; leaves nothing behind.
 

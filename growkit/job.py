@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from growkit.files import refuse_both
+from growkit.errors import GrowkitError
 from growkit.record import RunFolder
 from growkit.train.progress import FollowRun, Say, StartProgress, follow_nothing, say_nothing, start_nothing
 
@@ -31,4 +31,5 @@ class Job:
     follow: FollowRun = follow_nothing
 
     def __post_init__(self) -> None:
-        refuse_both(self.force, self.resume)
+        if self.force and self.resume:
+            raise GrowkitError("--resume goes on with a run and --force begins it anew: give one of them")

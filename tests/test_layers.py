@@ -47,7 +47,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "exporting": "errors settings files record source train deploy evaluation history",
     "verifying": "errors settings text files record source train deploy evaluation",
     "history": "record arch source lineage train",
-    "job": "files record train.progress",
+    "job": "errors record train.progress",
     "stage": "text files checkpoint train job",
     "growing": f"{ALL} history job stage",
     "fitting": f"{ALL} history job stage",
