@@ -11,7 +11,6 @@ Exact except for LayerNorm: if channels have unequal numbers of copies, its mean
 """
 
 import torch
-from torch import Tensor
 
 from growkit.arch.spec import LAYERS
 from growkit.core import maps
@@ -44,5 +43,4 @@ class Net2Net(Expansion):
 
 
 def _stacked(drawn: list[SpaceMap]) -> SpaceMap:
-    writes: list[Tensor] = [m.write for m in drawn]
-    return SpaceMap(torch.stack(writes), torch.stack([m.read for m in drawn]))
+    return SpaceMap(torch.stack([m.write for m in drawn]), torch.stack([m.read for m in drawn]))
