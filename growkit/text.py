@@ -23,6 +23,11 @@ def counted(number: float, thing: str) -> str:
     return f"{number:,.0f} {thing}" + ("" if number == 1 else "s")
 
 
+def speed(images_per_second: float) -> str:
+    """As in '1,254', and in '0.27' where a big model is slow."""
+    return f"{images_per_second:{',.0f' if images_per_second >= 10 else '.2g'}}"
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """As in 'a, b, c and 2 more'."""
     rest = len(names) - most

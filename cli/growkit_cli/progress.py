@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from growkit.text import counted
+from growkit.text import counted, speed
 from growkit_cli.console import Console, PlainBar
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def tell_trained(console: Console, trained: "Trained") -> None:
     best = fitted.best_scores
     if not fitted.images_per_second and not fitted.interrupted:
         console.say("all of its updates were made before; nothing was left to train")
-    rate = f"{fitted.images_per_second:.0f} images/s while training, " if fitted.images_per_second else ""
+    rate = f"{speed(fitted.images_per_second)} images/s while training, " if fitted.images_per_second else ""
     done = f"{'wrote' if rate else 'kept'} {trained.folder} after {counted(fitted.steps, 'update')}"
     console.say(f"{done} in {fitted.seconds:.0f} s ({rate}{fitted.flops_per_step * fitted.steps / 1e12:.3g} TFLOP)")
     console.result(

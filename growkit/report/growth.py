@@ -7,7 +7,7 @@ from growkit.report.facts import Facts, Step, formatted, mapping, number, percen
 from growkit.report.page import Section, Table, cell
 from growkit.report.plot import Plot, Point, Series, scientific
 from growkit.report.steps import points
-from growkit.text import counted, short
+from growkit.text import counted, short, speed
 
 SIZES = {"embed_dim": "width", "depth": "layers", "num_heads": "heads"}  # sizes that can grow, listed first
 SMOOTH = 50  # points of a curve of training losses
@@ -222,7 +222,7 @@ def _spent(what: str, fit: Mapping[str, Any]) -> str:
     told = [
         *([f"{cell(flops / 1e12)} TFLOP"] if flops else []),
         *([duration(seconds)] if seconds else []),
-        *([f"{rate:,.0f} images per second"] if rate else []),
+        *([f"{speed(rate)} images per second"] if rate else []),
     ]
     many = f" for {counted(steps, 'update')}" if steps is not None else ""
     stopped = " It was stopped before its end." if fit.get("interrupted") else ""

@@ -434,5 +434,5 @@ def _best(history: list[tuple[int, Scores]]) -> tuple[int, Scores]:
 def _note(record: StepRecord, history: list[tuple[int, Scores]]) -> str:
     """Return a record's text for the progress bar, with the last score."""
     scored = f" top-1 {history[-1][1].top1:.2%}" if history else ""
-    speed = f" {record.images_per_second:.0f} images/s" if record.images_per_second else ""  # only scored since resumed
-    return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e}{speed}"
+    pace = rate(record.images_per_second, 1)  # none if only scored since resumed
+    return f"loss {record.loss:.4f}{scored} lr {record.lr:.1e} {pace}".rstrip()

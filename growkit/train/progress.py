@@ -6,6 +6,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from growkit.text import speed
+
 S = TypeVar("S")
 T = TypeVar("T", bound=tuple[Tensor, ...])
 
@@ -41,7 +43,7 @@ def follow_nothing(title: str, finished: int, runs: int) -> Progress:
 
 def rate(done: float, seconds: float) -> str:
     """Return images per second, as a note."""
-    return f"{done / seconds:.0f} images/s" if done and seconds else ""
+    return f"{speed(done / seconds)} images/s" if done and seconds else ""
 
 
 def each(items: Sequence[S], progress: Progress) -> Iterator[S]:

@@ -395,6 +395,12 @@ def test_rate_before_the_first_record_counts_the_time_before_a_save(
     assert saves == [2, 4, 5]
 
 
+def test_slow_rates_have_two_digits(ticking: Callable[..., tuple[loop.FitResult, list[str]]]) -> None:
+    _, told = ticking(replace(PLAIN, steps=3, batch_size=3, log_every=2))
+    assert told[1] == "1.5 images/s"
+    assert all(note.endswith(" 1.5 images/s") for note in told[2:])
+
+
 def test_rates_of_an_interrupted_run_and_of_what_goes_on_count_their_own_time_once(
     tmp_path: Path, ticking: Callable[..., tuple[loop.FitResult, list[str]]]
 ) -> None:
