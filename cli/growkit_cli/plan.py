@@ -52,15 +52,15 @@ def plan(
     )
     if planned.ranks:
         console.table(
-            f"mango, {counted(steps, 'update')} of {counted(batch_size, 'image')}",
+            f"mango: what {counted(steps, 'update')} of {counted(batch_size, 'image')} cost",
             (
                 "rank",
                 "operator",
                 "start off by",
                 "GFLOP per update",
                 "x plain target",
-                "slice memory",
-                "= target updates",
+                "largest intermediate",
+                "all, in target updates",
             ),
             _ranks(planned, steps),
         )
