@@ -1,6 +1,7 @@
 """Quantise a finished float32 ONNX graph: its matrix products run in int8."""
 
 import contextlib
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -83,8 +84,7 @@ def _by_weight(proto: onnx.ModelProto) -> list[str]:
 
 def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy, for the quantiser changes its input, without inner shapes, which it trips over (ort#25890)."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(proto)
+    copied = copy.deepcopy(proto)
     copied.graph.ClearField("value_info")
     return copied
 

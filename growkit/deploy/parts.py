@@ -1,5 +1,6 @@
 """Parts of a file as sessions of their own: the network between pixels and probabilities, and the preprocessing."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,7 @@ def inner_graph(file: Path, form: Form, prepared: Preprocessing, *, weights: boo
 
 def tapped_session(graph: onnx.ModelProto, folder: Path, values: Sequence[str], **options: Any) -> Session:
     """Open `graph` with these inner values as its outputs; its weights may lie in `folder`."""
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(graph)
+    tapped = copy.deepcopy(graph)
     del tapped.graph.output[:]
     tapped.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)  # ONNX Runtime infers the types
     return open_session(tapped.SerializeToString(), folder=folder, **options)

@@ -5,6 +5,7 @@ overflows becomes inf after all; it raises small weights to 6e-8 and clips large
 read gives two nodes with the same name, which no runtime loads (1.31.1).
 """
 
+import copy
 from collections.abc import Collection
 
 import numpy as np
@@ -71,8 +72,7 @@ def largest_activations(proto: onnx.ModelProto, images: np.ndarray) -> dict[str,
         GrowkitError: images of another shape than the graph takes.
     """
     refuse_images(proto, images, "images")
-    probe = onnx.ModelProto()
-    probe.CopyFrom(proto)
+    probe = copy.deepcopy(proto)
     for node in probe.graph.node:
         if node.op_type == "Attention" and not node.domain:  # its scores are the fourth output
             node.output.extend([""] * (3 - len(node.output)) + [node.output[0] + SCORES])
@@ -101,8 +101,7 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
     outputs = {value.name for value in proto.graph.output}
     made = _Lowered(proto, floats)
     for original in proto.graph.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+        node = copy.deepcopy(original)
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise GrowkitError(f"{node.op_type} {node.name} has a graph of its own; only float32 is supported for it")
         reads = [index for index, name in enumerate(node.input) if name in floats]
@@ -139,8 +138,7 @@ class _Lowered:
     """
 
     def __init__(self, original: onnx.ModelProto, floats: set[str]):
-        self.proto = onnx.ModelProto()
-        self.proto.CopyFrom(original)
+        self.proto = copy.deepcopy(original)
         for part in ("node", "initializer", "value_info"):
             self.proto.graph.ClearField(part)
         self.proto.graph.initializer.extend(t for t in original.graph.initializer if t.data_type != FLOAT)
@@ -179,15 +177,13 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
     This equals kernels with float32 accumulation and runs on any provider; open it without graph optimisation.
     ONNX Runtime's CPU provider refuses bfloat16, and computes stretches of a float16 graph in float32 unrounded.
     """
-    made = onnx.ModelProto()
-    made.CopyFrom(proto)
+    made = copy.deepcopy(proto)
     graph = made.graph
     graph.ClearField("node")
     low = {name: kind for name, kind in _kinds(proto).items() if kind in (HALF, BRAIN)}
     wide: dict[str, str] = {}
     for original in proto.graph.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+        node = copy.deepcopy(original)
         if node.op_type == "Cast":
             graph.node.append(node)
             continue

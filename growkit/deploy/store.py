@@ -4,6 +4,7 @@ One protobuf message holds 2 GB, so bigger models need the second file. The loca
 is not trusted: only plain names in the file's own folder are read.
 """
 
+import copy
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -139,8 +140,7 @@ def weight_bytes(proto: onnx.ModelProto) -> int:
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose stored tensors have no bytes."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(proto)
+    bare = copy.deepcopy(proto)
     for tensor in tensors(bare):
         tensor.ClearField("raw_data")
     return bare
