@@ -56,9 +56,9 @@ class Subject:
         """The graph, or a changed one, in a precision."""
         proto = proto or self.proto
         if kind == "fp16":
-            return sixteen_bits.half(proto, images=self.calibration)[0]
+            return sixteen_bits.half(proto, images=self.calibration)
         if kind == "bf16":
-            return sixteen_bits.brain(proto)[0]
+            return sixteen_bits.brain(proto)
         return int8.int8_dynamic(proto) if kind == "int8" else int8.int8_static(proto, self.calibration)
 
 

@@ -124,12 +124,12 @@ def converted(
         outer = [image for seed in OUTER_SEEDS for image in extremes(prepared, seed).values()]
         return int8_static(core, np.concatenate([calibration, *outer]))
     if form.precision == "bf16":
-        return brain(core)[0]
+        return brain(core)
     made = np.concatenate([noise_images(prepared, 8, 0), *extremes(prepared, 0).values()])
     images = made if calibration is None else np.concatenate([made, calibration])
     # ONNX Runtime's CPU provider has these two in float16 from 1.17 on
     keep = ("LayerNormalization", "Softmax") if form.target == "ort-1.15" else ()
-    return half(core, images=images, keep=keep)[0]
+    return half(core, images=images, keep=keep)
 
 
 def finished(proto: onnx.ModelProto, form: Form, props: Mapping[str, str]) -> onnx.ModelProto:

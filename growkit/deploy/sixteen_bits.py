@@ -23,10 +23,8 @@ LARGEST_HALF = 65504 / HEADROOM
 SCORES = " scores"  # behind the name of an Attention's output: its scores, while they are measured
 
 
-def half(
-    proto: onnx.ModelProto, *, images: np.ndarray, keep: Collection[str] = ()
-) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Return `proto` in float16, its input and output in float32, and the names of the nodes that stay float32.
+def half(proto: onnx.ModelProto, *, images: np.ndarray, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """Return `proto` in float16, its input and output in float32.
 
     images  (N, C, H, W) float32, normalised: where an activation exceeds 65504 / 4 on them, the nodes that
             make or read it stay float32. So do readers of a weight over 65504, or of a scalar that would become 0.
@@ -46,17 +44,16 @@ def half(
                 over.add(tensor.name)
     kept = {node.name for node in proto.graph.node if over & {*node.input, *node.output}}
     kept |= _without(proto, HALF) | {node.name for node in proto.graph.node if node.op_type in keep}
-    return lowered(proto, HALF, kept), _in_order(proto, kept)
+    return lowered(proto, HALF, kept)
 
 
-def brain(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Return `proto` in bfloat16, its input and output in float32, and the names of the nodes that stay float32.
+def brain(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return `proto` in bfloat16, its input and output in float32.
 
-    Those have no bfloat16 version in the graph's opset: Conv below opset 22. Nothing overflows: the range is
-    float32's. ONNX Runtime runs it on CUDA; its CPU provider has no bfloat16 kernels, see `emulated`.
+    Nodes that have no bfloat16 version in the graph's opset stay float32: Conv below opset 22. Nothing overflows: the
+    range is float32's. ONNX Runtime runs it on CUDA; its CPU provider has no bfloat16 kernels, see `emulated`.
     """
-    kept = _without(proto, BRAIN)
-    return lowered(proto, BRAIN, kept), _in_order(proto, kept)
+    return lowered(proto, BRAIN, _without(proto, BRAIN))
 
 
 def rounded_to(array: np.ndarray, kind: int) -> np.ndarray:
@@ -238,7 +235,3 @@ def _without(proto: onnx.ModelProto, kind: int) -> set[str]:
             if name in floats and formal.type_str != "tensor(float)" and not takes.get(formal.type_str, False):
                 found.add(node.name)
     return found
-
-
-def _in_order(proto: onnx.ModelProto, names: Collection[str]) -> tuple[str, ...]:
-    return tuple(node.name for node in proto.graph.node if node.name in names)
