@@ -50,18 +50,14 @@ class Diagnosis:
 
 def failing_run(checks: Sequence[Check], known: Truth) -> Failing | None:
     """Return the first run that failed a check of the group 'numbers'."""
-    failed = [c.name for c in checks if c.verdict == "fail" and c.group == "numbers"]
+    failed = {c.name.partition(": ")[0] for c in checks if c.verdict == "fail" and c.group == "numbers"}
     if not failed:
         return None
-
-    def fails(name: str) -> bool:
-        return any(f.startswith(f"{name}: ") for f in failed)
-
     first = known.batches[0]
-    for name, (image, wanted) in known.extremes.items():
-        if fails(name) and not any(fails(f"batch {batch}") for batch in known.batches):
-            return Failing(name, image, wanted, first)
-    batch = next((b for b in known.batches if fails(f"batch {b}")), first)
+    batch = next((b for b in known.batches if f"batch {b}" in failed), None)
+    if batch is None and (name := next((name for name in known.extremes if name in failed), None)):
+        return Failing(name, *known.extremes[name], first)
+    batch = batch or first
     count = len(known.images) if batch == first else batch
     return Failing(f"batch {batch}", known.images[:count], known.expected[:count], batch)
 
