@@ -123,9 +123,10 @@ def _answering_onnx(path: Path, device: str) -> Answering:
     try:
         subject = onnx_subject(path, provider=providers[device])
         prepared = subject.identity.preprocessing
+        if not prepared:
+            raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
         # the network inside gives the number of classes, whatever outputs the file adds
-        blank = np.zeros((1, *prepared["input_size"]), np.float32) if prepared else None
-        outputs = subject.run(blank).shape[1] if blank is not None else 0
+        outputs = subject.run(np.zeros((1, *prepared["input_size"]), np.float32)).shape[1]
     except GrowkitError:
         raise
     except Exception as error:  # ONNX Runtime raises a dozen kinds for broken files
@@ -136,8 +137,6 @@ def _answering_onnx(path: Path, device: str) -> Answering:
                 f" `growkit verify --onnx-file {path} --data ...` scores it"
             ) from None
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
-    if not prepared:
-        raise GrowkitError(f"{path}: its metadata does not say how images are prepared; export it with growkit")
 
     def predict(images: Tensor) -> Tensor:
         try:
