@@ -18,7 +18,7 @@ from growkit.deploy.store import form_in, refuse_missing
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.truth import at_image_size, preprocessing
 from growkit.deploy.unmeant import READING, Need, unmeant
-from growkit.deploy.verify import Verification, overall, timing_steps, verify_alone, verify_onnx
+from growkit.deploy.verify import Verification, overall, verify_alone, verify_onnx
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, labelled
 from growkit.files import (
@@ -292,7 +292,6 @@ def _with_file(
         judged = labelled(evidence.data, source, evidence.reading, image_size=form.image_size)
         batches = followed(val_batches(judged, evidence.reading), size_of(judged.val), tell(COMPARING))
     say("comparing answers" + (", then times" if settings.latency else ""))
-    total, progress = timing_steps(settings, form), tell("latency")
     material = Material(
         weights_sha256=source.sha256,
         labels=source.labels,
@@ -308,7 +307,7 @@ def _with_file(
         material,
         stock=(source.architecture.name, source.architecture.arguments),
         golden=golden,
-        progress=lambda done, note: progress(done, total, note),
+        progress=tell("latency"),
     )
 
 

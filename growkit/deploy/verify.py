@@ -50,13 +50,13 @@ def verify_onnx(
     *,
     stock: tuple[str, Mapping[str, Any]],
     golden: Golden | None = None,
-    progress: Callable[[int, str], None] = lambda done, note: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Verification:
     """Check `file` against `model` and time it; latency only where parity holds.
 
     stock     name and arguments for timm.create_model, of the same architecture, never grown
     golden    reference to compare the file with, and the model too if the reference is a model's
-    progress  called with how many of the `timing_steps` are done and which comes next
+    progress  called with how many comparisons and batch sizes are timed, of how many, and which comes next
 
     Raises:
         GrowkitError: a missing file, a provider that does not run here, data sets that cannot be read.
@@ -112,7 +112,7 @@ def _timed(
     settings: VerifySettings,
     stock: tuple[str, Mapping[str, Any]],
     parity: Parity,
-    progress: Callable[[int, str], None],
+    progress: Callable[[int, int, str], None],
 ) -> tuple[Latency, Throughput | None]:
     """Time the file against the model and the stock export; measure images per second if asked for."""
     form = parity.form
@@ -120,15 +120,17 @@ def _timed(
         name, arguments = stock
         model, stock = at_image_size(model, form.image_size), (name, {**arguments, "img_size": form.image_size})
     settings = replace(settings, provider=parity.provider)  # what auto turned out to be
-    before, batches = comparisons_made(settings, form), throughput_batches(settings, form)
+    compared, batches = batches_timed(settings, form), throughput_batches(settings, form)
+    before = (3 + settings.compiled) * len(compared)
+    total = before + len(batches)
     latency = measure_latency(
         model,
         file,
         settings,
         stock=stock,
         form=form,
-        batches=batches_timed(settings, form),
-        progress=lambda done, note: progress(done, note or ("images per second" if batches else "")),
+        batches=compared,
+        progress=lambda done, note: progress(done, total, note or ("images per second" if batches else "")),
     )
     if not batches:
         return latency, None
@@ -138,7 +140,7 @@ def _timed(
         settings,
         form=form,
         batches=batches,
-        progress=lambda done, note: progress(before + done, note),
+        progress=lambda done, note: progress(before + done, total, note),
     )
     return latency, throughput
 
@@ -244,11 +246,6 @@ def batches_timed(settings: VerifySettings, form: Form) -> tuple[int, ...]:
     return (form.batch,) if form.batch else tuple(sorted({1, settings.max_batch}))
 
 
-def comparisons_made(settings: VerifySettings, form: Form) -> int:
-    """How many latency comparisons there are."""
-    return (3 + settings.compiled) * len(batches_timed(settings, form))
-
-
 def _as_claimed(file: Path) -> tuple[tuple[Path, ...], Form]:
     """Return the files that hold a graph and the form it claims; none and the default form if the checks will fail."""
     try:
@@ -262,8 +259,3 @@ def throughput_batches(settings: VerifySettings, form: Form) -> tuple[int, ...]:
     if settings.throughput_seconds <= 0:
         return ()
     return (form.batch,) if form.batch else batches_up_to(settings.throughput_batch or settings.max_batch)
-
-
-def timing_steps(settings: VerifySettings, form: Form) -> int:
-    """Return the total number of steps that verify_onnx reports as progress."""
-    return comparisons_made(settings, form) + len(throughput_batches(settings, form))

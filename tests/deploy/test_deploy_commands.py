@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import typer
 from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
 from PIL import Image
 from timm.models import save_for_hf
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from growkit.deploy import folder
@@ -23,6 +25,7 @@ from growkit.deploy import verify as verify_module
 from growkit.deploy.fastest import Choice
 from growkit.deploy.form import Form
 from growkit.deploy.latency import Latency, latency_check
+from growkit.deploy.parity import Parity
 from growkit.deploy.runtime import Assignment, Node
 from growkit.deploy.settings import ExportSettings, VerifySettings
 from growkit.deploy.subject import onnx_subject
@@ -370,11 +373,28 @@ def test_batch_below_one_is_refused(run: Path) -> None:
     assert str(result.exception) == "--throughput-batch 0: expected 1 or more, and at most 4096"
 
 
-def test_steps_of_timing_count_every_comparison_and_batch_size() -> None:
-    assert verify_module.timing_steps(VerifySettings(), Form()) == 6 + 4
-    assert verify_module.timing_steps(VerifySettings(compiled=True, throughput_batch=20), Form()) == 8 + 6
-    assert verify_module.timing_steps(VerifySettings(max_batch=1, throughput_seconds=0), Form()) == 3
-    assert verify_module.timing_steps(VerifySettings(), Form(batch=3)) == 3 + 1
+@pytest.mark.parametrize(
+    ("settings", "form", "steps"),
+    [
+        (VerifySettings(), Form(), 6 + 4),
+        (VerifySettings(compiled=True, throughput_batch=20), Form(), 8 + 6),
+        (VerifySettings(max_batch=1, throughput_seconds=0), Form(), 3),
+        (VerifySettings(), Form(batch=3), 3 + 1),
+    ],
+)
+def test_progress_of_timing_counts_every_comparison_and_batch_size(
+    settings: VerifySettings, form: Form, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, batches: tuple[int, ...], progress: Callable[[int, str], None], **more: Any) -> None:
+        progress(len(batches) * (3 + settings.compiled if "stock" in more else 1), "")
+
+    for name in ("measure_latency", "measure_throughput"):
+        monkeypatch.setattr(verify_module, name, measured)
+    told: list[tuple[int, int, str]] = []
+    parity = Parity((), {}, "cpu", form)
+    verify_module._timed(nn.Module(), Path(), settings, ("", {}), parity, lambda *now: told.append(now))
+    assert told[-1][:2] == (steps, steps)
+    assert {total for _, total, _ in told} == {steps}
 
 
 def test_verify_without_a_file_names_the_remedy(run: Path, tmp_path: Path) -> None:
