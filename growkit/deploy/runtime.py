@@ -108,14 +108,12 @@ def open_session(
     file: Path | bytes,
     *,
     provider: str = "cpu",
-    threads: int | None = None,
     optimise: bool = True,
     spinning: bool = False,
     folder: Path | None = None,
 ) -> Session:
-    """Open an ONNX file, or its bytes; weights beside it are read from `folder`.
+    """Open an ONNX file, or its bytes, with as many threads as torch uses; weights beside it are read from `folder`.
 
-    threads   intra-op threads; as many as torch uses when left out
     optimise  ONNX Runtime's default graph optimisation, which is what users deploy; False: none
     spinning  let idle threads spin; it makes whatever runs next in this process look slower
 
@@ -127,9 +125,7 @@ def open_session(
     """
     if provider == "auto":
         return on_cuda_or_cpu(
-            lambda place: open_session(
-                file, provider=place, threads=threads, optimise=optimise, spinning=spinning, folder=folder
-            )
+            lambda place: open_session(file, provider=place, optimise=optimise, spinning=spinning, folder=folder)
         )
     refuse_choice("provider", provider, (*PROVIDERS, "auto"))
     # get_available_providers() says what the wheel was compiled for, not what runs (ort#17801)
@@ -137,8 +133,7 @@ def open_session(
         raise _not_running(
             provider, "this ONNX Runtime was built without it: pip install onnxruntime-gpu in place of onnxruntime"
         )
-    threads = threads or torch.get_num_threads()
-    options = _options(threads, optimise, spinning, folder)
+    options = _options(optimise, spinning, folder)
     source = file if isinstance(file, bytes) else str(file)
     wanted = _wanted(provider)
     with _quiet() as said:
@@ -160,12 +155,12 @@ def open_session(
     if inner.get_providers()[0] != PROVIDERS[provider]:
         raise _not_running(provider, *_reasons(provider, said.getvalue()))
     inner.disable_fallback()  # else a run that fails there is silently repeated on the CPU
-    return Session(inner, inner.get_inputs()[0].name, provider, threads)
+    return Session(inner, inner.get_inputs()[0].name, provider, options.intra_op_num_threads)
 
 
-def _options(threads: int, optimise: bool, spinning: bool, folder: Path | None) -> ort.SessionOptions:
+def _options(optimise: bool, spinning: bool, folder: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))

@@ -25,15 +25,16 @@ from growkit.errors import GrowkitError
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 
 
-def test_cpu_session_runs_with_torchs_threads(exported: Path) -> None:
+def test_cpu_session_runs_with_torchs_threads(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     session = open_session(exported)
-    assert (session.provider, session.threads) == ("cpu", torch.get_num_threads())
+    assert (session.provider, session.threads) == ("cpu", 3)
+    assert session.inner.get_session_options().intra_op_num_threads == 3
     assert session.run(np.zeros((2, 3, 16, 16), np.float32)).shape == (2, 7)
 
 
 def test_spinning_threads_and_optimisation_are_what_was_asked_for(exported: Path) -> None:
-    options = open_session(exported, threads=2).inner.get_session_options()
-    assert options.intra_op_num_threads == 2
+    options = open_session(exported).inner.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options = open_session(exported, optimise=False, spinning=True).inner.get_session_options()
@@ -180,8 +181,8 @@ def test_unknown_provider_names_the_choices(exported: Path) -> None:
 
 
 def test_environment_names_versions_hardware_and_session(exported: Path) -> None:
-    facts = environment(open_session(exported, threads=1))
+    facts = environment(open_session(exported))
     assert {"torch", "onnx", "numpy"} <= set(facts["versions"])
     assert facts["provider"] == "cpu"
-    assert facts["threads"] == 1
+    assert facts["threads"] == torch.get_num_threads()
     assert "cpu" in facts["hardware"]
