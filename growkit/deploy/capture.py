@@ -32,7 +32,7 @@ def captured(model: nn.Module, input_size: tuple[int, int, int], form: Form) -> 
     )
 
 
-def export_stock(name: str, arguments: Mapping[str, Any], example: Tensor, path: Path) -> None:
+def export_stock(name: str, arguments: Mapping[str, Any], input_size: tuple[int, int, int], path: Path) -> None:
     """Write what a timm user gets without growkit: random weights, the exporter's own defaults.
 
     An export's latency is compared with it: the same architecture, never grown.
@@ -40,7 +40,7 @@ def export_stock(name: str, arguments: Mapping[str, Any], example: Tensor, path:
     import timm
 
     model = timm.create_model(name, **arguments).eval()
-    proto = _exported(model, example[:1].cpu().repeat(2, *(1,) * (example.ndim - 1)), "dynamo", dynamic=True)
+    proto = _exported(model, torch.zeros(2, *input_size), "dynamo", dynamic=True)
     path.write_bytes(proto.SerializeToString())
 
 

@@ -94,7 +94,7 @@ def measure_latency(
         prepared = preprocessing(model)
         stock_file = Path(folder) / "stock.onnx"
         progress(done, "exporting the stock model")
-        export_stock(*stock, torch.zeros(2, *prepared.input_size), stock_file)
+        export_stock(*stock, prepared.input_size, stock_file)
         for batch in batches:
             images = noise_images(prepared, batch, settings.seed)
             tensor = torch.from_numpy(images)

@@ -120,7 +120,7 @@ def test_model_keeps_its_state_and_nothing_is_printed(tmp_path: Path, capfd: pyt
 def test_unfused_attention_gives_fewer_nodes_than_the_exporters_default(exported: Path, tmp_path: Path) -> None:
     from deploy_models import ARGUMENTS, NAME
 
-    export_stock(NAME, ARGUMENTS, torch.zeros(1, 3, 16, 16), tmp_path / "stock.onnx")
+    export_stock(NAME, ARGUMENTS, (3, 16, 16), tmp_path / "stock.onnx")
     nodes = [len(onnx.load(str(p)).graph.node) for p in (exported, tmp_path / "stock.onnx")]
     assert nodes[0] < nodes[1]
 
