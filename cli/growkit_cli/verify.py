@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from growkit.deploy.settings import VerifySettings
+from growkit.deploy.unmeant import READING
 from growkit.errors import GrowkitError
 from growkit.settings import Loading
 from growkit.train.settings import FitSettings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @with_loading
 @with_settings(VerifySettings)
-@with_settings(FitSettings, name="reading", only=("batch_size", "workers", "data_dir", "val_split"))
+@with_settings(FitSettings, name="reading", only=READING)
 def verify(
     settings: VerifySettings,
     reading: FitSettings,
