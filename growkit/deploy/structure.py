@@ -16,7 +16,7 @@ from onnx import TensorProto
 from growkit.deploy.checks import Check, check
 from growkit.deploy.form import CONTRIB, Form
 from growkit.deploy.pixels import INPUT
-from growkit.deploy.store import json_in, object_in, props_of, without_weights
+from growkit.deploy.store import json_in, nodes, object_in, props_of, without_weights
 from growkit.deploy.truth import Preprocessing
 from growkit.files import plain
 from growkit.text import short, some
@@ -41,7 +41,7 @@ QUANTISERS = {
     "QuantizeLinear",
 }
 HALVES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
+BRANCHES = {"If", "SequenceMap"}  # store.read_graph reads no loops
 OWN_MODEL = "exported from this model"  # the name of a check
 
 
@@ -105,7 +105,7 @@ def sizes_claimed(proto: onnx.ModelProto, form: Form) -> Check:
 
 def _misplaced(proto: onnx.ModelProto, form: Form) -> list[str]:
     """Return operators that are random, or that may behave differently in a check and in use."""
-    found = {node.op_type for node in proto.graph.node} | {n.op_type for f in proto.functions for n in f.node}
+    found = {node.op_type for node in nodes(proto)}
     fused = {"Attention"} if any(n.op_type == "Attention" and not n.domain for n in proto.graph.node) else set()
     return sorted(found & (RANDOM | BRANCHES)) + sorted(fused if form.attention != "standard" else ())
 
