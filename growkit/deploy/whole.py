@@ -44,7 +44,7 @@ def answer_checks(got: Mapping[str, np.ndarray], logits: np.ndarray, form: Form,
             checks.append(check("answers", f"{label}: shape", False, found, str(wanted.shape)))
             continue
         if output == "classes":  # of equal probabilities either class may come first
-            every = answer(Form(output="probabilities"), logits)["probabilities"]
+            every = softmax(logits.astype(np.float64), axis=1)
             given = got[output]
             inside = ((given >= 0) & (given < every.shape[1])).all()
             taken = np.take_along_axis(every, given.clip(0, every.shape[1] - 1), axis=1)
