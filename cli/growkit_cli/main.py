@@ -30,7 +30,6 @@ from growkit_cli.typed import Typed
 
 app = typer.Typer(
     name="growkit",
-    help="Grow small pretrained transformers into larger ones and take them into serving.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
