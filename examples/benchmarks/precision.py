@@ -243,10 +243,10 @@ def healthy(given: Subject, kind: str, seconds: float, labelled: tuple[np.ndarra
         images, classes = labelled
         right = batched(opened_file(proto, kind in ("fp16", "bf16")), images).argmax(1) == classes
         plain_right = batched(lambda x: logits_of(given.model, x), images).argmax(1) == classes
-        drop, low, high = accuracy_drop_interval(right, plain_right)
+        lost, won = int((plain_right & ~right).sum()), int((right & ~plain_right).sum())
+        drop, low, high = accuracy_drop_interval(lost, won, len(classes))
         row |= {"samples": len(classes), "top1": 100 * float(plain_right.mean()), "drop": drop}
-        row |= {"drop_low": low, "drop_high": high}
-        row |= {"lost": int((plain_right & ~right).sum()), "won": int((right & ~plain_right).sum())}
+        row |= {"drop_low": low, "drop_high": high, "lost": lost, "won": won}
     if seconds and kind != "bf16":
         for batch in (1, 8):
             images = given.images[:batch]

@@ -53,7 +53,7 @@ def accuracy_checks(
         f"top-1 {figures['top1']:.4f} against PyTorch's {figures['torch_top1']:.4f} on "
         f"{len(truth)} samples; {won} won, {lost} lost, McNemar p = {figures['mcnemar_p']:.3g}"
     )
-    drop, low, high = accuracy_drop_interval(right, plain_right)
+    drop, low, high = accuracy_drop_interval(lost, won, len(truth))
     figures |= {"drop": drop, "drop_low": low, "drop_high": high}
     judged = []
     if limits.accuracy_drop is not None:

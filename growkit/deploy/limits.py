@@ -7,8 +7,6 @@ examples/benchmarks/precision.py.
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from growkit.deploy.checks import Verdict
 
 Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
@@ -99,16 +97,14 @@ def accuracy_verdict(limits: Limits, drop: float, low: float, high: float, sampl
     return "pass" if drop <= max(allowed, 100 / samples) * (1 + 1e-9) else "fail"
 
 
-def accuracy_drop_interval(right: np.ndarray, plain_right: np.ndarray) -> tuple[float, float, float]:
+def accuracy_drop_interval(lost: int, won: int, n: int) -> tuple[float, float, float]:
     """Return the points of accuracy that a file loses against the model: (drop, low, high), the 95 % interval.
 
-    right, plain_right  (N,) bool: whether the file and the model classify each sample correctly
+    lost, won  how many of the n samples only the model gets right, and only the file
 
     The interval is Tango's (1998), from the score test for paired proportions. If no sample changes it still has the
     width that N implies, where a bootstrap's and Wald's are empty.
     """
-    n = len(right)
-    lost, won = int((plain_right & ~right).sum()), int((right & ~plain_right).sum())
 
     def score(drop: float) -> float:
         """Return the standard errors between the drop seen and a true `drop`; falls as `drop` grows."""

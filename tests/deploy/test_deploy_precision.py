@@ -621,16 +621,9 @@ def test_defect_that_the_weights_cannot_show_is_over_the_noise_ratio(
     assert relative(answers(made, images), truth) / own > LIMITS[kind].noise_ratio
 
 
-def right_and_plain(lost: int, won: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    right, plain_right = np.ones(samples, bool), np.ones(samples, bool)
-    right[:lost] = False
-    plain_right[lost : lost + won] = False
-    return right, plain_right
-
-
 def test_interval_without_a_changed_sample_is_as_wide_as_their_number_allows() -> None:
     for samples in (50, 1000, 10000):
-        drop, low, high = accuracy_drop_interval(*right_and_plain(0, 0, samples))
+        drop, low, high = accuracy_drop_interval(0, 0, samples)
         z2 = 1.959964**2
         assert drop == 0
         assert high == pytest.approx(100 * z2 / (samples + z2))
@@ -638,8 +631,8 @@ def test_interval_without_a_changed_sample_is_as_wide_as_their_number_allows() -
 
 
 def test_interval_turns_round_with_the_sides() -> None:
-    drop, low, high = accuracy_drop_interval(*right_and_plain(12, 2, 50))
-    other = accuracy_drop_interval(*right_and_plain(2, 12, 50))
+    drop, low, high = accuracy_drop_interval(12, 2, 50)
+    other = accuracy_drop_interval(2, 12, 50)
     assert (drop, low, high) == pytest.approx((-other[0], -other[2], -other[1]))
     assert drop == pytest.approx(20)
     assert low < drop < high
@@ -654,7 +647,7 @@ def test_interval_holds_the_truth_as_often_as_it_says(samples: int, lost: float,
             ways = math.comb(samples, a) * math.comb(samples - a, b)
             chance = ways * lost**a * won**b * (1 - lost - won) ** (samples - a - b)
             if chance > 1e-9:
-                _, low, high = accuracy_drop_interval(*right_and_plain(a, b, samples))
+                _, low, high = accuracy_drop_interval(a, b, samples)
                 covered += chance * (low <= 100 * (lost - won) <= high)
     assert covered > 0.93
 
@@ -678,7 +671,7 @@ def test_interval_holds_the_truth_as_often_as_it_says(samples: int, lost: float,
 def test_lost_accuracy_is_judged_by_its_limit_and_interval(
     kind: str, lost: int, won: int, samples: int, verdict: str
 ) -> None:
-    interval = accuracy_drop_interval(*right_and_plain(lost, won, samples))
+    interval = accuracy_drop_interval(lost, won, samples)
     assert accuracy_verdict(LIMITS[kind], *interval, samples) == verdict
 
 
