@@ -131,7 +131,7 @@ def draw(plot: Chart) -> str:
     if not _finite(plot):
         return nothing
     try:
-        svg = _render(plot, "svg", transparent=True).decode()
+        svg = _render(plot, "svg").decode()
     except ValueError:  # matplotlib's of values it cannot place; one plot must not cost the page
         return nothing
     svg = svg[svg.index("<svg") :]
@@ -165,7 +165,7 @@ def save(plot: Chart, folder: Path, name: str) -> tuple[Path, ...]:
     paths = tuple(folder / f"{name}.{kind}" for kind in ("svg", "png"))
     for path in paths:
         with whole_file(path) as partial:
-            partial.write_bytes(_render(plot, path.suffix[1:], transparent=False, title=True))
+            partial.write_bytes(_render(plot, path.suffix[1:], alone=True))
     return paths
 
 
@@ -187,8 +187,11 @@ def _finite(plot: Chart) -> bool:
     return any(_drawable(x) and _drawable(y) for x, y in points)
 
 
-def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -> bytes:
-    """Render the chart as a file of this kind, without changing global matplotlib settings."""
+def _render(plot: Chart, kind: str, *, alone: bool = False) -> bytes:
+    """Render the chart as a file of this kind, without changing global matplotlib settings.
+
+    `alone` has its title in it and a white background; on a page the figure around it has them.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -196,7 +199,7 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
 
     with rc_context(STYLE):
         tall = HEIGHT + 0.17 * (len(plot.series) + 1) if isinstance(plot, Plot) else 1 + 0.33 * len(plot.bars)
-        back = "none" if transparent else "white"
+        back = "white" if alone else "none"
         figure = Figure(figsize=(WIDTH, tall), layout="constrained", dpi=DPI, facecolor=back)
         axes = figure.subplots(subplot_kw={"facecolor": back})
         if isinstance(plot, Plot):
@@ -205,7 +208,7 @@ def _render(plot: Chart, kind: str, *, transparent: bool, title: bool = False) -
             _bars(axes, plot)
         else:
             _dots(axes, plot)
-        if title:
+        if alone:
             axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
         stream = io.BytesIO()
         # by the canvas itself: savefig draws everything twice
