@@ -59,7 +59,7 @@ def fastest(
     form: Form,
     place: str,
     *,
-    batches: tuple[int, ...] = (1, 8),
+    max_batch: int = 8,
     seconds: float = 12.0,
     seed: int = 0,
     calibration: Any = None,
@@ -67,8 +67,8 @@ def fastest(
 ) -> tuple[Form, tuple[Choice, ...]]:
     """Choose the form to export `model` in; also return what was tried, each candidate against the graph of `form`.
 
-    batches  batch sizes to time; a form with a fixed one is timed at that
-    seconds  longest time of one comparison
+    max_batch  largest batch size to time, besides 1; a form with a fixed one is timed at that
+    seconds    longest time of one comparison
 
     Raises:
         GrowkitError: an unknown place, or a form that does not fit the model.
@@ -77,7 +77,7 @@ def fastest(
     if not tried:
         say(f"--for {place}: there is no other graph to try; the portable one is written")
         return form, ()
-    batches = (form.batch,) if form.batch else batches
+    batches = form.batches_timed(max_batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plain = export_onnx(model, folder / "plain.onnx", form, calibration=calibration).path

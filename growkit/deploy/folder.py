@@ -60,7 +60,7 @@ def write_export(
             model,
             form,
             settings.for_,
-            batches=(1, settings.max_batch),
+            max_batch=settings.max_batch,
             seconds=settings.latency_seconds,
             seed=settings.seed,
             calibration=calibration,

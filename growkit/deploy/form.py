@@ -100,6 +100,10 @@ class Form:
         """Names of the file's outputs."""
         return ("scores", "classes") if self.top else (self.output,)
 
+    def batches_timed(self, largest: int) -> tuple[int, ...]:
+        """The batch sizes that a file of this form is timed at: its own, or else 1 and `largest`."""
+        return (self.batch,) if self.batch else tuple(sorted({1, largest}))
+
     def text(self) -> str:
         """Return the form as the file stores it."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -120,7 +120,7 @@ def _timed(
         name, arguments = stock
         model, stock = at_image_size(model, form.image_size), (name, {**arguments, "img_size": form.image_size})
     settings = replace(settings, provider=parity.provider)  # what auto turned out to be
-    compared, batches = batches_timed(settings, form), throughput_batches(settings, form)
+    compared, batches = form.batches_timed(settings.max_batch), throughput_batches(settings, form)
     before = (3 + settings.compiled) * len(compared)
     total = before + len(batches)
     latency = measure_latency(
@@ -239,11 +239,6 @@ def overall(checks: Iterable[Check]) -> Verdict:
     """Combine verdicts: any fail makes 'fail', else any inconclusive makes 'inconclusive'."""
     verdicts = {c.verdict for c in checks}
     return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
-
-
-def batches_timed(settings: VerifySettings, form: Form) -> tuple[int, ...]:
-    """The batch sizes that latency is measured at."""
-    return (form.batch,) if form.batch else tuple(sorted({1, settings.max_batch}))
 
 
 def _as_claimed(file: Path) -> tuple[tuple[Path, ...], Form]:
