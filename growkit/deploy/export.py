@@ -113,8 +113,6 @@ def converted(
         return core
     if weight_bytes(core) > LIMIT:
         raise GrowkitError(f"--precision {form.precision}: weights over 2 GB are written in float32 alone")
-    for part in (*core.graph.node, *core.graph.initializer):
-        part.ClearField("metadata_props")
     if form.precision == "int8":
         return int8_dynamic(core)
     if form.precision == "int8-static":
