@@ -49,6 +49,7 @@ def sweep(
     Example: growkit sweep deit_small.pth --to deit_base --data images/ --share 0.1 --epochs 10
     """
     from growkit.compare.page import trials_table
+    from growkit.compare.savings import name_of
     from growkit.compare.sweep import sweep_settings
     from growkit.job import Job
     from growkit.record import RunFolder
@@ -60,8 +61,8 @@ def sweep(
         job = Job(RunFolder(run, command_line=command_line()), device, force, resume, console.say, tell, follow)
         swept = sweep_settings(job, loaded, to, data, settings, recipe, sets=sets or ())
     console.table(
-        f"trials, best first, finished ones before stopped ones; {settings.metric} on held-out images",
-        *trials_table(swept.tried),
+        f"trials, best first, finished ones before stopped ones; {name_of(settings.metric)} on held-out images",
+        *trials_table(swept.tried, settings.metric),
     )
     console.say(f"recommended: trial {swept.best.number}")
     for reason in swept.reasons:

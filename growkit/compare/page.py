@@ -9,7 +9,7 @@ from typing import Any
 
 from growkit.compare.arms import in_words
 from growkit.compare.figures import ArmFigures, BudgetFigures, figures_of, warnings
-from growkit.compare.savings import Estimate, Saving, estimate
+from growkit.compare.savings import Estimate, Saving, estimate, name_of, shown
 from growkit.compare.settings import SCHEMA, numbers, percent
 from growkit.compare.trials import Tried
 from growkit.files import whole_file
@@ -26,7 +26,7 @@ def main_table(arms: Sequence[ArmFigures], metric: str = "top1") -> Rows:
     columns = (
         "method",
         "step 0 (held-out)",
-        *(f"test {'top-1' if metric == 'top1' else metric} at {percent(budget)}" for budget in budgets),
+        *(f"test {name_of(metric)} at {percent(budget)}" for budget in budgets),
         "top-1 ahead at 100%",
         "saving",
         "saving, source counted",
@@ -293,16 +293,16 @@ def _size(architecture: Mapping[str, Any]) -> str:
     return f"{sizes['blocks']} layers, {sizes['embed']} wide"
 
 
-def trials_table(tried: Sequence[Tried]) -> Rows:
-    """Trials of a sweep, one row each."""
+def trials_table(tried: Sequence[Tried], metric: str) -> Rows:
+    """Trials of a sweep that were judged by `metric`, one row each."""
     never = {"finished": "never", "stopped early": "–", "failed": "–"}  # one that was stopped might have reached it
     columns = ("trial", "options", "score", "step 0", "operator TFLOP", "TFLOP spent", "TFLOP to scratch", "state")
     rows = [
         (
             str(one.number),
             in_words(one.options),
-            cell(one.score),
-            cell(one.step0),
+            shown(one.score, metric),
+            shown(one.step0, metric),
             cell(one.operator_flops / 1e12),
             cell(one.flops / 1e12),
             cell(one.flops_to_scratch / 1e12) if one.flops_to_scratch is not None else never[one.state],
@@ -324,7 +324,7 @@ def write_sweep_page(folder: Path, content: Mapping[str, Any], tried: Sequence[T
         Section(
             "Trials, best first",
             "\n".join((order, *content["left_out"])),
-            Table(*trials_table(tried)),
+            Table(*trials_table(tried, content["settings"]["metric"])),
         ),
     ]
     sections += _settings(content, "settings", "recipe", "data", "versions", "hardware")

@@ -10,7 +10,7 @@ from typing import Any
 from growkit.compare.bench import Bench
 from growkit.compare.folder import described
 from growkit.compare.page import write_sweep_page
-from growkit.compare.savings import cost_of, sign_of
+from growkit.compare.savings import cost_of, name_of, shown, sign_of
 from growkit.compare.settings import SweepSettings
 from growkit.compare.trials import Tried
 from growkit.errors import GrowkitError
@@ -124,13 +124,14 @@ def _reasons(
     """Say why the best is recommended, and how far that can be trusted; `source` is the source's own score."""
     best, count, target = choice.best, scratch["final"]["count"], scratch["final"][metric]
     lines = [
-        f"{metric} {best.score:.4f} on {count} held-out images, against {target:.4f} from scratch for the same FLOPs"
-        + ("" if source is None else f"; the source itself has {source:.4f}"),
+        f"{name_of(metric)} {shown(best.score, metric)} on {count} held-out images, against {shown(target, metric)} "
+        "from scratch for the same FLOPs"
+        + ("" if source is None else f"; the source itself has {shown(source, metric)}"),
     ]
     if source is not None and _goodness(best, metric) < sign_of(metric) * source:
         lines.append(
-            f"warning: that is {'below' if metric == 'top1' else 'above'} the source itself ({source:.4f}): give more "
-            "--epochs (or --steps) or lower --lrs; if it stays so, the source may need no growing"
+            f"warning: that is {'below' if metric == 'top1' else 'above'} the source itself ({shown(source, metric)}): "
+            "give more --epochs (or --steps) or lower --lrs; if it stays so, the source may need no growing"
         )
     if len(tried) > 1:
         lines.append(
@@ -140,7 +141,7 @@ def _reasons(
         priced = len({one.operator_flops for one in choice.equal}) > 1
         how, why = "have the best score", "it came first"
         if choice.error:
-            how, why = f"lie within one standard error ({choice.error:.4f})", "it is the best"
+            how, why = f"lie within one standard error ({choice.error:.2%})", "it is the best"
         lines.append(f"{len(choice.equal)} trials {how}; of these {'its operator is the cheapest' if priced else why}")
     for option in best.options:
         by_value: dict[Any, Tried] = {}
@@ -149,11 +150,11 @@ def _reasons(
                 continue
             by_value[value] = max(by_value.get(value, one), one, key=lambda of: _goodness(of, metric))
         if len(by_value) > 1:
-            told = ", ".join(f"{value} {one.score:.4f}" for value, one in sorted(by_value.items()))
-            lines.append(f"best {metric} by {option}: {told}")
+            told = ", ".join(f"{value} {shown(one.score, metric)}" for value, one in sorted(by_value.items()))
+            lines.append(f"best {name_of(metric)} by {option}: {told}")
     if best.step0 is not None and _goodness(best, metric) < sign_of(metric) * best.step0:
         worse = "below" if metric == "top1" else "above"
-        lines.append(f"it ends {worse} its start, {best.step0:.4f}: try lower --lrs or a longer pilot")
+        lines.append(f"it ends {worse} its start, {shown(best.step0, metric)}: try lower --lrs or a longer pilot")
     if saving is None:
         lines.append("on the pilot it never reached what training from scratch ends with: do not expect a saving")
     elif saving == 1:

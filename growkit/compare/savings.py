@@ -45,6 +45,16 @@ def sign_of(metric: str) -> int:
     return 1 if metric == "top1" else -1
 
 
+def name_of(metric: str) -> str:
+    """The metric as people call it."""
+    return "top-1" if metric == "top1" else metric
+
+
+def shown(score: float | None, metric: str) -> str:
+    """The score as people read it: 53.21% for top-1, 1.2345 for a loss; a dash if there is none."""
+    return "–" if score is None else f"{score:.2%}" if metric == "top1" else f"{score:.4f}"
+
+
 def curve_of(run: Mapping[str, Any], metric: str) -> list[Point]:
     """FLOPs and score along a run, as `Bench.train` gives it."""
     return [(flops, top1 if metric == "top1" else loss) for flops, top1, loss in run["curve"]]

@@ -16,7 +16,7 @@ from growkit.compare.arms import SCRATCH, Arm, in_words
 from growkit.compare.bench import Bench, RunFailedError, bench_of, failing
 from growkit.compare.folder import begin, read_own, refuse_begun
 from growkit.compare.recommend import Swept, conclude
-from growkit.compare.savings import cost_of, sign_of
+from growkit.compare.savings import cost_of, name_of, shown, sign_of
 from growkit.compare.settings import SCHEMA, SweepSettings, numbers
 from growkit.compare.space import SearchSpace
 from growkit.compare.trials import tried_of
@@ -62,7 +62,7 @@ def sweep_settings(
     pilot.prepare()
     if bench.source.own_head:
         own = float(getattr(bench.source_score(), settings.metric))
-        job.say(f"the source itself: held-out {settings.metric} {own:.4f}")
+        job.say(f"the source itself: held-out {name_of(settings.metric)} {shown(own, settings.metric)}")
     scratch = pilot.from_scratch()
     tried = [tried_of(trial) for trial in pilot.run(scratch)]
     for line in bench.data.remarks(bench.folder / "results.json"):
@@ -141,8 +141,9 @@ class Pilot:
         if not finished:
             raise GrowkitError(f"from scratch: failed at every rate, the first for this reason: {made[0]['failed']}")
         best = max(finished, key=lambda found: self.sign * self.score(found))
+        metric = self.settings.metric
         self.job.say(
-            f"from scratch: held-out {self.settings.metric} {self.score(best):.4f} after "
+            f"from scratch: held-out {name_of(metric)} {shown(self.score(best), metric)} after "
             f"{best['flops'] / 1e12:.3g} TFLOP, at lr {best['lr']:g}, the best of {len(made)}"
         )
         return best
@@ -282,7 +283,7 @@ class Pilot:
 
     def _tell(self, trial: FrozenTrial) -> None:
         tried = tried_of(trial)
-        shown = "–" if tried.score is None else f"{tried.score:.4f}"
+        score = shown(tried.score, self.settings.metric)
         why = f" ({tried.reason})" if tried.reason else ""
-        ended = f"{tried.state}{why}, {self.settings.metric} {shown}"
+        ended = f"{tried.state}{why}, {name_of(self.settings.metric)} {score}"
         self.job.say(f"[{tried.number}/{self.total}] {in_words(tried.options)}: {ended}")

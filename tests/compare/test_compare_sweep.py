@@ -458,12 +458,15 @@ def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_p
     assert all(torch.allclose(weight, two[name], atol=1e-6) for name, weight in one.items())
 
 
-@pytest.mark.parametrize(("metric", "source", "word"), [("top1", 0.8212, "below"), ("loss", 0.3, "above")])
-def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, word):
+@pytest.mark.parametrize(
+    ("metric", "source", "known", "word"),
+    [("top1", 0.8212, "82.12%", "below"), ("loss", 0.3, "0.3000", "above")],
+)
+def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, known, word):
     scratch = {"final": {metric: 0.4, "count": 90}}
     first, warning, *_ = _reasons(_Choice(BEST, (BEST,), 0.05), [BEST], scratch, metric, 0.2, source)
-    assert first.endswith(f"; the source itself has {source:.4f}")
-    assert warning.startswith(f"warning: that is {word} the source itself ({source:.4f}): give more --epochs")
+    assert first.endswith(f"; the source itself has {known}")
+    assert warning.startswith(f"warning: that is {word} the source itself ({known}): give more --epochs")
     for known in (BEST.score, None):
         lines = _reasons(_Choice(BEST, (BEST,), 0.05), [BEST], scratch, metric, 0.2, known)
         assert not any("warning" in line for line in lines)
@@ -471,13 +474,18 @@ def test_best_trial_that_is_worse_than_the_source_is_a_warning(metric, source, w
 
 @pytest.mark.parametrize(
     ("metric", "step0", "told"),
-    [("top1", 0.6, "below"), ("top1", 0.4, None), ("loss", 0.4, "above"), ("loss", 0.6, None)],
+    [
+        ("top1", 0.6, "below its start, 60.00%"),
+        ("top1", 0.4, None),
+        ("loss", 0.4, "above its start, 0.4000"),
+        ("loss", 0.6, None),
+    ],
 )
 def test_trial_that_training_made_worse_is_told_with_its_start(metric, step0, told):
     best = replace(BEST, step0=step0)
     lines = _reasons(_Choice(best, (best,), 0.05), [best], {"final": {metric: 0.4, "count": 90}}, metric, 0.2)
     remedies = [line for line in lines if "try lower --lrs" in line]
-    assert remedies == ([f"it ends {told} its start, {step0:.4f}: try lower --lrs or a longer pilot"] if told else [])
+    assert remedies == ([f"it ends {told}: try lower --lrs or a longer pilot"] if told else [])
 
 
 def test_sweep_scores_the_source_on_the_held_out_images_once_and_warns_on_its_page(
@@ -495,11 +503,11 @@ def test_sweep_scores_the_source_on_the_held_out_images_once_and_warns_on_its_pa
     monkeypatch.setattr(Bench, "score", scoring)
     found = run_sweep(tmp_path, source, digits, operator_steps="0", rank_choices="1", say=lines.append)
     assert len(scored) == 1
-    assert "the source itself: held-out top1 0.9999" in lines
+    assert "the source itself: held-out top-1 99.99%" in lines
     assert found.content["source_score"]["top1"] == 0.9999
-    assert found.reasons[1].startswith("warning: that is below the source itself (0.9999): ")
+    assert found.reasons[1].startswith("warning: that is below the source itself (99.99%): ")
     page = html.unescape((tmp_path / "sweep" / "report.html").read_text())
-    assert page.count("warning: that is below the source itself (0.9999): ") == 2  # in the summary and with the reasons
+    assert page.count("warning: that is below the source itself (99.99%): ") == 2  # in the summary and with the reasons
 
 
 def test_score_of_a_source_with_a_new_head_is_not_held_against_trials(source, digits, tmp_path):
@@ -511,8 +519,8 @@ def test_score_of_a_source_with_a_new_head_is_not_held_against_trials(source, di
 @pytest.mark.parametrize(
     ("flops", "error", "said"),
     [
-        (30.0, 0.05, "2 trials lie within one standard error (0.0500); of these its operator is the cheapest"),
-        (25.0, 0.05, "2 trials lie within one standard error (0.0500); of these it is the best"),
+        (30.0, 0.05, "2 trials lie within one standard error (5.00%); of these its operator is the cheapest"),
+        (25.0, 0.05, "2 trials lie within one standard error (5.00%); of these it is the best"),
         (30.0, 0.0, "2 trials have the best score; of these its operator is the cheapest"),  # a loss has no such error
         (25.0, 0.0, "2 trials have the best score; of these it came first"),
     ],
@@ -534,7 +542,7 @@ def test_best_scores_by_option_are_listed_in_the_order_of_its_values():
     tried = [replace(BEST, options={**BEST.options, "steps": steps}, score=steps / 1000) for steps in (100, 20, 0, 3)]
     tried.append(replace(tried[0], score=0.05))
     lines = _reasons(_Choice(BEST, (BEST,), 0.05), tried, {"final": {"top1": 0.4, "count": 90}}, "top1", 0.2)
-    assert "best top1 by steps: 0 0.0000, 3 0.0030, 20 0.0200, 100 0.1000" in lines
+    assert "best top-1 by steps: 0 0.00%, 3 0.30%, 20 2.00%, 100 10.00%" in lines
 
 
 def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp_path, monkeypatch):
@@ -551,7 +559,7 @@ def test_failing_trial_says_why_and_does_not_lose_the_others(source, digits, tmp
     assert (failed.state, failed.reason) == ("failed", "out of memory")
     assert found.best.options["rank"] == 1
     assert any(line.startswith(f"[{failed.number}/2]") and "failed (out of memory)" in line for line in lines)
-    assert trials_table(found.tried)[1][-1][-1] == "failed: out of memory"
+    assert trials_table(found.tried, "top1")[1][-1][-1] == "failed: out of memory"
     written = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert [one["reason"] for one in written["trials"]] == [None, "out of memory"]
 
@@ -582,7 +590,7 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     assert (stopped.flops - stopped.operator_flops) % scratch["flops_per_step"] == 0
     assert stopped.score is not None
     assert stopped.step0 > scratch["final"]["top1"]
-    assert trials_table(found.tried)[1][-1][-2:] == ("0", "stopped early")
+    assert trials_table(found.tried, "top1")[1][-1][-2:] == ("0", "stopped early")
 
 
 @pytest.mark.parametrize(
@@ -604,7 +612,7 @@ def test_trial_stopped_early_took_nothing_to_reach_scratch_if_it_started_there(
 
     monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
     found = run_sweep(tmp_path, source, digits, operator_steps="0", metric=metric)
-    assert trials_table(found.tried)[1][-1][-2:] == (shown, "stopped early")
+    assert trials_table(found.tried, metric)[1][-1][-2:] == (shown, "stopped early")
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "then the others, whose score is the last one they had, when they were stopped early" in page
 
