@@ -92,6 +92,12 @@ def test_first_update_is_that_of_plain_torch(opened: Open) -> None:
         assert torch.allclose(model.state_dict()[name], value, atol=1e-7), name
 
 
+def test_float16_gradients_are_clipped_by_their_own_size_not_by_that_of_the_scaled_loss() -> None:
+    fit(model := Net(), blobs(), replace(PLAIN, steps=1, lr=1.0, opt="momentum", precision="fp16", clip_grad=0.01))
+    moved = [after - before for after, before in zip(model.parameters(), Net().parameters(), strict=True)]
+    assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "smoothing", "clip_grad", "weight_decay", "lr"])
 def test_each_setting_changes_what_is_learned(name: str) -> None:
     values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.2, "clip_grad": 0.01}
