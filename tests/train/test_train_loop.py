@@ -98,6 +98,21 @@ def test_float16_gradients_are_clipped_by_their_own_size_not_by_that_of_the_scal
     assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_each_update_of_each_seed_drops_out_something_of_its_own() -> None:
+    dropped: list[bytes] = []
+
+    def note(module: nn.Module, _: object, out: Tensor) -> None:
+        if module.training and not out.is_meta:
+            dropped.append((out == 0).numpy().tobytes())
+
+    for seed in (0, 1, 0):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(192, 2))
+        model[1].register_forward_hook(note)
+        fit(model, blobs(), replace(PLAIN, seed=seed))
+    assert dropped[:4] == dropped[8:]
+    assert len(set(dropped)) == 8
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "smoothing", "clip_grad", "weight_decay", "lr"])
 def test_each_setting_changes_what_is_learned(name: str) -> None:
     values = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.2, "clip_grad": 0.01}
