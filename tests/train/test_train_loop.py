@@ -125,6 +125,17 @@ def test_each_setting_changes_what_is_learned(name: str) -> None:
     assert not torch.equal(weights[0], weights[1])
 
 
+def test_labels_of_mixed_images_are_smoothed_too() -> None:
+    model = Struck()
+    model.head.weight.requires_grad_(False)  # zeros: what is seen does not matter
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([1.0, 0.0]))
+    data = blobs(classes=1)
+    found = fit(model, data, replace(PLAIN, steps=1, mixup=0.8, smoothing=0.2)).losses
+    expected = nn.CrossEntropyLoss(label_smoothing=0.2)(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert found == pytest.approx([expected.item()])
+
+
 def test_accumulated_batches_make_the_update_of_one_large_batch() -> None:
     images = blobs(16)
     model, other = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), None
