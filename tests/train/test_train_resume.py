@@ -136,6 +136,18 @@ def test_killed_and_resumed_run_ends_where_the_unbroken_one_does(
     assert str(first["optimizer"]) == str(second["optimizer"])
 
 
+def test_loss_scale_of_float16_goes_on_where_it_was(tmp_path: Path, opened: Open) -> None:
+    half = replace(ALL_ON, precision="fp16")
+    run, whole = (Run(tmp_path / name, opened(half)) for name in ("killed", "whole"))
+    with pytest.raises(KilledError):
+        run.fit(half, kill_at=6)
+    run.fit(half, resume=True)
+    whole.fit(half)
+    scalers = [torch.load(r.folder / "state.pt", weights_only=True)["training"]["scaler"] for r in (run, whole)]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["_growth_tracker"] == 9  # of updates in a row that did not overflow
+
+
 @pytest.mark.parametrize("where", ["append_metrics", "save_state"])
 @pytest.mark.parametrize("at", [2, 4, 9])
 @pytest.mark.parametrize("judged", [True, False])
