@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from train_samples import CONFIG, Net, write_images
 
 from growkit.errors import GrowkitError
@@ -315,6 +316,15 @@ def test_resuming_with_other_data_names_the_difference(
     run.data = open_data(str(tmp_path / "same"), CONFIG, ALL_ON)
     with pytest.raises(GrowkitError, match=r"started with other validation images \(some were added, .*\): give"):
         run.fit(ALL_ON, resume=True)
+
+
+def test_resuming_with_fewer_images_is_refused_where_no_file_is_named(unbroken: tuple[Run, FitResult]) -> None:
+    """As of timm's datasets."""
+    whole, _ = unbroken
+    for part, told in (("train", "training images 26, not 8"), ("val", "validation images 12, not 8")):
+        fewer = {part: Subset(getattr(whole.data, part), range(8))}
+        with pytest.raises(GrowkitError, match=f"started with {told}: give"):
+            Run(whole.folder, replace(whole.data, **fewer)).fit(ALL_ON, resume=True)
 
 
 def test_other_classes_are_told_in_few_words(unbroken: tuple[Run, FitResult]) -> None:
