@@ -5,27 +5,31 @@ import json
 import re
 import shutil
 import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from compare_samples import LARGE, RECIPE, options
 from typer.testing import CliRunner
 
 from growkit import files
 from growkit.compare import bench as bench_module
-from growkit.compare.arms import LONGER, SCRATCH
-from growkit.compare.bench import Bench
+from growkit.compare.arms import LONGER, SCRATCH, Arm, parse_arm
+from growkit.compare.bench import Bench, bench_of
 from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
 from growkit.compare.page import _reading, comparison_report, plots, write_pages
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.errors import GrowkitError
+from growkit.grow import grow
 from growkit.job import Job
 from growkit.ranges import SEEDS
 from growkit.record import RunFolder
 from growkit.report.plot import draw
+from growkit.settings import GrowSettings
 from growkit.train import loop
 from growkit.train.training import Training
 from growkit_cli.main import app
@@ -509,6 +513,30 @@ def test_same_seed_same_images_in_the_same_order_for_every_arm(source, digits, t
     run_compare(tmp_path, source, digits, options(methods="lemon,bert2bert", seeds=2))
     assert seen["from scratch", 0] == seen["lemon", 0] == seen["bert2bert", 0]
     assert seen["from scratch", 1] == seen["lemon", 1] != seen["lemon", 0]
+
+
+def test_every_seed_draws_its_own_weights_noise_and_order_of_the_operators_images(
+    source, digits, tmp_path, monkeypatch
+):
+    job, mango, asked = Job(RunFolder(tmp_path), "cpu"), parse_arm("mango"), []
+    bench = bench_of(job, tmp_path, source, "deit_tiny", digits, RECIPE, split=options(), sets=LARGE)
+    arms = [Arm(SCRATCH), mango, replace(mango, name="mango, source untrained", fresh_source=True)]
+    monkeypatch.setattr(bench_module, "fit", lambda model, data, recipe, **_: asked.append(recipe.seed) or sys.exit(0))
+
+    def drawn(architecture, seed):
+        torch.manual_seed(seed)
+        return timm.create_model(architecture.name, **architecture.arguments).state_dict()
+
+    for seed in (0, 1):
+        states = source.state, drawn(source.architecture, seed)
+        grown = [grow(source.architecture, bench.target, state, GrowSettings(seed=seed)) for state in states]
+        expected = [drawn(bench.target, seed), *(one.materialize().state_dict() for one in grown)]
+        for arm, weights in zip(arms, expected, strict=True):
+            found = bench.start(arm, seed, None).model.state_dict()
+            assert [name for name in weights if not torch.equal(found[name], weights[name])] == []
+        with pytest.raises(SystemExit):
+            bench.start(mango, seed, 1e-3)
+    assert asked == [0, 1]
 
 
 @pytest.mark.parametrize(
