@@ -31,6 +31,8 @@ from growkit.record import RunFolder
 from growkit.report.plot import draw
 from growkit.settings import GrowSettings
 from growkit.train import loop
+from growkit.train.data import open_data
+from growkit.train.score import score_model
 from growkit.train.training import Training
 from growkit_cli.main import app
 
@@ -537,6 +539,16 @@ def test_every_seed_draws_its_own_weights_noise_and_order_of_the_operators_image
         with pytest.raises(SystemExit):
             bench.start(mango, seed, 1e-3)
     assert asked == [0, 1]
+
+
+def test_held_out_and_test_images_are_scored_apart_and_are_all_there_are(source, digits, tmp_path):
+    job, split, model = Job(RunFolder(tmp_path), "cpu"), options(hold_out=0.2), source.model()
+    bench = bench_of(job, tmp_path, source, "deit_tiny", digits, RECIPE, split=split, sets=LARGE)
+    held_out, test = (bench.score(model, test=test) for test in (False, True))
+    whole = score_model(model, open_data(digits, source.preprocessing, RECIPE), RECIPE, bench.device)
+    assert held_out.count + test.count == whole.count
+    assert held_out.count == pytest.approx(0.2 * whole.count, abs=5)  # whole images of each class
+    assert held_out.top1 * held_out.count + test.top1 * test.count == pytest.approx(whole.top1 * whole.count)
 
 
 @pytest.mark.parametrize(
