@@ -709,6 +709,29 @@ def test_random_weights_are_made_once_to_train_from_scratch(
     assert (status, len(made)) == (0, 1), err
 
 
+@pytest.mark.parametrize(
+    ("words", "sizes", "drawn"),
+    [
+        (("train", "vit_tiny"), ("embed_dim=32", "depth=1", "img_size=16", "num_heads=2"), "blocks.0.attn.qkv.weight"),
+        (("finetune", "small"), (), "head.weight"),  # of other classes than the data's
+        (("grow", "small", "--to", "vit_tiny"), ("embed_dim=32", "depth=3", "num_heads=2"), "head.weight"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_what_begins_at_random_is_drawn_by_the_seed(
+    words: tuple[str, ...], sizes: tuple[str, ...], drawn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for seed in ("1", "2"):
+        sets = (word for size in sizes for word in ("--set", size))
+        still = ("--steps", "1", "--lr", "1e-9", "--seed", seed, "--run", tmp_path / seed)
+        status, _, err = growkit(capsys, *words, *sets, *DATA, *QUICK, *still)
+        assert status == 0, err
+        (written,) = (tmp_path / seed).glob("*/model.safetensors")
+        found.append(load_file(written)[drawn])
+    assert not torch.allclose(*found, atol=1e-3)
+
+
 def test_operator_whose_training_was_killed_is_never_begun_anew_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:
