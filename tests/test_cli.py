@@ -1004,17 +1004,21 @@ def test_resuming_where_nothing_was_begun_begins_and_says_so(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("command", [("finetune", "small"), GROW])
 def test_training_is_not_resumed_with_another_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
+    command: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stopped: Callable[..., tuple[str, ...]],
 ) -> None:
-    words = stopped("finetune", "small")
+    words = stopped(*command)
     shutil.copytree("small", tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     save_file({**weights, "head.bias": weights["head.bias"] + 1}, tmp_path / "other" / "model.safetensors")
-    before = listing(tmp_path / "finetuned")
-    status, _, err = growkit(capsys, "finetune", tmp_path / "other", *words[2:], "--resume")
+    before = listing(tmp_path)
+    status, _, err = growkit(capsys, words[0], tmp_path / "other", *words[2:], "--resume")
     assert (status, "the run was started with another model (its weights differ): give the same" in err) == (2, True)
-    assert listing(tmp_path / "finetuned") == before
+    assert listing(tmp_path) == before
     assert growkit(capsys, *words, "--resume")[0] == 0
 
 
