@@ -216,7 +216,8 @@ def test_recommended_commands_name_source_and_target_as_given(source, digits, tm
     loaded = load_source(str(bare), Loading(from_="deit_tiny", from_set=list(SMALL), ema=False))
     choices = {"operator_steps": "3", "rank_choices": "2"}
     found = run_sweep(tmp_path, loaded, digits, **choices)
-    grow, _ = (parsed(command) for command in found.commands)
+    grow, tune = (parsed(command) for command in found.commands)
+    assert [command[3]["run"] for command in (grow, tune)] == [tmp_path] * 2
     assert (grow[3]["from_"], grow[3]["ema"]) == ("deit_tiny", False)
     assert (tuple(grow[3]["from_set"]), tuple(grow[3]["sets"])) == (SMALL, LARGE)
     assert (grow[3]["source"], grow[3]["to"], grow[2].rank, grow[1].steps) == (str(bare), "deit_tiny", 2, 3)
