@@ -103,6 +103,7 @@ def test_every_arm_spends_the_same_budget_operator_included(whole):
         assert -1e-6 * full < left < run["flops_per_step"]
     mango = next(run for run in compared.content["runs"] if run["arm"] == "mango")
     assert mango["operator_flops"] > 0
+    assert mango["operator_seconds"] > 0
     assert mango["flops"] == mango["operator_flops"] + mango["steps"] * mango["flops_per_step"]
     assert mango["flops_per_step"] == 2 * mango["macs_per_step"]
 
@@ -124,7 +125,7 @@ def test_curve_begins_at_step_0_and_ends_at_the_final_score(whole):
     _, compared = whole
     run = next(r for r in compared.content["runs"] if r["arm"] == "mango" and r["budget"] == 1)
     assert run["curve"][0][:2] == [0, run["step0"]["top1"]]
-    assert run["curve"][1][0] == run["operator_flops"]
+    assert run["curve"][1] == [run["operator_flops"], run["started_from"]["top1"], run["started_from"]["loss"]]
     assert run["curve"][-1] == [run["flops"], run["final"]["top1"], run["final"]["loss"]]
 
 
