@@ -23,9 +23,10 @@ from growkit.compare.compare import Comparison, compare_methods
 from growkit.compare.costs import Costs
 from growkit.compare.page import _reading, comparison_report, plots, write_pages
 from growkit.compare.savings import Estimate, Saving, estimate
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, UnwritableError
 from growkit.grow import grow
 from growkit.job import Job
+from growkit.pictures import UnreadablePictureError
 from growkit.ranges import SEEDS
 from growkit.record import RunFolder
 from growkit.report.plot import draw
@@ -449,6 +450,19 @@ def test_failing_method_does_not_lose_the_others_and_is_tried_again(source, digi
     again = run_compare(tmp_path, source, digits, options(seeds=2), resume=True)
     assert again.arms[2].failures == ()
     assert again.arms[2].budgets[-1].top1.count == 2
+
+
+@pytest.mark.parametrize("kind", [UnreadablePictureError, UnwritableError])
+def test_what_every_run_would_meet_ends_a_comparison_and_is_no_run_that_failed(
+    source, digits, tmp_path, monkeypatch, kind
+):
+    def meeting(*_, **__):
+        raise kind("run/compare: as every other run would find it")
+
+    monkeypatch.setattr(Bench, "train", meeting)
+    with pytest.raises(kind):
+        run_compare(tmp_path, source, digits, options(methods="lemon"))
+    assert runs_of(tmp_path) == {}
 
 
 def test_a_comparison_that_is_stopped_in_the_last_scoring_of_a_run_ends_and_goes_on(
