@@ -197,6 +197,13 @@ def test_without_noise_duplicated_units_stay_together():
     assert (fc1[:half] - fc1[half : 2 * half]).abs().max() < 1e-9
 
 
+def test_dropout_of_the_network_follows_the_mode_of_the_grown_model():
+    source, target = PAIRS["deeper"]
+    grown = grow(source, target, randomised(source).state_dict(), GrowSettings())
+    for mode in (False, True):
+        assert {part.training for part in grown.train(mode).network.modules()} == {mode}
+
+
 @pytest.mark.parametrize("stages", ["width-first", "depth-first"])
 @pytest.mark.parametrize("method", ["mango", "lemon"])
 def test_stages_keep_the_function_and_train_both_operators(method, stages):
