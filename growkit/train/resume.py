@@ -7,11 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from growkit.errors import GrowkitError
-from growkit.files import whole_file, writing
+from growkit.files import plain, whole_file, writing
 from growkit.ranges import option_of
 from growkit.text import first_difference
 from growkit.train.distributed import sharded_like
@@ -70,7 +71,16 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, and lists and dicts of them) to `folder`."""
     # through a Python stream: torch's own does not say why it failed
     with whole_file(folder / STATE) as partial, partial.open("wb") as stream:
-        torch.save(dict(state), stream)
+        torch.save(_without_numpy(state), stream)
+
+
+def _without_numpy(value: Any) -> Any:
+    """`value` with Python's numbers in place of NumPy's, which could not be read back without unpickling code."""
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load_state(folder: Path, identity: Mapping[str, Any], *, checked: bool = True) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def clear(folder: Path) -> None:
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON line to the folder's metrics."""
     with writing(folder / METRICS), (folder / METRICS).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line, allow_nan=False) + "\n")
+        stream.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
 
 def cut_metrics(folder: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,6 +213,26 @@ def test_interrupted_run_resumes_to_the_same_end_and_metrics(
     assert same(run.model.state_dict(), whole.model.state_dict())
     assert run.metrics() == whole.metrics()
     assert without_times(parts[-1]) == without_times(expected)
+
+
+def test_run_of_numpys_numbers_goes_on_like_any_other(
+    unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+) -> None:
+    """A rate is often one of np.logspace, and a score a mean that NumPy took."""
+    whole, expected = unbroken
+    numpys = replace(ALL_ON, lr=np.float64(ALL_ON.lr), steps=np.int64(9))
+    run = Run(tmp_path, opened(numpys))
+
+    def judge(model: nn.Module) -> Scores:
+        scores = run.judge(model)
+        return replace(scores, top1=np.float64(scores.top1), count=np.int64(scores.count))
+
+    with pytest.raises(KilledError):
+        run.fit(numpys, kill_at=5, evaluate=judge)
+    result = run.fit(numpys, resume=True, evaluate=judge)
+    assert same(run.model.state_dict(), whole.model.state_dict())
+    assert run.metrics() == whole.metrics()
+    assert without_times(result) == without_times(expected)
 
 
 def test_run_without_the_saved_average_or_optimizer_would_end_elsewhere(
