@@ -17,6 +17,10 @@ class UnwritableError(GrowkitError):
     """A file or folder cannot be written: a full disk, no permission, a folder that is gone."""
 
 
+class DamagedStateError(GrowkitError):
+    """The state of a stopped run cannot be read."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM asked the process to end; handled like Ctrl-C's KeyboardInterrupt."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import LONGER, Arm
 from growkit.compare.costs import Costs
 from growkit.compare.settings import CompareSettings, SweepSettings
-from growkit.errors import GrowkitError, UnwritableError, first_line
+from growkit.errors import DamagedStateError, GrowkitError, UnwritableError, first_line
 from growkit.files import read_json, whole_file, write_json
 from growkit.grow import grow
 from growkit.job import Job
@@ -170,18 +171,21 @@ class Bench:
     ) -> FitResult:
         """Call fit(), resuming where it was stopped; its state stays in `folder`."""
         known, resume = len(self.data.unreadable), folder is not None and (folder / STATE).exists()
+        fit_it = partial(
+            fit,
+            model,
+            self.data,
+            recipe,
+            device=self.device,
+            evaluate=evaluate,
+            folder=folder,
+            on_step=watch,
+            progress=progress,
+        )
         try:
-            fitted = fit(
-                model,
-                self.data,
-                recipe,
-                device=self.device,
-                evaluate=evaluate,
-                folder=folder,
-                resume=resume,
-                on_step=watch,
-                progress=progress,
-            )
+            fitted = fit_it(resume=resume)
+        except DamagedStateError:  # the run did not fail: made anew, it ends the same
+            fitted = fit_it(resume=False)
         finally:
             if len(self.data.unreadable) > known:
                 write_json(self.folder / UNREADABLE, list(self.data.unreadable))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from growkit.errors import GrowkitError
+from growkit.errors import DamagedStateError, GrowkitError
 from growkit.files import plain, whole_file, writing
 from growkit.ranges import option_of
 from growkit.text import first_difference
@@ -161,8 +161,8 @@ def _read_state(path: Path, *, checked: bool) -> dict[str, Any]:
     return state
 
 
-def _damaged(path: Path) -> GrowkitError:
-    return GrowkitError(f"{path}: damaged; {ANEW}")
+def _damaged(path: Path) -> DamagedStateError:
+    return DamagedStateError(f"{path}: damaged; {ANEW}")
 
 
 def clear(folder: Path) -> None:

@@ -315,6 +315,15 @@ def test_stopped_comparison_ends_bit_for_bit_where_an_unbroken_one_does(source, 
         assert json.loads(path.read_text())["seconds"] == seconds[path.parent.name]  # of all parts
 
 
+def test_run_whose_saved_state_is_damaged_has_not_failed_and_is_made_anew(begun, source, digits, tmp_path):
+    shutil.copytree(begun, tmp_path / "compare")
+    for run in (tmp_path / "compare" / "runs").iterdir():
+        (run / "result.json").unlink()
+        (run / "state.pt").write_bytes(b"PK\x03\x04 cut off")
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+    assert runs_of(tmp_path) == runs_of(begun.parent)
+
+
 def failing_train(monkeypatch, fails):
     """Let every run of which `fails` says so fail; gives what lets them be."""
     train = Bench.train
