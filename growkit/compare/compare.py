@@ -153,11 +153,11 @@ class Comparison:
         ]
 
     def _run(self, cell: Cell) -> None:
-        found = self._result(cell)
+        found, folder = self._result(cell), self.runs / cell.slug
         self.finished += 1
-        if found is not None and "failed" not in found:
+        # one that is not tested yet is of no use without its weights
+        if found is not None and "failed" not in found and (found["test"] is not None or (folder / WEIGHTS).exists()):
             return
-        folder = self.runs / cell.slug
         facts = {
             "schema": SCHEMA,
             "growkit": __version__,

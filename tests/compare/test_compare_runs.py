@@ -324,6 +324,14 @@ def test_run_whose_saved_state_is_damaged_has_not_failed_and_is_made_anew(begun,
     assert runs_of(tmp_path) == runs_of(begun.parent)
 
 
+def test_run_whose_weights_are_gone_before_its_test_is_made_again(begun, source, digits, tmp_path):
+    shutil.copytree(begun, tmp_path / "compare")
+    for path in (tmp_path / "compare" / "runs").glob("*/result.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "test": None}))
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+    assert runs_of(tmp_path) == runs_of(begun.parent)
+
+
 def failing_train(monkeypatch, fails):
     """Let every run of which `fails` says so fail; gives what lets them be."""
     train = Bench.train
