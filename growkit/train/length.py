@@ -28,10 +28,12 @@ def length_of(data: Data, settings: FitSettings) -> Length:
     """Return the length of a run on `data` with these settings.
 
     Raises:
-        GrowkitError: the warm-up is not shorter than the run, or a batch does not divide among the processes or into
-            the pairs that are mixed.
+        GrowkitError: there are no images, the warm-up is not shorter than the run, or a batch does not divide among
+            the processes or into the pairs that are mixed.
     """
     images = images_per_batch(data, settings)
+    if not images:
+        raise GrowkitError("there are no images to train on")
     distributed.refuse_indivisible(images)
     each = images // distributed.size()
     if each % 2 and (settings.mixup or settings.cutmix):

@@ -207,6 +207,11 @@ def test_model_without_trainable_parameters_is_refused() -> None:
         fit(Net().requires_grad_(False), blobs(), PLAIN)
 
 
+def test_data_without_images_is_refused() -> None:
+    with pytest.raises(GrowkitError, match="there are no images to train on"):
+        fit(Net(), blobs(0), PLAIN)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_global_random_state_is_changed(opened: Open, workers: int) -> None:
     settings = replace(PLAIN, mixup=0.8, cutmix=1.0, model_ema=True, workers=workers)
