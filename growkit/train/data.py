@@ -195,9 +195,10 @@ def hold_out(data: Data, *, share: float, keep: float = 1.0, seed: int) -> tuple
         out = max(1, round(share * len(own)))
         if out >= len(own):
             name = data.classes[label] if data.classes else label
+            fewer = " or choose by fewer, with a lower --hold-out" if len(own) > 1 else ", or leave the class out"
             raise GrowkitError(
                 f"class {name}: too few validation images ({len(own)}) to choose by a share of {share} and test on"
-                " the rest; add images or choose by fewer"
+                f" the rest; add images{fewer}"
             )
         chosen += own[:out]
         tested += own[out:]
