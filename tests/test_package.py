@@ -18,8 +18,8 @@ PACKAGES = {"growkit": ROOT / "growkit", "growkit_cli": ROOT / "cli" / "growkit_
 
 
 def modules_of_checkout() -> set[str]:
-    """Wheel names of every .py file of both packages."""
-    return {
+    """Wheel names of every .py file of both packages, and of what tells type checkers to read growkit's."""
+    return {"growkit/py.typed"} | {
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in PACKAGES.items()
         for path in folder.rglob("*.py")
