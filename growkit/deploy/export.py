@@ -55,7 +55,8 @@ def export_onnx(
 ) -> Export:
     """Write `model` as ONNX: by default 'input' (batch, C, H, W) -> 'logits' (batch, classes), both float32.
 
-    model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is
+    model       float32 with a `pretrained_cfg`; it is copied, so its own state stays as it is. Batch norms are merged
+                into other weights, and `check_parity` then says that these are not the model's
     form        see form.Form; image_size is the caller's to apply (see truth.at_image_size)
     external    put the weights into a second file beside it, as anything over 2 GB must
     calibration  normalised images (N, C, H, W), from which int8-static takes its ranges

@@ -84,7 +84,7 @@ def fit(
     may be resumed on a different number of processes.
 
     Args:
-        model: gives logits (N, classes) for images (N, C, H, W).
+        model: gives logits (N, classes) for images (N, C, H, W), also on the meta device, where its FLOPs are counted.
         data: images to train on.
         settings: everything else about the run.
         device: where to train; the model is moved there.
