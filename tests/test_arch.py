@@ -72,6 +72,25 @@ def test_files_name_of_another_size_is_not_believed() -> None:
     assert "from its shapes" in how
 
 
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"),
+        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    ],
+)
+def test_files_name_of_another_number_of_heads_is_not_believed(kind: str, hint: str) -> None:
+    architecture = tiny(192, 12, 3, name=kind)
+    found, _ = detect(state_of(architecture), hint=hint)
+    assert (found.name, found.shapes) == (kind, architecture.shapes)
+
+
+def test_files_name_of_a_plain_vit_is_not_believed_for_a_kind_that_shapes_do_not_show() -> None:
+    state = {key: torch.zeros(shape) for key, shape in find("vit_base_patch16_clip_224").shapes.items()}
+    with pytest.raises(GrowkitError, match=r"norm_pre\.weight: a CLIP-like ViT, .* --from NAME says which"):
+        detect(state, hint="vit_base_clip")
+
+
 def test_head_count_comes_from_from() -> None:
     architecture, how = detect(zeros(192, 12), name="vit_tiny", hint="deit_base")
     assert (architecture.name, heads(architecture)) == ("vit_tiny_patch16_224", 3)

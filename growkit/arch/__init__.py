@@ -204,8 +204,11 @@ def _named_by(hint: str, state: StateDict, shapes: Mapping[str, Any]) -> str | N
     for candidate in sorted(_named(), key=len, reverse=True):
         if words.startswith((candidate, _short(candidate))):
             model = build(candidate, {}, device="meta")
-            alike = marked is None or marked == recognise.telltale(model.state_dict())
-            if alike and (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"]):
+            own = model.state_dict()
+            sizes = (model.embed_dim, len(model.blocks)) == (shapes["embed_dim"], shapes["depth"])
+            distilled = ("dist_token" in own) == ("dist_token" in state)
+            # a plain name, as of vit_base_clip.pth, does not say which norms and activation such weights had
+            if sizes and distilled and marked in (None, recognise.telltale(own)):
                 return candidate
     return None
 
