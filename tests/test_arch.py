@@ -357,11 +357,31 @@ def test_weights_of_something_else_are_refused_by_what_they_lack() -> None:
         detect({"conv1.weight": torch.zeros(3, 3)})
 
 
-@pytest.mark.parametrize("key", ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight", "pos_embed"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "patch_embed.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+        "pos_embed",
+        "reg_token",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (3,), (0, 0)], ids=str)
 def test_tensor_of_the_wrong_rank_is_refused_whatever_it_decides(key: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(GrowkitError, match=re.escape(f"{key} has shape {shape}, expected ")):
         detect(zeros(64, 2) | {key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("gone", "key"), [("head.weight", "head.bias"), ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_x.weight")]
+)
+def test_tensor_that_decides_where_another_is_missing_is_refused_for_its_rank(gone: str, key: str) -> None:
+    state = zeros(64, 2) | {key: torch.zeros(())}
+    del state[gone]
+    with pytest.raises(GrowkitError, match=rf"{re.escape(key)} has shape \(\), expected"):
+        detect(state)
 
 
 # Names and arguments

@@ -18,8 +18,9 @@ KNOWN = {
 # Axes of the tensors whose shapes say what the network is.
 AXES = {
     "patch_embed.proj.weight": 4,
-    "blocks.0.attn.qkv.weight": 2,
     "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc1_x.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
     "head.weight": 2,
     "head.bias": 1,
     "pos_embed": 3,
@@ -116,6 +117,6 @@ def telltale(state: StateDict) -> tuple[str, str, str] | None:
     if "norm.weight" in state and "cls_token" not in state:
         return "norm without a cls_token", "a SigLIP-like ViT", "vit_base_patch16_siglip_gap_224"
     fc1, fc2 = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if fc1 is not None and fc2 is not None and fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]:
+    if fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:
         return "blocks.0.mlp.fc1 twice as wide as fc2", "a ViT with SwiGLU", "vit_giant_patch14_dinov2"
     return None
