@@ -232,6 +232,10 @@ def test_files_name_of_another_kind_is_not_believed() -> None:
         ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision"),
         ("layer1.0.conv1.weight", "ResNet"),
         ("h.0.attn.c_attn.weight", "GPT-2"),
+        ("vision_model.encoder.layers.0.self_attn.q_proj.weight", "Hugging Face's"),
+        ("layers.0.self_attn.in_proj_weight", "torch's"),
+        ("blocks.0.attn.q_bias", "BEiT"),
+        ("stages.0.0.dwconv.weight", "ConvNeXt"),
     ],
 )
 def test_weights_of_another_family_are_refused_by_its_name(key: str, family: str) -> None:

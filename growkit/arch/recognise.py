@@ -44,7 +44,7 @@ FAMILIES = {
     "attn.c_attn": "a GPT-2",
     "rope": "an EVA or another ViT with rotary embeddings",
     "attn.q_bias": "an EVA or BEiT",
-    "attn.q_proj": "an EVA",
+    ".attn.q_proj": "an EVA",
     "self_attn": "a transformer of torch's or Hugging Face's",
     "encoder.layers.": "a torchvision ViT, in other names than timm's",
     "layer1.0.conv1": "a ResNet",
