@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +535,11 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_mlp_ratio_gives_the_hidden_units_back_as_timm_rounds_them() -> None:
+    for embed, hidden in product(range(1, 100), range(1, 400)):
+        assert int(embed * vit.ratio(hidden, embed)) == hidden
+
+
 def test_network_without_values_draws_none_and_is_the_same_otherwise() -> None:
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
     with Called() as drawn:
@@ -636,6 +642,8 @@ def test_target_keeps_the_sources_input_and_says_so() -> None:
 
 def test_target_of_the_same_input_has_nothing_to_say() -> None:
     assert find_target(find("deit_tiny"), "deit_small")[1] == []
+    # how a layer scale started is told by no weights
+    assert find_target(find("deit3_small", {"init_values": 1e-5}), "deit3_base")[1] == []
 
 
 @pytest.mark.parametrize(
@@ -683,6 +691,8 @@ def test_width_that_timm_refuses_is_refused_with_the_heads_that_fit_the_source()
         find_target(source, "deit_tiny", ["embed_dim=65"])
     with pytest.raises(GrowkitError, match=r"192 is no multiple of 5 heads; .* 16 wide: --set num_heads=12$"):
         find_target(source, "deit_tiny", ["num_heads=5"])
+    with pytest.raises(GrowkitError, match=r"with embed_dim=64 num_heads=0: "):
+        find_target(source, "deit_tiny", ["embed_dim=64", "num_heads=0"])
     with pytest.raises(GrowkitError, match=r"embed_dim=-64: expected a whole number"):
         find_target(source, "deit_tiny", ["embed_dim=-64"])
     with pytest.raises(GrowkitError, match=r"foo'?$"):

@@ -224,6 +224,15 @@ def test_grown_folder_loads_by_timm_bit_for_bit_and_is_a_source_again(tmp_path: 
     assert set(load_file(run.grown / OPERATOR)) != set()
 
 
+def test_model_of_a_source_is_trained_without_changing_the_source(tmp_path: Path) -> None:
+    source = load_source_of(network(), tmp_path)
+    model = source.model()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert_same(dict(source.state), weights())
+
+
 def test_folder_in_use_is_replaced_and_keeps_what_else_lies_there(tmp_path: Path) -> None:
     described = {"preprocessing": PREPROCESSING, "labels": None}
     folder = tmp_path / "finetuned"
