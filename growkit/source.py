@@ -51,7 +51,7 @@ class Source:
         model = build(self.architecture.name, self.architecture.arguments, device="meta")
         model.load_state_dict({name: tensor.clone() for name, tensor in self.state.items()}, assign=True)
         model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
-        return model.requires_grad_(True).eval()
+        return model.eval()
 
 
 def load_source(

@@ -131,7 +131,7 @@ def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> Visio
 def _expected(key: str, value: Any) -> str | None:
     """Say what an argument should be if timm would misread its value; None if the value is right."""
     kinds = {KINDS.get(key), *get_args(KINDS.get(key))}
-    if kinds == {None} or (value is None and NoneType in kinds):
+    if value is None and NoneType in kinds:
         return None
     if bool in kinds:
         return None if isinstance(value, bool) else "true or false"
@@ -190,7 +190,7 @@ def detect(
         arguments.pop("global_pool", None)  # mean or max pooling leaves no trace: the name decides
     if "global_pool" in arguments:
         arguments["fc_norm"] = shapes["fc_norm"]  # which would follow the pooling otherwise
-    if "embed_dim" in arguments and "num_heads" not in chosen:
+    if "embed_dim" in arguments:
         arguments["num_heads"] = shapes["embed_dim"] // base.blocks[0].attn.head_dim
     architecture = find(name, {**arguments, **chosen})
     told = "".join(f", --from-set {item}" for item in sets)

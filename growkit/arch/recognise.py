@@ -100,7 +100,7 @@ def arguments_of(state: StateDict) -> dict[str, Any]:
         tokens = state["pos_embed"].shape[1]
         prefix = int(class_token) + reg_tokens + ("dist_token" in state)
         grid = isqrt(max(0, tokens - prefix))
-        found["no_embed_class"] = bool(prefix) and grid**2 != tokens - prefix and isqrt(tokens) ** 2 == tokens
+        found["no_embed_class"] = grid**2 != tokens - prefix and isqrt(tokens) ** 2 == tokens
         if found["no_embed_class"]:
             grid = isqrt(tokens)
         found["img_size"] = grid * patch
