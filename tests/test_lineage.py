@@ -114,6 +114,13 @@ def test_weights_that_growkit_did_not_make_are_given():
     assert ancestors(replace(source, sha256="")) == []
 
 
+def test_what_an_operators_training_took_is_unknown_rather_than_nothing_where_it_is_not_told() -> None:
+    history = {"stage": "grown", "operator": {"steps": 5}, "settings": {"method": "mango", "ranks": "1,2,4,4"}}
+    (entry,) = ancestors(replace(source_of(SMALL), history=history))
+    assert (entry["method"], entry["rank"], entry["steps"]) == ("mango", "1,2,4,4", 5)
+    assert not {"images", "flops"} & set(entry)
+
+
 ODD: dict[str, Any] = {
     "no list": {"ancestors": {"stage": "grown"}},
     "entries that are none": {"ancestors": [1, None, "x", [], {"stage": {"deep": [1]}, "flops": [2]}]},
