@@ -216,12 +216,6 @@ def test_files_name_says_a_kind_that_shapes_do_not_show() -> None:
     assert found.kind["norm"] == "LayerNorm eps 1e-05"
 
 
-def test_files_name_of_another_kind_is_not_believed() -> None:
-    shapes = find("vit_base_patch16_clip_quickgelu_224").shapes
-    with pytest.raises(GrowkitError, match="a CLIP-like ViT"):
-        detect({key: torch.zeros(shape) for key, shape in shapes.items()}, hint="vit_base_clip")
-
-
 @pytest.mark.parametrize(
     ("key", "family"),
     [
