@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,13 @@ def test_other_weights_are_an_assertion_error_with_a_line_for_each_check(place: 
     first, *lines = str(caught.value).splitlines()
     assert first == f"VisionTransformer does not match {place / 'of-model'}:"
     assert lines[0].startswith("the reference was written for weights")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_wrapped_module_is_held_by_the_weights_inside(place: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    assert_matches_reference(wrap(build()), place / "of-model")
+    with pytest.raises(AssertionError, match="was written for weights by tensor"):
+        assert_matches_reference(wrap(build(seed=1)), place / "of-model")
 
 
 def test_module_without_weights_is_refused(place: Path) -> None:
