@@ -165,8 +165,8 @@ def test_making_in_one_piece_and_in_slices_counts_the_same_for_a_step(monkeypatc
     model, batch = grown(), batches(1)[0]
     monkeypatch.setattr(
         RingOperator,
-        "_plan",
-        lambda ring, x, cores, plan=RingOperator._plan, **how: (
+        "plan",
+        lambda ring, x, cores, plan=RingOperator.plan, **how: (
             plan(ring, x, cores, **how) if x.is_meta else replace(plan(ring, x, cores, **how), slices=2, width=24)
         ),
     )
