@@ -170,9 +170,8 @@ def precision_of(proto: onnx.ModelProto) -> str:
 def tensors_sha256(model: nn.Module) -> str:
     """Return the SHA-256 of every weight and buffer by name, whatever file they are from and what wraps them."""
     digest = hashlib.sha256()
-    # torch.compile and data parallelism put a word before each name
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(model.state_dict().items()):
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # put there by torch.compile and data parallelism
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

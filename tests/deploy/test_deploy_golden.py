@@ -278,6 +278,14 @@ def test_same_weights_have_the_same_hash_in_every_file_and_no_other() -> None:
     assert len({tensors_sha256(m) for m in (model, make_model(1), make_model(num_classes=5))}) == 3
 
 
+def test_weight_that_would_have_anothers_name_without_its_wrapper_counts_in_the_hash() -> None:
+    inner = nn.Linear(2, 2)
+    model = nn.ModuleDict({"module": nn.ModuleDict({"head": inner}), "head": nn.Linear(2, 2)})
+    before = tensors_sha256(model)
+    nn.init.zeros_(inner.weight)
+    assert tensors_sha256(model) != before
+
+
 # ONNX files ----------------------------------------------------------------------------------
 
 
