@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import timm
 import torch
@@ -40,7 +41,8 @@ def write(folder: Path, *, preprocessing: dict[str, object] | None = None, label
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a trained model of three classes and its ONNX file, and models beside it.
 
-    first is the run's own model, damaged never answers elk, bare.pth is first without its sizes.
+    first is the run's own model, damaged never answers elk, bare.pth is first without its sizes, and bare.onnx the file
+    without its metadata.
     """
     root = tmp_path_factory.mktemp("against")
     write_images(root / "images", NAMES, 8)
@@ -58,6 +60,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(root / "run" / "trained", root / name)
     weights = load_file(root / "first" / "model.safetensors")
     torch.save(weights, root / "bare.pth")
+    proto = onnx.load(root / "run" / "onnx" / "model.onnx")
+    proto.ClearField("metadata_props")
+    onnx.save(proto, root / "bare.onnx")
     weights["head.bias"][2] -= 1000
     save_file(weights, root / "damaged" / "model.safetensors")
     config = json.loads((root / "first" / "config.json").read_text())
@@ -224,6 +229,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "ONNX model of other data": (
         ("run/onnx/model.onnx", "--data", "fewer"),
         "its 2 classes are not the model's 3, elk is missing; give data with",
+    ),
+    "ONNX model that does not say how images are prepared": (
+        ("bare.onnx",),
+        "bare.onnx: its metadata does not say how images are prepared; export it with growkit",
     ),
     "model without a classifier": (("headless",), "headless has no classifier to judge; `growkit finetune headless`"),
     "source without a classifier": (("--against", "headless"), "headless has no classifier to judge"),
