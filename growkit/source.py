@@ -21,7 +21,7 @@ from growkit.errors import GrowkitError, first_line
 from growkit.seeds import random_kept
 from growkit.settings import Loading
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 TIMM, HUB = "timm:", "hf-hub:"
 FETCHED = (TIMM, HUB)  # only names with these prefixes are fetched from the network

@@ -15,6 +15,7 @@ import timm
 import torch
 from pairs import randomised, tiny
 from safetensors.torch import load_file, save_file
+from timm.data import create_transform
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -168,6 +169,20 @@ def test_folder_that_timm_wrote_is_read_with_its_labels_and_preprocessing(tmp_pa
     assert source.history is None
     with pytest.raises(GrowkitError, match=r"--from and --from-set are for bare checkpoints"):
         load_source(str(tmp_path), Loading(from_="deit_tiny"))
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"])
+def test_interpolation_is_taken_where_timm_prepares_images_for_evaluation_by_it(name: str, tmp_path: Path) -> None:
+    config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments)}
+    config["pretrained_cfg"] = {**PREPROCESSING, "interpolation": name}
+    save_for_hf(network(), str(tmp_path), model_config=config, safe_serialization=True)
+    try:
+        create_transform(16, interpolation=name)
+    except KeyError:
+        with pytest.raises(GrowkitError, match=rf"interpolation in its config\.json is {name}; no image is prepared"):
+            load_source(tmp_path)
+    else:
+        assert load_source(tmp_path).preprocessing["interpolation"] == name
 
 
 def test_class_names_of_another_head_are_left_out_and_it_is_said(tmp_path: Path) -> None:
