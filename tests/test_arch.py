@@ -80,7 +80,7 @@ def test_files_name_of_another_size_is_not_believed() -> None:
         ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
     ],
 )
-def test_files_name_of_another_number_of_heads_is_not_believed(kind: str, hint: str) -> None:
+def test_files_name_is_not_believed_where_weights_and_it_differ_in_the_distillation_token(kind: str, hint: str) -> None:
     architecture = tiny(192, 12, 3, name=kind)
     found, _ = detect(state_of(architecture), hint=hint)
     assert (found.name, found.shapes) == (kind, architecture.shapes)
