@@ -243,7 +243,7 @@ def _prepared_as(path: str, config: object) -> dict[str, Any]:
     sound = {
         "mean": _numbers,
         "std": lambda value: _numbers(value) and min(value) > 0,
-        "crop_pct": lambda value: _numbers([value]) and value > 0,
+        "crop_pct": lambda value: _numbers([value]) and 0 < value <= 2,  # timm's go up to 1.15; 87.5 is per cent
         "interpolation": INTERPOLATIONS.__contains__,
         "crop_mode": CROP_MODES.__contains__,
     }

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from pairs import randomised, tiny
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 from timm.models import save_for_hf
@@ -171,18 +172,23 @@ def test_folder_that_timm_wrote_is_read_with_its_labels_and_preprocessing(tmp_pa
         load_source(str(tmp_path), Loading(from_="deit_tiny"))
 
 
-@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"])
-def test_interpolation_is_taken_where_timm_prepares_images_for_evaluation_by_it(name: str, tmp_path: Path) -> None:
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [*(("interpolation", name) for name in INTERPOLATIONS), ("crop_pct", 1.15), ("crop_pct", 87.5)]
+)
+def test_preprocessing_is_taken_where_timm_prepares_an_image_by_it(key: str, value: Any, tmp_path: Path) -> None:
     config = {"architecture": SMALL.name, "model_args": dict(SMALL.arguments)}
-    config["pretrained_cfg"] = {**PREPROCESSING, "interpolation": name}
+    config["pretrained_cfg"] = {**PREPROCESSING, key: value}
     save_for_hf(network(), str(tmp_path), model_config=config, safe_serialization=True)
     try:
-        create_transform(16, interpolation=name)
-    except KeyError:
-        with pytest.raises(GrowkitError, match=rf"interpolation in its config\.json is {name}; no image is prepared"):
+        create_transform(16, **{key: value})(Image.new("RGB", (32, 32)))
+    except (KeyError, ValueError):
+        with pytest.raises(GrowkitError, match=rf"{key} in its config\.json is {value}; no image is prepared by that"):
             load_source(tmp_path)
     else:
-        assert load_source(tmp_path).preprocessing["interpolation"] == name
+        assert load_source(tmp_path).preprocessing[key] == value
 
 
 def test_class_names_of_another_head_are_left_out_and_it_is_said(tmp_path: Path) -> None:
