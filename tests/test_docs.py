@@ -172,12 +172,18 @@ def result_table(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
 
 
-def test_tables_of_readme_and_result_file_follow_from_the_runs_on_file() -> None:
-    path = ROOT / "examples/results/compare-cifar10_2-cpu-cores_2026-11-24"
-    content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    figures = figures_of(content)
-    main, cost = ([f"| {' | '.join(row)} |" for row in table(figures)[1]] for table in (main_table, cost_table))
-    assert len(main) > 8
-    assert result_table((ROOT / "README.md").read_text(encoding="utf-8")) == main
-    lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
-    assert not [row for row in (*main, *cost) if row not in lines]
+def test_tables_of_readme_and_result_files_follow_from_the_runs_on_file() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = []
+    for name in ("_2-cpu-cores_2026-11-24", "-trained-source_2-cpu-cores_2026-11-30"):
+        path = ROOT / f"examples/results/compare-cifar10{name}"
+        figures = figures_of(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        main, cost = ([f"| {' | '.join(row)} |" for row in table(figures)[1]] for table in (main_table, cost_table))
+        lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+        assert not [row for row in (*main, *cost) if row not in lines]
+        tables.append(main)
+    assert len(tables[0]) > 8
+    assert result_table(readme) == tables[0]
+    ends = {row.split(" | ")[0][2:]: row.split(" | ")[2] for row in tables[1]}  # of each arm, at the full budget
+    told = ("mango:steps=0", "source trained longer", "bert2bert:variant=aki", "from scratch")
+    assert re.findall(r"\bat (\d\d\.\d ± \d\.\d)", readme) == [ends[arm] for arm in told]
