@@ -591,7 +591,8 @@ def test_loser_is_stopped_early_and_its_flops_are_counted(source, digits, tmp_pa
     assert (stopped.flops - stopped.operator_flops) % scratch["flops_per_step"] == 0
     assert stopped.score is not None
     assert stopped.step0 > scratch["final"]["top1"]
-    assert trials_table(found.tried, "top1")[1][-1][-2:] == ("0", "stopped early")
+    row = trials_table(found.tried, "top1")[1][-1]
+    assert (row[2:4], row[-2:]) == ((f"{stopped.score:.2%}", f"{stopped.step0:.2%}"), ("0", "stopped early"))
 
 
 @pytest.mark.parametrize(
