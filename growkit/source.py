@@ -249,9 +249,8 @@ def _prepared_as(path: str, config: object) -> dict[str, Any]:
     }
     for key, fits in sound.items():
         if key in given and not fits(given[key]):
-            raise GrowkitError(
-                f"{path}: {key} in its config.json is {str(given[key])[:40]}; no image is prepared by that"
-            )
+            shown = str(given[key])[:40]
+            raise GrowkitError(f"{path}: {key} in its config.json is {shown}; no image is prepared by that, correct it")
     return given
 
 
