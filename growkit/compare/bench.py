@@ -147,7 +147,8 @@ class Bench:
         if operator_lr is not None:
             steps = self.costs.operator_steps(arm)
             recipe = replace(self.operator, steps=steps, lr=operator_lr, seed=settings.seed)
-            fitted = self._fit(grown, recipe, folder, None, progress)
+            price = self.costs.operator_flops_per_step(arm)
+            fitted = self._fit(grown, recipe, price, folder, None, progress)
             model = grown.materialize()
             with whole_file(folder / WEIGHTS) as partial:
                 write_tensors(partial, model.cpu().state_dict())
@@ -164,6 +165,7 @@ class Bench:
         self,
         model: nn.Module,
         recipe: FitSettings,
+        flops_per_step: int,
         folder: Path | None,
         evaluate: Callable[[nn.Module], Scores] | None,
         progress: Progress,
@@ -180,6 +182,7 @@ class Bench:
             evaluate=evaluate,
             folder=folder,
             on_step=watch,
+            flops_per_step=flops_per_step,
             progress=progress,
         )
         try:
@@ -243,7 +246,8 @@ class Bench:
         if warmup is not None:  # the same share of every run, however short
             warmup *= steps / full.total
         recipe = replace(self.recipe, steps=steps, lr=lr, seed=seed, eval_every=every, warmup_epochs=warmup)
-        fitted = self._fit(start.model, recipe, folder, self.score, progress, watch)
+        price = self.costs.flops_per_step(arm)
+        fitted = self._fit(start.model, recipe, price, folder, self.score, progress, watch)
         if folder is not None:
             (folder / STATE).unlink(missing_ok=True)
         if fitted.judged is not start.model:

@@ -64,13 +64,16 @@ class Costs:
     def operator_flops(self, arm: Arm) -> int:
         """FLOPs of the arm's operator training."""
         steps = self.operator_steps(arm)
-        if not steps or arm.grow is None:
-            return 0
+        return steps and steps * self.operator_flops_per_step(arm)
+
+    def operator_flops_per_step(self, arm: Arm) -> int:
+        """FLOPs of one update of the arm's operator training, for an arm that has one."""
+        assert arm.grow is not None
         priced = replace(arm.grow, noise=0.0)  # noise costs nothing
         if priced not in self._prices:
             grown = grow(self.source.architecture, self.target, self.source.state, priced).to("meta")
             self._prices[priced] = self._priced(grown, self.target)
-        return steps * self._prices[priced]
+        return self._prices[priced]
 
     def flops_per_step(self, arm: Arm) -> int:
         """FLOPs of one update of the arm's main training."""

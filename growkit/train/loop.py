@@ -68,6 +68,7 @@ def fit(
     on_start: Callable[[nn.Module], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     on_best: Callable[[nn.Module, Scores], None] | None = None,
+    flops_per_step: int | None = None,
     progress: Progress = no_progress,
 ) -> FitResult:
     """Train the parameters of `model` that require a gradient, in place.
@@ -94,6 +95,7 @@ def fit(
         on_start: called before the first update, but not of a resumed run, with the model that `evaluate` would get.
         on_step: called every log_every updates, after each evaluation and at the end.
         on_best: called with the evaluated model whenever it is the best so far.
+        flops_per_step: those of an update, if they are counted already.
         progress: told before every batch how many of the run's updates are done, fractions included.
 
     Raises:
@@ -109,7 +111,9 @@ def fit(
     refuse_tf32(settings, device)
     identity = _identity(data, settings, device)
     state = _state_of(folder, identity) if resume else None
-    run = _Run(model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, progress)
+    run = _Run(
+        model, data, settings, length, device, folder, identity, evaluate, on_step, on_best, flops_per_step, progress
+    )
     if state is None and on_start is not None:
         on_start(run.training.judged)
         run.training.model.train()
@@ -133,6 +137,7 @@ class _Run:
         evaluate: Callable[[nn.Module], Scores] | None,
         on_step: Callable[[StepRecord], None] | None,
         on_best: Callable[[nn.Module, Scores], None] | None,
+        flops_per_step: int | None,
         progress: Progress,
     ):
         self.began = time.perf_counter()
@@ -141,7 +146,7 @@ class _Run:
         self.evaluate, self.on_step, self.on_best, self.progress = evaluate, on_step, on_best, progress
         self.what_fits = partial(telling_what_fits, model, data, settings, device)
         with self.what_fits():
-            self.training = Training(model, data, settings, device, length.total, length.warmup)
+            self.training = Training(model, data, settings, device, length.total, length.warmup, flops_per_step)
         self.divisible = not distributed.statistics(model)  # an update can be dropped midway without a trace
         self.start, self.seconds_before = 0, 0.0
         self.losses: list[float] = []  # one for each update

@@ -44,6 +44,7 @@ class Training:
         device: torch.device,
         updates: int,
         warmup: int,
+        flops_per_step: int | None = None,
     ):
         self.settings, self.device = settings, device
         self.ema: Any = None
@@ -79,7 +80,7 @@ class Training:
         self.outputs = self._count_outputs(images, data)
         require_labels(labels, self.outputs)
         self.loss_of, self.mix = _loss(settings, self.outputs)
-        self.flops_per_step = self._count_flops(bare, images, labels)
+        self.flops_per_step = flops_per_step or self._count_flops(bare, images, labels)
         keep_what_fits(model, images.shape, precision_on(device, settings.precision))
         self.network = distributed.together(model, device)
         # Only training runs compiled: evaluation would be a second graph to compile, and FLOPs could not be counted.

@@ -20,7 +20,6 @@ from growkit.compare import bench as bench_module
 from growkit.compare.arms import LONGER, SCRATCH, Arm, parse_arm
 from growkit.compare.bench import Bench, bench_of
 from growkit.compare.compare import Comparison, compare_methods
-from growkit.compare.costs import Costs
 from growkit.compare.page import _reading, comparison_report, plots, write_pages
 from growkit.compare.savings import Estimate, Saving, estimate
 from growkit.errors import GrowkitError, UnwritableError
@@ -33,6 +32,7 @@ from growkit.report.plot import draw
 from growkit.settings import GrowSettings
 from growkit.train import loop
 from growkit.train.data import open_data
+from growkit.train.loop import fit
 from growkit.train.score import score_model
 from growkit.train.training import Training
 from growkit_cli.main import app
@@ -698,17 +698,22 @@ def test_operator_is_trained_again_where_another_budget_needs_what_was_let_go(so
 
 
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum_steps": 2}])
-def test_budgets_stay_equal_whatever_a_step_costs(source, digits, tmp_path, changes, monkeypatch):
-    settings, prices = options(methods="mango", controls="source-longer", budgets="0.5,1"), {}
-    priced = Costs.operator_flops
-    monkeypatch.setattr(Costs, "operator_flops", lambda self, arm: prices.setdefault(arm.name, priced(self, arm)))
-    compared = run_compare(tmp_path, source, digits, settings, replace(RECIPE, epochs=2, **changes))
-    assert prices["mango"] > 0
-    assert {run["arm"]: run["operator_flops"] for run in compared.content["runs"]} == prices
-    full = compared.content["full_flops"]
-    for run in compared.content["runs"]:
-        left = run["budget"] * full - run["flops"]
-        assert -1e-6 * full < left < run["flops_per_step"]
+def test_arms_pay_what_their_training_counts_and_it_is_counted_once(source, digits, tmp_path, monkeypatch, changes):
+    recipe, given = replace(RECIPE, **changes), {"split": options(), "operator_steps": 3, "sets": LARGE}
+    bench = bench_of(Job(RunFolder(tmp_path), "cpu"), tmp_path, source, "deit_tiny", digits, recipe, **given)
+    mango, step = parse_arm("mango"), replace(recipe, steps=1)
+    grown = grow(source.architecture, bench.target, source.state, mango.grow)
+    operator = fit(grown, bench.data, replace(bench.operator, steps=1)).flops_per_step
+    arms = {Arm(SCRATCH): None, Arm(LONGER, control=True): None, mango: 1e-3}
+    counted = [fit(bench.fresh(arm), bench.data, step).flops_per_step for arm in arms]
+    full = counted[0] * bench.costs.full.total
+    monkeypatch.setattr(Training, "_count_flops", lambda *_: pytest.fail("counted again"))
+    assert bench.costs.operator_flops(mango) == 3 * operator > 0
+    for (arm, rate), flops in zip(arms.items(), counted, strict=True):
+        run = bench.train(bench.start(arm, 0, rate), arm, flops=full, seed=0, lr=2e-3, evals=1)
+        assert run["operator_flops"] == (3 * operator if rate else 0)
+        assert run["flops_per_step"] == flops
+        assert -1e-6 * full < full - run["flops"] < flops
 
 
 def test_warm_up_is_the_same_share_of_every_run_and_leaves_operators_alone(source, digits, tmp_path, monkeypatch):
