@@ -24,3 +24,10 @@ def source(digits, tmp_path_factory) -> Source:
     job = Job(RunFolder(tmp_path_factory.mktemp("source")), "cpu")
     trained = train_model(job, "deit_tiny", digits, replace(RECIPE, epochs=4, lr=5e-3), sets=SMALL)
     return load_source(str(trained.folder))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Charts are drawn of comparisons and sweeps that tests share, and not again of those that a test makes."""
+    monkeypatch.setattr("growkit.compare.page.save", lambda *_: ())
+    monkeypatch.setattr("growkit.report.page.draw", lambda _: "")
