@@ -7,7 +7,7 @@ INPUT = ("img_size=8", "patch_size=4", "in_chans=1", "mlp_ratio=2")
 SMALL = (*INPUT, "num_heads=2", "embed_dim=16", "depth=1")
 LARGE = ("num_heads=4", "mlp_ratio=2", "embed_dim=32", "depth=2")
 RECIPE = FitSettings(
-    epochs=1.25, batch_size=64, hflip=0, scale_min=0.8, color_jitter=0, workers=0, cache="device", precision="fp32"
+    epochs=6.25, batch_size=64, hflip=0, scale_min=0.8, color_jitter=0, workers=0, cache="device", precision="fp32"
 )
 
 
@@ -22,6 +22,6 @@ def options(**given: object) -> CompareSettings:
         "operator_steps": 3,
         "operator_lrs": "1e-3",
         "evals": 2,
-        "share": 0.5,
+        "share": 0.1,
     }
     return CompareSettings(**{**quick, **given})
