@@ -19,7 +19,7 @@ from growkit.deploy.form import KEY, PLAIN, Form
 from growkit.deploy.inputs import extremes
 from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.outputs import with_output
-from growkit.deploy.pixels import with_pixels
+from growkit.deploy.pixels import refuse_unfit, with_pixels
 from growkit.deploy.sixteen_bits import brain, half
 from growkit.deploy.store import LIMIT, weight_bytes, write_graph
 from growkit.deploy.truth import Preprocessing, noise_images, preprocessing
@@ -72,6 +72,8 @@ def export_onnx(
     if others:
         raise GrowkitError(f"model has {others[0]} weights; export float32: call model.float() first")
     prepared = preprocessing(model)
+    if form.pixels:
+        refuse_unfit(prepared)
     core = captured(model, prepared.input_size, form)
     if not any(node.op_type == "Attention" for node in core.graph.node):  # the operator cannot express the model's
         form = replace(form, attention="unfused")

@@ -29,10 +29,8 @@ CHANNELS = (1, 3)
 def with_pixels(core: onnx.ModelProto, prepared: Preprocessing, batch: int | None) -> onnx.ModelProto:
     """Feed `core` from 'image': uint8 (batch, height, width, C), any height and width; changed in place and returned.
 
-    Raises:
-        GrowkitError: the preprocessing cannot be done in a graph.
+    prepared  one that `refuse_unfit` lets pass
     """
-    _refuse_unfit(prepared)
     graph = parser.parse_graph(_source(prepared, batch))
     channels = prepared.input_size[0]
     for name, values in (("mean", prepared.mean), ("std", prepared.std)):
@@ -54,7 +52,7 @@ def resized(prepared: Preprocessing) -> tuple[int, int]:
     return math.floor(height / prepared.crop_pct), math.floor(width / prepared.crop_pct)
 
 
-def _refuse_unfit(prepared: Preprocessing) -> None:
+def refuse_unfit(prepared: Preprocessing) -> None:
     """Raise GrowkitError where the preprocessing cannot be done in a graph."""
     channels, height, width = prepared.input_size
     if prepared.interpolation not in FILTERS:

@@ -237,9 +237,10 @@ def test_whole_file_with_pixels_answers_pictures_like_the_model(model: nn.Module
     ("changed", "said"),
     [({"interpolation": "lanczos"}, "lanczos interpolation"), ({"crop_mode": "border"}, "crop mode border")],
 )
-def test_preprocessing_without_a_place_in_a_graph_is_refused(
-    changed: dict[str, str], said: str, tmp_path: Path
+def test_preprocessing_without_a_place_in_a_graph_is_refused_before_the_work(
+    changed: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("exported"))
     model = make_model()
     model.pretrained_cfg = {**model.pretrained_cfg, **changed}
     with pytest.raises(GrowkitError, match=f"--pixels: {said}"):
