@@ -23,6 +23,11 @@ from growkit.errors import GrowkitError
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def exporting_once() -> None:
+    """Here the exporter runs every time."""
+
+
 def test_file_is_opset_18_ir_8_with_dynamic_batch_and_nothing_else(exported: Path) -> None:
     proto = onnx.load(str(exported), load_external_data=False)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
