@@ -56,6 +56,7 @@ def doubled(proto: onnx.ModelProto) -> None:
 
 
 def reproduced(run: Path, cwd: Path) -> tuple[int, str]:
+    """The script in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(run / "verify" / "reproduce.py")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "cli")))},
@@ -67,7 +68,9 @@ def reproduced(run: Path, cwd: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_script_shows_the_same_number_again_in_a_moved_folder_and_goes_when_the_file_is_right(tmp_path: Path) -> None:
+def test_script_shows_the_same_number_again_in_a_moved_folder_and_goes_when_the_file_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = exported(tmp_path / "run", "--external-data")
     clean = edited(run, doubled)
     status, output = verified(run)
@@ -83,7 +86,8 @@ def test_script_shows_the_same_number_again_in_a_moved_folder_and_goes_when_the_
     assert str(tmp_path) not in (moved / "verify" / "reproduce.py").read_text()
 
     (moved / "onnx" / "model.onnx").write_bytes(clean)
-    assert reproduced(moved, cwd=moved)[0] == 0
+    monkeypatch.chdir(moved)
+    assert run_here(moved, monkeypatch, capsys)[0] == 0
     assert verified(moved)[0] == 0
     assert not (moved / "verify" / "reproduce.py").exists()
 
