@@ -125,7 +125,7 @@ def test_ranges_of_int8_need_images_and_no_labels(classes: int, why: str, tmp_pa
     config = {"architecture": NAME, "model_args": kept}
     save_for_hf(make_model(num_classes=classes), str(tmp_path / "model"), model_config=config, safe_serialization=True)
     words = ("export", tmp_path / "model", "--run", tmp_path / "run", "--data", tmp_path / "data", "--precision")
-    result = call(*words, "int8-static")
+    result = call(*words, "int8-static", "--exporter", "torchscript")
     assert result.exit_code == 0, result.output
     assert re.search(rf"accuracy is not judged: .*{why}", result.output)
     assert "accuracy" not in json.loads((tmp_path / "run" / "onnx" / "export.json").read_text())["parity"]["figures"]
@@ -556,7 +556,7 @@ def test_graphs_that_were_tried_are_said_and_stored(run: Path, tmp_path: Path, m
     [
         ("--pixels", "--output", "top-2"),
         ("--output", "probabilities"),
-        ("--batch", "3"),
+        ("--batch", "3", "--exporter", "torchscript"),
         ("--precision", "bf16"),
         ("--external-data",),
     ],

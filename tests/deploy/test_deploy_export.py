@@ -16,6 +16,7 @@ from torch import nn
 
 from growkit.deploy.capture import export_stock
 from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
 from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.truth import noise_images, preprocessing
 from growkit.errors import GrowkitError
@@ -144,5 +145,6 @@ def test_model_without_preprocessing_is_refused(tmp_path: Path) -> None:
 def test_names_that_look_like_code_are_names(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     labels = [".py", "site-packages", *"abcde"]
-    export_onnx(model, path, labels=labels, provenance={"source": {"name": "deit.pytorch.pth"}})
+    named = {"source": {"name": "deit.pytorch.pth"}}
+    export_onnx(model, path, Form(exporter="torchscript"), labels=labels, provenance=named)
     assert check_parity(model, path, material=Material(labels=labels)).passed

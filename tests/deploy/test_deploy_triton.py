@@ -553,7 +553,7 @@ app.command()(export)
 
 
 def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, ["--exporter", "torchscript", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
