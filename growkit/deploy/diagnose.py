@@ -1,12 +1,12 @@
 """Where an error comes from: ONNX Runtime's graph optimiser, ONNX Runtime or the export; and which layer starts it."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from growkit.deploy.checks import Check
@@ -15,6 +15,7 @@ from growkit.deploy.layers import first_wrong, nearest, traced
 from growkit.deploy.limits import Limits
 from growkit.deploy.numbers import Truth, in_batches, relative, rms
 from growkit.deploy.parts import core_session, inner_graph, tapped_session
+from growkit.deploy.runtime import Session
 from growkit.deploy.store import weight_bytes
 from growkit.deploy.truth import Preprocessing
 from growkit.errors import first_line
@@ -81,13 +82,13 @@ def diagnose(
     failing: Failing,
     spread: float,
     limits: Limits,
-    *,
-    provider: str = "cpu",
+    core: Session,
 ) -> Diagnosis:
     """Say where the wrong numbers of `failing` come from.
 
     truth   the model in float64
     spread  standard deviation of its logits, the unit of errors
+    core    the network of `file` that gave the wrong numbers
     """
     few, wanted = failing.images[: failing.batch], failing.wanted[: failing.batch]
     if len(few) < failing.batch:  # one image for a file with a fixed batch size
@@ -98,10 +99,8 @@ def diagnose(
         return error if math.isfinite(error) else math.inf
 
     try:
-        opened = [
-            core_session(file, form, prepared, provider=provider, optimise=optimise) for optimise in (True, False)
-        ]
-        with_it, without = (off(in_batches(session, few, failing.batch)) for session in opened)
+        plain = core_session(file, form, prepared, provider=core.provider, optimise=False)
+        with_it, without = (off(in_batches(session, few, failing.batch)) for session in (core, plain))
 
         def right(error: float) -> bool:
             return error <= limits.relative_rms and error < with_it / CLEARLY
@@ -113,11 +112,11 @@ def diagnose(
             origin = _second_opinion(file, form, prepared, few, lambda got: right(off(got)))
         if form.precision == "bf16":  # emulated, it has no inner values to inspect
             return Diagnosis("", f"{origin}; the layer is not searched for in bfloat16")
-        values = _values(file, form, prepared, few, provider=provider, optimise=optimiser)
+        values = _values(file, form, prepared, few, provider=core.provider, optimise=optimiser)
         trace = traced(truth, few)
         allowed = [limits.relative_rms] * len(trace.values)
         if form.precision == "fp32":  # small errors grow from layer to layer: noise shows where they begin
-            own = traced(copy.deepcopy(truth).float(), few)
+            own = traced(truth, few, torch.float32)
             allowed = [
                 min(limits.relative_rms, NOISE * relative(rms(a.astype(np.float64) - b), float(b.std())))
                 for a, b in zip(own.values, trace.values, strict=True)

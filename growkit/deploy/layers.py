@@ -61,12 +61,12 @@ class FirstWrong:
         return f"{what}: relative RMS error {self.error:.1e}{before}"
 
 
-def traced(model: nn.Module, images: np.ndarray) -> Traced:
-    """Run `model` on (B, C, H, W) images in its own precision and keep the inputs and outputs of each layer.
+def traced(model: nn.Module, images: np.ndarray, dtype: torch.dtype = torch.float64) -> Traced:
+    """Run `model` in `dtype` on (B, C, H, W) images and keep the inputs and outputs of each layer.
 
     Attention is run with explicit softmax, so that the values inside it are seen.
     """
-    model = prepared(model, "unfused")
+    model = prepared(model, "unfused").to(dtype)
     seen: list[Seen] = []
     values: list[np.ndarray] = []
     met: dict[tuple[int, int], int] = {}
@@ -88,7 +88,7 @@ def traced(model: nn.Module, images: np.ndarray) -> Traced:
         handles.append(module.register_forward_pre_hook(lambda _, given, name=name: keep(name, "input", given)))
         handles.append(module.register_forward_hook(lambda _, given, made, name=name: keep(name, "output", made)))
     with torch.no_grad():
-        model(torch.from_numpy(images).to(next(model.parameters())))
+        model(torch.from_numpy(images).to(dtype))
     for handle in handles:
         handle.remove()
     return Traced(tuple(seen), tuple(values))

@@ -234,7 +234,7 @@ def _numbers(
     checks, figures = number_checks(core, known, limits)
     failing = failing_run(checks, known)
     if failing is not None and not anothers:  # in another model's file there is nothing to find
-        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, provider=provider)
+        found = diagnose(file, form, prepared, truth, failing, known.spread, limits, core)
         figures |= {"diagnosis": found.line, "layer": found.layer, "failing": told(failing, known, seed)}
         checks.append(check("numbers", "where it comes from", False, found.layer or "see line", "-", found.line))
     if form.precision == "fp16" and provider == "cpu":
