@@ -122,7 +122,8 @@ def test_folder_or_nothing_in_its_place_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["../secret.data", "/etc/hostname", "sub/w.data", "..\\secret.data", "C:\\secret.data", "..", ".", ""]
+    "place",
+    ["../secret.data", "/etc/hostname", "sub/w.data", "..\\secret.data", "C:\\secret.data", "..", ".", "", "a\0b"],
 )
 def test_weights_outside_the_folder_are_not_read(place: str, run: Path) -> None:
     (run / "secret.data").write_bytes(b"\0" * 2**20)
@@ -135,7 +136,7 @@ def test_weights_outside_the_folder_are_not_read(place: str, run: Path) -> None:
     edited(run, moved, weights=False)
     status, line = verified(run)
     assert status == 2
-    assert "outside the file's folder" in line
+    assert "outside the file's folder; not read" in line
 
 
 def test_link_to_weights_outside_the_folder_is_not_followed(run: Path) -> None:
@@ -161,11 +162,11 @@ def test_weights_of_a_constant_node_are_held_to_the_folder_too(run: Path) -> Non
 def test_weights_beside_it_missing_or_short_are_refused(left: int, run: Path) -> None:
     data = run / "onnx" / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:left])
-    status, line = verified(run)
-    assert status == 2
-    assert "export again" in line
-    data.unlink()
-    assert verified(run)[0] == 2
+    for _ in range(2):
+        status, line = verified(run)
+        assert status == 2
+        assert re.search("its weights beside it are unreadable.*export again", line)
+        data.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-8"), ("offset", "x"), ("length", "x"), ("length", "-1")])
