@@ -313,7 +313,8 @@ def _class_names(dataset: Any) -> list[str]:
 
 def _digest(reader: FolderReader) -> str:
     """Hash the list of files and labels; moving the folder does not change the hash."""
-    lines = (f"{Path(name).relative_to(reader.root).as_posix()}\t{label}\n" for name, label in reader.samples)
+    within = len(reader.root) + 1
+    lines = (f"{name[within:].replace(os.sep, '/')}\t{label}\n" for name, label in reader.samples)
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
 
