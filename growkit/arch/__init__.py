@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from growkit.arch import recognise, vit
@@ -21,7 +21,10 @@ from growkit.errors import GROWS, GrowkitError, first_line
 
 ENDINGS = ("_patch16_224", "_patch14_224")  # that a short name leaves out
 HEAD_SIZE = 64  # of every published ViT and DeiT up to ViT-L
-DRAWING = {Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}  # steps of timm's trunc_normal_
+DRAWING = {
+    *(nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_),
+    *(Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),  # steps of timm's trunc_normal_
+}
 ARGUMENTS = tuple(inspect.signature(VisionTransformer).parameters)  # those of the network, and no others
 KINDS = get_type_hints(VisionTransformer.__init__)
 WORDS = {"true": True, "false": False, "none": None}  # other tools' spelling of what Python capitalises
@@ -88,10 +91,12 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Architecture:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Inside, timm's trunc_normal_ does nothing: on the meta device it has no effect, and takes long."""
+    """Inside, no random weights are drawn: on the meta device it has no effect, and takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in DRAWING else func(*args, **(kwargs or {}))
+        if func in DRAWING:
+            return args[0] if args else kwargs["tensor"]  # as torch.nn.init hands it over
+        return func(*args, **(kwargs or {}))
 
 
 def build(name: str, arguments: Mapping[str, Any], device: str = "cpu") -> VisionTransformer:
