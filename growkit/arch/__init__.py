@@ -5,6 +5,7 @@ import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -156,8 +157,9 @@ def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+@cache
 def _as_named(name: str) -> VisionTransformer:
-    """Build timm's network of a full timm name, on the meta device, after checking that the table covers it."""
+    """Build timm's network of a full timm name, on the meta device and to be read alone, if the table covers it."""
     model = build(name, {}, device="meta")
     vit.describe(model, name, {})
     return model
