@@ -3,6 +3,7 @@
 import os
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ class RunFolder:
         write_json(self.record, {"schema": 1, "steps": [*self.steps(), step]})
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, growkit and the packages that affect results, by distribution name."""
     found = {"python": platform.python_version()}
