@@ -67,7 +67,7 @@ EXACT = tuple(name for name, (s, t) in PAIRS.items() if t.spaces["embed"].size %
 
 def randomised(architecture: Architecture, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The network with every parameter random: biases, norms, tokens and head too, which timm leaves at 0 or 1."""
-    model = build(architecture.name, architecture.arguments)
+    model = build(architecture.name, architecture.arguments, device="meta").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def randomised(architecture: Architecture, *, seed: int = 0, dtype: torch.dtype 
 
 def published_scale(architecture: Architecture, *, seed: int = 0) -> nn.Module:
     """As `randomised`, at the scale of trained weights, so that float32 rounding is that of a real model."""
-    model = build(architecture.name, architecture.arguments)
+    model = build(architecture.name, architecture.arguments, device="meta").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
