@@ -16,9 +16,8 @@ import timm
 import torch
 from pairs import published_scale, tiny
 from PIL import Image
+from program import growkit
 from safetensors.torch import load_file
-
-from growkit_cli import main as program
 
 SOURCE = tiny(32, 2, 2)
 TARGET = ["--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4"]
@@ -37,21 +36,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 noise = generator.integers(0, 55, (16, 16, 3)) + np.array(colour)
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index}.png")
     return root
-
-
-def growkit(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the program in this process: exit status, stdout, stderr."""
-    before = sys.argv
-    sys.argv = ["growkit", *map(str, arguments)]
-    try:
-        program.main()
-        status = 0
-    except SystemExit as left:
-        status = int(left.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 QUICK = ["--workers", 0, "--batch-size", 8, "--scale-min", 0.8]
@@ -128,21 +112,19 @@ def wait_for_updates(process: subprocess.Popen[str], metrics: Path, updates: int
         time.sleep(0.01)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path):
-    timm.models.save_for_hf(published_scale(SOURCE), str(tmp_path / "small"), safe_serialization=True)
-    settings = ["--data", images, "--epochs", 12, "--lr", 1e-3, "--log-every", 1, "--save-seconds", 0, *QUICK]
-    unbroken = start(tmp_path, "finetune", "small", *settings, "--run", "a")
+def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm.models.save_for_hf(published_scale(SOURCE), "small", safe_serialization=True)
+    settings = ["--data", images, "--epochs", 6, "--lr", 1e-3, "--log-every", 1, "--save-seconds", 0, *QUICK]
     killed = start(tmp_path, "finetune", "small", *settings, "--run", "b")
-    wait_for_updates(killed, tmp_path / "b" / "finetuned" / "last" / "metrics.jsonl", 24)
+    wait_for_updates(killed, Path("b/finetuned/last/metrics.jsonl"), 12)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    resumed = start(tmp_path, "finetune", "small", *settings, "--run", "b", "--resume")
-    out, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, out
-    out, _ = unbroken.communicate(timeout=120)
-    assert unbroken.returncode == 0, out
+    for run, resumed in (("b", ["--resume"]), ("a", [])):
+        status, _, err = growkit(capsys, "finetune", "small", *settings, "--run", run, *resumed)
+        assert status == 0, err
     for place in ("finetuned", "finetuned/last"):
-        a, b = (load_file(tmp_path / run / place / "model.safetensors") for run in ("a", "b"))
+        a, b = (load_file(f"{run}/{place}/model.safetensors") for run in ("a", "b"))
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
