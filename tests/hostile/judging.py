@@ -1,22 +1,11 @@
-"""A server of commands, and every mutant held to what is judged of it."""
+"""Every mutant held to what is judged of it."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
-from forked import Ended, Server
+from forked import Ended
 
 Judge = Callable[[str], tuple[Ended, str | None]]  # of a mutant's name: how it ended, and what is wrong with that
-
-
-@contextmanager
-def serving() -> Iterator[Server]:
-    """A server that ends with the block."""
-    server = Server()
-    yield server
-    assert server.program.stdin is not None
-    server.program.stdin.close()
-    server.program.wait(10)
 
 
 def hold(names: Iterable[str], judge: Judge) -> None:

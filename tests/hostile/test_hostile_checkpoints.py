@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from checkpoint_mutants import CANARY, SOURCE, Mutate, files
 from forked import Ended, Server
-from judging import hold, serving
+from judging import hold
 from pairs import published_scale, tiny
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,12 +29,6 @@ SIZES = ("--set", "embed_dim=16", "--set", "num_heads=2", "--set", "depth=3")
 # widths stay and layers are copied: every tensor of the source is to be found again in what is grown
 GROW = ("--to", "vit_tiny", *SIZES, "--method", "llama-pro", "--run", "run", "--device", "cpu")
 BASE = tiny(16, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

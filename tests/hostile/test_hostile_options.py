@@ -6,15 +6,14 @@ pytest -m exhaustive tests/hostile/test_hostile_options.py tries them all.
 import dataclasses
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import typer
 from forked import Ended, Server
-from judging import hold, serving
-from places import SIZES, TO, furnish
+from judging import hold
+from places import SIZES, TO
 
 from growkit.text import visible
 from growkit.train.settings import FitSettings
@@ -35,7 +34,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         *("--operator-lrs", "1e-3", "--rank-choices", 2, "--noises", 1, "--stage-choices", "both"),
     ),
     "export": ("small", "--triton", "served"),
-    "verify": ("small", "--run", "exported", "--no-latency"),
+    "verify": ("fitting", "--run", "exported", "--no-latency"),
     "report": ("--run", "exported"),
 }
 TRAINING = {field.name for field in dataclasses.fields(FitSettings)}
@@ -74,18 +73,12 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(server: Server, furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("place")
-    furnish(root)
-    for words in (("export", "small", "--run", "exported"), ("train", *COMMANDS["train"], "--run", "three")):
-        ended = server.run(root, words)
-        assert ended.status == 0, ended.err
+    shutil.copytree(furnished, root, dirs_exist_ok=True)
+    (root / "run").rename(root / "exported")
+    ended = server.run(root, ("train", *COMMANDS["train"], "--run", "three"))
+    assert ended.status == 0, ended.err
     return root
 
 
@@ -154,16 +147,13 @@ TWINS = {
 
 
 @pytest.mark.parametrize("seen", TWINS)
-def test_answers_that_are_wrong_are_found_out(seen: str, server: Server, place: Path, tmp_path: Path) -> None:
+def test_answers_that_are_wrong_are_found_out(seen: str, server: Server, place: Path, furnished: Path) -> None:
     case = ("plan", "--steps", "-5")
     before = contents(place)
     ended = server.run(place, ("plan",), spoil=TWINS[seen])
     problem = wrong(case, ended, before, contents(place))
     for name in ("half", "small/model.safetensors"):
         (place / name).unlink(missing_ok=True)
-    furnish_again = tmp_path / "again"
-    furnish_again.mkdir()
-    furnish(furnish_again)
-    shutil.copy(furnish_again / "small" / "model.safetensors", place / "small")
+    shutil.copy(furnished / "small" / "model.safetensors", place / "small")
     assert problem is not None
     assert seen in problem

@@ -16,9 +16,8 @@ import onnx
 import pytest
 from checkpoint_mutants import damaged
 from forked import Ended, Server
-from judging import hold, serving
+from judging import hold
 from onnx import numpy_helper
-from places import furnish
 
 WAYS = {
     "model": ("verify", "run/grown", "--model-only", "--reference", "golden", "--run", "new"),
@@ -93,21 +92,13 @@ def files(told: dict[str, Any]) -> dict[str, Mutate]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def sound(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(server: Server, furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and a reference of its model."""
     root = tmp_path_factory.mktemp("sound")
-    furnish(root)
-    shutil.copytree(root / "fitting", root / "run" / "grown")
+    shutil.copytree(furnished / "run", root / "run")
     write = ("verify", "run/grown", "--model-only", "--update-reference", "--reference", "golden", "--run", "run")
-    for command in (("export", "--run", "run"), write):
-        ended = server.run(root, command)
-        assert ended.status == 0, ended.err
+    ended = server.run(root, write)
+    assert ended.status == 0, ended.err
     return root
 
 
