@@ -39,7 +39,7 @@ def test_grown_model_answers_like_the_reference(sizes, rank, limit):
     assert np.abs(logits - LOGITS).max() <= limit
 
 
-@pytest.mark.parametrize(("sizes", "rank", "limit"), TARGETS)
+@pytest.mark.parametrize(("sizes", "rank", "limit"), TARGETS[1::2])  # one of each limit, and the most layers
 def test_grown_onnx_file_answers_like_the_reference(sizes, rank, limit, tmp_path):
     images = reference.images().astype(np.float32)
     export_onnx(grown(sizes, rank).float(), tmp_path / "model.onnx")
