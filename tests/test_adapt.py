@@ -383,6 +383,7 @@ def test_grow_adapts_the_source_says_it_and_starts_where_timm_would_put_it(place
 
 def test_plan_and_comparison_see_the_adapted_source(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr("growkit.plan.RANKS", (1,))
     source = source_of(KINDS["plain"], labels="".join("abcdefg"))
     asked = ["embed_dim=64", "depth=2", "num_heads=4", "img_size=32", "patch_size=4"]
     planned = plan_growth(source, "vit_tiny", asked, batch_size=2)

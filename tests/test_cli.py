@@ -392,6 +392,7 @@ def test_json_is_the_one_thing_on_stdout_and_people_read_stderr(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr("growkit.plan.RANKS", (1,))
     here = ("--run", tmp_path / "run") if command[0] == "grow" else ()
     status, out, err = growkit(capsys, *command, *here, "--json")
     assert status == 0
@@ -855,7 +856,10 @@ def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> No
 
 @pytest.mark.parametrize(("width", "told"), [("64", "yes"), ("48", "nearly")])
 @pytest.mark.usefixtures("here")
-def test_plan_says_how_exactly_a_start_is_the_source(width: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_how_exactly_a_start_is_the_source(
+    width: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("growkit.plan.RANKS", (1,))
     heads = str(int(width) // 16)
     sizes = ("--set", f"embed_dim={width}", "--set", "depth=3", "--set", f"num_heads={heads}")
     status, out, _ = growkit(capsys, "plan", "small", "--to", "vit_tiny", *sizes)
