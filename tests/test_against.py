@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = [f"--set={size}" for size in ("embed_dim=32", "depth=1", "num_heads=2", "img_size=16", "patch_size=8")]
     for command in (
         ["train", "vit_tiny", *sizes, "--data", f"{root}/images", "--epochs=10", "--lr=2e-3", "--batch-size=8"],
-        ["export"],
+        ["export", "--exporter", "torchscript"],
     ):
         quick = ["--workers=0", "--scale-min=0.8"] if command[0] == "train" else []
         done = CliRunner().invoke(app, [*command, *quick, "--run", f"{root}/run"])

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 TO = ("--to", "vit_tiny", "--set", "embed_dim=64", "--set", "depth=3", "--set", "num_heads=4")
 QUICK = ("--workers", "0", "--batch-size", "8", "--scale-min", "0.8")
 GROW = ("grow", "small", *TO)
+EXPORT = ("export", "--exporter", "torchscript")  # the faster one
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -664,7 +665,7 @@ def test_fine_tuning_anew_says_that_the_export_is_of_an_earlier_model(
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     out = growkit(capsys, *words)[1]
     assert "was made of an earlier model" not in out
-    assert growkit(capsys, "export", "--run", tmp_path)[0] == 0
+    assert growkit(capsys, *EXPORT, "--run", tmp_path)[0] == 0
     assert "was made of an earlier model" not in growkit(capsys, *words, "--resume")[1]
     out = growkit(capsys, *words, "--force", "--lr", "3e-3")[1]
     assert f"warning: {tmp_path / 'onnx'} was made of an earlier model; `growkit export --force` makes it anew" in out
@@ -1093,7 +1094,7 @@ def test_data_of_other_classes_gets_a_new_head_and_labels_that_evaluate_and_expo
     history = json.loads((tmp_path / "grown" / "growkit.json").read_text())
     assert (history["source"]["own_head"], history["lossless"]) == (False, True)
     write_images(tmp_path / "others", ("cat", "dog"), 2)
-    status, _, err = growkit(capsys, "export", "--run", tmp_path)
+    status, _, err = growkit(capsys, *EXPORT, "--run", tmp_path)
     assert status == 0, err
     before = listing(tmp_path)
     status, _, err = growkit(capsys, "verify", "--run", tmp_path, "--data", tmp_path / "others", "--workers", "0")

@@ -61,6 +61,7 @@ def files(folder: Path) -> set[str]:
 
 
 DATA = ("--data", "images")
+EXPORT = ("export", "small", "--exporter", "torchscript")  # the faster one
 REFUSING = {
     "evaluate": ("evaluate", "small", *DATA, *QUICK),
     "evaluate with workers": ("evaluate", "small", *DATA, "--workers", "2", "--device", "cpu"),
@@ -98,7 +99,7 @@ REFUSING = {
         "1",
         *QUICK,
     ),
-    "export": ("export", "small", *DATA, "--precision", "int8"),
+    "export": (*EXPORT, *DATA, "--precision", "int8"),
 }
 
 
@@ -117,7 +118,7 @@ def test_unreadable_image_to_evaluate_on_is_refused_by_name_and_nothing_is_left(
 
 
 def test_unreadable_pictures_and_images_are_refused_by_verify_and_calibration(place: Path, growkit: Run) -> None:
-    status, _, err = growkit("export", "small")
+    status, _, err = growkit(*EXPORT)
     assert status == 0, err
     verify = ("verify", "small", "--no-latency")
     before = files(place)
@@ -126,7 +127,7 @@ def test_unreadable_pictures_and_images_are_refused_by_verify_and_calibration(pl
     for arguments in (
         (*verify, *DATA, "--workers", "0"),
         (*verify, "--images", "images/val"),
-        ("export", "small", "--out", "static", "--precision", "int8-static", *DATA),
+        (*EXPORT, "--out", "static", "--precision", "int8-static", *DATA),
     ):
         status, out, err = growkit(*arguments)
         assert (status, err.count("\n")) == (2, 1), (arguments, out, err)

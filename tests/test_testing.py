@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from growkit.deploy.export import export_onnx
+from growkit.deploy.form import Form
 from growkit.deploy.golden import make_golden, write_golden
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.errors import GrowkitError
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"architecture": "vit_tiny_patch16_224", "model_args": dict(tiny(32, 2, 2).arguments)}
     del config["model_args"]["num_classes"]
     save_for_hf(model, str(root / "model"), model_config=config, safe_serialization=True)
-    export_onnx(model, root / "model.onnx")
+    export_onnx(model, root / "model.onnx", Form(exporter="torchscript"))  # the faster one
     write_golden(root / "of-model", make_golden(model_subject(model), seed=0))
     write_golden(root / "of-file", make_golden(onnx_subject(root / "model.onnx"), seed=0))
     return root
