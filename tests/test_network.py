@@ -119,7 +119,8 @@ def test_commands_ask_the_network_for_nothing_and_what_asks_is_seen_to_ask(place
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT"):
         environment.pop(name, None)
     words = [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS), json.dumps(ASKING)]
-    said = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False).stderr
+    run = {"cwd": place, "env": environment, "capture_output": True, "text": True}
+    said = subprocess.run(words, **run, check=False, timeout=600).stderr  # one that does ask may wait for long
     quiet, done, asking = said.partition("all done, [] was cached\n")
     assert done, said
     assert "NETWORK" not in quiet
