@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from growkit.train.made_weights import MakesWeights, made_once
+from growkit.train.optimizer import ADAMW_KEEPS
 from growkit.train.precision import autocast
 
 # Memory that making the weights may keep, as a share of what the network holds for its backward pass. Where all of a
@@ -55,25 +56,24 @@ def without_storage(model: nn.Module) -> nn.Module:
 
 
 def step_peak(model: nn.Module, images: Sequence[int], precision: str, batches: int = 1) -> int:
-    """Return the peak bytes of two AdamW updates on `batches` batches each; the second has the moments.
+    """Return the peak bytes of an update with fused AdamW on `batches` batches, when its moments are there.
 
     `images` is a batch's shape (N, C, H, W); `precision` is fp32, bf16 or fp16. Weights, gradients, moments,
     activations and the batch are included. `model` is consumed: it loses its weights.
     """
     keep_what_fits(model, images, precision)
     with _computing_nothing(model) as alive:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        learned = [p for p in model.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in learned for _ in range(ADAMW_KEEPS)]
         batch = torch.empty(*images)
         labels = torch.empty(len(batch), dtype=torch.long)
-        for _ in range(2):
-            with made_once(model, batches):
-                for _ in range(batches):
-                    with autocast(precision, batch.device):
-                        loss = nn.functional.cross_entropy(model(batch), labels)
-                    loss.backward()
-                    del loss
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with made_once(model, batches):
+            for _ in range(batches):
+                with autocast(precision, batch.device):
+                    loss = nn.functional.cross_entropy(model(batch), labels)
+                loss.backward()
+                del loss
+        del moments  # the update itself takes nothing more
     return alive.peak
 
 
