@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from traceback import clear_frames
 
 import torch
@@ -75,6 +76,7 @@ def largest_batch(
 
     precision = precision_on(device, settings.precision)  # resolved here: the counted model is on no real device
 
+    @cache
     def counted(size: int) -> int:
         return size * ahead + step_peak(without_storage(model), (size, *image.shape[1:]), precision, batches)
 
