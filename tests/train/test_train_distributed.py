@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -168,12 +169,12 @@ def strike_at(done: float, *, of_rank: int) -> Progress:
     return progress
 
 
-def work(rank: str, port: str, *places: str) -> None:
+def work(*places: str) -> None:
     """All that two processes do in these tests, in one start of them."""
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     images, folder = map(Path, places)
     found: dict[str, Any] = {}
     with joined(torch.device("cpu")):
+        rank = distributed.rank()
         for name, (settings, growth) in CASES.items():
             found[name] = train(images, settings, growth=growth)
         found["stopped"] = train(images, PLAIN, folder=folder / "stopped", on_step=stop_at(3, of_rank=1))
@@ -203,13 +204,13 @@ def work(rank: str, port: str, *places: str) -> None:
             found["raised"] = str(error)
         data, job = open_data(str(images), CONFIG, PLAIN), Job(RunFolder(folder), "cpu", say=print)
         for name, (one, other, _) in UNLIKE.items():
-            settings = replace(PLAIN, **{name: other if int(rank) else one})
+            settings = replace(PLAIN, **{name: other if rank else one})
             try:
                 settled(job, model_of(None), data, settings, torch.device("cpu"), None)
             except GrowkitError as error:
                 found[f"unlike {name}"] = str(error)
         found["said"] = distributed.first_to_say("the same line")
-        found["least"] = distributed.least(3 + int(rank))
+        found["least"] = distributed.least(3 + rank)
         found["gathered"] = distributed.gathered(["of both", f"of {rank}"])
         data, model = open_data(str(images), CONFIG, PLAIN), model_of(None)
         data.unreadable[f"met by {rank}"] = None
@@ -218,38 +219,35 @@ def work(rank: str, port: str, *places: str) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-def work_compiled(rank: str, port: str, *places: str) -> None:
+def work_compiled(*places: str) -> None:
     """Train an operator with its network compiled, as one of two processes."""
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     images, folder = map(Path, places)
     settings, growth = CASES["grown, accumulated"]
     with joined(torch.device("cpu")):
         found = train(images, replace(settings, compile="default"), growth=growth)
-    torch.save(found, folder / f"compiled-{rank}.pt")
+        torch.save(found, folder / f"compiled-{distributed.rank()}.pt")
+
+
+def leave(how: str, device: str) -> None:
+    """Join the other process and leave it, done, stopped or refused; print whether the process group is there still."""
+    if device == "cuda":  # all but NCCL
+        begin, torch.cuda.set_device = dist.init_process_group, lambda device: None
+        dist.init_process_group = lambda backend, **more: begin(backend.removesuffix(",cuda:nccl"), **more)
+        abort = dist.ProcessGroup.abort
+        dist.ProcessGroup.abort = lambda group: print("aborted", flush=True) or abort(group)
+    try:
+        with joined(torch.device(device)):
+            distributed.anywhere(True)
+            if how != "done":
+                raise {"left": typer.Exit(130), "refused": GrowkitError("no")}[how]
+    finally:
+        print(dist.is_initialized(), flush=True)
 
 
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-def two_of(work: str, images: Path, folder: Path) -> list[int]:
-    """Statuses of two processes that do `work`."""
-    port = free_port()
-    program = f"import sys, test_train_distributed as t; t.{work}(*sys.argv[1:])"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), port, str(images), str(folder)],
-            env=environment(Path(__file__).parent),
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        return [process.wait(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()  # one that hangs outlives no test
 
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +257,52 @@ def environment(*paths: Path, **more: str) -> dict[str, str]:
     """This process's own, with growkit of this folder and one thread for each process."""
     found = os.pathsep.join(map(str, (ROOT, ROOT / "cli", *paths)))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found, **more}
+
+
+# Forks two processes for each line that it reads: they do a function of this module and end as Python ends a program.
+PAIRS = """
+import gc, json, os, signal, sys, test_train_distributed
+gc.freeze()  # a collector would touch all that is shared, and so copy it
+for line in sys.stdin:
+    work, given, environments = json.loads(line)
+    started = []
+    for own in environments:
+        hear, said = os.pipe()
+        if not (process := os.fork()):
+            os.dup2(said, 1)
+            os.environ.update(own)
+            signal.alarm(300)  # one that hangs outlives no test
+            sys.exit(getattr(test_train_distributed, work)(*given))
+        os.close(said)
+        started.append((process, open(hear)))
+    told = [heard.read() for _, heard in started]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process, _ in started]
+    print(json.dumps([told, statuses]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Callable[..., tuple[list[str], list[int]]]]:
+    """What two processes that do a function of this module print, and their statuses; torch is loaded once for all.
+
+    `others` is what only the environment of one has.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", PAIRS],
+        env=environment(Path(__file__).parent),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+
+        def ask(work: str, *given: object, port: object = None, others: Any = ({}, {})) -> tuple[list[str], list[int]]:
+            here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+            ranks = [{**here, "RANK": str(n), "LOCAL_RANK": str(n), **more} for n, more in enumerate(others)]
+            print(json.dumps([work, [str(one) for one in given], ranks]), file=program.stdin, flush=True)
+            told, statuses = json.loads(program.stdout.readline())
+            return told, statuses
+
+        yield ask
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +317,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(images: Path, folder: Path) -> list[dict[str, Any]]:
+def both(images: Path, folder: Path, two: Callable[..., Any]) -> list[dict[str, Any]]:
     """What either of two processes found; a run that one process had begun is finished by them."""
     train(images, PLAIN, folder=folder / "alone", on_step=stop_at(3))
     train(images, replace(SHARDED, shard=False), folder=folder / "unsharded", on_step=stop_at(3))
-    assert two_of("work", images, folder) == [0, 0]
+    assert two("work", images, folder)[1] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -300,12 +344,12 @@ def test_two_processes_find_the_gradients_and_weights_of_one(
 
 @pytest.mark.slow  # the compiler takes its time
 def test_compiled_operator_on_two_processes_is_that_of_one(
-    alone: dict[str, dict[str, Any]], images: Path, tmp_path: Path
+    alone: dict[str, dict[str, Any]], images: Path, tmp_path: Path, two: Callable[..., Any]
 ) -> None:
-    assert two_of("work_compiled", images, tmp_path) == [0, 0]
-    two, other = (torch.load(tmp_path / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert furthest(two["weights"], other["weights"]) == 0
-    assert furthest(alone["grown, accumulated"]["gradients"], two["gradients"]) < ROUNDING
+    assert two("work_compiled", images, tmp_path)[1] == [0, 0]
+    one, other = (torch.load(tmp_path / f"compiled-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert furthest(one["weights"], other["weights"]) == 0
+    assert furthest(alone["grown, accumulated"]["gradients"], one["gradients"]) < ROUNDING
 
 
 def test_other_images_would_give_other_weights(alone: dict[str, dict[str, Any]], images: Path) -> None:
@@ -652,62 +696,25 @@ def test_sharded_training_writes_plain_models_and_growing_refuses_it(tmp_path: P
         growkit(*words, "--run", tmp_path / "grown")
 
 
-LEAVE = """
-import os, sys, torch, torch.distributed as dist, typer
-from growkit.errors import GrowkitError, Terminated
-from growkit.train.distributed import anywhere, joined
-if sys.argv[2] == "cuda":  # all but NCCL
-    begin, torch.cuda.set_device = dist.init_process_group, lambda device: None
-    dist.init_process_group = lambda backend, **more: begin(backend.removesuffix(",cuda:nccl"), **more)
-    abort = dist.ProcessGroup.abort
-    dist.ProcessGroup.abort = lambda group: print("aborted", flush=True) or abort(group)
-try:
-    with joined(torch.device(sys.argv[2])):
-        anywhere(True)
-        if sys.argv[1] != "done":
-            raise {"left": typer.Exit(130), "refused": GrowkitError("no")}[sys.argv[1]]
-finally:
-    print(torch.distributed.is_initialized(), flush=True)
-"""
-
-
-def leave(how: str, device: str, port: str, *others: dict[str, str]) -> tuple[list[str], list[int]]:
-    """What two processes that do LEAVE print, and their statuses; `others` is what only the environment of one has."""
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEAVE, how, device],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **here, **more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, more in enumerate(others or ({}, {}))
-    ]
-    try:
-        return [process.communicate(timeout=120)[0] for process in started], [p.returncode for p in started]
-    finally:
-        for process in started:
-            process.kill()
-
-
 @pytest.mark.parametrize(
     ("how", "device", "status"),
     [("done", "cpu", 0), ("left", "cpu", 1), ("refused", "cpu", 1), ("refused", "cuda", 1)],
 )
-def test_no_thread_of_gloo_outlives_the_interpreter(how: str, device: str, status: int) -> None:
+def test_no_thread_of_gloo_outlives_the_interpreter(
+    how: str, device: str, status: int, two: Callable[..., Any]
+) -> None:
     """One that does ends the process by SIGABRT, in one of some thirty."""
-    told, statuses = leave(how, device, free_port())
+    told, statuses = two("leave", how, device)
     assert told == [("aborted\n" if device == "cuda" else "") + "False\n"] * 2
     assert statuses == [status] * 2
 
 
-def test_workers_find_each_other_though_their_hosts_count_restarts_differently() -> None:
+def test_workers_find_each_other_though_their_hosts_count_restarts_differently(two: Callable[..., Any]) -> None:
     """The torchrun of a host whose worker died counts a restart; those that restart theirs to join it do not."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for counts in (("0", "0"), ("0", "1")):  # in one store, with the addresses of those before
-        others = ({"TORCHELASTIC_RESTART_COUNT": n, "TORCHELASTIC_USE_AGENT_STORE": "True"} for n in counts)
-        assert leave("done", "cpu", str(store.port), *others)[1] == [0, 0]
+        others = [{"TORCHELASTIC_RESTART_COUNT": n, "TORCHELASTIC_USE_AGENT_STORE": "True"} for n in counts]
+        assert two("leave", "done", "cpu", port=store.port, others=others)[1] == [0, 0]
 
 
 @pytest.mark.parametrize(("raised", "done"), [(typer.Exit(130), True), (GrowkitError("no"), False)])
