@@ -141,11 +141,11 @@ def loaded(dataset: Read, sampler: Any, settings: FitSettings, *, pin_memory: bo
                     raise
                 full = any(words in str(error) for words in SHARED_MEMORY_IS_FULL)
                 dead = [] if full else _dead_of(readers)
+                _end(readers)
+                _kept.append(batches)
                 if not (full or dead):
                     raise
                 _refuse_crashed(dead)
-                _end(readers)
-                _kept.append(batches)
                 why = "shared memory (/dev/shm) is full" if full else "a process that reads images was killed"
                 count = _fewer(count, why)
                 break

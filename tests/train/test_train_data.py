@@ -781,10 +781,14 @@ def test_an_error_that_comes_of_no_death_is_raised(
 
     if not workers:
         monkeypatch.setattr(loading, "wait", lambda *_, **__: pytest.fail("waited for nobody"))
-    data = Data(train=Faulty(torch.zeros(8)), val=Faulty(torch.zeros(8)), classes=[])
+    before = set(multiprocessing.active_children())
+    data = Data(train=(images := Faulty(torch.zeros(8))), val=images, classes=[])
     with pytest.raises(ValueError, match=says):
         list(val_batches(data, FitSettings(batch_size=4, workers=workers)))
     assert caplog.messages == []
+    for left in set(multiprocessing.active_children()) - before:  # torch would wait for each, once it collects them
+        left.join(5)
+        assert not left.is_alive()
 
 
 @pytest.mark.usefixtures("soon")
