@@ -50,7 +50,7 @@ from growkit.train.batches import (
 )
 from growkit.train.data import Data, channel_config, hold_out, labels_of, open_data, size_of
 from growkit.train.erasing import ErasedBatch, Erasing, together
-from growkit.train.loading import PATIENCE
+from growkit.train.loading import PATIENCE, _quiet_worker
 from growkit.train.normalise import Normalisation
 from growkit.train.settings import FitSettings
 
@@ -493,16 +493,21 @@ def test_unaugmented_images_are_training_images_prepared_as_for_evaluation(
     assert all(one.numpy().tobytes() in plain for one in got)
 
 
-def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves() -> None:
+def test_worker_tells_of_errors_but_not_of_the_death_of_whom_it_serves(capfd: pytest.CaptureFixture[str]) -> None:
     """As Python's thread tells it that hands images on, in a process whose signals are its own."""
     errors = (EOFError(), ConnectionResetError(), ValueError("odd"))
-    code = (
-        "import sys; from multiprocessing import Pipe; from growkit.train.loading import _quiet_worker;"
-        " ends = Pipe(); _quiet_worker(ends[1], 0);"
-        f" [sys.excepthook(type(error), error, None) for error in {errors!r}]"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [type(error).__name__ for error in errors if type(error).__name__ in done.stderr] == ["ValueError"]
+
+    def work() -> None:
+        _quiet_worker(multiprocessing.Pipe()[1], 0)
+        for error in errors:
+            sys.excepthook(type(error), error, None)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join()
+    said = capfd.readouterr().err
+    assert worker.exitcode == 0
+    assert [type(error).__name__ for error in errors if type(error).__name__ in said] == ["ValueError"]
 
 
 def test_there_are_no_more_readers_than_batches_and_torch_says_nothing_of_their_number(opened: Open) -> None:
