@@ -243,8 +243,8 @@ def test_command_that_died_ends_as_if_it_had_not(
 def test_death_that_does_not_come_is_found_out(
     server: Server, place: Path, new: Callable[..., Path], unbroken: Callable[[str], Any], name: str
 ) -> None:
-    with pytest.raises(AssertionError, match="export"):
-        die_and_finish(server, "export", place, new(), unbroken, [{"point": 10**9, "signal": name}])
+    with pytest.raises(AssertionError, match=name):
+        die_and_finish(server, "report", place, new("report"), unbroken, [{"point": 10**9, "signal": name}])
 
 
 def test_readers_of_images_end_with_the_command(server: Server, new: Callable[..., Path]) -> None:
