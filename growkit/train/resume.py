@@ -20,6 +20,7 @@ from growkit.train.settings import FitSettings
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"  # a folder beside it
 COMPUTED = ("foreach", "fused", "capturable")  # torch's names for ways to compute the same updates
 OPTIONS = {f.name for f in fields(FitSettings)}
 ANEW = "start anew with --force in place of --resume"
@@ -166,11 +167,11 @@ def _damaged(path: Path) -> DamagedStateError:
 
 
 def clear(folder: Path) -> None:
-    """Make `folder` ready for a new run: no state and no metrics in it."""
-    for name in (STATE, METRICS):
-        with writing(folder / name):
+    """Make `folder` ready for a new run: no state, no metrics and nothing of TensorBoard in it."""
+    for path in (folder / STATE, folder / METRICS, *(folder / BOARD).glob("events.out.tfevents.*")):
+        with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from growkit.errors import GrowkitError, Terminated
 from growkit.files import writing
 from growkit.train import distributed
+from growkit.train.resume import BOARD
 from growkit.train.score import Scores
 from growkit.train.settings import FitSettings
 
@@ -105,7 +106,7 @@ def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Ca
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise GrowkitError("--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'") from None
-    place = folder / "tensorboard"
+    place = folder / BOARD
     with writing(place), SummaryWriter(str(place), purge_step=start + 1) as writer:
 
         def show(record: StepRecord) -> None:

@@ -932,3 +932,11 @@ def test_compiled_operator_learns_the_same_and_its_ring_is_left_alone(
     compiled = fit(grow(source, target, state, GrowSettings(rank=2)), data, replace(settings, compile="default"))
     assert compiled.losses == pytest.approx(usual.losses, rel=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_run_begun_anew_leaves_nothing_of_the_one_before_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    fit(Net(), blobs(), replace(PLAIN, tensorboard=True), folder=tmp_path)
+    assert any((tmp_path / "tensorboard").iterdir())
+    fit(Net(), blobs(), PLAIN, folder=tmp_path)
+    assert not any((tmp_path / "tensorboard").iterdir())
