@@ -20,7 +20,7 @@ from growkit.train.length import length_of
 from growkit.train.loop import refuse_settings, refuse_unlike, updates_made
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import Say
-from growkit.train.resume import METRICS, STATE, begun_with
+from growkit.train.resume import BOARD, METRICS, STATE, begun_with
 from growkit.train.score import Scores, worse
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 
@@ -65,7 +65,8 @@ def goes_on(job: Job, output: Path, state: Path | None, *, writes: Collection[st
 
 def _only_begun(output: Path) -> bool:
     """Whether this folder is from a run killed before it saved anything, so that nothing in it can be lost."""
-    return output.is_dir() and {path.name for path in output.rglob("*")} <= {LAST, METRICS, START}
+    names = {path.name for path in output.rglob("*") if path.parent.name != BOARD}
+    return output.is_dir() and names <= {LAST, METRICS, START, BOARD}
 
 
 def settled(

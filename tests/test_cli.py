@@ -1243,3 +1243,14 @@ def test_demo_says_nothing_on_stdout_but_its_json(
     status, out, err = growkit(capsys, "demo", tmp_path / "demo", "--json")
     assert (status, out) == (2, "")
     assert "a line of the first command" in err
+
+
+@pytest.mark.usefixtures("here")
+def test_tensorboard_files_of_a_run_that_was_killed_before_it_saved_anything_are_in_nobodys_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / "finetuned" / "last" / "tensorboard" / "events.out.tfevents.1.host.1.0"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
+    words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    assert (growkit(capsys, *words)[0], left.exists()) == (0, False)
