@@ -121,14 +121,12 @@ def _fit_into(
     for line in (*opened.remarks(job.run.record), *_on_best(fitted, start)):
         job.say(line)
     history["fit"] = fit_figures(fitted, settings, start)
-    at_last = _gathered(model, source)
-    # what goes into `folder` where nothing was scored
-    judged = at_last if fitted.best_scores or fitted.judged is model else _gathered(fitted.judged, source)
+    at_last = _gathered(fitted.judged, source)
 
     def write() -> None:
         _replace(last, at_last, source, history)
         if fitted.best_scores is None:
-            _replace(folder, judged, source, history)
+            _replace(folder, at_last, source, history)
         sha256 = sha256_written(folder)
         if fitted.best_scores is not None:
             write_json(folder / HISTORY, {**read_json(folder / HISTORY), "fit": without_folders(history["fit"])})

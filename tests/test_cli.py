@@ -1050,9 +1050,9 @@ def test_moving_average_is_what_a_run_that_was_stopped_before_its_first_score_wr
     assert growkit(capsys, *words, "--run", tmp_path)[0] == 130
     state = torch.load(tmp_path / "finetuned" / "last" / "state.pt", weights_only=True)["training"]
     assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
-    for folder, part in (("finetuned", "ema"), ("finetuned/last", "model")):
+    for folder in ("finetuned", "finetuned/last"):
         written = load_file(tmp_path / folder / "model.safetensors")
-        assert all(torch.equal(written[name], state[part][name]) for name in written)
+        assert all(torch.equal(written[name], state["ema"][name]) for name in written)
 
 
 @pytest.mark.parametrize("at", [2, 5])
@@ -1254,3 +1254,15 @@ def test_tensorboard_files_of_a_run_that_was_killed_before_it_saved_anything_are
     left.write_bytes(b"")
     words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
     assert (growkit(capsys, *words)[0], left.exists()) == (0, False)
+
+
+@pytest.mark.usefixtures("here")
+def test_last_weights_are_those_whose_scores_are_the_last_with_a_moving_average_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--steps", "4", "--lr", "1e-2", "--eval-every", "0", "--model-ema", "--run", tmp_path)
+    assert growkit(capsys, "finetune", "small", *DATA, *QUICK, *words)[0] == 0
+    last = tmp_path / "finetuned" / "last"
+    (*_, line) = (last / "metrics.jsonl").read_text().splitlines()
+    status, out, _ = growkit(capsys, "evaluate", last, *DATA, "--workers", "0", "--json")
+    assert (status, json.loads(out)["loss"]) == (0, pytest.approx(json.loads(line)["scores"]["loss"], rel=1e-6))
