@@ -1266,3 +1266,19 @@ def test_last_weights_are_those_whose_scores_are_the_last_with_a_moving_average_
     (*_, line) = (last / "metrics.jsonl").read_text().splitlines()
     status, out, _ = growkit(capsys, "evaluate", last, *DATA, "--workers", "0", "--json")
     assert (status, json.loads(out)["loss"]) == (0, pytest.approx(json.loads(line)["scores"]["loss"], rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--model-ema-decay", "0.9"), ["warning: --model-ema-decay means nothing without --model-ema"]),
+        (("--sched", "constant", "--min-lr", "1e-6"), ["warning: --min-lr means nothing with --sched constant"]),
+        (("--model-ema", "--model-ema-decay", "0.9", "--min-lr", "1e-6"), []),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_training_says_which_options_mean_nothing(
+    words: tuple[str, ...], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = growkit(capsys, "finetune", "small", *DATA, *QUICK, "--steps", "1", *words, "--run", tmp_path)
+    assert (status, [line for line in out.splitlines() if line.startswith("warning")]) == (0, told)
