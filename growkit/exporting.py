@@ -14,7 +14,6 @@ from growkit.deploy.outputs import refuse_answers
 from growkit.deploy.settings import ExportSettings, TritonSettings
 from growkit.deploy.store import SUFFIX
 from growkit.deploy.triton import refuse_taken, write_model_repository
-from growkit.deploy.unmeant import READING, Need, unmeant
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, prepared_for, refuse_unjudgeable
 from growkit.files import (
@@ -31,6 +30,7 @@ from growkit.train.batches import unaugmented, val_batches
 from growkit.train.data import size_of
 from growkit.train.progress import Say, StartProgress, followed, say_nothing, start_nothing
 from growkit.train.settings import FitSettings
+from growkit.unmeant import READING, Need, unmeant
 
 CALIBRATION = 256  # images to calibrate int8-static on
 WRITES = ("export.json", MODEL, MODEL + SUFFIX, "test_data_set_[0-9]/input_0.pb", "test_data_set_[0-9]/output_*.pb")

@@ -9,7 +9,6 @@ from torch import nn
 
 from growkit.adapt import unread_pixels, with_classes
 from growkit.checkpoint import HISTORY, replace_model, sha256_written
-from growkit.deploy.unmeant import Need, unmeant
 from growkit.errors import GrowkitError
 from growkit.files import read_json, without_folders, write_json
 from growkit.history import fit_figures, in_short, origin_of, served_settings
@@ -84,11 +83,6 @@ def _fit_into(
     model_of = {"source": source.sha256, "model": source.architecture.name, **source.architecture.arguments}
     opened = replace(opened, identity={**opened.identity, **model_of})
     device, model = pick_device(job.device), source.model()
-    for line in unmeant(
-        Need(settings, ("model_ema_decay",), settings.model_ema, "without --model-ema"),
-        Need(settings, ("min_lr",), settings.sched == "cosine", f"with --sched {settings.sched}"),
-    ):
-        job.say(line)
     if command == "train" and (unread := unread_pixels(model)):
         job.say(unread)
     settings = settled(job, model, opened, settings, device, last if resumed else None)

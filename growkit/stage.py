@@ -23,6 +23,7 @@ from growkit.train.progress import Say
 from growkit.train.resume import BOARD, METRICS, STATE, begun_with
 from growkit.train.score import Scores, worse
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
+from growkit.unmeant import Need, unmeant
 
 LAST = "last"  # inside a trained folder: the state to resume, and the last weights, beside the best
 ROUNDING = 0.2  # of a run's length, to whole updates, that goes without saying
@@ -72,13 +73,18 @@ def _only_begun(output: Path) -> bool:
 def settled(
     job: Job, model: nn.Module, opened: Data, settings: FitSettings, device: torch.device, resumed: Path | None
 ) -> FitSettings:
-    """Settle what is auto: tried once per run, and then read from the state in `resumed`.
+    """Settle what is auto: tried once per run, and then read from the state in `resumed`. Say what means nothing.
 
     Raises:
         GrowkitError: not even one image fits in memory, `fit` would refuse the settings, or processes have others.
     """
     refuse_unlike(opened, settings, device)
     refuse_tf32(settings, device)
+    for line in unmeant(
+        Need(settings, ("model_ema_decay",), settings.model_ema, "without --model-ema"),
+        Need(settings, ("min_lr",), settings.sched == "cosine", f"with --sched {settings.sched}"),
+    ):
+        job.say(line)
     if resumed is not None and settings.compile == COMPILE_AUTO:
         settings = replace(settings, compile=begun_with(resumed, "compile", str, NoneType))
         job.say(f"--compile auto: {'compiled' if settings.compile else 'not compiled'}, as the run was started")

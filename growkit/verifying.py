@@ -17,7 +17,6 @@ from growkit.deploy.settings import VerifySettings
 from growkit.deploy.store import form_in, refuse_missing
 from growkit.deploy.subject import model_subject, onnx_subject
 from growkit.deploy.truth import at_image_size, preprocessing
-from growkit.deploy.unmeant import READING, Need, unmeant
 from growkit.deploy.verify import Verification, overall, verify_alone, verify_onnx
 from growkit.errors import GrowkitError
 from growkit.evaluation import COMPARING, labelled
@@ -35,6 +34,7 @@ from growkit.train.batches import val_batches
 from growkit.train.data import size_of
 from growkit.train.progress import Say, StartProgress, followed, say_nothing, start_nothing
 from growkit.train.settings import FitSettings
+from growkit.unmeant import READING, Need, unmeant
 
 
 @dataclass(frozen=True, kw_only=True)

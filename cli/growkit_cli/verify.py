@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from growkit.deploy.settings import VerifySettings
-from growkit.deploy.unmeant import READING
 from growkit.errors import GrowkitError
 from growkit.settings import Loading
 from growkit.train.settings import FitSettings
+from growkit.unmeant import READING
 from growkit_cli.console import Console
 from growkit_cli.options import AsJson, Data, ModelOrFile, Run, with_loading, with_settings
 from growkit_cli.progress import telling
