@@ -135,3 +135,10 @@ def test_import_from_a_lower_layer_is_allowed(module: str, line: str) -> None:
 def test_file_without_a_row_is_refused() -> None:
     with pytest.raises(AssertionError, match="newcomer has no row"):
         violations("newcomer", "")
+
+
+def test_scipys_statistics_are_loaded_only_where_they_are_used() -> None:
+    """They take half a second, which every command would wait for."""
+    for module, path in modules().items():
+        imported = [one for one in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(one, ast.ImportFrom)]
+        assert not any((one.module or "").startswith("scipy.stats") for one in imported), module
