@@ -3,8 +3,8 @@
     python examples/benchmarks/grow.py --out grow.json
     python examples/benchmarks/grow.py --small vit_base_patch16_224 --big vit_large_patch16_224
 
-Every parameter is random: biases, norms, tokens and head too. Code that imports torch runs in separate
-processes, so that the peak memory that the system reports for growkit's process is not this one's.
+Every parameter is random: biases, norms, tokens and head too. Code that imports torch runs in another
+process, so that the peak memory that the system reports for growkit's process is not this one's.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,11 +40,12 @@ def main() -> None:
     options = parser.parse_args()
     bounds = LARGE if "large" in options.big else BASE
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
         checkpoint = Path(folder) / "source.pth"
-        apart(write_checkpoint, checkpoint, options.small, options.small_set, options.seed)
+        apart.submit(write_checkpoint, checkpoint, options.small, options.small_set, options.seed).result()
         runs = [measure(checkpoint, Path(folder) / f"run{n}", options) for n in range(options.runs)]
-        loaded_gap = apart(gap_of_timm, checkpoint, options.small, options.small_set, runs[0]["folder"])
+        gap = apart.submit(gap_of_timm, checkpoint, options.small, options.small_set, runs[0]["folder"])
+        loaded_gap = gap.result()
     seconds, peak = max(r["seconds"] for r in runs), max(r["peak_bytes"] for r in runs)
     cpu = max(r["cpu_seconds"] for r in runs)
     print(f"worst of {len(runs)} runs; load before {load:.1f}; promised on two idle cores")
@@ -103,12 +103,6 @@ def measure(checkpoint: Path, run: Path, options: argparse.Namespace) -> dict[st
         "step0_gap": result["step0_gap"],
         "folder": result["folder"],
     }
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def write_checkpoint(path: Path, name: str, sets: list[str], seed: int) -> None:
