@@ -8,11 +8,12 @@ bfloat16 is computed in float32 arithmetic with every result rounded: ONNX Runti
 
 import argparse
 import copy
+import functools
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ class Subject:
     images: np.ndarray
     calibration: np.ndarray
     truth: np.ndarray
+    own: dict[str, np.ndarray] = field(default_factory=dict)  # errors of PyTorch by precision, each computed once
+
+    def errors_of_pytorch(self, precision: str) -> np.ndarray:
+        """What PyTorch's own logits in a precision are off the truth."""
+        if precision not in self.own:
+            yardstick = in_precision(self.model, precision)
+            self.own[precision] = batched(lambda x: logits_of(yardstick, x), self.images) - self.truth
+        return self.own[precision]
 
     def lowered(self, kind: str, proto: onnx.ModelProto | None = None) -> onnx.ModelProto:
         """The graph, or a changed one, in a precision."""
@@ -78,13 +87,13 @@ def main() -> None:
     model, images, calibration, labelled = opened(arguments)
     trained = subject("trained" if labelled else "random", model, images, calibration)
     rows = [healthy(trained, kind, arguments.seconds, labelled) for kind in PRECISIONS]
+    scaled = functools.cache(lambda: subject("overflowing", overflowing(model), images, calibration))
     if labelled:
-        for name, changed in (("overflowing", overflowing(model)), ("random", random_weights(model))):
-            other = subject(name, changed, images, calibration)
+        for other in (scaled(), subject("random", random_weights(model), images, calibration)):
             rows += [healthy(other, kind, 0, None) for kind in PRECISIONS]
         rows.append(healthy(on_noise(trained), "int8-static", 0, None))
     print(table(rows))
-    defects = [] if arguments.no_defects else planted(trained)
+    defects = [] if arguments.no_defects else planted(trained, scaled())
     if defects:
         print("\n" + table(defects))
     if arguments.out:
@@ -182,8 +191,7 @@ def errors(given: Subject, proto: onnx.ModelProto, kind: str) -> dict[str, float
     run = opened_file(proto, emulate)
     got = batched(run, given.images).astype(np.float64)
     truth, off = given.truth, got - given.truth
-    yardstick = in_precision(given.model, PRECISIONS[kind])
-    own = batched(lambda x: logits_of(yardstick, x), given.images) - truth
+    own = given.errors_of_pytorch(PRECISIONS[kind])
     cosine = (got * truth).sum(1) / (np.linalg.norm(got, axis=1) * np.linalg.norm(truth, axis=1))
     found = {
         "relative_rms": rms(off) / truth.std(),
@@ -268,8 +276,8 @@ def healthy(given: Subject, kind: str, seconds: float, labelled: tuple[np.ndarra
 # defects ----------------------------------------------------------------------------------------
 
 
-def planted(given: Subject) -> list[dict[str, Any]]:
-    """One row per precision and defect: what the checks of numbers and weights find."""
+def planted(given: Subject, scaled: Subject) -> list[dict[str, Any]]:
+    """One row per precision and defect: what the checks of numbers and weights find; the last one is in `scaled`."""
     rows = []
     for kind in PRECISIONS:
         for name, change in DEFECTS.items():
@@ -280,7 +288,6 @@ def planted(given: Subject) -> list[dict[str, Any]]:
             proto = given.lowered(kind)
             damage(proto)
             rows.append(seen(given, kind, name, proto))
-    scaled = subject("overflowing", overflowing(given.model), given.images, given.calibration)
     rows.append(
         seen(scaled, "fp16", "nothing kept in float32", sixteen_bits.lowered(scaled.proto, sixteen_bits.HALF, ()))
     )
