@@ -1,7 +1,5 @@
 """What a user's own test suite holds a model against, in two lines."""
 
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -88,17 +86,18 @@ def test_missing_model_or_reference_is_no_assertion(place: Path) -> None:
             assert_matches_reference(place / model, place / reference)
 
 
-@pytest.mark.slow
-def test_two_lines_of_a_users_suite_fail_with_the_lines_of_the_checks(place: Path, tmp_path: Path) -> None:
+def test_two_lines_of_a_users_suite_fail_with_the_lines_of_the_checks(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "test_served.py").write_text(
         "from growkit.testing import assert_matches_reference\n"
         f"def test_good(): assert_matches_reference({str(place / 'model')!r}, {str(place / 'of-model')!r})\n"
         f"def test_bad(): assert_matches_reference({str(place / 'model.onnx')!r}, 'bad')\n"
     )
     write_golden(tmp_path / "bad", make_golden(model_subject(build(1)), seed=0))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_served.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "1 failed, 1 passed" in done.stdout
-    assert "answers differ by relative RMS" in done.stdout
-    assert "raise AssertionError" not in done.stdout  # the traceback ends at the user's line
+    monkeypatch.chdir(tmp_path)
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode", "importlib", "test_served.py"]) == 1
+    out = capsys.readouterr().out
+    assert "1 failed, 1 passed" in out
+    assert "answers differ by relative RMS" in out
+    assert "raise AssertionError" not in out  # the traceback ends at the user's line
