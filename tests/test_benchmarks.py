@@ -35,17 +35,9 @@ SMALL = ["embed_dim=32", "depth=2", "num_heads=2", "img_size=16", "patch_size=8"
 BIG = ["embed_dim=48", "depth=3", "num_heads=3"]
 
 
-def run(script: str, *words: object) -> str:
-    """Standard output of a benchmark in a process of its own."""
-    command = [sys.executable, FOLDER / script, *words]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """As `run`, but in the process of the tests, which has imported torch already."""
+    """Standard output of a benchmark in the process of the tests, which has imported torch already."""
 
     def run_here(script: str, *words: object) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
@@ -54,6 +46,17 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return capsys.readouterr().out
 
     return run_here
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An eighth of scikit-learn's digits."""
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    write_digits(folder)
+    for number, image in enumerate(sorted(folder.rglob("*.png"))):
+        if number % 8:
+            image.unlink()
+    return folder
 
 
 def not_finite(content: Any, path: str = "") -> list[str]:
@@ -260,12 +263,16 @@ def test_operator_benchmark_counts_without_timing(
     assert uncounted == ["growkit, TF32", "growkit, kept, TF32"]
 
 
-@pytest.mark.slow  # four starts of torch
-def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(tmp_path: Path) -> None:
+@pytest.mark.slow  # two starts of torch
+def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(
+    run_here: Callable[..., str], tmp_path: Path
+) -> None:
     out = tmp_path / "grow.json"
     sets = [word for item in SMALL for word in ("--small-set", item)]
     sets += [word for item in ("embed_dim=64", "depth=2", "num_heads=4") for word in ("--big-set", item)]
-    told = run("grow.py", "--small", "vit_tiny", "--big", "vit_tiny", *sets, "--rank", 2, "--runs", 1, "--out", out)
+    told = run_here(
+        "grow.py", "--small", "vit_tiny", "--big", "vit_tiny", *sets, "--rank", 2, "--runs", 1, "--out", out
+    )
     assert "peak GiB" in told
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
@@ -274,9 +281,9 @@ def test_grow_benchmark_writes_finite_figures_and_timm_loads_the_result(tmp_path
 
 
 @pytest.mark.slow  # two starts of every command
-def test_startup_benchmark_writes_finite_figures_of_every_command(tmp_path: Path) -> None:
+def test_startup_benchmark_writes_finite_figures_of_every_command(run_here: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "startup.json"
-    told = run("startup.py", "--runs", 1, "--out", out)
+    told = run_here("startup.py", "--runs", 1, "--out", out)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     commands = {f"growkit {name}" for name in typer.main.get_command(app).commands}  # type: ignore[attr-defined]
@@ -362,29 +369,36 @@ def test_a_deadline_ends_training_once_whatever_it_does_then(tmp_path: Path) -> 
         assert torch.load(folder / "state.pt", weights_only=True)["step"] == 4
 
 
-@pytest.mark.slow  # trains thrice in one process
-def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
-    write_digits(tmp_path / "digits")
+@pytest.mark.slow  # trains twice, once in two processes
+def test_savings_stops_in_time_and_goes_on_to_results(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     sizes = ["--source", "1,16,2", "--target", "width=1,32,4", "--pairs", "width"]
     inputs = [word for item in ("img_size=8", "patch_size=4", "in_chans=1") for word in ("--set", item)]
-    short = ["--epochs", 2, "--batch-size", 64, "--operator-steps", 2, "--methods", "mango", "--device", "cpu"]
-    words = ["--data", tmp_path / "digits", "--out", tmp_path / "out", *sizes, *inputs, *short]
-    results = tmp_path / "results"
-    command = [sys.executable, FOLDER / "savings.py", *words, "--results", results]
-    stopped = subprocess.run([*map(str, command), "--minutes", "0.0001"], capture_output=True, text=True)
-    assert stopped.returncode == 3, stopped.stderr[-2000:]
-    assert not results.exists()
-    text = run("savings.py", *words, "--results", results)
-    assert "| from scratch |" in text
-    (found,) = results.glob("savings-width_*.json")
+    short = ["--epochs", 1, "--batch-size", 16, "--operator-steps", 2, "--methods", "mango", "--device", "cpu"]
+    words = ["--data", digits, *sizes, *inputs, *short]
+
+    def savings(out: Path, *more: object) -> tuple[object, str]:
+        """Its exit status and standard output, with its results in `out`, too."""
+        asked = map(str, [*words, "--out", out, "--results", out / "results", *more])
+        return status_of(monkeypatch, str(FOLDER / "savings.py"), *asked), capfd.readouterr().out
+
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert savings(alone, "--minutes", 0.0001)[0] == 3
+    assert not (alone / "results").exists()
+    status, told = savings(alone)
+    assert status == 0
+    assert "| from scratch |" in told
+    (found,) = (alone / "results").glob("savings-width_*.json")
     content = json.loads(found.read_text(encoding="utf-8"))
     assert not_finite(content) == []
     assert content["source_flops"] > 0
-    assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".svg"}
-    told = run("savings.py", *words, "--out", tmp_path / "shared", "--results", tmp_path / "shared", "--jobs", 2)
+    assert {path.suffix for path in (alone / "results").iterdir()} == {".json", ".md", ".svg"}
+    status, told = savings(shared, "--jobs", 2)
+    assert status == 0
     assert [told.count(f"({part}) [") for part in range(2)] == [6, 6]
     assert not any(line.startswith("[") for line in told.splitlines()), "a run was left to the first process"
-    (other,) = (tmp_path / "shared").glob("savings-width_*.json")
+    (other,) = (shared / "results").glob("savings-width_*.json")
     finals = [
         {(r["arm"], r["lr"]): (r["final"], r["test"]) for r in runs}
         for runs in (content["runs"], json.loads(other.read_text(encoding="utf-8"))["runs"])
@@ -393,9 +407,10 @@ def test_savings_stops_in_time_and_goes_on_to_results(tmp_path: Path) -> None:
     assert finals[0] == finals[1]
 
 
-@pytest.mark.slow  # two exports
-def test_precision_benchmark_writes_every_file_and_defect(run_here: Callable[..., str], tmp_path: Path) -> None:
-    write_digits(tmp_path / "digits")
+@pytest.mark.slow  # three exports
+def test_precision_benchmark_writes_every_file_and_defect(
+    digits: Path, run_here: Callable[..., str], tmp_path: Path
+) -> None:
     sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = build("vit_tiny_patch16_224", {**sizes, "num_classes": 10})
     for parameter in model.parameters():  # fresh norms are equal, and each stored tensor is to be told apart
@@ -403,8 +418,8 @@ def test_precision_benchmark_writes_every_file_and_defect(run_here: Callable[...
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model", model, preprocessing=dict(model.pretrained_cfg), labels=None, history={})
     out = tmp_path / "precision.json"
-    words = ["--model", tmp_path / "model", "--data", tmp_path / "digits", "--images", 16, "--calibration", 8]
-    told = run_here("precision.py", *words, "--samples", 50, "--seconds", 0.2, "--out", out)
+    words = ["--model", tmp_path / "model", "--data", digits, "--images", 16, "--calibration", 8]
+    told = run_here("precision.py", *words, "--samples", 40, "--seconds", 0.05, "--out", out)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert "| trained | fp16 |" in told
     files = {(row["model"], row["file"]) for row in content["files"]}
