@@ -16,13 +16,13 @@ import pytest
 import timm
 import torch
 import typer
+from few_digits import write_few_digits
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from growkit.arch import build, find
 from growkit.checkpoint import write_model
-from growkit.demo import write_digits
 from growkit.train.data import Data
 from growkit.train.loop import fit
 from growkit.train.score import Scores, score_model
@@ -50,12 +50,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An eighth of scikit-learn's digits."""
     folder = tmp_path_factory.mktemp("digits") / "digits"
-    write_digits(folder)
-    for number, image in enumerate(sorted(folder.rglob("*.png"))):
-        if number % 8:
-            image.unlink()
+    write_few_digits(folder)
     return folder
 
 
