@@ -40,6 +40,14 @@ class Server:
         self.kills = 0
         self.groups: list[int] = []
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.program.stdin is not None
+        self.program.stdin.close()
+        self.program.wait(30)
+
     def run(self, cwd: Path, arguments: tuple[Any, ...], **job: Any) -> Ended:
         assert self.program.stdin is not None
         assert self.program.stdout is not None

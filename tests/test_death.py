@@ -74,11 +74,8 @@ TIMES = ("seconds", "operator_seconds", "images_per_second", "finished", "since"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    served = Server()
-    yield served
-    assert served.program.stdin is not None
-    served.program.stdin.close()
-    served.program.wait(30)
+    with Server() as served:
+        yield served
 
 
 @pytest.fixture(scope="module")

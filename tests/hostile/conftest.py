@@ -12,11 +12,8 @@ from places import furnish
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """A server that ends with the tests; it takes seconds to load what commands import."""
-    server = Server()
-    yield server
-    assert server.program.stdin is not None
-    server.program.stdin.close()
-    server.program.wait(10)
+    with Server() as served:
+        yield served
 
 
 @pytest.fixture(scope="session")
