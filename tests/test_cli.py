@@ -1257,6 +1257,19 @@ def test_tensorboard_files_of_a_run_that_was_killed_before_it_saved_anything_are
 
 
 @pytest.mark.usefixtures("here")
+def test_tensorboard_that_is_not_installed_costs_nothing_of_the_run_that_was_to_be_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("finetune", "small", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    assert growkit(capsys, *words)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = growkit(capsys, *words, "--force", "--tensorboard")
+    assert (status, "pip install 'growkit[tensorboard]'" in err) == (2, True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("here")
 def test_last_weights_are_those_whose_scores_are_the_last_with_a_moving_average_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

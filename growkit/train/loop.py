@@ -25,7 +25,7 @@ from growkit.train.progress import Progress, no_progress, rate
 from growkit.train.score import Scores
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
 from growkit.train.training import REMEDY, Training
-from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals
+from growkit.train.watch import StepRecord, Stop, board, interruption, stop_signals, summary_writer
 
 # settings that change how a run is watched or fed, never what it computes
 FREE_TO_CHANGE = ("shard", "workers", "log_every", "save_seconds", "tensorboard", "data_dir", "dataset_download")
@@ -403,6 +403,8 @@ def _refuse_values(settings: FitSettings) -> None:
             f"--weight-decay {settings.weight_decay} at a learning rate of {settings.lr} turns the sign of every"
             " weight; expected a product below 1"
         )
+    if settings.tensorboard and distributed.leads():
+        summary_writer()
 
 
 def comparable(settings: FitSettings, device: torch.device) -> dict[str, Any]:

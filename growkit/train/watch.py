@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from growkit.errors import GrowkitError, Terminated
 from growkit.files import writing
@@ -96,18 +97,27 @@ def stop_signals() -> Iterator[Stop]:
             stop.answer.cancel()
 
 
+def summary_writer() -> Any:
+    """Return TensorBoard's SummaryWriter.
+
+    Raises:
+        GrowkitError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise GrowkitError("--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'") from None
+    return SummaryWriter
+
+
 @contextmanager
 def board(settings: FitSettings, folder: Path | None, start: int) -> Iterator[Callable[[StepRecord], None]]:
     """Yield a function that writes a record to TensorBoard, or does nothing if that is off."""
     if not settings.tensorboard or folder is None:
         yield lambda record: None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise GrowkitError("--tensorboard needs the package tensorboard; pip install 'growkit[tensorboard]'") from None
     place = folder / BOARD
-    with writing(place), SummaryWriter(str(place), purge_step=start + 1) as writer:
+    with writing(place), summary_writer()(str(place), purge_step=start + 1) as writer:
 
         def show(record: StepRecord) -> None:
             known = ("loss", "lr", *(("images_per_second",) if record.images_per_second else ()))
