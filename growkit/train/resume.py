@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from growkit.errors import DamagedStateError, GrowkitError
-from growkit.files import plain, whole_file, writing
+from growkit.errors import DamagedStateError, GrowkitError, is_memory_full
+from growkit.files import plain, refuse_no_file, whole_file, writing
 from growkit.ranges import option_of
 from growkit.text import first_difference
 from growkit.train.distributed import sharded_like
@@ -150,11 +150,14 @@ def begun_with(folder: Path, name: str, *kinds: type) -> Any:
 def _read_state(path: Path, *, checked: bool) -> dict[str, Any]:
     if not path.exists():
         raise GrowkitError(f"{path}: no state to resume from; start without --resume")
+    refuse_no_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             whole = not checked or archive.testzip() is None  # torch does not notice a flipped bit
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if whole else None
-    except Exception:  # torch raises whatever its reader stumbles over
+    except Exception as error:  # torch raises whatever its reader stumbles over
+        if is_memory_full(error):
+            raise
         state = None
     kinds = {"identity": dict, "step": int, "training": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):

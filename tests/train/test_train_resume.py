@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and resumed ends bit for bit where the unbroken one does."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from train_samples import CONFIG, Net, write_images
 
-from growkit.errors import GrowkitError
+from growkit.errors import GrowkitError, is_memory_full
 from growkit.train import resume
 from growkit.train.batches import val_batches
 from growkit.train.data import Data, open_data
@@ -398,6 +399,24 @@ def test_state_that_lacks_something_is_refused(content: object, tmp_path: Path, 
     torch.save(content, tmp_path / "state.pt")
     with pytest.raises(GrowkitError, match=r"state.pt: damaged"):
         Run(tmp_path, opened(ALL_ON)).fit(ALL_ON, resume=True)
+
+
+def test_state_that_cannot_be_read_for_now_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remedy that deletes it, or a comparison that makes the run anew, would throw away what was learned."""
+    resume.save_state(tmp_path, {"identity": {}, "step": 1, "training": {"weight": torch.zeros(2**24)}})
+    assert resume.load_state(tmp_path, {})["step"] == 1
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**25, before[1]))
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            resume.load_state(tmp_path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert is_memory_full(caught.value)
+    monkeypatch.setattr(Path, "open", MagicMock(side_effect=PermissionError))  # chmod stops no root
+    with pytest.raises(GrowkitError, match=r"state.pt: cannot be read \(permission denied\); allow it"):
+        resume.load_state(tmp_path, {})
 
 
 def test_state_that_would_run_code_is_refused(tmp_path: Path, opened: Open) -> None:
