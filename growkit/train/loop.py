@@ -310,7 +310,6 @@ class _Run:
         except KeyboardInterrupt:
             if distributed.size() > 1:
                 raise
-            self.stop.asked = True
             return None
         finally:
             self.training.model.train()

@@ -25,7 +25,7 @@ from growkit.train.flops import count_making, count_step
 from growkit.train.memory import keep_what_fits, without_storage
 from growkit.train.normalise import sent
 from growkit.train.optimizer import optimizer_of
-from growkit.train.precision import amp_dtype, autocast, precision_on
+from growkit.train.precision import autocast, precision_on
 from growkit.train.score import predictor, require_labels
 from growkit.train.settings import CUDA_GRAPHS, FitSettings
 
@@ -73,8 +73,7 @@ class Training:
             step_on_epochs=False,
             updates_per_epoch=1,  # timm's epoch is our update
         )
-        fp16 = amp_dtype(settings.precision, device) is torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.judged: nn.Module = model if self.ema is None else self.ema.module
         images, labels = next(train_batches(data, replace(settings, workers=0), 0, 1, device=device))
         self.outputs = self._count_outputs(images, data)
