@@ -519,12 +519,17 @@ class Struck(nn.Module):
         return self.head(x.flatten(1))
 
 
-def test_signal_between_the_batches_of_an_update_lets_go_of_them(tmp_path: Path) -> None:
-    """An update of a thousand batches may take longer than a scheduler waits."""
-    settings = replace(PLAIN, grad_accum_steps=5, log_every=50, opt="sgd")
-    stopped = fit(model := Struck(at=12), blobs(), settings, folder=tmp_path)
-    assert (stopped.steps, stopped.interrupted, len(stopped.losses), model.passes) == (2, True, 2, 12)
+@pytest.mark.parametrize(("at", "log_every", "recorded"), [(12, 50, []), (12, 1, [1, 2]), (17, 50, [])])
+def test_signal_between_the_batches_of_an_update_lets_go_of_them(
+    tmp_path: Path, at: int, log_every: int, recorded: list[int]
+) -> None:
+    """An update of a thousand batches may take longer than a scheduler waits. The last of four is one, too."""
+    settings = replace(PLAIN, grad_accum_steps=5, log_every=log_every, opt="sgd")
+    told: list[int] = []
+    stopped = fit(model := Struck(at=at), blobs(), settings, folder=tmp_path, on_step=lambda now: told.append(now.step))
+    assert (stopped.steps, stopped.interrupted, len(stopped.losses), model.passes) == (at // 5, True, at // 5, at)
     assert model.head.weight.grad is None
+    assert told == recorded
     resumed = fit(other := Struck(), blobs(), settings, folder=tmp_path, resume=True)
     unbroken = fit(whole := Struck(), blobs(), settings)
     assert resumed.losses == unbroken.losses
