@@ -698,6 +698,17 @@ def test_weights_that_are_not_finite_are_never_scored_kept_or_saved(tmp_path: Pa
     assert all(value.isfinite().all() for value in held.values())
 
 
+def test_weights_that_are_not_finite_are_not_saved_where_a_run_is_stopped_either(tmp_path: Path) -> None:
+    def stopped(number: int) -> bool:
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)
+        return number == 3
+
+    with pytest.raises(GrowkitError, match=r"^weights are not finite after update 3; try .* --precision fp32$"):
+        fit(Overflowing(stopped), blobs(), replace(PLAIN, log_every=50), folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_float16_may_skip_updates_but_not_all_of_them(tmp_path: Path) -> None:
     settings = replace(PLAIN, steps=60, precision="fp16", save_seconds=0.0)
     result = fit(Overflowing(lambda n: n % 4 == 0), blobs(), replace(settings, steps=40))
