@@ -432,6 +432,20 @@ def test_rate_before_the_first_record_counts_the_time_before_a_save(
     assert saves == [2, 4, 5]
 
 
+def test_rates_leave_out_the_time_before_the_first_update(
+    ticking: Callable[..., tuple[loop.FitResult, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring the start of a run may take minutes."""
+
+    def score(_: nn.Module) -> None:
+        now = loop.time.perf_counter
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: now() + 100)
+
+    result, told = ticking(PLAIN, on_start=score)
+    assert told[1].endswith(f" {PLAIN.batch_size / 2:.0f} images/s")
+    assert (result.seconds, result.images_per_second) == (110, PLAIN.batch_size / 2)
+
+
 def test_slow_rates_have_two_digits(ticking: Callable[..., tuple[loop.FitResult, list[str]]]) -> None:
     _, told = ticking(replace(PLAIN, steps=3, batch_size=3, log_every=2))
     assert told[1] == "1.5 images/s"
