@@ -251,11 +251,17 @@ def test_best_is_the_highest_top1_then_the_lowest_loss_then_the_first() -> None:
     assert result.best_scores == result.history[2][1]
 
 
-@pytest.mark.parametrize(("every", "steps"), [(0.0, [20]), (1.0, [8, 16, 20]), (0.6, [5, 10, 15, 20])])
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.0, [20]), (1.0, [8, 16, 20]), (0.6, [5, 10, 15, 20]), (0.01, [*range(1, 21)])]
+)
 def test_evaluations_come_every_so_many_epochs_and_at_the_end(every: float, steps: list[int]) -> None:
-    table = score_table([0.5] * 9, [1.0] * 9)
+    table = score_table([0.5] * 20, [1.0] * 20)
     result = fit(Net(), blobs(), replace(PLAIN, steps=20, eval_every=every), evaluate=table)
     assert [step for step, _ in result.history] == steps
+
+
+def test_smallest_part_of_an_epoch_is_one_update() -> None:
+    assert fit(Net(), blobs(), replace(PLAIN, steps=None, epochs=0.01)).total == 1
 
 
 def test_evaluation_that_leaves_a_model_in_evaluation_mode_changes_nothing() -> None:
@@ -752,7 +758,8 @@ def test_mixed_precision_learns_and_leaves_float32_weights(precision: str) -> No
     [
         ({}, 3, "the data has 3 classes but the model has 2 outputs"),
         ({"mixup": 0.5, "batch_size": 7}, 2, "7 is odd; set --batch-size 6"),
-        ({"warmup_epochs": 1.0}, 2, r"--warmup-epochs 1.0 \(8 updates\) must be shorter"),
+        ({"mixup": 0.5, "batch_size": 1}, 2, "1 is odd; set --batch-size 2"),
+        ({"warmup_epochs": 0.5}, 2, r"--warmup-epochs 0.5 \(4 updates\) must be shorter"),
         ({"opt": "sdg"}, 2, "--opt sdg: not an optimizer"),
     ],
 )
