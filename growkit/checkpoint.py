@@ -97,7 +97,8 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
             raise GrowkitError(f"{path}: has batch norms ({key}); growkit grows timm's plain ViT and DeiT, without any")
         if not value.is_floating_point():
             raise GrowkitError(f"{path}: {key} is {value.dtype}; expected floating-point weights")
-        if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        stored = 0 if value.is_meta or value.layout is not torch.strided else value.untyped_storage().nbytes()
+        if stored < value.numel() * value.element_size():
             raise GrowkitError(f"{path}: {key} of shape {tuple(value.shape)} is sparse or lacks values")
     if any(value.dtype is not torch.float32 for value in state.values()):
         kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})

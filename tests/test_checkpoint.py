@@ -482,6 +482,7 @@ def test_folder_of_hugging_faces_is_called_one_before_its_weights_are_read(tmp_p
         ({"counts": torch.ones(2, dtype=torch.int64)}, "counts is torch.int64"),
         ({**weights(), "head.bias": torch.ones(7, dtype=torch.int8)}, "head.bias is torch.int8"),
         ({"waves": torch.ones(2, dtype=torch.complex64)}, "waves is torch.complex64"),
+        ({**weights(), "head.bias": torch.ones(7, device="meta")}, "head.bias of shape (7,) is sparse or lacks values"),
     ],
 )
 def test_file_without_usable_weights_says_what_it_holds(tmp_path: Path, content: Any, said: str) -> None:
