@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,17 @@ def test_truncated_safetensors_file_is_refused_wherever_it_ends(tmp_path: Path, 
     whole = path.read_bytes()
     path.write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
     assert "not readable as safetensors" in refusal(path)
+
+
+def test_archive_deflated_to_no_fewer_bytes_is_refused_as_torch_would_map_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "source.pth"
+    whole = zipfile.ZipFile(io.BytesIO(_bytes_of("zip")))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=0) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    mapped = torch.load(path, mmap=True)
+    assert not torch.equal(mapped["head.weight"], weights()["head.weight"])
+    assert "a packed archive, which torch.save does not write" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
