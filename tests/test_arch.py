@@ -275,6 +275,14 @@ def test_pooling_behind_the_norm_is_told_from_the_weights_of_a_named_network() -
     assert found.shapes == architecture.shapes
 
 
+@pytest.mark.parametrize(("has", "named"), [("map", "siglip_gap_224"), ("avg", "siglip_224")])
+def test_attention_pooling_is_told_from_the_weights_whatever_their_name_has(has: str, named: str) -> None:
+    architecture = tiny(64, 2, 1, name="vit_base_patch16_siglip_224", global_pool=has, fc_norm=has == "avg")
+    found, _ = detect(state_of(architecture), name=f"vit_base_patch16_{named}")
+    assert found.shapes == architecture.shapes
+    assert found.kind == architecture.kind
+
+
 # What does not fit
 
 
@@ -459,6 +467,8 @@ def test_vit_with_a_part_outside_the_table_is_refused_by_that_part(name: str, pa
 def test_set_values_are_python_literals_or_words() -> None:
     parsed = parse_sets(["depth=8", "mlp_ratio=2.5", "qkv_bias=False", "global_pool=avg"])
     assert parsed == {"depth": 8, "mlp_ratio": 2.5, "qkv_bias": False, "global_pool": "avg"}
+    deep = "-" * 10**4 + "1"  # too deep for Python
+    assert parse_sets([f"depth={deep}"]) == {"depth": deep}
     parsed = parse_sets(["qkv_bias=false", "class_token=TRUE", "init_values=none"])
     assert parsed == {"qkv_bias": False, "class_token": True, "init_values": None}
 
@@ -505,8 +515,10 @@ def test_width_and_heads_that_do_not_fit_are_told_what_does(arguments: dict, sai
         ({"num_classes": True}, "expected a whole number up to 1048576"),
         ({"depth": 10**6}, "expected a whole number up to 1024"),
         ({"img_size": (224, 2**30)}, "expected a whole number up to 1048576"),
-        ({"drop_path_rate": 2}, "expected a number from 0 to below 1"),
+        ({"embed_dim": (192, 192)}, "expected a whole number up to 1048576"),
+        ({"drop_path_rate": 1}, "expected a number from 0 to below 1"),
         ({"init_values": float("nan")}, "expected a number from 0 to 1048576"),
+        ({"mlp_ratio": -1}, "expected a number from 0 to 1048576"),
         ({"mlp_ratio": None}, "expected a number from 0 to 1048576"),
     ],
 )
@@ -552,7 +564,7 @@ def test_network_without_values_draws_none_and_is_the_same_otherwise() -> None:
 
 
 def test_arguments_of_every_kind_are_taken() -> None:
-    arguments = {"img_size": [32, 32], "patch_size": 8, "init_values": None, "drop_path_rate": 0.1, "fc_norm": None}
+    arguments = {"img_size": [32, 32], "patch_size": 8, "init_values": None, "drop_path_rate": 0, "fc_norm": None}
     assert find("vit_tiny", arguments).spaces["embed"].size == 192
 
 
