@@ -229,6 +229,7 @@ def test_force_replaces_what_growkit_wrote_and_nothing_else(tmp_path: Path) -> N
     (theirs / "holiday.jpg").touch()
     file.touch()
     marks = ("model.safetensors", "last")
+    (empty / ".model.safetensors.abcdef-1-01234567.partial").touch()  # of a killed writer
     for path in (ours, empty, tmp_path / "absent"):
         refuse_existing(path, True, *marks)
     for path in (theirs, file):
@@ -246,6 +247,7 @@ WRITES = ("begun.json", "runs/*/state.pt", "run/**")
         ("runs/a/state.pt", None),
         ("runs/a/.state.pt.abcdef-1-01234567.partial/data.pkl", None),  # of a killed writer
         ("runs/.growkit.lock", None),
+        ("runs/.DS_Store", None),
         ("run/any/thing", None),
         ("NOTES.md", "NOTES.md"),
         ("notes/a/b", "notes"),
