@@ -489,6 +489,7 @@ def test_folder_of_hugging_faces_is_called_one_before_its_weights_are_read(tmp_p
             {**prefixed("student.backbone."), **prefixed("teacher.backbone.")},
             "holds several networks (student.backbone, teacher.backbone)",
         ),
+        ({**prefixed("module."), **weights(1)}, "holds weights of one name twice, with and without a prefix"),
         ([1, 2], "holds a list"),
         (torch.ones(2), "holds a Tensor"),
         ({"counts": torch.ones(2, dtype=torch.int64)}, "counts is torch.int64"),

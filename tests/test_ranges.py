@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from growkit.compare.settings import CompareSettings, SweepSettings
 from growkit.deploy.settings import ExportSettings, TritonSettings, VerifySettings
 from growkit.errors import GrowkitError
-from growkit.ranges import MOST, refuse_number, refuse_outside
+from growkit.ranges import MOST, refuse_labels, refuse_number, refuse_outside
 from growkit.settings import GrowSettings
 from growkit.train.settings import FitSettings
 
@@ -49,6 +49,13 @@ def test_names_the_option_and_passes_what_was_left_out() -> None:
     refuse_outside(Settings(None), "two_words", least=0)
     with pytest.raises(GrowkitError, match=r"^--triton-two-words -1: expected 0 or more$"):
         refuse_outside(Settings(-1), "two_words", least=0, prefix="triton_")
+
+
+def test_labels_are_those_that_have_a_logit() -> None:
+    refuse_labels(0, 6, 7)
+    for lowest, highest in ((0, 7), (-1, 6)):
+        with pytest.raises(GrowkitError, match=f"labels run from {lowest} to {highest} but the model has 7 outputs"):
+            refuse_labels(lowest, highest, 7)
 
 
 @pytest.mark.parametrize(
