@@ -342,6 +342,14 @@ def test_truncated_torch_file_is_refused_wherever_it_ends(tmp_path: Path, kind: 
     refusal(path)
 
 
+def test_flipped_bit_of_a_weight_is_found_where_torch_reads_on(tmp_path: Path) -> None:
+    path, whole = tmp_path / "source.pth", bytearray(_bytes_of("zip"))
+    whole[whole.index(weights()["head.bias"].numpy().tobytes())] ^= 1
+    path.write_bytes(whole)
+    assert not torch.equal(torch.load(path)["head.bias"], weights()["head.bias"])
+    assert "does not match its checksum, so the file is damaged; fetch it again" in refusal(path)
+
+
 @pytest.mark.parametrize("share", [0.0, 1e-5, 1e-4, 0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
 def test_truncated_safetensors_file_is_refused_wherever_it_ends(tmp_path: Path, share: float) -> None:
     path = tmp_path / "source.safetensors"
@@ -452,6 +460,11 @@ def test_network_beside_others_is_taken_and_said(
     checkpoint = read_checkpoint(tmp_path / "source.ckpt")
     assert_same(checkpoint.state, weights())
     assert checkpoint.notes == (said,)
+
+
+def test_network_within_another_is_not_taken_in_its_place(tmp_path: Path) -> None:
+    torch.save({**weights(), **prefixed("teacher.")}, tmp_path / "source.pth")
+    assert_same(read_checkpoint(tmp_path / "source.pth").state, {**weights(), **prefixed("teacher.")})
 
 
 def test_layer_scale_under_the_names_of_deit_iii_is_read(tmp_path: Path) -> None:
