@@ -206,7 +206,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     assert names_in(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [None, b"{half", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [None, b"{half", b"\xff\xfe\x00", pytest.param(b"[" * 10**5, id="deep")])
 def test_unreadable_json_is_one_line_with_its_name(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.json"
     if content is not None:

@@ -75,6 +75,16 @@ def test_fine_tuning_starts_from_the_grown_model_and_never_from_its_own(tmp_path
             assert run.startable() == stage
 
 
+def test_run_in_the_current_folder_holds_its_models_and_no_name_to_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path())
+    run.grown.mkdir()
+    assert run.holds("grown")
+    assert not run.holds("timm:deit_tiny")
+
+
 @pytest.mark.parametrize("place", ["a file/run", "a file/deeper/run"])
 def test_run_that_cannot_be_made_is_refused_by_its_option(place: str, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
