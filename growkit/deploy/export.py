@@ -14,6 +14,7 @@ import onnx
 from torch import nn
 
 from growkit import __version__
+from growkit.deploy.calibration import refuse_images
 from growkit.deploy.capture import captured
 from growkit.deploy.form import KEY, PLAIN, Form
 from growkit.deploy.inputs import extremes
@@ -116,6 +117,8 @@ def converted(
         return core
     if weight_bytes(core) > LIMIT:
         raise GrowkitError(f"--precision {form.precision}: weights over 2 GB are written in float32 alone")
+    if calibration is not None:  # before made images are put beside them, which would hide that there are none
+        refuse_images(core, calibration, "calibration images")
     if form.precision == "int8":
         return int8_dynamic(core)
     if form.precision == "int8-static":

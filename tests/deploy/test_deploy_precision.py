@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from growkit.deploy.export import converted
+from growkit.deploy.form import Form
 from growkit.deploy.int8 import int8_dynamic, int8_static
 from growkit.deploy.limits import LIMITS, Limits, accuracy_drop_interval, accuracy_verdict
 from growkit.deploy.runtime import open_session
@@ -392,7 +394,7 @@ def test_dynamic_scales_follow_the_batch_and_static_ones_do_not(
     ],
 )
 def test_calibration_images_that_do_not_fit_are_refused_in_one_line(
-    bad: np.ndarray, told: str, proto: onnx.ModelProto
+    bad: np.ndarray, told: str, model: nn.Module, proto: onnx.ModelProto
 ) -> None:
     with pytest.raises(GrowkitError, match=told) as caught:
         int8_static(proto, bad)
@@ -400,6 +402,9 @@ def test_calibration_images_that_do_not_fit_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(GrowkitError, match=told):
         half(proto, images=bad)
+    for precision in ("fp16", "int8-static"):  # with made images beside them, too
+        with pytest.raises(GrowkitError, match=told):
+            converted(proto, preprocessing(model), Form(precision=precision), bad)
 
 
 def test_graph_without_weights_to_quantise_is_refused() -> None:
