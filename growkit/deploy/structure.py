@@ -188,7 +188,7 @@ def _leaks(proto: onnx.ModelProto) -> list[str]:
     bare = without_weights(proto)
     data = bare.SerializeToString()
     folders = {str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}
-    found = [folder + os.sep for folder in sorted(folders) if len(folder) > 1 and (folder + os.sep).encode() in data]
+    found = [folder + os.sep for folder in sorted(folders) if len(folder) > 1 and os.fsencode(folder + os.sep) in data]
     # a class, or a source, may be called deit.pytorch.pth
     others = [entry for entry in bare.metadata_props if entry.key not in ("labels", "growkit.provenance")]
     del bare.metadata_props[:]

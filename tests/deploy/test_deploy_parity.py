@@ -1,5 +1,6 @@
 """Every seeded defect turns the check red, and a clean export is green."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_a_single_bit_in_any_kind_of_tensor_is_found(index: int, model: nn.Modul
     found = {c.name for c in parity.failed}
     assert "not the model's" in found
     assert len(found) == 2
+
+
+def test_current_folder_may_have_a_name_that_is_no_text(
+    model: nn.Module, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert check_parity(model, exported).passed
 
 
 def test_batch_folded_wrongly_is_right_at_batch_one(model: nn.Module, edit: Edit) -> None:
