@@ -94,7 +94,7 @@ def _quantised(found: Stored, own: np.ndarray) -> bool:
     channel = tuple(axis for axis, size in enumerate(found.scale.shape) if size == 1)
     largest = np.abs(own).max(axis=channel, keepdims=True)
     step = np.where(largest > 0, largest / np.float32(127), np.float32(1))  # a channel of zeros has no scale of its own
-    if largest.shape != found.scale.shape or not np.allclose(found.scale, step, rtol=1e-6, atol=0):
+    if not np.allclose(found.scale, step, rtol=1e-6, atol=0):
         return False
     return bool((np.abs(found.array * found.scale - own) <= HALF_STEP * found.scale).all())
 

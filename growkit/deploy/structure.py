@@ -128,7 +128,7 @@ def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
         sizes = {kind: sum(math.prod(t.dims) for t in weights.values() if t.data_type == kind) for kind in (1, *HALVES)}
         found += [f"{sizes[1]} float32 weights"] if 2 * sizes[1] > sum(sizes.values()) else []
     elif precision in OF_INT8:
-        by_weight, products = set(weights), {"MatMulInteger"} if precision == "int8" else {"MatMul", "Gemm"}
+        by_weight = set(weights)
         if precision == "int8-static":
             by_weight = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights}
         right = 0
@@ -137,7 +137,7 @@ def _not_in_precision(proto: onnx.ModelProto, precision: str) -> list[str]:
                 continue
             makers = [maker[name].op_type if name in maker else "" for name in node.input[:2]]
             low = node.op_type == "MatMulInteger" or "DequantizeLinear" in makers
-            if low and (node.op_type not in products or node.input[1] not in by_weight):
+            if low and node.input[1] not in by_weight:
                 found.append(f"{node.op_type} {node.name} of two activations")
             elif low and precision == "int8-static" and makers[0] != "DequantizeLinear":
                 found.append(f"{node.op_type} {node.name} of a float32 activation")

@@ -81,7 +81,7 @@ def _lowered(proto: onnx.ModelProto, model: nn.Module, form: Form) -> list[Check
     for one in stored:
         if (own := explain(one, state) or explain(replace(one, array=_once(one.array)), state)) is not None:
             found.add(own)
-        elif one.array.size == 1 and one.scale is None:
+        elif one.array.size == 1:
             value = float(one.array.reshape(()))
             low = one.array.dtype
             if low.kind in "iu" or value not in {float(constant.astype(low)) for constant in known}:
@@ -106,7 +106,7 @@ def _of_pixels(model: nn.Module, form: Form) -> dict[str, np.ndarray]:
 
 def _once(array: np.ndarray) -> np.ndarray:
     """Return one of equal rows: with a fixed batch size the class token is stored once per image."""
-    repeated = array.ndim > 1 and len(array) > 1 and array[:1].tobytes() * len(array) == array.tobytes()
+    repeated = array.ndim > 1 and array[:1].tobytes() * len(array) == array.tobytes()
     return array[:1] if repeated else array
 
 
