@@ -16,7 +16,7 @@ from deploy_models import make_model, replace, scalar, tensors
 from onnx import TensorProto, helper, numpy_helper
 
 from growkit.deploy.export import export_onnx
-from growkit.deploy.form import KEY, Form
+from growkit.deploy.form import CONTRIB, KEY, Form
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -342,6 +342,15 @@ def random_noise(proto: onnx.ModelProto) -> None:
     )(proto)
 
 
+def random_function(proto: onnx.ModelProto) -> None:
+    """The same in a function that the file brings along, under a name in ONNX Runtime's own domain."""
+    noise = helper.make_node("RandomNormalLike", ["x"], ["noise"], scale=1e-9)
+    added = helper.make_node("Add", ["x", "noise"], ["y"])
+    opsets = [helper.make_opsetid("", 18)]
+    proto.functions.append(helper.make_function(CONTRIB, "Quiet", ["x"], ["y"], [noise, added], opsets))
+    behind(output_of("Conv"), ("Quiet", [], {"domain": CONTRIB}))(proto)
+
+
 def dropout(proto: onnx.ModelProto) -> None:
     """Dropout as in training, with a probability of 0.5."""
     behind(output_of("LayerNormalization", 1), ("Dropout", [np.float32(0.5), np.array(True)], {}))(proto)
@@ -351,7 +360,6 @@ def trigger(proto: onnx.ModelProto) -> None:
     """Another answer only to an image whose first pixel is infinite; no check feeds one."""
     graph = proto.graph
     maker(proto, "logits").output[0] = "honest"
-    constant(proto, np.array(0), "nil")
     graph.node.extend(
         [
             helper.make_node("IsInf", ["input"], ["infinite"]),
@@ -395,6 +403,15 @@ def half_and_back(value: str | Callable[[onnx.ModelProto], str], factor: float |
     back = [] if factor is None else [("Div", [np.float32(factor)], {})]
     casts = ("Cast", [], {"to": TensorProto.FLOAT16}), ("Cast", [], {"to": TensorProto.FLOAT})
     return behind(value, *scale, *casts, *back)
+
+
+def number_in_half(proto: onnx.ModelProto) -> None:
+    """A factor of one that a node holds in float16."""
+    one = numpy_helper.from_array(np.float16(1), "one")
+    held = helper.make_node("Constant", [], ["one_half"], value=one)
+    proto.graph.node.insert(0, helper.make_node("Cast", ["one_half"], ["one"], to=TensorProto.FLOAT))
+    proto.graph.node.insert(0, held)
+    behind("logits", ("Mul", ["one"], {}))(proto)
 
 
 def quick_gelu(proto: onnx.ModelProto) -> None:
@@ -648,6 +665,20 @@ def attention_in_int8(proto: onnx.ModelProto) -> None:
         )(proto)
 
 
+def float32_in_nodes(proto: onnx.ModelProto) -> None:
+    """Every matrix is held by a node, where none is seen among the stored ones."""
+    held = [tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2]
+    for tensor in held:
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+        proto.graph.initializer.remove(tensor)
+
+
+def activation_left(proto: onnx.ModelProto) -> None:
+    """A product of an int8 weight with an activation that was never rounded."""
+    product = next(n for n in nodes(proto, "MatMul") if maker(proto, n.input[1]).op_type == "DequantizeLinear")
+    product.input[0] = maker(proto, maker(proto, product.input[0]).input[0]).input[0]
+
+
 def head_left(proto: onnx.ModelProto) -> None:
     """The head's weights in float32, as the library leaves them unless told: better numbers than were claimed."""
     integer = nodes(proto, "MatMulInteger")[-1]
@@ -746,6 +777,7 @@ FAULTS: dict[str, Fault] = {
     "heads in another order than proj takes them": Fault(BOTH, proto=columns(HEADS_OF_ALL)),
     "channels blue to red": Fault(BOTH, proto=stored("patch_embed.proj.weight", lambda v: v[:, ::-1])),
     "patches read by columns": Fault(BOTH, proto=stored("patch_embed.proj.weight", lambda v: v.transpose(0, 1, 3, 2))),
+    "two inputs of fc2 exchanged": Fault(BOTH, proto=stored(shaped(256, 64), lambda v: v[np.r_[1, 0, 2:256]])),
     "classes off by one": Fault(
         BOTH,
         proto=together(*(stored(f"head.{n}", lambda v: np.roll(v, 1, axis=0)) for n in ("weight", "bias"))),
@@ -800,6 +832,7 @@ FAULTS: dict[str, Fault] = {
     "logits all raised": Fault(NUMBERS, proto=behind("logits", ("Add", [np.float32(0.5)], {}))),
     "clipped where only extremes go": Fault(NUMBERS, proto=behind("input", ("Min", [np.float32(2)], {}))),
     "one layer in fp16": Fault(of("structure", "numbers"), proto=half_and_back(output_of("MatMul", 4))),
+    "one number in fp16": Fault(STRUCTURE, proto=number_in_half),
     "fp16 overflow": Fault(ALL, proto=half_and_back(output_of("Conv"), 1e6)),
     # batches
     "fixed batch": Fault(of("structure", "numbers"), proto=fixed_batch),
@@ -828,6 +861,7 @@ FAULTS: dict[str, Fault] = {
     "path inside": Fault(STRUCTURE, proto=leaked_path),
     "weights that a caller may replace": Fault(STRUCTURE, proto=weights_as_inputs),
     "noise below every limit": Fault(STRUCTURE, proto=random_noise),
+    "noise in a function": Fault(STRUCTURE, "contrib", random_function),
     "dropout as in training": Fault(STRUCTURE, proto=dropout),
     "a branch that no check takes": Fault(STRUCTURE, proto=trigger),
     "a node that nobody reads": Fault(STRUCTURE, proto=dead_node),
@@ -967,10 +1001,16 @@ FAULTS: dict[str, Fault] = {
     "int8: layer norm epsilon 1e-5": Fault(WEIGHTS, "int8", epsilon(1e-5)),
     "int8: attention scale 1/sqrt(31)": Fault(WEIGHTS, "int8", hotter),
     "int8: head left in float32": Fault(STRUCTURE, "int8", head_left),
+    "int8: head left in float32 as it was": Fault(
+        STRUCTURE, "int8", together(head_left, lambda p: becomes("MatMul", "Gemm", -1)(p))
+    ),
     "int8: claims fp32": Fault(ALL, "int8", claims(precision="fp32")),
     "int8: claims fp16": Fault(of("structure", "numbers"), "int8", claims(precision="fp16")),
     "int8: claims int8-static": Fault(of("structure", "numbers"), "int8", claims(precision="int8-static")),
     "float32 claims int8": Fault(STRUCTURE, "torchscript", claims(precision="int8")),
+    "float32 in nodes claims int8": Fault(
+        STRUCTURE, "torchscript", together(float32_in_nodes, claims(precision="int8"))
+    ),
     "float32 claims fp16": Fault(STRUCTURE, "torchscript", claims(precision="fp16")),
     "float32 with a small defect claims int8": Fault(
         of("structure", "weights"), "torchscript", together(epsilon(1e-5), claims(precision="int8"))
@@ -985,6 +1025,7 @@ FAULTS: dict[str, Fault] = {
     "static: zero of an activation moved": Fault(NUMBERS, "int8-static", zero_of_activation_moved),
     "static: bias dropped": Fault(BOTH, "int8-static", zeroed("blocks.0.attn.qkv.bias")),
     "static: product of q and k in int8": Fault(ALL, "int8-static", attention_in_int8),
+    "static: an activation left in float32": Fault(STRUCTURE, "int8-static", activation_left),
     "static: claims int8": Fault(STRUCTURE, "int8-static", claims(precision="int8")),
 }
 

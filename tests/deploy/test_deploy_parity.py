@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import timm
 import torch
 from deploy_models import ARGUMENTS, NAME, make_model, replace, tensors
-from faults import folded_batch, prepares, version, zeroed
+from faults import folded_batch, prepares, trigger, version, zeroed
 from PIL import Image
 from torch import nn
 
@@ -51,9 +53,10 @@ def test_clean_export_passes_every_check(model: nn.Module, exported: Path) -> No
     assert parity.figures["predictions"]["certified"] > 0
 
 
-def test_fresh_timm_model_passes_though_its_zero_biases_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_fresh_timm_model_passes_though_its_zero_biases_are_left_out(precision: str, tmp_path: Path) -> None:
     model = timm.create_model(NAME, **ARGUMENTS).eval()
-    export_onnx(model, tmp_path / "m.onnx")
+    export_onnx(model, tmp_path / "m.onnx", Form(precision=precision))
     parity = check_parity(model, tmp_path / "m.onnx")
     assert parity.passed, lines(parity)
 
@@ -101,6 +104,27 @@ def test_a_single_bit_in_any_kind_of_tensor_is_found(index: int, model: nn.Modul
     found = {c.name for c in parity.failed}
     assert "not the model's" in found
     assert len(found) == 2
+
+
+def test_branch_has_no_place_and_what_it_reads_is_read(model: nn.Module, edit: Edit) -> None:
+    (said,) = check_parity(model, edit(trigger)).failed
+    assert said.line == "operators that have no place: If, expected none"
+
+
+@pytest.mark.parametrize("folder", [Path.home, Path.cwd, tempfile.gettempdir, lambda: sys.prefix])
+def test_folder_of_the_exporting_machine_is_named(
+    folder: Callable[[], object], model: nn.Module, edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there"))
+    inside = f"{folder()}/"
+
+    def leaked(proto: onnx.ModelProto) -> None:
+        proto.graph.node[0].doc_string = f"{inside}weights"
+
+    (said,) = check_parity(model, edit(leaked)).failed
+    assert said.line == f"paths of the exporting machine: {inside}, expected none"
 
 
 def test_current_folder_may_have_a_name_that_is_no_text(
