@@ -256,6 +256,12 @@ def test_reference_of_another_model_is_said_to_be_one(golden: Golden, changed: d
     assert any(told in line for line in failed(golden, make_model(**changed)))
 
 
+def test_reference_of_another_architecture_says_which(model: nn.Module) -> None:
+    golden = make_golden(model_subject(model, architecture="vit_tiny"), seed=3)
+    checks = check_golden(golden, model_subject(model, architecture="deit_tiny"))
+    assert [c.line for c in checks if c.verdict == "fail"] == ["model: deit_tiny, the reference is of vit_tiny"]
+
+
 def test_changed_preprocessing_is_found_though_the_logits_are_the_same(golden: Golden) -> None:
     other = make_model()
     other.pretrained_cfg = {**other.pretrained_cfg, "mean": (0.4, 0.4, 0.4)}
@@ -318,7 +324,9 @@ def test_network_inside_a_file_of_another_form_is_held(golden: Golden, model: nn
     for reference in (golden, make_golden(file, seed=0)):
         assert {c.verdict for c in check_golden(reference, file)} == {"pass"}
     (tmp_path / "model.onnx.data").write_bytes(bytes((tmp_path / "model.onnx.data").stat().st_size))
-    assert {c.verdict for c in check_golden(golden, onnx_subject(tmp_path / "model.onnx"))} >= {"fail"}
+    stale = onnx_subject(tmp_path / "model.onnx")
+    assert {c.verdict for c in check_golden(golden, stale)} >= {"fail"}
+    assert stale.identity.onnx_sha256 != file.identity.onnx_sha256
 
 
 def test_int8_file_holds_its_own_answers_and_not_those_of_float32(

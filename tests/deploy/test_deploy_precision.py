@@ -31,6 +31,7 @@ from growkit.deploy.sixteen_bits import (
     rounded_to,
 )
 from growkit.deploy.stored_weights import explain, stored_in
+from growkit.deploy.subject import precision_of
 from growkit.deploy.truth import logits_of, noise_images, preprocessing, truth_of
 from growkit.deploy.yardstick import in_precision
 from growkit.errors import GrowkitError
@@ -180,6 +181,11 @@ def test_same_graph_gives_the_same_bytes_and_stays_as_it_is(
 
 
 # float16 ----------------------------------------------------------------------------------------
+
+
+def test_precision_is_seen_in_the_graph(proto: onnx.ModelProto, files: dict[str, onnx.ModelProto]) -> None:
+    assert precision_of(proto) == "fp32"
+    assert {kind: precision_of(file) for kind, file in files.items()} == {k: k.partition("-")[0] for k in KINDS}
 
 
 def test_float16_weights_are_the_nearest_ones(proto: onnx.ModelProto, files: dict[str, onnx.ModelProto]) -> None:
@@ -489,12 +495,22 @@ def exchanged(one: str, other: str) -> Change:
     return change
 
 
-def one_scale(proto: onnx.ModelProto) -> None:
-    """Block 0's first MLP layer rightly rounded, but all channels by the largest one's scale."""
-    weight = make_model().state_dict()["blocks.0.mlp.fc1.weight"].numpy().T
-    scale = np.full_like(tensors(proto)["val_45_scale"], np.abs(weight).max() / 127)
-    replace(proto, "val_45_quantized", np.rint(weight / scale).astype(np.int8))
-    replace(proto, "val_45_scale", scale)
+def in_steps(of: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Block 0's first MLP layer rightly rounded, but in other steps, made of each channel's largest weight."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        weight = make_model().state_dict()["blocks.0.mlp.fc1.weight"].numpy().T
+        scale = of(np.abs(weight).max(axis=0))
+        replace(proto, "val_45_quantized", np.rint(weight / scale).clip(-127, 127).astype(np.int8))
+        replace(proto, "val_45_scale", scale)
+
+    return change
+
+
+def twice(proto: onnx.ModelProto) -> None:
+    """Two products read one weight, each with its own scale."""
+    first, *_, second = [n for n in proto.graph.node if n.op_type == "MatMulInteger"][:5]  # qkv of both blocks
+    second.input[1] = first.input[1]
 
 
 def other_zero(proto: onnx.ModelProto) -> None:
@@ -531,7 +547,8 @@ INT8: dict[str, tuple[Change, str]] = {
     "scales one channel off": (rolled("val_13_scale"), "val_13_quantized"),
     "zero is not 0": (shifted_zero("val_13_zero_point"), "val_13_quantized"),
     "scales of two layers exchanged": (exchanged("val_13", "val_58"), "val_13_quantized"),
-    "one scale for all channels": (one_scale, "val_45_quantized"),
+    "one scale for all channels": (in_steps(lambda largest: largest.max() / 127 + 0 * largest), "val_45_quantized"),
+    "steps of a 127.5th": (in_steps(lambda largest: largest / np.float32(127.5)), "val_45_quantized"),
     "a bias's bit": (bit("blocks.0.attn.qkv.bias"), "blocks.0.attn.qkv.bias"),
 }
 DAMAGED: list[tuple[str, str, Change, str]] = [
@@ -539,6 +556,7 @@ DAMAGED: list[tuple[str, str, Change, str]] = [
     *(("int8-static", name, *rest) for name, rest in INT8.items()),
     ("int8", "a product's zero", neighbours_zero, "val_13_quantized"),
     ("int8", "a product's scale", neighbours_scale, "val_13_quantized"),
+    ("int8", "a weight of two scales", twice, "val_13_quantized"),
     ("int8-static", "an activation's zero", other_zero, "other"),
     ("int8-static", "an activation's range", neighbours_range, "layer_norm_zero_point"),
     *(
