@@ -70,6 +70,27 @@ def test_unreadable_reference_is_named(tmp_path: Path) -> None:
         list(read_data_sets(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("scores", "classes", "off"),
+    [
+        ([0.5, 0.3, 0.1], [4, 2, 0], 0),
+        ([0.5, 0.3, 0.1], [4, 2, 6], 0),  # a fourth may be as likely as the third
+        ([0.5, 0.3, 0.1], [6, 2, 0], np.inf),
+        ([0.5, 0.3, 0.1], [4, 6, 0], np.inf),
+        ([0.4, 0.3995, 0.1], [2, 4, 0], 0),  # a near tie
+    ],
+)
+def test_class_differs_only_where_another_is_as_likely(scores: list[float], classes: list[int], off: float) -> None:
+    wanted = {"scores": np.array([scores], np.float32), "classes": np.array([[4, 2, 0]])}
+    assert off_from_stored({"scores": wanted["scores"], "classes": np.array([classes])}, wanted) == off
+
+
+def test_probabilities_are_off_by_so_much_of_one_and_logits_of_their_size() -> None:
+    for name, unit in (("probabilities", 1), ("logits", 0.2)):
+        wanted = {name: np.full((2, 5), 0.2)}
+        assert off_from_stored({name: wanted[name] + 0.01}, wanted) == pytest.approx(0.01 / unit)
+
+
 def test_answer_that_is_no_number_is_no_match() -> None:
     """Python's max passes over NaN, which let such a file by."""
     wanted = {"logits": np.ones((2, 3), np.float32)}
