@@ -18,9 +18,11 @@ from PIL import Image
 from torch import nn
 
 from growkit.deploy import parity as parity_module
+from growkit.deploy.accuracy import accuracy_checks
 from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form
+from growkit.deploy.limits import LIMITS
 from growkit.deploy.numbers import by_chance, cosines
 from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.settings import VerifySettings
@@ -222,6 +224,39 @@ def test_accuracy_of_a_clean_export_equals_the_models(model: nn.Module, exported
     assert accuracy["top5"] == accuracy["torch_top5"]
     assert accuracy["n01"] == accuracy["n10"] == 0
     assert accuracy["mcnemar_p"] == 1.0
+
+
+class Given(nn.Module):
+    """A model whose logits are its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.one * images.flatten(1)
+
+
+def with_class_0_at(places: list[int]) -> np.ndarray:
+    """Logits of seven classes; class 0 comes at that place, 0 is first."""
+    orders = [[*range(1, place + 1), 0, *range(place + 1, 7)] for place in places]
+    return -np.argsort(orders, axis=1).astype(np.float32)
+
+
+def test_accuracy_is_counted_image_by_image() -> None:
+    plain = with_class_0_at([0, 0, 0, 0, 0, 0, 1, 4, 5, 6])
+    file = with_class_0_at([0, 0, 1, 4, 5, 0, 0, 1, 6, 6])
+    images, truth = torch.from_numpy(plain)[:, :, None, None], torch.zeros(10, dtype=torch.int64)
+    answers = {plain[place : place + 5].tobytes(): file[place : place + 5] for place in (0, 5)}
+    data = [(images[place : place + 5], truth[place : place + 5]) for place in (0, 5)]
+    checks, figures = accuracy_checks(lambda batch: answers[batch.tobytes()], Given().eval(), data, LIMITS["fp16"])
+    wanted = {"top1": 0.4, "torch_top1": 0.6, "top5": 0.7, "torch_top5": 0.8, "n10": 3, "n01": 1, "mcnemar_p": 10 / 16}
+    wanted |= {"drop": 20, "relative_rms": np.sqrt(((file - plain) ** 2).mean()) / 2, "largest_over_std": 5 / 2}
+    assert {name: figures[name] for name in wanted} == pytest.approx(wanted)
+    assert figures["drop_low"] < 20 < figures["drop_high"]
+    assert [c.name for c in checks if c.verdict == "fail"] == ["points of top-1 lost", "relative RMS difference"]
+    checks, _ = accuracy_checks(lambda batch: answers[batch.tobytes()], Given().eval(), data, LIMITS["fp32"])
+    assert {"relative RMS difference", "largest difference / std"} < {c.name for c in checks if c.verdict == "fail"}
 
 
 @pytest.mark.parametrize("label", [-1, 7])
