@@ -1,6 +1,7 @@
 """Golden references: written whole, read with suspicion, and what is held against one answers like it."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -167,6 +168,9 @@ def test_training_mode_does_not_matter(golden: Golden) -> None:
     training = make_model(drop_rate=0.5).train()
     assert failed(golden, training) == []
     assert training.training
+    partly = make_model(drop_rate=0.5)
+    partly.head_drop.train()
+    assert failed(golden, partly) == []
 
 
 @pytest.mark.parametrize(("off", "lines"), [(1e-2, 3), (1e-6, 1)])
@@ -274,6 +278,7 @@ def test_half_precision_has_its_own_tolerance(golden: Golden) -> None:
     checks = check_golden(golden, half)
     assert {c.verdict for c in checks} == {"pass"}
     assert {c.limit for c in checks if c.name.endswith(": model")} == {TOLERANCE["bf16"]}
+    assert model_subject(make_model().double()).identity.precision == "fp32"
     strict = [c.line for c in check_golden(golden, half, tolerance=1e-5) if c.verdict == "fail"]
     assert any(line.endswith("; the reference is of fp32, this of bf16") for line in strict)
 
@@ -282,6 +287,12 @@ def test_same_weights_have_the_same_hash_in_every_file_and_no_other() -> None:
     model = make_model()
     assert tensors_sha256(model) == tensors_sha256(make_model())
     assert len({tensors_sha256(m) for m in (model, make_model(1), make_model(num_classes=5))}) == 3
+
+
+def test_same_weights_in_another_file_are_the_same(model: nn.Module) -> None:
+    golden = make_golden(model_subject(model, weights_sha256="a" * 64), seed=3)
+    checks = check_golden(golden, model_subject(model, weights_sha256="b" * 64))
+    assert set(verdicts(checks).values()) == {"pass"}
 
 
 def test_weight_that_would_have_anothers_name_without_its_wrapper_counts_in_the_hash() -> None:
@@ -351,13 +362,15 @@ def rewrite(folder: Path, **changed: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
 
 
-def plant(folder: Path, data: bytes) -> None:
-    """Put other bytes into test_data_set_0/input_0.pb, and their hash into reference.json: someone meant it."""
-    (folder / "test_data_set_0" / "input_0.pb").write_bytes(data)
+def plant(folder: Path, data: bytes, *, file: str = "input_0.pb", name: str = "input") -> None:
+    """Put other bytes into a file of test_data_set_0, and their hash into reference.json: someone meant it."""
+    (folder / "test_data_set_0" / file).write_bytes(data)
     sets = json.loads((folder / "reference.json").read_text())["data_sets"]
-    sets[0]["input_sha256"] = hashlib.sha256(data).hexdigest()
+    sets[0][f"{name}_sha256"] = hashlib.sha256(data).hexdigest()
     rewrite(folder, data_sets=sets)
 
+
+plant_logits = functools.partial(plant, file="output_0.pb", name="logits")
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
@@ -372,6 +385,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, data_sets=[{"name": "../x", "input_sha256": "", "logits_sha256": ""}]),
         r"reference\.json: damaged",
     ),
+    "of something else": (lambda f: rewrite(f, of="picture"), "damaged"),
+    "a seed of words": (lambda f: rewrite(f, seed="three"), "damaged"),
+    "a hash of numbers": (lambda f: rewrite(f, tensors_sha256=7), "damaged"),
+    "class names of numbers": (lambda f: rewrite(f, labels=[0, 1]), "damaged"),
     "an unknown precision": (lambda f: rewrite(f, precision="fp4"), "damaged"),
     "an infinite tolerance": (lambda f: rewrite(f, tolerance=float("inf")), "damaged"),
     "a tolerance of NaN": (lambda f: rewrite(f, tolerance=float("nan")), "damaged"),
@@ -393,6 +410,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "integers": (
         lambda f: plant(f, numpy_helper.from_array(np.ones((1, 3, 16, 16), np.int32)).SerializeToString()),
         "f",
+    ),
+    "no image": (lambda f: plant(f, onnx.TensorProto(data_type=1, dims=[0, 3, 16, 16]).SerializeToString()), "claims"),
+    "logits of three axes": (
+        lambda f: plant_logits(f, numpy_helper.from_array(np.ones((1, 7, 1), np.float32)).SerializeToString()),
+        "claims",
+    ),
+    "logits of other images": (
+        lambda f: plant_logits(f, (f / "test_data_set_1" / "output_0.pb").read_bytes()),
+        r"\(1, 3, 16, 16\) images for \(5, 7\) logits",
     ),
     "NaN": (
         lambda f: plant(f, numpy_helper.from_array(np.full((1, 3, 16, 16), np.nan, np.float32)).SerializeToString()),
@@ -457,6 +483,8 @@ def test_change_says_how_far_the_answers_move(golden: Golden) -> None:
     assert "7 classes before, 5 now" in change_since(golden, model_subject(make_model(num_classes=5)))
     assert "images were 3 x 16 x 16, are 3 x 32 x 32" in change_since(golden, model_subject(make_model(img_size=32)))
     assert "is of a model" not in told
+    named, other = (model_subject(make_model(), labels=list(names)) for names in ("abcde", "abdce"))
+    assert "class names are others: number 2 is d, was c" in change_since(make_golden(named, seed=3), other)
 
 
 def test_change_says_that_a_model_takes_a_files_place(golden: Golden, exported: Path) -> None:
