@@ -134,7 +134,7 @@ def _answering_onnx(path: Path, device: str) -> Answering:
         if "NOT_IMPLEMENTED" in reason:  # a bfloat16 file on a CPU
             raise GrowkitError(
                 f"{path}: ONNX Runtime has no kernels for it on this device ({reason});"
-                f" `growkit verify --onnx-file {path} --data ...` scores it"
+                f" `growkit verify --onnx-file {shlex.quote(str(path))} --data ...` scores it"
             ) from None
         raise GrowkitError(f"{path}: not readable as ONNX ({reason})") from None
 

@@ -1,5 +1,6 @@
 """Verifying an ONNX file or a model, as one function into a run folder."""
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -138,7 +139,8 @@ def _refuse_alone(model: str | None, file: Path | None, reference: Reference | N
     if model is not None and file is not None:
         return
     if reference is None or (model is None and reference.update):
-        beside = f", or the model it was made of: growkit verify MODEL --onnx-file {file}" if file else ""
+        named = f"growkit verify MODEL --onnx-file {shlex.quote(str(file))}"
+        beside = f", or the model it was made of: {named}" if file else ""
         raise GrowkitError(
             f"nothing to hold {file or model} against; name --reference DIR, which --update-reference writes{beside}"
         )
@@ -342,4 +344,4 @@ def _leave_script(
     )
     with whole_file(script) as partial:
         partial.write_text(text, encoding="utf-8")
-    say(f"python {script} shows it again")
+    say(f"python {shlex.quote(str(script))} shows it again")

@@ -209,6 +209,7 @@ def test_what_does_not_hold_exits_1_and_says_why(
     [
         (("verify", "model", "--model-only"), "name --reference DIR"),
         (("verify", "onnx/model.onnx"), "name --reference DIR"),
+        (("verify", "my model.onnx"), "growkit verify MODEL --onnx-file 'my model.onnx'"),
         (("verify", "absent", "--model-only", "--reference", "reference/model"), "absent: no such file"),
         (("verify", "absent.onnx", "--reference", "reference/onnx"), "absent.onnx: no such file"),
         (("verify", "model", "--model-only", "--reference", "absent"), "absent: no such folder"),

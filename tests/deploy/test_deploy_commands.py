@@ -284,11 +284,13 @@ def test_verification_of_the_runs_file_and_what_it_was_made_of_is_what_the_repor
 
 
 def test_script_of_another_file_works_in_a_run_that_was_moved(run: Path, tmp_path: Path) -> None:
-    own = tmp_path / "run"
+    own = tmp_path / "my run"
     shutil.copytree(run, own, ignore=shutil.ignore_patterns("verify"))
     write_source(own / "other", 8)
     shutil.copy(run / "onnx" / "model.onnx", own / "copy.onnx")
-    assert call("verify", own / "other", "--onnx-file", own / "copy.onnx", "--no-latency", "--run", own).exit_code == 1
+    result = call("verify", own / "other", "--onnx-file", own / "copy.onnx", "--no-latency", "--run", own)
+    assert result.exit_code == 1
+    assert f"python '{own / 'verify' / 'other' / 'reproduce.py'}' shows it again" in result.output
     text = (own / "verify" / "other" / "reproduce.py").read_text()
     assert "MODEL = '../../other'" in text
     assert "'../../copy.onnx'" in text
@@ -579,8 +581,9 @@ def test_form_that_the_device_has_no_kernels_for_is_sent_to_verify(tmp_path: Pat
     shape = onnx.helper.make_tensor("s", onnx.TensorProto.INT64, [2], [2, 2])
     node = onnx.helper.make_node("Expand", ["x", "s"], ["y"])
     graph = onnx.helper.make_graph([node], "g", types[:1], types[1:], [shape])
-    path = tmp_path / "model.onnx"
+    path = tmp_path / "my model.onnx"
     onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
-    with pytest.raises(GrowkitError, match=r"no kernels for it on this device .*growkit verify --onnx-file") as caught:
+    told = rf"no kernels for it on this device .*growkit verify --onnx-file '{path}' --data"
+    with pytest.raises(GrowkitError, match=told) as caught:
         _answering_onnx(path, "cpu")
     assert "not readable" not in str(caught.value)
