@@ -57,7 +57,12 @@ def test_other_weights_are_an_assertion_error_with_a_line_for_each_check(place: 
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda model: nn.Sequential(OrderedDict(module=model)), partial(torch.compile, backend="eager")]
+    "wrap",
+    [
+        lambda model: nn.Sequential(OrderedDict(module=model)),
+        partial(torch.compile, backend="eager"),
+        lambda model: nn.Sequential(OrderedDict(module=torch.compile(model, backend="eager"))),
+    ],
 )
 def test_wrapped_module_is_held_by_the_weights_inside(place: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert_matches_reference(wrap(build()), place / "of-model")
