@@ -51,7 +51,7 @@ def flops_of(source: Source) -> float | None:
     line = ancestors(source)
     if not line or line[0].get("stage") != "trained" or line[0].get("source"):
         return None  # not known to begin with random weights
-    spent = [entry["flops"] for entry in line if "flops" in entry]
+    spent = [flops for entry in line if isinstance(flops := entry.get("flops"), int | float)]
     return float(sum(spent)) if len(spent) == len(line) else None
 
 

@@ -125,6 +125,7 @@ ODD: dict[str, Any] = {
     "no list": {"ancestors": {"stage": "grown"}},
     "entries that are none": {"ancestors": [1, None, "x", [], {"stage": {"deep": [1]}, "flops": [2]}]},
     "numbers that are none": {"ancestors": [{"flops": math.nan, "steps": math.inf, "images": 10**400, "seed": True}]},
+    "words for numbers": {"stage": "trained", "fit": {"flops": "many"}},
     "far too many": {"ancestors": [{"stage": "grown"}] * 5000},
     "long words": {"ancestors": [{"name": "n" * 9000, "other": "o" * 9000}]},
     "parts of another kind": {"stage": [], "source": 3, "settings": "mango", "fit": [], "operator": 1},
