@@ -22,7 +22,7 @@ from growkit.ranges import option_of
 from growkit.report.growth import start_in_words
 from growkit.settings import OPERATOR_DEFAULTS, GrowSettings
 from growkit.source import Source
-from growkit.stage import below, goes_on, settled, tell_stale_export
+from growkit.stage import below, goes_on, settled, tell_stale_export, tell_stale_model
 from growkit.text import counted
 from growkit.train.data import Data, open_data
 from growkit.train.device import pick_device
@@ -126,10 +126,7 @@ def grow_model(
     }
     unreadable = list(opened.unreadable) if opened else []
     by_leader(lambda: _write(job, result, grown, model, source, learned, options, unreadable))
-    if (run.finetuned / WEIGHTS).exists():
-        job.say(
-            f"warning: {run.finetuned} was made of an earlier grown model; `growkit finetune --force` makes it anew"
-        )
+    tell_stale_model(job)
     tell_stale_export(job, run.grown)
     return result
 

@@ -8,8 +8,9 @@ from types import NoneType
 import torch
 from torch import nn
 
-from growkit.checkpoint import WEIGHTS
-from growkit.files import refuse_existing, refuse_foreign, sha256_of
+from growkit.checkpoint import HISTORY, WEIGHTS
+from growkit.errors import GrowkitError
+from growkit.files import read_json, refuse_existing, refuse_foreign, sha256_of
 from growkit.job import Job
 from growkit.text import counted
 from growkit.train.batch_size import STEP, with_batch_size
@@ -141,6 +142,19 @@ def below(harm: str, before: Scores, after: Scores, remedy: str) -> str:
         return f"warning: {harm}: {remedy}"
     fell = f"top-1 fell from {before.top1:.2%} to {after.top1:.2%} on {counted(after.count, 'image')}"
     return f"note: {fell}, which may be chance; `growkit evaluate --against` tells image by image"
+
+
+def tell_stale_model(job: Job) -> None:
+    """Warn if run/finetuned was made of other weights than run/grown has now."""
+    run = job.run
+    if not leads() or not (run.finetuned / WEIGHTS).exists():
+        return
+    try:
+        made_of = read_json(run.finetuned / HISTORY)["source"]["sha256"]
+    except (GrowkitError, KeyError, TypeError):
+        made_of = None  # it does not say
+    if made_of != sha256_of(run.grown / WEIGHTS):
+        job.say(f"warning: {run.finetuned} was not made of this grown model; `growkit finetune --force` replaces it")
 
 
 def tell_stale_export(job: Job, folder: Path) -> None:

@@ -761,10 +761,15 @@ def test_stages_that_do_not_follow_from_each_other_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: Callable[..., tuple[str, ...]]
 ) -> None:
     words = stopped(*GROW)
-    status, out, _ = growkit(capsys, "finetune", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    tune = ("finetune", *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path)
+    status, out, _ = growkit(capsys, *tune)
     assert (status, "was stopped; `growkit grow --resume` goes on with it" in out) == (0, True)
+    told = "finetuned was not made of this grown model; "
     status, out, _ = growkit(capsys, *words, "--resume")
-    assert (status, "finetuned was made of an earlier grown model; " in out) == (0, True)
+    assert (status, told in out) == (0, True)
+    assert growkit(capsys, *tune, "--force")[0] == 0
+    status, out, _ = growkit(capsys, *words, "--resume")  # to the same weights, as a job that is begun again does
+    assert (status, told in out) == (0, False)
 
 
 @pytest.mark.parametrize("left", [(), ("metrics.jsonl",), ("start.json",)])

@@ -49,7 +49,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "verifying": "errors settings unmeant text files record source train deploy evaluation",
     "history": "record arch source lineage train",
     "job": "errors record train.progress",
-    "stage": "unmeant text files checkpoint train job",
+    "stage": "errors unmeant text files checkpoint train job",
     "growing": f"{ALL} history job stage",
     "fitting": f"{ALL} history job stage",
     "demo": ALL,
