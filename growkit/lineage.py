@@ -38,9 +38,9 @@ def ancestors(source: Source) -> list[Entry]:
 
     Empty if `source` is random weights. Unknown facts are left out of an entry.
     """
-    history = source.history or {}
-    if not (history or source.sha256):
+    if not source.sha256:
         return []
+    history = source.history or {}
     listed = history.get("ancestors")
     earlier = [_plain(entry) for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
     return [*earlier, _plain(_own(source, history))][-MOST:]

@@ -136,6 +136,7 @@ ODD: dict[str, Any] = {
 def test_whatever_a_history_says_what_is_passed_on_is_short_and_plain(kind: str) -> None:
     line = ancestors(replace(source_of(SMALL), history=ODD[kind]))
     assert 1 <= len(line) <= MOST
+    assert line[-1]["sha256"] == "ab"  # the source itself
     for entry in line:
         assert set(entry) <= set(KEYS)
         assert all(isinstance(v, str | int | float) and len(str(v)) <= 200 for v in entry.values())
