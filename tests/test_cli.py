@@ -751,9 +751,16 @@ def test_operator_whose_training_was_killed_is_never_begun_anew_without_a_word(
     status, _, err = growkit(capsys, *words)
     assert (status, listing(tmp_path)) == (2, before)
     assert f"operator {GOES_ON}" in err
-    status, _, err = growkit(capsys, *words, "--rank", "3", "--resume")
-    assert (status, listing(tmp_path)) == (2, before)
-    assert "the run was started with --rank 1, not 3: give the same" in err
+    sizes = " ".join(TO[3::2])
+    for option, was, now in (
+        ("--rank", "1", "3"),
+        ("--seed", "0", "1"),
+        ("--to", "vit_tiny_patch16_224", "deit_tiny_patch16_224"),
+        ("--set", sizes, f"{sizes} drop_path_rate=0.5"),  # of the same shapes
+    ):
+        status, _, err = growkit(capsys, *words, option, now.split()[-1], "--resume")
+        assert (status, listing(tmp_path)) == (2, before)
+        assert f"the run was started with {option} {was}, not {now}: give the same" in err
     assert growkit(capsys, *words, "--resume")[0] == 0
 
 
