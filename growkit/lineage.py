@@ -71,7 +71,7 @@ def _own(source: Source, history: Mapping[str, Any]) -> Entry:
     origin, settings = _mapping(history.get("source")), _mapping(history.get("settings"))
     grown = history.get("stage") == "grown"
     fit = _mapping(history.get("operator" if grown else "fit"))
-    adapted = origin.get("adapted")
+    adapted, untold = origin.get("adapted"), 0 if grown and not fit else None
     return {
         **entry,
         "stage": history.get("stage"),
@@ -80,9 +80,9 @@ def _own(source: Source, history: Mapping[str, Any]) -> Entry:
         "method": settings.get("method") if grown else None,
         "rank": (settings.get("ranks") or settings.get("rank")) if settings.get("method") == "mango" else None,
         "seed": settings.get("seed"),
-        "steps": fit.get("steps", 0 if grown else None),
-        "images": fit.get("images", 0 if grown and not fit else None),
-        "flops": fit.get("flops", 0 if grown and not fit else None),
+        "steps": fit.get("steps", untold),
+        "images": fit.get("images", untold),
+        "flops": fit.get("flops", untold),
     }
 
 

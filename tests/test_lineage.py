@@ -119,6 +119,8 @@ def test_what_an_operators_training_took_is_unknown_rather_than_nothing_where_it
     (entry,) = ancestors(replace(source_of(SMALL), history=history))
     assert (entry["method"], entry["rank"], entry["steps"]) == ("mango", "1,2,4,4", 5)
     assert not {"images", "flops"} & set(entry)
+    (entry,) = ancestors(replace(source_of(SMALL), history={**history, "operator": {"images": 5}}))
+    assert not {"steps", "flops"} & set(entry)
 
 
 ODD: dict[str, Any] = {
@@ -139,7 +141,7 @@ def test_whatever_a_history_says_what_is_passed_on_is_short_and_plain(kind: str)
     assert line[-1]["sha256"] == "ab"  # the source itself
     for entry in line:
         assert set(entry) <= set(KEYS)
-        assert all(isinstance(v, str | int | float) and len(str(v)) <= 200 for v in entry.values())
+        assert all(type(v) in (str, int, float) and len(str(v)) <= 200 for v in entry.values())
     json.dumps(line, allow_nan=False)
     assert flops_of(replace(source_of(SMALL), history=ODD[kind])) is None
 
