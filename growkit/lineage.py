@@ -77,7 +77,7 @@ def _own(source: Source, history: Mapping[str, Any]) -> Entry:
         "stage": history.get("stage"),
         "source": origin.get("sha256"),
         "adapted": "; ".join(map(str, adapted)) if isinstance(adapted, list) and adapted else None,
-        "method": settings.get("method") if grown else None,
+        "method": settings.get("method"),
         "rank": (settings.get("ranks") or settings.get("rank")) if settings.get("method") == "mango" else None,
         "seed": settings.get("seed"),
         "steps": fit.get("steps", untold),
