@@ -15,7 +15,7 @@ from test_cli import growkit, write_images
 from test_report import Page
 
 from growkit.checkpoint import HISTORY
-from growkit.history import without_curves
+from growkit.history import in_short, without_curves
 from growkit.lineage import KEYS, MOST, ancestors, flops_of
 from growkit.source import Source, load_source
 
@@ -208,6 +208,14 @@ def test_who_is_served_a_model_gets_no_curves_of_its_training() -> None:
     kept = {"steps": 3, "settings": {"lr": 1e-3}}
     assert without_curves(told) == {"stage": "finetuned", "source": {"history": {"fit": kept}}, "fit": kept}
     assert without_curves(None) is None
+
+
+@pytest.mark.parametrize(("updates", "points"), [(0, 0), (1, 1), (200, 200), (201, 100), (999, 199)])
+def test_record_keeps_at_most_200_points_of_a_loss_curve_each_at_its_own_update(updates: int, points: int) -> None:
+    losses = [1 / step for step in range(1, updates + 1)]
+    short = in_short({"steps": updates, "losses": losses, "settings": {"lr": 1e-3}})
+    assert (short.keys(), len(short["training"])) == ({"steps", "training"}, points)
+    assert all(point["loss"] == 1 / point["step"] for point in short["training"])
 
 
 @pytest.mark.parametrize("kind", ["entries that are none", "parts of another kind"])
