@@ -675,6 +675,7 @@ def test_fine_tuning_anew_says_that_the_export_is_of_an_earlier_model(
     assert "was made of an earlier model" not in out
     assert growkit(capsys, *EXPORT, "--run", tmp_path)[0] == 0
     assert "was made of an earlier model" not in growkit(capsys, *words, "--resume")[1]
+    assert "was made of an earlier model" not in growkit(capsys, *GROW, "--run", tmp_path)[1]  # which is not exported
     out = growkit(capsys, *words, "--force", "--lr", "3e-3")[1]
     assert f"warning: {tmp_path / 'onnx'} was made of an earlier model; `growkit export --force` makes it anew" in out
 
