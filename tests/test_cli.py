@@ -775,7 +775,8 @@ def test_stages_that_do_not_follow_from_each_other_are_told(
     told = "finetuned was not made of this grown model; "
     status, out, _ = growkit(capsys, *words, "--resume")
     assert (status, told in out) == (0, True)
-    assert growkit(capsys, *tune, "--force")[0] == 0
+    status, out, _ = growkit(capsys, *tune, "--force")
+    assert (status, "was stopped" in out) == (0, False)
     status, out, _ = growkit(capsys, *words, "--resume")  # to the same weights, as a job that is begun again does
     assert (status, told in out) == (0, False)
 
@@ -848,7 +849,11 @@ def test_export_replaces_nothing_that_another_wrote_meanwhile(
 
 
 def test_training_that_does_harm_is_said(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[[int], None],
 ) -> None:
     monkeypatch.chdir(place)
     found = iter((0.9, 0.5))
@@ -865,6 +870,10 @@ def test_training_that_does_harm_is_said(
         assert f"on the validation images top-1 90.00% -> {after:.2%}, loss 1.0000 -> 1.0000" in out
         assert ("warning: training the operator did harm: try a lower --lr" in out) == (after == 0.5)
         assert ("note: top-1 fell from 90.00% to 85.00% on 15 images, which may be chance" in out) == (after == 0.85)
+    found = iter((0.9, 0.5))
+    interrupted_at(2)
+    status, out, _ = growkit(capsys, *words, "--steps", "3", "--force")
+    assert (status, "best at update 1: top-1 50.00%" in out, "below the start" in out) == (130, True, False)  # so far
 
 
 def test_every_command_that_reads_a_checkpoint_can_be_told_what_is_in_it() -> None:
