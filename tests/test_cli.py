@@ -863,13 +863,14 @@ def test_training_that_does_harm_is_said(
     status, out, _ = growkit(capsys, *words)
     assert status == 0
     assert "warning: that is below the start, 90.00%: try a lower --lr" in out
-    for after in (0.85, 0.5):  # one of 15 images is chance
+    for after in (0.9, 0.85, 0.5):  # one of 15 images is chance
         found = iter((0.9, 0.9, after))
         status, out, _ = growkit(capsys, *GROW, *DATA, "--steps", "1", "--workers", "0", "--run", tmp_path, "--force")
         assert status == 0
         assert f"on the validation images top-1 90.00% -> {after:.2%}, loss 1.0000 -> 1.0000" in out
         assert ("warning: training the operator did harm: try a lower --lr" in out) == (after == 0.5)
-        assert ("note: top-1 fell from 90.00% to 85.00% on 15 images, which may be chance" in out) == (after == 0.85)
+        note = f"note: top-1 fell from 90.00% to {after:.2%} on 15 images, which may be chance"
+        assert (note in out) == (after == 0.85)
     found = iter((0.9, 0.5))
     interrupted_at(2)
     status, out, _ = growkit(capsys, *words, "--steps", "3", "--force")
