@@ -146,10 +146,11 @@ def test_unreadable_training_image_is_told_after_training(place: Path, growkit: 
     assert "images/train/dog/2.png: not a readable picture (" in err
 
 
-def test_all_unreadable_training_images_are_on_record(place: Path, growkit: Run) -> None:
+@pytest.mark.parametrize("command", ["finetune", "grow"])
+def test_all_unreadable_training_images_are_on_record(place: Path, growkit: Run, command: str) -> None:
     for name in ("dog/2.png", "cat/1.png"):
         damage(place / "images" / "train" / name)
-    status, out, err = growkit(*REFUSING["finetune"])
+    status, out, err = growkit(*REFUSING[command])
     assert status == 0, err
     assert "could not be read: 2, the next took their place; the first: images/train/" in out
     assert out.count("; all are named in run/record.json") == 1
