@@ -678,6 +678,8 @@ def test_fine_tuning_anew_says_that_the_export_is_of_an_earlier_model(
     assert "was made of an earlier model" not in growkit(capsys, *GROW, "--run", tmp_path)[1]  # which is not exported
     out = growkit(capsys, *words, "--force", "--lr", "3e-3")[1]
     assert f"warning: {tmp_path / 'onnx'} was made of an earlier model; `growkit export --force` makes it anew" in out
+    shutil.rmtree(tmp_path / "finetuned")
+    assert "was made of an earlier model" in growkit(capsys, *GROW, "--run", tmp_path, "--force")[1]
 
 
 def test_operators_that_python_trains_have_the_commands_defaults(
