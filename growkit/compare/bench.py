@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,7 +30,7 @@ from growkit.train.data import Data, hold_out, open_data, size_of
 from growkit.train.device import pick_device
 from growkit.train.loop import FitResult, fit, refuse_settings
 from growkit.train.precision import refuse_tf32
-from growkit.train.progress import Progress, StartProgress, no_progress, start_nothing
+from growkit.train.progress import Progress, no_progress
 from growkit.train.resume import STATE
 from growkit.train.score import Scores, read_through, score_model
 from growkit.train.settings import FitSettings
@@ -76,7 +77,7 @@ class Bench:
     recipe     how the full budget is spent from scratch
     operator   how operators are trained
     costs      what arms cost
-    tell       receives the progress of scoring
+    job        is told of progress and of what is made anew
     """
 
     source: Source
@@ -89,7 +90,7 @@ class Bench:
     costs: Costs
     device: torch.device
     folder: Path
-    tell: StartProgress = start_nothing
+    job: Job
 
     def refuse_settings(self, rates: Iterable[float], operator_rates: Iterable[float]) -> None:
         """Raise GrowkitError if the recipe is unusable at one of `rates`, or the operator's at `operator_rates`."""
@@ -105,7 +106,7 @@ class Bench:
             GrowkitError: an image cannot be read; the message names it.
         """
         for part in (self.data, self.test) if test else (self.data,):
-            read_through(part, self.recipe, self.device, progress=self.tell("reading the validation images"))
+            read_through(part, self.recipe, self.device, progress=self.job.tell("reading the validation images"))
 
     def start(self, arm: Arm, seed: int, operator_lr: float | None, progress: Progress = no_progress) -> Start:
         """Make the arm's model before its main training; starts kept in the folder, trained operators too, are reused.
@@ -122,12 +123,9 @@ class Bench:
             return Start(model, None, None, 0, 0.0)
         rate = "" if operator_lr is None else f"-lr{operator_lr!r}"
         folder = self.folder / "starts" / f"{arm.slug}-s{seed}{rate}"
-        kept, figures = folder / WEIGHTS, folder / START
-        if kept.exists() and figures.exists():  # a kill may have left only one of them
-            model = self.fresh(arm)
-            model.load_state_dict(load_file(kept))
-        else:
-            model = self._grown(arm, replace(arm.grow, seed=seed), operator_lr, folder, progress)
+        figures = folder / START
+        kept = self.kept(arm, folder) if figures.exists() else None  # a kill may have left only one of them
+        model = kept or self._grown(arm, replace(arm.grow, seed=seed), operator_lr, folder, progress)
         (folder / STATE).unlink(missing_ok=True)  # not before its scores are kept
         found = read_json(figures)
         after = Scores(**found["operator"]) if "operator" in found else None
@@ -188,6 +186,8 @@ class Bench:
         try:
             fitted = fit_it(resume=resume)
         except DamagedStateError:  # the run did not fail: made anew, it ends the same
+            assert folder is not None
+            self.job.say(f"{folder / STATE}: damaged; trained anew")
             fitted = fit_it(resume=False)
         finally:
             if len(self.data.unreadable) > known:
@@ -196,6 +196,19 @@ class Bench:
             raise interruption(fitted.stopped_by)
         return fitted
 
+    def kept(self, arm: Arm, folder: Path) -> nn.Module | None:
+        """The arm's model with the weights kept in `folder`; None without them, with a line if they are damaged."""
+        weights = folder / WEIGHTS
+        if not weights.exists():
+            return None
+        model = self.fresh(arm)
+        try:
+            model.load_state_dict(load_file(weights))
+        except SafetensorError:
+            self.job.say(f"{weights}: damaged; trained anew")
+            return None
+        return model
+
     def let_starts_go(self) -> None:
         """Remove the weights of starts, once every run from them is done; a later run recomputes them."""
         for weights in (self.folder / "starts").glob(f"*/{WEIGHTS}"):
@@ -203,7 +216,7 @@ class Bench:
 
     def score(self, model: nn.Module, *, test: bool = False) -> Scores:
         """Score a model on the held-out images, or on the test images."""
-        progress = self.tell(f"scoring the {'test' if test else 'held-out'} images")
+        progress = self.job.tell(f"scoring the {'test' if test else 'held-out'} images")
         return score_model(model, self.test if test else self.data, self.recipe, self.device, progress=progress)
 
     def source_score(self) -> Scores:
@@ -303,4 +316,4 @@ def bench_of(
     own = {**OPERATOR_DEFAULTS, "steps": operator_steps, "warmup_epochs": None, "model_ema": False}
     operator = replace(recipe, **own)
     costs = Costs(adapted, target, chosen, recipe, operator)
-    return Bench(adapted, target, chosen, tested, kept / whole, recipe, operator, costs, device, folder, job.tell)
+    return Bench(adapted, target, chosen, tested, kept / whole, recipe, operator, costs, device, folder, job)

@@ -7,8 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from growkit import __version__
 from growkit.checkpoint import WEIGHTS, write_tensors
 from growkit.compare.arms import Arm, parse_arms
@@ -78,7 +76,7 @@ class Comparison:
         replace(self.bench.recipe, seed=self.seeds[-1])  # refuses a seed that is too large
         costs, share = self.bench.costs, self.budgets[0]
         spent = [
-            (arm, costs.operator_flops(arm)) for arm in each(self.arms, self.bench.tell("counting what methods cost"))
+            (arm, costs.operator_flops(arm)) for arm in each(self.arms, self.job.tell("counting what methods cost"))
         ]
         # the dearest operator first, so that what its message allows holds for all; before it what trains none
         for arm, flops in sorted(spent, key=lambda one: (one[1] > 0, -one[1])):
@@ -156,7 +154,7 @@ class Comparison:
         found, folder = self._result(cell), self.runs / cell.slug
         self.finished += 1
         # one that is not tested yet is of no use without its weights
-        if found is not None and "failed" not in found and (found["test"] is not None or (folder / WEIGHTS).exists()):
+        if found is not None and "failed" not in found and (found["test"] or self.bench.kept(cell.arm, folder)):
             return
         facts = {
             "schema": SCHEMA,
@@ -232,8 +230,8 @@ class Comparison:
         folder = self.runs / cell.slug
         try:
             with failing():
-                model = self.bench.fresh(cell.arm)
-                model.load_state_dict(load_file(folder / WEIGHTS))
+                model = self.bench.kept(cell.arm, folder)
+                assert model is not None  # as _run left it, or found it
                 result["test"] = asdict(self.bench.score(model, test=True))
             result.pop("test_failed", None)
         except RunFailedError as reason:

@@ -111,7 +111,7 @@ class Pilot:
         """Drop combinations whose operator uses up the budget; raise GrowkitError if none is left."""
         combinations = self.space.combinations
         arms = {key: self.space.combine(answers)[0] for key, answers in combinations.items()}
-        told = self.bench.tell("counting what trials cost")
+        told = self.job.tell("counting what trials cost")
         costs = {key: self.bench.costs.operator_flops(arms[key]) for key in each(list(arms), told)}
         dear = [key for key, arm in arms.items() if not self.bench.costs.steps_left(arm, self.budget, costs[key])]
         if len(dear) == len(arms):

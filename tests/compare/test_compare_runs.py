@@ -320,16 +320,42 @@ def test_run_whose_saved_state_is_damaged_has_not_failed_and_is_made_anew(begun,
     for run in (tmp_path / "compare" / "runs").iterdir():
         (run / "result.json").unlink()
         (run / "state.pt").write_bytes(b"PK\x03\x04 cut off")
-    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+    lines = []
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
     assert runs_of(tmp_path) == runs_of(begun.parent)
+    assert sum(line.endswith("state.pt: damaged; trained anew") for line in lines) == 2
 
 
-def test_run_whose_weights_are_gone_before_its_test_is_made_again(begun, source, digits, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_run_whose_weights_are_gone_or_damaged_before_its_test_is_made_again(begun, source, digits, tmp_path, damaged):
     shutil.copytree(begun, tmp_path / "compare")
     for path in (tmp_path / "compare" / "runs").glob("*/result.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "test": None}))
-    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True)
+        if damaged:
+            path.with_name("model.safetensors").write_bytes(b"cut off")
+    lines = []
+    run_compare(tmp_path, source, digits, options(methods="lemon"), resume=True, say=lines.append)
     assert runs_of(tmp_path) == runs_of(begun.parent)
+    assert sum(line.endswith("model.safetensors: damaged; trained anew") for line in lines) == 2 * damaged
+
+
+def test_operator_whose_kept_weights_are_damaged_is_trained_again(source, digits, tmp_path):
+    bench = bench_of(
+        Job(RunFolder(tmp_path), "cpu"),
+        tmp_path,
+        source,
+        "deit_tiny",
+        digits,
+        RECIPE,
+        split=options(),
+        operator_steps=2,
+        sets=LARGE,
+    )
+    first = bench.start(parse_arm("mango"), 0, 1e-3)
+    next(tmp_path.rglob("model.safetensors")).write_bytes(b"cut off")
+    again = bench.start(parse_arm("mango"), 0, 1e-3)
+    assert again.after_operator == first.after_operator
+    assert all(torch.equal(first.model.state_dict()[name], value) for name, value in again.model.state_dict().items())
 
 
 def failing_train(monkeypatch, fails):
