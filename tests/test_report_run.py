@@ -821,6 +821,15 @@ def test_fine_tuning_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
     assert "It was killed before its end: the same command with --resume goes on with it." in text(run)
 
 
+def test_weights_that_are_a_moving_average_are_told_as_such(tmp_path: Path) -> None:
+    run, told = write_run(tmp_path / "run"), "Kept is the moving average of its weights (decay 0.99998)."
+    assert "moving average" not in text(run)
+    content = read_json(run.finetuned / "growkit.json")
+    settings = content["fit"]["settings"] | {"model_ema": True, "model_ema_decay": 0.99998}
+    write_json(run.finetuned / "growkit.json", content | {"fit": content["fit"] | {"settings": settings}})
+    assert text(run).count(told) == 1
+
+
 def test_model_that_was_fine_tuned_is_called_grown_only_where_the_run_grew_it(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for change, begun in ((removed(), "grown"), (removed("grown"), "grown"), (without("grow"), "given")):

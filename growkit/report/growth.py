@@ -226,7 +226,10 @@ def _spent(what: str, fit: Mapping[str, Any]) -> str:
     ]
     many = f" for {counted(steps, 'update')}" if steps is not None else ""
     stopped = " It was stopped before its end." if fit.get("interrupted") else ""
-    return f"{what}{many}" + (f": {', '.join(told)}." if told else ".") + stopped
+    settings = mapping(fit.get("settings"))
+    decay = formatted(settings.get("model_ema_decay"), "g")
+    kept = f" Kept is the moving average of its weights (decay {decay})." if settings.get("model_ema") else ""
+    return f"{what}{many}" + (f": {', '.join(told)}." if told else ".") + kept + stopped
 
 
 def duration(seconds: float) -> str:
