@@ -24,7 +24,7 @@ from growkit.train.progress import Say
 from growkit.train.resume import BOARD, METRICS, STATE, begun_with
 from growkit.train.score import Scores, worse
 from growkit.train.settings import AUTO, COMPILE_AUTO, FitSettings
-from growkit.unmeant import Need, unmeant
+from growkit.unmeant import unmeant_in_training
 
 LAST = "last"  # inside a trained folder: the state to resume, and the last weights, beside the best
 ROUNDING = 0.2  # of a run's length, to whole updates, that goes without saying
@@ -81,10 +81,7 @@ def settled(
     """
     refuse_unlike(opened, settings, device)
     refuse_tf32(settings, device)
-    for line in unmeant(
-        Need(settings, ("model_ema_decay",), settings.model_ema, "without --model-ema"),
-        Need(settings, ("min_lr",), settings.sched == "cosine", f"with --sched {settings.sched}"),
-    ):
+    for line in unmeant_in_training(settings):
         job.say(line)
     if resumed is not None and settings.compile == COMPILE_AUTO:
         settings = replace(settings, compile=begun_with(resumed, "compile", str, NoneType))

@@ -35,3 +35,11 @@ def unmeant(*needs: Need) -> list[str]:
             means = "mean" if given[1:] else "means"
             lines.append(f"warning: {', '.join(given)} {means} nothing {need.otherwise}")
     return lines
+
+
+def unmeant_in_training(recipe: Any) -> list[str]:
+    """Like `unmeant`, for the options of any training; `recipe` is its FitSettings."""
+    return unmeant(
+        Need(recipe, ("model_ema_decay",), recipe.model_ema, "without --model-ema"),
+        Need(recipe, ("min_lr",), recipe.sched == "cosine", f"with --sched {recipe.sched}"),
+    )

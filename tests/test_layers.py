@@ -43,7 +43,7 @@ MAY_IMPORT = {  # 'x' also covers the modules of package x, unless 'x.*' or thei
     "report": "errors text files record report",
     "plan": ALL,
     "compare.settings": "errors ranges settings",
-    "compare": f"{ALL} plan job compare",
+    "compare": f"{ALL} unmeant plan job compare",
     "evaluation": "errors settings text record checkpoint source train deploy",
     "exporting": "errors settings unmeant files record source train deploy evaluation history",
     "verifying": "errors settings unmeant text files record source train deploy evaluation",

@@ -35,6 +35,7 @@ from growkit.train.resume import STATE
 from growkit.train.score import Scores, read_through, score_model
 from growkit.train.settings import FitSettings
 from growkit.train.watch import StepRecord, interruption
+from growkit.unmeant import unmeant_in_training
 
 UNREADABLE = "unreadable.json"  # lines about unreadable training images, kept for resuming
 START = "start.json"  # scores of a start, and what its operator took
@@ -309,6 +310,8 @@ def bench_of(
         job.say(note)
     if not adapted.own_head:
         job.say(head_is_new(source, data))
+    for line in unmeant_in_training(recipe):
+        job.say(line)
     chosen, tested = hold_out(opened, share=split.hold_out, keep=split.share, seed=recipe.seed)
     kept, whole = size_of(chosen.train), size_of(opened.train)
     if split.share < 1:

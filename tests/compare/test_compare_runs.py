@@ -610,6 +610,16 @@ def test_held_out_and_test_images_are_scored_apart_and_are_all_there_are(source,
     assert held_out.top1 * held_out.count + test.top1 * test.count == pytest.approx(whole.top1 * whole.count)
 
 
+def test_options_of_the_recipe_that_mean_nothing_are_told(source, digits, tmp_path):
+    lines, recipe = [], replace(RECIPE, sched="constant", min_lr=1e-6, model_ema_decay=0.9)
+    job = Job(RunFolder(tmp_path), "cpu", say=lines.append)
+    bench_of(job, tmp_path, source, "deit_tiny", digits, recipe, split=options(), sets=LARGE)
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: --model-ema-decay means nothing without --model-ema",
+        "warning: --min-lr means nothing with --sched constant",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "recipe", "says"),
     [
