@@ -1,5 +1,6 @@
 """growkit sweep: a pilot on a share of the data. Optuna tries settings, losers stop early, one is recommended."""
 
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -183,9 +184,14 @@ class Pilot:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # left by a killed process, and Optuna would wait for it; the run folder's lock rules out a live one
         (self.bench.folder / f"{STUDY}.lock").unlink(missing_ok=True)
-        kept = self._study(
-            seed=0, study_name="sweep", storage=JournalStorage(JournalFileBackend(str(self.bench.folder / STUDY)))
-        )
+        journal = self.bench.folder / STUDY
+        if journal.exists() and (cut := journal.read_bytes().rpartition(b"\n")[2]):
+            os.truncate(journal, journal.stat().st_size - len(cut))  # a line that a power cut or a full disk ended
+        try:
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+        except ValueError:
+            raise GrowkitError(f"{journal}: damaged; start anew with --force in place of --resume") from None
+        kept = self._study(seed=0, study_name="sweep", storage=storage)
         while len(ended := kept.trials) < self.total:
             study, trial, answers = self._next(ended)
             arm, options = self.space.combine(answers)

@@ -3,15 +3,18 @@
 import html
 import json
 import shlex
+import shutil
 import signal
 import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compare_samples import LARGE, RECIPE, SMALL
+from optuna import TrialPruned
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 from pairs import PAIRS, randomised
@@ -292,6 +295,26 @@ def test_sweep_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(drawn,
     assert len(found.tried) == len(drawn.tried)
 
 
+def test_trial_whose_line_in_the_journal_is_cut_short_is_made_again(swept, source, digits, tmp_path):
+    folder, found = swept
+    shutil.copytree(folder / "sweep", tmp_path / "sweep")
+    journal = tmp_path / "sweep" / "study.log"
+    *lines, last = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines) + last[:-40])
+    again = run_sweep(tmp_path, source, digits, resume=True)
+    assert outcomes(again) == outcomes(found)
+    assert len(again.tried) == len(found.tried)
+
+
+def test_damaged_journal_is_refused_by_name(swept, source, digits, tmp_path):
+    folder, _ = swept
+    shutil.copytree(folder / "sweep", tmp_path / "sweep")
+    journal = tmp_path / "sweep" / "study.log"
+    journal.write_bytes(journal.read_bytes().replace(b"{", b"[", 2))
+    with pytest.raises(GrowkitError, match=r"study\.log: damaged; start anew with --force in place of --resume"):
+        run_sweep(tmp_path, source, digits, resume=True)
+
+
 def test_training_from_scratch_goes_on_where_it_was_stopped(swept, source, digits, tmp_path, monkeypatch):
     def stopping(title, finished, total):
         def progress(done, total, note=""):
@@ -458,6 +481,23 @@ def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_p
     pair = found.source.architecture, found.target, found.source.state
     one, two = (grow(*pair, GrowSettings(rank=rank)).materialize().state_dict() for rank in (1, 2))
     assert all(torch.allclose(weight, two[name], atol=1e-6) for name, weight in one.items())
+
+
+def test_trials_are_told_best_first_and_those_that_were_stopped_last(source, digits, tmp_path, monkeypatch):
+    ends = {1e-3: 0.5, 2e-3: 0.1, 3e-3: 0.3}
+
+    def train(self, start, arm, *, lr, watch=None, **given):
+        final = {"loss": ends.get(lr, 1.0), "count": 100}
+        if watch and lr == 2e-3:
+            watch(SimpleNamespace(scores=SimpleNamespace(**final), step=1, total=2))
+            raise TrialPruned
+        return {"final": final, "curve": [(100, 0.5, final["loss"])], "flops": 100, "flops_per_step": 1}
+
+    monkeypatch.setattr(Bench, "train", train)
+    choices = {"operator_steps": "0", "rank_choices": "1", "lrs": "1e-3,2e-3,3e-3", "metric": "loss"}
+    found = run_sweep(tmp_path, source, digits, **choices)
+    assert [(one.options["lr"], one.score) for one in found.tried] == [(3e-3, 0.3), (1e-3, 0.5), (2e-3, 0.1)]
+    assert found.best is found.tried[0]
 
 
 @pytest.mark.parametrize(
