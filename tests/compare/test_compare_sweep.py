@@ -483,7 +483,9 @@ def test_untrained_operators_are_tried_once_for_each_start(source, digits, tmp_p
     assert all(torch.allclose(weight, two[name], atol=1e-6) for name, weight in one.items())
 
 
-def test_trials_are_told_best_first_and_those_that_were_stopped_last(source, digits, tmp_path, monkeypatch):
+def test_trials_are_told_best_first_then_those_that_were_stopped_then_those_without_a_score(
+    source, digits, tmp_path, monkeypatch
+):
     ends = {1e-3: 0.5, 2e-3: 0.1, 3e-3: 0.3}
 
     def train(self, start, arm, *, lr, watch=None, **given):
@@ -491,12 +493,15 @@ def test_trials_are_told_best_first_and_those_that_were_stopped_last(source, dig
         if watch and lr == 2e-3:
             watch(SimpleNamespace(scores=SimpleNamespace(**final), step=1, total=2))
             raise TrialPruned
+        if watch and lr == 4e-3:
+            raise RuntimeError("out of memory")
         return {"final": final, "curve": [(100, 0.5, final["loss"])], "flops": 100, "flops_per_step": 1}
 
     monkeypatch.setattr(Bench, "train", train)
-    choices = {"operator_steps": "0", "rank_choices": "1", "lrs": "1e-3,2e-3,3e-3", "metric": "loss"}
+    choices = {"operator_steps": "0", "rank_choices": "1", "lrs": "1e-3,2e-3,3e-3,4e-3", "metric": "loss"}
     found = run_sweep(tmp_path, source, digits, **choices)
-    assert [(one.options["lr"], one.score) for one in found.tried] == [(3e-3, 0.3), (1e-3, 0.5), (2e-3, 0.1)]
+    told = [(one.options["lr"], one.score) for one in found.tried]
+    assert told == [(3e-3, 0.3), (1e-3, 0.5), (2e-3, 0.1), (4e-3, None)]
     assert found.best is found.tried[0]
 
 
