@@ -549,6 +549,14 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not yet",
     ),
     "what was grown is gone, and the model was held against its source": (removed("grown"), ACCURATE, "pass", "yes"),
+    "nothing tells which model ships, nor which was compared": (
+        in_turn(
+            removed("finetuned", "grown"), without("grow", "finetune"), recorded("evaluate", hashes={"model": None})
+        ),
+        ACCURATE,
+        "not done",
+        "not yet",
+    ),
     "the comparison of methods is damaged": (
         in_turn(lambda run: run.compare.mkdir(), damaged("compare/results.json")),
         TOGETHER,

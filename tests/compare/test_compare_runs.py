@@ -198,12 +198,14 @@ def test_weights_of_runs_are_let_go(whole):
     assert not list((folder / "compare").rglob("state.pt"))
 
 
-def test_untrained_source_cost_nothing(whole):
+def test_untrained_source_cost_nothing_and_the_trained_one_the_same_for_every_arm(whole):
     _, compared = whole
     by_name = {arm.name: arm for arm in compared.arms}
-    untrained, mango = by_name["mango, source untrained"], by_name["mango"]
+    untrained, spent = by_name["mango, source untrained"], compared.content["source_flops"]
     assert untrained.saving_including_source == untrained.saving
-    assert mango.saving_including_source.mean < mango.saving.mean
+    share = sum(spent / alone for alone in by_name[SCRATCH].flops_to_target) / 2
+    for arm in (by_name["mango"], by_name["random-pad"], by_name[LONGER]):
+        assert arm.saving.mean - arm.saving_including_source.mean == pytest.approx(share)
 
 
 def test_resumed_comparison_runs_nothing_again_and_may_ask_for_more(whole, source, digits, tmp_path, monkeypatch):
