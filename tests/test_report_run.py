@@ -549,6 +549,12 @@ DECISIONS: dict[str, tuple[Change, str, str, str]] = {  # what happened, which g
         "not yet",
     ),
     "what was grown is gone, and the model was held against its source": (removed("grown"), ACCURATE, "pass", "yes"),
+    "a given model was fine-tuned, and held against it": (
+        in_turn(removed("grown"), without("grow")),
+        ACCURATE,
+        "pass",
+        "yes",
+    ),
     "nothing tells which model ships, nor which was compared": (
         in_turn(
             removed("finetuned", "grown"), without("grow", "finetune"), recorded("evaluate", hashes={"model": None})

@@ -129,6 +129,8 @@ def test_curve_begins_at_step_0_and_ends_at_the_final_score(whole):
     assert run["curve"][0][:2] == [0, run["step0"]["top1"]]
     assert run["curve"][1] == [run["operator_flops"], run["started_from"]["top1"], run["started_from"]["loss"]]
     assert run["curve"][-1] == [run["flops"], run["final"]["top1"], run["final"]["loss"]]
+    mango, place = compared.arms[1], [flops for flops, _ in compared.arms[1].curve].index(run["operator_flops"])
+    assert (mango.step0, mango.after_operator) == (mango.curve[0][1], mango.curve[place][1])
 
 
 def test_report_has_all_that_makes_the_result(whole):
@@ -202,7 +204,8 @@ def test_untrained_source_cost_nothing_and_the_trained_one_the_same_for_every_ar
     _, compared = whole
     by_name = {arm.name: arm for arm in compared.arms}
     untrained, spent = by_name["mango, source untrained"], compared.content["source_flops"]
-    assert untrained.saving_including_source == untrained.saving
+    for arm in (untrained, by_name[SCRATCH]):
+        assert arm.saving_including_source == arm.saving
     share = sum(spent / alone for alone in by_name[SCRATCH].flops_to_target) / 2
     for arm in (by_name["mango"], by_name["random-pad"], by_name[LONGER]):
         assert arm.saving.mean - arm.saving_including_source.mean == pytest.approx(share)

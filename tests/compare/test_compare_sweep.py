@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from compare_samples import LARGE, RECIPE, SMALL
@@ -583,6 +584,13 @@ def test_of_equals_that_cost_the_same_the_best_is_recommended():
     tried = [replace(BEST, number=number, score=score) for number, score in enumerate((0.5, 0.52, 0.51))]
     choice = _choose(tried, "top1", count=90)
     assert (len(choice.equal), choice.best) == (3, tried[1])
+
+
+def test_cheaper_trial_is_recommended_within_one_standard_error_of_the_best_and_not_beyond():
+    error = np.std([0, 1] * 45) / 90**0.5  # of half of 90 images
+    for short, chosen in ((0.99, 1), (1.01, 0)):
+        tried = [BEST, replace(BEST, number=1, score=BEST.score - short * error, operator_flops=1.0)]
+        assert _choose(tried, "top1", count=90).best is tried[chosen]
 
 
 def test_best_scores_by_option_are_listed_in_the_order_of_its_values():
