@@ -14,7 +14,7 @@ from torch import nn
 
 from growkit.deploy.contention import Contention
 from growkit.deploy.data_sets import made_inputs
-from growkit.deploy.export import export_onnx
+from growkit.deploy.export import Export, export_onnx
 from growkit.deploy.form import Form
 from growkit.deploy.parity import check_parity
 from growkit.deploy.runtime import PROVIDERS, open_session
@@ -56,19 +56,21 @@ def candidates(form: Form, place: str) -> tuple[Form, ...]:
 
 def fastest(
     model: nn.Module,
+    path: Path,
     form: Form,
     place: str,
     *,
     max_batch: int = 8,
     seconds: float = 12.0,
     seed: int = 0,
-    calibration: Any = None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[Form, tuple[Choice, ...]]:
-    """Choose the form to export `model` in; also return what was tried, each candidate against the graph of `form`.
+    **options: Any,
+) -> tuple[Export, tuple[Choice, ...]]:
+    """Export `model` to `path` in the fastest form; also return what was tried, each against the graph of `form`.
 
     max_batch  largest batch size to time, besides 1; a form with a fixed one is timed at that
     seconds    longest time of one comparison
+    options    of export_onnx
 
     Raises:
         GrowkitError: an unknown place, or a form that does not fit the model.
@@ -76,15 +78,19 @@ def fastest(
     tried = candidates(form, place)
     if not tried:
         say(f"--for {place}: there is no other graph to try; the portable one is written")
-        return form, ()
+        return export_onnx(model, path, form, **options), ()
     batches = form.batches_timed(max_batch)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        plain = export_onnx(model, folder / "plain.onnx", form, calibration=calibration).path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+
+        def written(wanted: Form) -> Export:
+            (own := Path(folder, wanted.attention)).mkdir()
+            return export_onnx(model, own / path.name, wanted, **options)
+
+        plain = written(form)
         try:
-            open_session(plain, provider=place)
+            open_session(plain.path, provider=place)
         except GrowkitError as error:
-            return form, tuple(Choice(one.attention, "not measured", str(error)) for one in tried)
+            return _moved(plain, path), tuple(Choice(one.attention, "not measured", str(error)) for one in tried)
         fed = {batch: made_inputs(preprocessing(model), form, batch, seed) for batch in batches}
         timed = functools.partial(compare, seconds=seconds, seed=seed, foreign=Contention().lap)
 
@@ -96,24 +102,33 @@ def fastest(
             found = []
             for batch in batches:
                 say(f"timing {what}, batch {batch}")
-                sides = (functools.partial(opened, file, batch) for file in (path, plain))
+                sides = (functools.partial(opened, file, batch) for file in (path, plain.path))
                 found.append(timed(*sides, batch=batch, **names))
             return tuple(found)
 
-        noise = max(c.noise for c in against_plain(plain, "the plain graph against itself"))
-        choices = []
+        noise = max(c.noise for c in against_plain(plain.path, "the plain graph against itself"))
+        choices, made = [], {}
         for one in tried:
-            path = export_onnx(model, folder / f"{one.attention}.onnx", one, calibration=calibration).path
-            parity = check_parity(model, path, VerifySettings(provider=place, seed=seed))
+            attention = one.attention
+            made[attention] = written(one)
+            parity = check_parity(model, made[attention].path, VerifySettings(provider=place, seed=seed))
             if not parity.passed:
-                choices.append(Choice(one.attention, "not faithful", parity.failed[0].line))
+                choices.append(Choice(attention, "not faithful", parity.failed[0].line))
                 continue
-            what = f"{one.attention} attention against the plain graph"
-            choices.append(judged(one.attention, against_plain(path, what, names=(one.attention, "plain")), noise))
-    kept = [choice for choice in choices if choice.verdict == "kept"]
-    best = min(kept, key=lambda choice: max(c.ratio for c in choice.comparisons), default=None)
-    chosen = form if best is None else replace(form, attention=best.attention)
+            what = f"{attention} attention against the plain graph"
+            found = against_plain(made[attention].path, what, names=(attention, "plain"))
+            choices.append(judged(attention, found, noise))
+        kept = [choice for choice in choices if choice.verdict == "kept"]
+        best = min(kept, key=lambda choice: max(c.ratio for c in choice.comparisons), default=None)
+        chosen = _moved(plain if best is None else made[best.attention], path)
     return chosen, tuple(_overtaken(one) if one in kept and one is not best else one for one in choices)
+
+
+def _moved(export: Export, path: Path) -> Export:
+    """Move the files of an export, which keep their names, to `path` on the same file system."""
+    for name in export.files:
+        export.path.with_name(name).replace(path.with_name(name))
+    return replace(export, path=path)
 
 
 def _overtaken(choice: Choice) -> Choice:

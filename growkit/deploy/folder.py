@@ -54,28 +54,28 @@ def write_export(
     """
     form = settings.form()
     model, provenance = at_image_size(model, form.image_size), dict(provenance or {})
+    options: dict[str, Any] = {
+        "external": settings.external_data,
+        "calibration": calibration,
+        "labels": labels,
+        "provenance": provenance,
+    }
     choices: tuple[Choice, ...] = ()
-    if settings.for_ is not None:
-        form, choices = fastest(
+    say("exporting")
+    if settings.for_ is None:
+        export = export_onnx(model, folder / MODEL, form, **options)
+    else:
+        export, choices = fastest(
             model,
+            folder / MODEL,
             form,
             settings.for_,
             max_batch=settings.max_batch,
             seconds=settings.latency_seconds,
             seed=settings.seed,
-            calibration=calibration,
             say=say,
+            **options,
         )
-    say("exporting")
-    export = export_onnx(
-        model,
-        folder / MODEL,
-        form,
-        external=settings.external_data,
-        calibration=calibration,
-        labels=labels,
-        provenance=provenance,
-    )
     say("comparing the file with PyTorch")
     lower = form.precision != "fp32"
     write_data_sets(model, folder, seed=settings.seed, form=form, file=folder / MODEL if lower else None)

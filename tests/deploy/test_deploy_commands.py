@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from growkit.deploy import folder
 from growkit.deploy import verify as verify_module
+from growkit.deploy.export import export_onnx
 from growkit.deploy.fastest import Choice
 from growkit.deploy.form import Form
 from growkit.deploy.latency import Latency, latency_check
@@ -546,7 +547,11 @@ def test_place_with_no_other_graph_is_said(run: Path, tmp_path: Path) -> None:
 
 def test_graphs_that_were_tried_are_said_and_stored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = Choice("contrib", "slower", "batch 1: 1.200 x [1.100, 1.300]")
-    monkeypatch.setattr(folder, "fastest", lambda model, form, place, **_: (form, (tried,)))
+
+    def fastest(model, path, form, place, *, labels, provenance, **_):  # type: ignore[no-untyped-def]
+        return export_onnx(model, path, form, labels=labels, provenance=provenance), (tried,)
+
+    monkeypatch.setattr(folder, "fastest", fastest)
     result = call("export", run / "grown", "--for", "cpu", "--run", tmp_path)
     assert "\ncontrib attention: slower; batch 1: 1.200 x [1.100, 1.300]\n" in result.output
     (stored,) = json.loads((tmp_path / "onnx" / "export.json").read_text())["choices"]

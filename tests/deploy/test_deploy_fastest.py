@@ -1,11 +1,15 @@
 """A faster graph is kept when it is faithful and its whole interval is better; nothing is kept on a noisy machine."""
 
+import dataclasses
 from pathlib import Path
 
+import onnx
 import pytest
 from torch import nn
 
+from growkit.deploy import export
 from growkit.deploy import fastest as module
+from growkit.deploy.capture import captured
 from growkit.deploy.fastest import candidates, fastest, judged
 from growkit.deploy.folder import write_export
 from growkit.deploy.form import Form
@@ -77,25 +81,43 @@ def test_faster_graph_is_the_one_written(
     max_batch: int, sizes: int, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = faked(monkeypatch, 0.9)
-    exported = write_export(model, tmp_path, ExportSettings(for_="cpu", max_batch=max_batch))
+    captures: list[Form] = []
+
+    def counted(network: nn.Module, size: tuple[int, int, int], form: Form) -> onnx.ModelProto:
+        captures.append(form)
+        return captured(network, size, form)
+
+    monkeypatch.setattr(export, "captured", counted)
+    (folder := tmp_path / "onnx").mkdir()
+    settings = ExportSettings(for_="cpu", max_batch=max_batch, external_data=True)
+    exported = write_export(model, folder, settings, labels=list("abcdefg"))
     assert exported.export.form.attention == "contrib"
     assert exported.content["choices"][0]["verdict"] == "kept"
     assert exported.parity.passed
     assert len(calls) == 2 * sizes  # each batch size once against itself and once against the candidate
+    assert captures == [Form(), Form(attention="contrib")]
+    direct = export.export_onnx(
+        model, tmp_path / "model.onnx", Form(attention="contrib"), external=True, labels=list("abcdefg")
+    )
+    assert exported.export == dataclasses.replace(direct, path=folder / "model.onnx")
+    assert {p.name: p.read_bytes() for p in folder.glob("model*")} == {
+        p.name: p.read_bytes() for p in tmp_path.glob("model*")
+    }
+    assert len(list(folder.iterdir())) == 5  # two files, two data sets, export.json
 
 
 def test_faster_graph_that_is_not_the_fastest_is_not_called_slow(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faked(monkeypatch, 0.9)
-    form, choices = fastest(model, Form(target="ort-1.23"), "cpu", max_batch=2)
+    exported, choices = fastest(model, tmp_path / "m.onnx", Form(target="ort-1.23"), "cpu", max_batch=2)
     assert {choice.attention: choice.verdict for choice in choices} == {"standard": "kept", "contrib": "faster"}
     assert choices[1].why.endswith("another is faster still")
-    assert form.attention == "standard"
+    assert exported.form.attention == "standard"
 
 
 def test_graph_that_is_faster_at_one_batch_size_and_no_slower_at_the_other_is_kept(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compare(subject, baseline, *, names=("subject", "baseline"), batch=1, **more):  # type: ignore[no-untyped-def]
         if names == ("subject", "baseline"):
@@ -103,8 +125,8 @@ def test_graph_that_is_faster_at_one_batch_size_and_no_slower_at_the_other_is_ke
         return measured(0.9, 0.89, 0.91, batch) if batch == 1 else measured(1.001, 0.991, 1.011, batch)
 
     monkeypatch.setattr(module, "compare", compare)
-    form, (choice,) = fastest(model, Form(), "cpu", max_batch=2)
-    assert (form.attention, choice.verdict) == ("contrib", "kept")
+    exported, (choice,) = fastest(model, tmp_path / "m.onnx", Form(), "cpu", max_batch=2)
+    assert (exported.form.attention, choice.verdict) == ("contrib", "kept")
     assert "another is faster" not in choice.why
 
 
@@ -115,7 +137,7 @@ def test_graph_that_is_no_faster_is_left(model: nn.Module, tmp_path: Path, monke
     assert exported.content["choices"][0]["verdict"] == "no faster"
 
 
-def test_faster_but_unfaithful_graph_is_left(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faster_but_unfaithful_graph_is_left(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, 0.5)
     check = module.check_parity
 
@@ -125,21 +147,21 @@ def test_faster_but_unfaithful_graph_is_left(model: nn.Module, monkeypatch: pyte
         return check(make_model(3), path, settings)
 
     monkeypatch.setattr(module, "check_parity", strict)
-    form, (choice,) = fastest(model, Form(), "cpu", max_batch=1)
-    assert form == Form()
+    exported, (choice,) = fastest(model, tmp_path / "m.onnx", Form(), "cpu", max_batch=1)
+    assert exported.form == Form()
     assert choice.verdict == "not faithful"
 
 
 def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(file: Path, *, provider: str) -> None:
         raise GrowkitError(f"provider {provider} does not run here: libcuda.so.1 is missing")
 
     calls = faked(monkeypatch, 0.5)
     monkeypatch.setattr(module, "open_session", missing)
-    form, (choice,) = fastest(model, Form(), "cuda")
-    assert form == Form()
+    exported, (choice,) = fastest(model, tmp_path / "m.onnx", Form(), "cuda")
+    assert exported.form == Form()
     assert (choice.verdict, choice.why) == (
         "not measured",
         "provider cuda does not run here: libcuda.so.1 is missing",
@@ -147,12 +169,14 @@ def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(
     assert calls == []
 
 
-def test_noise_at_one_batch_size_leaves_everything_open(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_at_one_batch_size_leaves_everything_open(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compare(subject, baseline, *, names=("subject", "baseline"), batch=1, **more):  # type: ignore[no-untyped-def]
         if names == ("subject", "baseline"):
             return measured(1.0, 0.9, 1.1, batch) if batch == 1 else measured(1.0, 0.999, 1.001, batch)
         return measured(0.9, 0.89, 0.91, batch)
 
     monkeypatch.setattr(module, "compare", compare)
-    form, (choice,) = fastest(model, Form(), "cpu", max_batch=2)
-    assert (form, choice.verdict) == (Form(), "not decided")
+    exported, (choice,) = fastest(model, tmp_path / "m.onnx", Form(), "cpu", max_batch=2)
+    assert (exported.form, choice.verdict) == (Form(), "not decided")
