@@ -111,6 +111,9 @@ def fastest(
         for one in tried:
             attention = one.attention
             made[attention] = written(one)
+            if made[attention].form.attention != attention:
+                choices.append(Choice(attention, "not measured", "the operator cannot express the model's attention"))
+                continue
             parity = check_parity(model, made[attention].path, VerifySettings(provider=place, seed=seed))
             if not parity.passed:
                 choices.append(Choice(attention, "not faithful", parity.failed[0].line))

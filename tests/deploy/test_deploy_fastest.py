@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from deploy_models import make_model
 from torch import nn
 
 from growkit.deploy import export
@@ -142,8 +143,6 @@ def test_faster_but_unfaithful_graph_is_left(model: nn.Module, tmp_path: Path, m
     check = module.check_parity
 
     def strict(network, path, settings):  # type: ignore[no-untyped-def]
-        from deploy_models import make_model
-
         return check(make_model(3), path, settings)
 
     monkeypatch.setattr(module, "check_parity", strict)
@@ -167,6 +166,16 @@ def test_place_that_does_not_run_here_is_said_and_the_plain_graph_stays(
         "provider cuda does not run here: libcuda.so.1 is missing",
     )
     assert calls == []
+
+
+def test_graph_that_turned_out_to_be_the_plain_one_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = faked(monkeypatch, 0.5)
+    model = make_model(4, depth=1, qk_norm=True)  # com.microsoft Attention has no norms of heads
+    exported, (choice,) = fastest(model, tmp_path / "m.onnx", Form(), "cpu", max_batch=1)
+    assert (exported.form, choice.verdict) == (Form(), "not measured")
+    assert ("contrib", "plain") not in calls
 
 
 def test_noise_at_one_batch_size_leaves_everything_open(
