@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deploy_models import ARGUMENTS, NAME
+from deploy_models import ARGUMENTS, NAME, make_model
 from torch import nn
 
 from growkit.deploy import latency as latency_module
-from growkit.deploy import runtime
+from growkit.deploy import runtime, timing
+from growkit.deploy.contention import Contention
 from growkit.deploy.latency import equivalence, latency_check, measure_latency
 from growkit.deploy.runtime import PROVIDERS
 from growkit.deploy.settings import VerifySettings
-from growkit.deploy.timing import Comparison, Percentiles, compare
+from growkit.deploy.timing import Comparison, Percentiles, compare, percentiles
 from growkit.errors import GrowkitError
 
 
@@ -67,6 +68,7 @@ def test_ratio_gives_its_verdict_even_while_the_machine_drifts(ratio: float, ver
     measured = Machine(2, noise=0.02, drift=drift).compare(ratio)
     assert measured.low < ratio * 1.02
     assert measured.high > ratio * 0.98
+    assert measured.subject_ms.p50 / measured.baseline_ms.p50 == pytest.approx(ratio, rel=0.15)
     assert equivalence(measured, alone.noise, 1.10) == verdict
 
 
@@ -117,7 +119,7 @@ def test_false_regressions_are_rare_over_many_runs() -> None:
 def test_pairs_are_interleaved_in_random_order_with_fresh_sessions() -> None:
     machine = Machine(6, noise=0.01)
     compared = machine.compare(1.0, seconds=100.0)
-    assert compared.sessions >= 3
+    assert compared.sessions == 3  # whose interval is narrow enough
     assert machine.opened == 2 * compared.sessions
     # the un-timed call and the timed one of a side follow each other; then it is the other's turn
     pairs = machine.order[6:86]  # the first session, after its three warming calls per side
@@ -134,6 +136,71 @@ def test_time_runs_out_at_the_budget_and_percentiles_are_milliseconds() -> None:
     assert machine.now < 8.0
     assert compared.baseline_ms.p50 == pytest.approx(20, rel=0.2)
     assert compared.baseline_ms.p50 < compared.baseline_ms.p90 < compared.baseline_ms.p99
+    assert percentiles([place / 1000 for place in range(101)]) == Percentiles(*map(pytest.approx, (50, 90, 99)))
+
+
+@pytest.mark.parametrize(("seconds", "opening", "pairs"), [(0.001, 0.0, 3 * 2), (3.0, 10.0, 3 * 12)])
+def test_three_sessions_get_their_share_of_the_time_however_long_they_open(
+    seconds: float, opening: float, pairs: int
+) -> None:
+    machine = Machine(10, noise=0.0)
+
+    def opened() -> Callable[[], None]:
+        machine.sleep(opening)
+        return machine.side("", 0.02)()
+
+    compared = compare(opened, opened, seconds=seconds, clock=machine.clock, sleep=machine.sleep)
+    assert (compared.sessions, compared.pairs) == (3, pairs)  # a pair is two calls of each side and two pauses
+
+
+@pytest.mark.parametrize(
+    ("took", "calls", "repeats"),
+    [
+        ((0.001, 0.001, 0.001), 3, 4),
+        ((0.020, 0.001, 0.009), 3, 4),
+        ((0.020, 0.020, 0.020), 3, 1),
+        ((1e-7, 1e-7, 1e-7), 3, 20),
+        ((0.1, 0.001, 0.001), 1, 1),  # too slow to be asked again
+    ],
+)
+def test_short_calls_are_repeated_until_they_last(took: tuple[float, ...], calls: int, repeats: int) -> None:
+    machine, left = Machine(0, noise=0.0), list(took)
+    assert timing._repeats(lambda: machine.sleep(left.pop(0)), machine.clock) == repeats
+    assert len(left) == 3 - calls
+
+
+def test_pair_of_short_calls_is_judged_by_the_median_of_each_sides() -> None:
+    machine = Machine(0, noise=0.0)
+    compare(machine.side("a", 0.001), machine.side("b", 0.001), seconds=0.001, clock=machine.clock, sleep=machine.sleep)
+    assert sorted([machine.order[6:11], machine.order[11:16]]) == [["a"] * 5, ["b"] * 5]  # un-timed, then four
+    assert timing._Pair(0, ([1.0, 1.0, 9.0], [2.0, 2.0, 2.0])).log_ratio == pytest.approx(np.log(0.5))
+
+
+SEVEN = np.log(np.arange(1.0, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "low", "high"),
+    [
+        # of seven draws from 1 to 7 the median is 1 in 1.0 % of all cases, and 2 or less in 10.8 %
+        ([np.full(5, one) for one in SEVEN], 2, 6),
+        ([SEVEN], 2, 6),
+        # of four draws all are the one short session in 0.4 %, three or more in 5.1 %
+        ([np.log([2.0]), *[np.zeros(20)] * 3], 1, 1),
+    ],
+    ids=["sessions", "pairs", "short session"],
+)
+def test_interval_is_that_of_the_median_over_sessions_and_pairs_drawn_anew(
+    rounds: list[np.ndarray], low: float, high: float
+) -> None:
+    assert timing._interval(rounds, np.random.default_rng(0)) == pytest.approx((low, high))
+
+
+def test_noise_counts_a_ratio_on_either_side_of_one() -> None:
+    times = Percentiles(1, 1, 1)
+    for ratio in (0.9, 1.1):
+        compared = Comparison("file", "itself", 1, ratio, ratio - 0.02, ratio + 0.02, 3, 60, times, times)
+        assert compared.noise == pytest.approx(0.12)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +283,25 @@ def test_no_pair_is_dropped_where_too_few_would_remain() -> None:
     assert compared.foreign == pytest.approx(0.5)
 
 
+def test_what_ran_before_the_first_pair_is_not_held_against_it() -> None:
+    neighbour = Neighbour(Machine(8, noise=0.01), lambda now: now < 100)
+    neighbour.machine.now = 100.0
+    compared = neighbour.compare()
+    assert (compared.dropped, compared.foreign) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "calm", "kept"), [(3, 10, 10), (3, 9, 19), (2, 10, 20)], ids=["enough", "few pairs", "few sessions"]
+)
+@pytest.mark.parametrize("told", [0.15, None])
+def test_calm_pairs_alone_are_kept_where_they_are_ten_of_three_sessions(
+    sessions: int, calm: int, kept: int, told: float | None
+) -> None:
+    pairs = [timing._Pair(place % sessions, ([1.0], [1.0]), told) for place in range(calm)]
+    pairs += [timing._Pair(place % 3, ([1.0], [1.0]), 0.16) for place in range(10)]
+    assert len(timing._calm(pairs)) == kept
+
+
 def test_noisy_check_says_what_other_programs_took() -> None:
     times = Percentiles(1, 1, 1)
     crowded = Comparison("file", "PyTorch", 1, 1.0, 0.9, 1.1, 3, 60, times, times, dropped=0, foreign=0.4)
@@ -248,6 +334,29 @@ def test_model_that_does_not_compile_is_a_note_and_the_rest_is_timed(
     assert told[-1] == 8
 
 
+def test_every_comparison_has_its_sides_its_time_its_own_seed_and_what_others_take(
+    model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    opened: list[str] = []
+
+    def compared(subject, baseline, *, names, batch, seconds, seed, foreign):  # type: ignore[no-untyped-def]
+        assert (seconds, foreign.__func__) == (7.0, Contention.lap)
+        seeds.append(seed)
+        subject(), baseline()
+        times, ratio = Percentiles(1, 1, 1), 1.0 if names[1] == "itself" else 1.25
+        return Comparison(*names, batch, ratio, ratio - 0.01, ratio + 0.01, 3, 60, times, times)
+
+    monkeypatch.setattr(latency_module, "compare", compared)
+    monkeypatch.setattr(latency_module, "core_session", lambda file, *_, **__: opened.append(file.name))
+    monkeypatch.setattr(latency_module, "export_stock", lambda *given: None)
+    settings = VerifySettings(latency_seconds=7.0, latency_margin=0.2, seed=5)
+    latency = measure_latency(model, exported, settings, stock=(NAME, ARGUMENTS), batches=(1, 2))
+    assert seeds == [5, 6, 7, 8, 9, 10]
+    assert opened == ["model.onnx", "model.onnx", "model.onnx", "stock.onnx", "model.onnx"] * 2
+    assert [(c.limit, c.verdict) for c in latency.checks] == [(1.2, "fail")] * 2
+
+
 def test_a_torch_without_the_gpu_that_onnx_runtime_has_is_told_with_the_remedy(
     model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,9 +378,12 @@ def test_compiled_pytorch_is_compared_and_its_compiling_is_not_in_the_times(mode
     assert [c.name for c in latency.checks] == ["batch 1: against stock export", "batch 1: against PyTorch"]
 
 
-def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(model: nn.Module, exported: Path) -> None:
+def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(exported: Path) -> None:
     told: list[tuple[int, str]] = []
     products: set[str] = set()
+    seen: set[tuple[bool, bool]] = set()
+    model = make_model().train()
+    model.register_forward_pre_hook(lambda own, _: seen.add((own.training, torch.is_inference_mode_enabled())))
 
     def progress(done: int, note: str) -> None:
         told.append((done, note))
@@ -280,6 +392,8 @@ def test_real_file_is_timed_against_itself_the_stock_export_and_pytorch(model: n
     settings = VerifySettings(latency_seconds=0.2, max_latency_ratio=1e-6)
     latency = measure_latency(model, exported, settings, stock=(NAME, ARGUMENTS), batches=(1,), progress=progress)
     assert "tf32" not in products  # ONNX Runtime does not multiply in it either
+    assert seen == {(False, True)}
+    assert model.training  # it is the user's
     assert [c.baseline for c in latency.comparisons] == ["itself", "stock export", "PyTorch"]
     assert [c.name for c in latency.checks] == [
         "batch 1: against stock export",
