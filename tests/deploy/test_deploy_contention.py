@@ -45,6 +45,8 @@ def test_coarse_counters_do_not_leave_the_range_and_no_time_tells_nothing() -> N
     assert watch.lap() is None
     machine.pass_time(0.01, own=0.02, foreign=-0.01)
     assert watch.lap() == 0.0
+    machine.pass_time(0.01, own=0.0, foreign=0.03)
+    assert watch.lap() == 1.0
 
 
 def test_system_that_does_not_tell_is_unknown_not_calm() -> None:
