@@ -11,6 +11,7 @@ from torch import nn
 from growkit.deploy import export
 from growkit.deploy import fastest as module
 from growkit.deploy.capture import captured
+from growkit.deploy.contention import Contention
 from growkit.deploy.fastest import candidates, fastest, judged
 from growkit.deploy.folder import write_export
 from growkit.deploy.form import Form
@@ -31,6 +32,7 @@ def measured(ratio: float, low: float, high: float, batch: int = 1) -> Compariso
         ([measured(0.9, 0.88, 0.92), measured(1.0, 0.99, 1.01, 8)], 0.01, "kept"),
         ([measured(0.9, 0.88, 0.92), measured(1.05, 1.02, 1.08, 8)], 0.01, "slower"),
         ([measured(0.95, 0.88, 1.01)], 0.01, "no faster"),
+        ([measured(0.9, 0.88, 0.92), measured(1.02, 0.995, 1.05, 8)], 0.01, "kept"),
         # sessions of one file differ by that much
         ([measured(0.985, 0.98, 0.99)], 0.02, "no faster"),
         ([measured(0.9, 0.88, 0.92)], 0.06, "not decided"),
@@ -107,14 +109,25 @@ def test_faster_graph_is_the_one_written(
     assert len(list(folder.iterdir())) == 5  # two files, two data sets, export.json
 
 
-def test_faster_graph_that_is_not_the_fastest_is_not_called_slow(
+def test_graph_whose_slowest_batch_size_is_fastest_is_kept_and_the_other_is_not_called_slow(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faked(monkeypatch, 0.9)
-    exported, choices = fastest(model, tmp_path / "m.onnx", Form(target="ort-1.23"), "cpu", max_batch=2)
+    files: list[tuple[str, str]] = []
+
+    def compare(subject, baseline, *, names=("", ""), batch=1, seconds, seed, foreign):  # type: ignore[no-untyped-def]
+        assert (seconds, seed, foreign.__func__) == (3.0, 4, Contention.lap)
+        files.append((subject.args[0].parent.name, baseline.args[0].parent.name))
+        ratio = {"": 1.0, "standard": 0.9, "contrib": 0.8 if batch == 1 else 0.95}[names[0]]
+        return measured(ratio, ratio - 0.001, ratio + 0.001, batch)
+
+    monkeypatch.setattr(module, "compare", compare)
+    exported, choices = fastest(
+        model, tmp_path / "m.onnx", Form(target="ort-1.23"), "cpu", max_batch=2, seconds=3.0, seed=4
+    )
     assert {choice.attention: choice.verdict for choice in choices} == {"standard": "kept", "contrib": "faster"}
     assert choices[1].why.endswith("another is faster still")
     assert exported.form.attention == "standard"
+    assert files == [(name, "unfused") for name in ("unfused", "standard", "contrib") for _ in (1, 2)]
 
 
 def test_graph_that_is_faster_at_one_batch_size_and_no_slower_at_the_other_is_kept(
