@@ -61,7 +61,7 @@ def accuracy_checks(
             Check(
                 "accuracy",
                 "points of top-1 lost",
-                accuracy_verdict(limits, drop, low, high, len(truth)),
+                accuracy_verdict(limits, drop, high, len(truth)),
                 drop,
                 limits.accuracy_drop,
                 f"{summary}; {drop:+.2f} points lost [{low:.2f}, {high:.2f}], allowed {limits.accuracy_drop:g}",

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from growkit.deploy.calibration import runs
 from growkit.deploy.export import converted
 from growkit.deploy.form import Form
 from growkit.deploy.int8 import int8_dynamic, int8_static
@@ -136,6 +137,8 @@ def test_lower_precision_keeps_the_signature_opset_ir_and_metadata(
     assert made.opset_import == proto.opset_import
     assert {node.domain for node in made.graph.node} == {""}
     assert made.metadata_props == proto.metadata_props
+    assert (made.producer_name, made.producer_version) == (proto.producer_name, proto.producer_version)
+    assert proto.producer_name == "pytorch"
     assert not made.graph.value_info
     names = Counter(node.name for node in made.graph.node)
     assert max(names.values()) == 1
@@ -249,6 +252,45 @@ def test_large_weights_and_vanishing_numbers_stay_float32_and_small_weights_roun
     assert stored["large"] == np.float32(7e4)
     assert stored["epsilon"] == np.float32(1e-12)
     assert stored["epsilon"].dtype == np.float32
+
+
+node = helper.make_node
+OPERATORS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[str, ...]]] = {
+    "infinity and zero, which float16 has": (
+        [node("Max", ["input", "w"], ["a"], name="max"), node("Add", ["a", "zero"], ["logits"], name="add")],
+        {"w": np.array(-np.inf, np.float32), "zero": np.array(0, np.float32)},
+        (),
+    ),
+    "operator without float16": (
+        [node("Celu", ["input"], ["a"], name="celu"), node("Neg", ["a"], ["logits"], name="neg")],
+        {},
+        ("celu",),
+    ),
+    "floats made of none": (
+        [
+            node("Shape", ["input"], ["size"], name="shape"),
+            node("ConstantOfShape", ["size"], ["a"], name="zeros"),
+            node("Add", ["a", "input"], ["logits"], name="add"),
+        ],
+        {},
+        ("zeros",),
+    ),
+    "scales that are always float32": (
+        [node("Resize", ["input", "", "scales"], ["logits"], name="resize")],
+        {"scales": np.ones(4, np.float32)},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_operator_is_float32_where_it_has_to_be_and_nowhere_else(kind: str) -> None:
+    nodes, weights, kept = OPERATORS[kind]
+    graph, pixels = bare(nodes, weights), np.float32([[[[1, -2], [3, 4]]]])
+    made = half(graph, images=pixels)
+    assert tuple(name for name in in_float32(made) if name != "shape") == kept
+    wanted = open_session(graph.SerializeToString()).run(pixels)
+    assert relative(open_session(made.SerializeToString()).run(pixels), wanted) < 1e-3
 
 
 def test_weight_read_in_both_kinds_is_stored_in_both() -> None:
@@ -411,6 +453,13 @@ def test_calibration_images_that_do_not_fit_are_refused_in_one_line(
     for precision in ("fp16", "int8-static"):  # with made images beside them, too
         with pytest.raises(GrowkitError, match=told):
             converted(proto, preprocessing(model), Form(precision=precision), bad)
+
+
+def test_images_fill_a_fixed_batch_by_repeating_the_last(proto: onnx.ModelProto) -> None:
+    images, fixed = np.arange(7, dtype=np.float32).reshape(7, 1, 1, 1), copied(proto)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    assert [fed["input"].ravel().tolist() for fed in runs(fixed, images)] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert [len(fed["input"]) for fed in runs(proto, np.repeat(images, 3, axis=0))] == [8, 8, 5]
 
 
 def test_graph_without_weights_to_quantise_is_refused() -> None:
@@ -624,6 +673,21 @@ def test_yardstick_leaves_the_model_as_it_is(model: nn.Module, images: np.ndarra
     np.testing.assert_array_equal(logits_of(in_precision(model, "fp32"), images), before)
 
 
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+def test_yardstick_of_int8_rounds_as_torchs_own_fake_quantisation(shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer, given = nn.Linear(32, 4), shift + torch.randn(8, 32, generator=generator)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(4, 32, generator=generator) * torch.tensor([[1.0], [10.0], [0.1], [100.0]]))
+        scales, zeros = layer.weight.abs().amax(1) / 127, torch.zeros(4, dtype=torch.int32)
+        weight = torch.fake_quantize_per_channel_affine(layer.weight, scales, zeros, 0, -127, 127)
+        low, high = min(0.0, float(given.min())), max(0.0, float(given.max()))  # 0 is always among the 256
+        step = (high - low) / 255
+        rounded = torch.fake_quantize_per_tensor_affine(given, step, round(-low / step), 0, 255)
+        wanted = nn.functional.linear(rounded, weight, layer.bias)
+        torch.testing.assert_close(in_precision(layer, "int8")(given), wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_defect_that_the_weights_cannot_show_is_over_the_noise_ratio(
     kind: str, model: nn.Module, proto: onnx.ModelProto, images: np.ndarray
@@ -680,6 +744,7 @@ def test_interval_holds_the_truth_as_often_as_it_says(samples: int, lost: float,
     [
         ("fp16", 0, 0, 200, "pass"),
         ("fp16", 1, 0, 200, "pass"),  # half a point, but one sample
+        ("fp16", 1, 0, 71, "pass"),  # 100 * (1 / 71) > 100 / 71
         ("fp16", 2, 0, 200, "fail"),
         ("fp16", 10, 0, 10000, "pass"),
         ("fp16", 11, 0, 10000, "fail"),
@@ -688,14 +753,15 @@ def test_interval_holds_the_truth_as_often_as_it_says(samples: int, lost: float,
         ("int8", 30, 0, 1000, "fail"),
         ("int8", 60, 0, 10000, "pass"),
         ("int8", 90, 0, 10000, "inconclusive"),
+        ("int8", 101, 0, 10000, "fail"),  # though the interval begins below the limit
         ("int8", 35, 30, 1000, "inconclusive"),
     ],
 )
 def test_lost_accuracy_is_judged_by_its_limit_and_interval(
     kind: str, lost: int, won: int, samples: int, verdict: str
 ) -> None:
-    interval = accuracy_drop_interval(lost, won, samples)
-    assert accuracy_verdict(LIMITS[kind], *interval, samples) == verdict
+    drop, _, high = accuracy_drop_interval(lost, won, samples)
+    assert accuracy_verdict(LIMITS[kind], drop, high, samples) == verdict
 
 
 def test_limits_loosen_with_the_precision() -> None:
