@@ -6,6 +6,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +25,7 @@ from growkit.deploy.data_sets import write_data_sets
 from growkit.deploy.export import export_onnx
 from growkit.deploy.form import Form
 from growkit.deploy.limits import LIMITS
-from growkit.deploy.numbers import by_chance, cosines
+from growkit.deploy.numbers import Truth, by_chance, cosines, in_batches, number_checks, predictions
 from growkit.deploy.parity import Material, check_parity
 from growkit.deploy.settings import VerifySettings
 from growkit.deploy.truth import noise_images, preprocessing
@@ -317,6 +319,32 @@ def test_noise_of_few_values_is_over_its_limit_once_in_ten_thousand(values: int)
     drawn = np.random.default_rng(0).normal(size=(500_000, values))
     over = float((np.sqrt((drawn**2).mean(axis=1)) > by_chance(values)).mean())
     assert 2e-5 < over < 2e-4
+
+
+def test_noise_of_a_precision_is_granted_to_few_values_alone_and_not_where_pytorch_overflows() -> None:
+    expected = np.random.default_rng(0).normal(size=(8, 2))
+    images, noise = np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1), 4e-3 * expected.std()
+    plain = {1: expected + noise, 2: expected[:2] + noise}
+    session: Any = SimpleNamespace(run=lambda fed: (expected + 1.5 * noise)[fed.ravel().astype(int)])
+    truth = Truth(images, expected, plain, {}, (1, 2))
+    verdicts = {c.name: c.verdict for c in number_checks(session, truth, LIMITS["fp16"])[0]}
+    assert [verdicts[f"batch {batch}: relative RMS error"] for batch in (1, 2)] == ["fail", "pass"]
+    assert (truth.own(), truth.own(2)) == pytest.approx((4e-3, 4e-3))
+    assert Truth(images, expected, {1: np.full((8, 2), np.inf)}, {}, (1,)).own() == 0
+
+
+def test_images_are_run_in_whole_batches_and_answered_one_by_one() -> None:
+    sizes: list[int] = []
+    session: Any = SimpleNamespace(run=lambda fed: sizes.append(len(fed)) or fed)
+    images = np.arange(7.0)
+    assert np.array_equal(in_batches(session, images, 3), images)
+    assert sizes == [3, 3, 3]
+
+
+def test_prediction_is_certified_by_a_lead_of_more_than_twice_the_largest_difference() -> None:
+    expected, got = np.array([[0.0, 1.5], [0.0, 2.5]]), np.array([[1.0, 0.5], [0.0, 2.5]])
+    (made,), figures = predictions(got, expected, "predictions", LIMITS["fp16"])
+    assert (made.verdict, figures["changed"], figures["certified"]) == ("pass", 1, 1)
 
 
 def test_angle_counts_less_only_for_logits_shorter_than_usual() -> None:
