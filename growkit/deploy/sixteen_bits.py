@@ -120,10 +120,6 @@ def lowered(proto: onnx.ModelProto, kind: int, kept: Collection[str]) -> onnx.Mo
         for index in lowered_outputs:
             made.cast(node.output[index], original.output[index], FLOAT)
             made.names[original.output[index], FLOAT] = original.output[index]
-    order = {t.name: index for index, t in enumerate(proto.graph.initializer)}
-    stored_in_order = sorted(made.proto.graph.initializer, key=lambda t: order.get(t.name, len(order)))
-    made.proto.graph.ClearField("initializer")
-    made.proto.graph.initializer.extend(stored_in_order)
     onnx.checker.check_model(made.proto, full_check=True)
     return made.proto
 

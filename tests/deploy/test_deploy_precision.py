@@ -275,6 +275,15 @@ OPERATORS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[st
         {},
         ("zeros",),
     ),
+    "whole numbers in between": (
+        [
+            node("Cast", ["input"], ["whole"], name="down", to=TensorProto.INT64),
+            node("Cast", ["whole"], ["a"], name="up", to=TensorProto.FLOAT),
+            node("Neg", ["a"], ["logits"], name="neg"),
+        ],
+        {},
+        (),
+    ),
     "scales that are always float32": (
         [node("Resize", ["input", "", "scales"], ["logits"], name="resize")],
         {"scales": np.ones(4, np.float32)},
@@ -286,7 +295,7 @@ OPERATORS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[st
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_operator_is_float32_where_it_has_to_be_and_nowhere_else(kind: str) -> None:
     nodes, weights, kept = OPERATORS[kind]
-    graph, pixels = bare(nodes, weights), np.float32([[[[1, -2], [3, 4]]]])
+    graph, pixels = bare(nodes, weights), np.float32([[[[1.5, -2], [3, 4]]]])
     made = half(graph, images=pixels)
     assert tuple(name for name in in_float32(made) if name != "shape") == kept
     wanted = open_session(graph.SerializeToString()).run(pixels)
@@ -324,6 +333,9 @@ def test_scores_inside_an_attention_node_keep_it_in_float32() -> None:
     assert relative(answers(made, pixels) + pixels * [[0, 1], [2, 3]], 1 + pixels * [[0, 1], [2, 3]]) < 1e-3
     graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.float32(2), "w"))
     assert in_float32(half(graph, images=pixels)) == ()
+    node.input[:] = ["input", "input", "q"]  # now the values, not the scores, are the larger ones
+    graph = bare([graph.graph.node[0], node], {"w": np.float32(200)}, opset=23)
+    assert largest_activations(graph, pixels)["logits"] == pytest.approx(200)
 
 
 def test_float16_file_of_fewer_operators_has_them_in_float32(proto: onnx.ModelProto, images: np.ndarray) -> None:
