@@ -329,7 +329,13 @@ def test_mango_equals_the_formula_written_in_numpy():
         (tiny(32, 4, 2), tiny(32, 2, 2), "blocks: 4 -> 2 would shrink"),
         (tiny(32, 2, 2), tiny(64, 2, 2), "head size 16 -> 32.*num_heads=4"),
         (tiny(32, 2, 2, mlp_ratio=4), tiny(96, 2, 6, mlp_ratio=2), "ratio 4 -> 2"),
-        (tiny(32, 2, 2, mlp_ratio=2), tiny(64, 2, 4, mlp_ratio=2.5), "multiple of embed 64"),
+        (tiny(32, 2, 2, mlp_ratio=2), tiny(64, 2, 4, mlp_ratio=2.5), "multiple of embed 64.*--set mlp_ratio=3;"),
+        (tiny(32, 2, 2, mlp_ratio=4), tiny(64, 2, 4, mlp_ratio=2.5), "multiple of embed 64.*--set mlp_ratio=4;"),
+        (
+            tiny(32, 2, 2, mlp_ratio=2.5),
+            tiny(64, 2, 4, mlp_ratio=3),
+            "source's mlp: 80 is no.*blocks; methods that",
+        ),
         (tiny(32, 2, 2), tiny(64, 2, 4, qkv_bias=False), "differ in"),
     ],
 )

@@ -74,9 +74,14 @@ class Mango(GrowthMethod):
     def cannot(cls, source: Architecture, target: Architecture, settings: GrowSettings) -> str | None:
         """Say why the six matrices of these sizes do not cut into square slots."""
         try:
-            old, new = mlp_blocks(source), mlp_blocks(target)
+            old = mlp_blocks(source)
         except GrowkitError as error:
-            return str(error)
+            return f"the source's {error}"  # which no --set changes
+        try:
+            new = mlp_blocks(target)
+        except GrowkitError as error:
+            sizes = target.spaces
+            return f"{error}; choose --set mlp_ratio={max(old, -(-sizes['mlp'].size // sizes['embed'].size))}"
         if new < old:
             return f"mlp: ratio {old} -> {new} would drop blocks; choose --set mlp_ratio={old} or more"
         return None
@@ -259,12 +264,9 @@ def mlp_blocks(architecture: Architecture) -> int:
     """
     embed, attn, mlp = (architecture.spaces[space].size for space in ("embed", "attn", "mlp"))
     if attn != embed:
-        raise GrowkitError(f"attn: {attn} wide at embed {embed}; Mango needs square attention matrices, set both alike")
+        raise GrowkitError(f"attn: {attn} wide at embed {embed}; Mango needs square attention matrices")
     if mlp % embed:
-        raise GrowkitError(
-            f"mlp: {mlp} is no multiple of embed {embed}; Mango cuts the MLP into whole blocks, "
-            f"choose --set mlp_ratio={-(-mlp // embed)}"
-        )
+        raise GrowkitError(f"mlp: {mlp} is no multiple of embed {embed}; Mango cuts the MLP into whole blocks")
     return mlp // embed
 
 
