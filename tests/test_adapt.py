@@ -217,8 +217,8 @@ def test_target_names_the_remedy_for_an_input_that_is_kept() -> None:
         "target takes the source's img_size 224 (deit_base_patch16_384 has 384; --set img_size=384 adapts it)"
     )
     adapted = with_input(source_of(KINDS["plain"]), ["img_size=224", "patch_size=16"])
-    _, (note,) = find_target(adapted.architecture, "deit_base", ["img_size=224"])
-    assert note == "target takes the source's num_classes 7 (deit_base_patch16_224 has 1000)"
+    _, (note,) = find_target(adapted.architecture, "deit_base_patch16_384", ["img_size=224"])  # as asked: not told
+    assert note == "target takes the source's num_classes 7 (deit_base_patch16_384 has 1000)"
 
 
 # Classes

@@ -259,7 +259,11 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
     if "global_pool" in taken:
         implied["fc_norm"] = kept["fc_norm"]  # which would follow the pooling otherwise
     remedy = {key: f"; --set {key}={own[key]} adapts it" for key in ("img_size", "patch_size", "in_chans")}
-    said = ", ".join(f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})" for key, value in taken.items())
+    said = ", ".join(
+        f"{key} {value} ({name} has {own[key]}{remedy.get(key, '')})"
+        for key, value in taken.items()
+        if key not in chosen
+    )
     width, heads = chosen.get("embed_dim", model.embed_dim), chosen.get("num_heads", model.blocks[0].attn.num_heads)
     if all(_is_number(count, int) and count > 0 for count in (width, heads)) and width % heads:
         size = source.spaces["attn"].group
@@ -269,7 +273,7 @@ def find_target(source: Architecture, name: str, sets: Sequence[str] = ()) -> tu
             f"embed_dim={width} is no multiple of {heads} heads; the source's are {size} wide: "
             f"{wider}--set num_heads={fits}"
         )
-    return find(name, {**implied, **taken, **chosen}), [f"target takes the source's {said}"] if taken else []
+    return find(name, {**implied, **taken, **chosen}), [f"target takes the source's {said}"] if said else []
 
 
 def halfway(source: Architecture, target: Architecture, *, depth: bool) -> Architecture | None:
