@@ -49,7 +49,9 @@ class Source:
     def model(self) -> VisionTransformer:
         """The timm network with these weights: float32, eval mode, its own preprocessing in pretrained_cfg."""
         model = build(self.architecture.name, self.architecture.arguments, device="meta")
-        model.load_state_dict({name: tensor.clone() for name, tensor in self.state.items()}, assign=True)
+        # contiguous, as safetensors writes; a network trained channels-last was saved in another layout
+        state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in self.state.items()}
+        model.load_state_dict(state, assign=True)
         model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
         return model.eval()
 

@@ -255,6 +255,14 @@ def test_model_of_a_source_is_trained_without_changing_the_source(tmp_path: Path
     assert_same(dict(source.state), weights())
 
 
+def test_model_of_weights_saved_channels_last_is_written(tmp_path: Path) -> None:
+    torch.save(network().to(memory_format=torch.channels_last).state_dict(), tmp_path / "source.pth")
+    source = load_source(tmp_path / "source.pth", Loading(from_set=["num_heads=2"]))
+    assert not source.state["patch_embed.proj.weight"].is_contiguous()
+    write_model(tmp_path, source.model(), preprocessing=PREPROCESSING, labels=LABELS, history={})
+    assert_same(load_file(tmp_path / WEIGHTS), weights())
+
+
 def test_folder_in_use_is_replaced_and_keeps_what_else_lies_there(tmp_path: Path) -> None:
     described = {"preprocessing": PREPROCESSING, "labels": None}
     folder = tmp_path / "finetuned"
