@@ -170,8 +170,9 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Any], tuple[str, ...]]
         raise GrowkitError(f"{path}: not readable as a torch checkpoint ({first_line(error, 200)})") from None
     if not isinstance(content, dict):
         raise GrowkitError(f"{path}: holds a {type(content).__name__}; expected a state dict")
-    averaged = [key for key in EMA_KEYS if isinstance(content.get(key), dict)]
-    plain = [key for key in PLAIN_KEYS if isinstance(content.get(key), dict)]
+    holding = [key for key, value in content.items() if isinstance(value, dict) and value]
+    averaged = [key for key in EMA_KEYS if key in holding]
+    plain = [key for key in PLAIN_KEYS if key in holding]
     if averaged and ema:
         other = f"; --no-ema takes {plain[0]!r}" if plain else ""
         return content[averaged[0]], (f"took the averaged (EMA) weights under {averaged[0]!r}{other}",)

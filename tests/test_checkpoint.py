@@ -98,11 +98,12 @@ class Touch:
         {"state_dict": prefixed("module.backbone.")},
         {"model_state_dict": weights(), "optimizer_state_dict": {"state": {}}, "loss": 0.1},
         {"net": prefixed("module."), "acc": 93.5},
+        {"state_dict": {}, "model": weights(), "model_ema": {}},
         torch.optim.swa_utils.AveragedModel(network()).state_dict(),
     ],
     ids=[
         *("bare", "model", "state_dict", "training", "module", "orig_mod", "both", "both turned", "nested and both"),
-        *("lightning", "lightning compiled", "backbone in DDP", "model_state_dict", "net", "averaged"),
+        *("lightning", "lightning compiled", "backbone in DDP", "model_state_dict", "net", "beside empty", "averaged"),
     ],
 )
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
