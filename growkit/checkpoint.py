@@ -77,7 +77,7 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
             raise GrowkitError(f"{path / CONFIG}: names no architecture; expected timm's config.json")
         path = weights
     refuse_no_file(path)
-    raw, notes = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, ema)
+    raw, notes = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path, ema)
     raw.pop("n_averaged", None)  # how many torch's AveragedModel has seen
     odd = [str(key) for key, value in raw.items() if not isinstance(value, Tensor)]
     if odd or not raw:

@@ -137,9 +137,10 @@ def test_averaged_weights_alone_are_taken_without_offering_others(tmp_path: Path
     assert checkpoint.notes == ("took the averaged (EMA) weights under 'model_ema'",)
 
 
-def test_safetensors_are_read(tmp_path: Path) -> None:
-    save_file(prefixed("module."), tmp_path / "source.safetensors")
-    checkpoint = read_checkpoint(tmp_path / "source.safetensors")
+@pytest.mark.parametrize("name", ["source.safetensors", "SOURCE.SAFETENSORS"])
+def test_safetensors_are_read(tmp_path: Path, name: str) -> None:
+    save_file(prefixed("module."), tmp_path / name)
+    checkpoint = read_checkpoint(tmp_path / name)
     assert_same(checkpoint.state, weights())
     assert checkpoint.notes == ()
 
