@@ -91,6 +91,8 @@ class RunFolder:
         """Raise GrowkitError if the run folder cannot be written, before the work starts."""
         if self.path.exists() and not self.path.is_dir():
             raise GrowkitError(f"{self.path} is a file; --run names a folder")
+        if self.path.is_symlink() and not self.path.exists():  # as to a disk that is not mounted
+            raise GrowkitError(f"{self.path} is a link to {self.path.readlink()}, which is not there; make that")
         for stage in STAGES:
             if (self.path / stage).exists() and not (self.path / stage).is_dir():
                 raise GrowkitError(f"{self.path / stage} is a file where a run has a folder; move it away")

@@ -92,6 +92,15 @@ def test_run_that_cannot_be_made_is_refused_by_its_option(place: str, tmp_path: 
         RunFolder(tmp_path / place).refuse_unusable()
 
 
+def test_run_that_is_a_link_to_nowhere_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("disk")
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(GrowkitError, match="run is a link to disk, which is not there"):
+        run.refuse_unusable()
+    (tmp_path / "disk").mkdir()
+    run.refuse_unusable()
+
+
 def test_looking_whether_a_run_can_be_made_leaves_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new" / "run").refuse_unusable()
     assert list(tmp_path.iterdir()) == []
