@@ -349,11 +349,15 @@ def test_tensor_that_is_not_finite_is_named(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("embed", "depth", "name"),
-    [(192, 12, "deit_tiny_distilled_patch16_224"), (64, 2, "deit_small_distilled_patch16_224")],
+    [
+        (192, 12, "deit_tiny_distilled_patch16_224"),
+        (64, 2, "deit_small_distilled_patch16_224"),
+        (1024, 24, "deit_small_distilled_patch16_224"),  # of which there is a ViT, and no distilled DeiT
+    ],
 )
 def test_distilled_deit_is_told_by_its_token(embed: int, depth: int, name: str) -> None:
     architecture = tiny(embed, depth, embed // 64, name="deit_base_distilled_patch16_224")
-    found, how = detect(state_of(architecture))
+    found, how = detect({key: torch.zeros(()).expand(shape) for key, shape in architecture.shapes.items()})
     assert found.name == name
     assert found.shapes == architecture.shapes
     assert "64-wide heads assumed" in how
@@ -649,7 +653,8 @@ def test_target_keeps_the_sources_input_and_says_so() -> None:
 def test_target_of_the_same_input_has_nothing_to_say() -> None:
     assert find_target(find("deit_tiny"), "deit_small")[1] == []
     # how a layer scale started is told by no weights
-    assert find_target(find("deit3_small", {"init_values": 1e-5}), "deit3_base")[1] == []
+    for sets in ((), ("init_values=0.1",)):
+        assert find_target(find("deit3_small", {"init_values": 1e-5}), "deit3_base", sets)[1] == []
 
 
 @pytest.mark.parametrize(
