@@ -17,7 +17,7 @@ from typing import Any
 
 from growkit.errors import GrowkitError, UnwritableError
 
-LEFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
+LEFT = re.compile(r"(?s)\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|old)")
 LOCK = ".growkit.lock"  # lock.py's, which is no part of what is written
 SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what systems leave where a folder was looked at
 ELSEWHERE = "name another place"

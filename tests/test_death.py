@@ -433,7 +433,8 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("new_is_there", [False, True])
-def test_folder_killed_in_its_swap_comes_back(tmp_path: Path, new_is_there: bool) -> None:
+@pytest.mark.parametrize("name", ["model", "my\nmodel"])
+def test_folder_killed_in_its_swap_comes_back(tmp_path: Path, name: str, new_is_there: bool) -> None:
     program = f"""
 import os, signal, sys
 from pathlib import Path
@@ -446,19 +447,19 @@ def until(source, target):
     if str(target).endswith("model"):
         os.kill(os.getpid(), signal.SIGKILL)
 os.rename = until
-with files.whole_folder(Path("model")) as partial:
+with files.whole_folder(Path({name!r})) as partial:
     (partial / "weights").write_text("new")
 """
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "weights").write_text("old")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False)
     assert done.returncode == -9
-    assert (tmp_path / "model").exists() == new_is_there
+    assert (tmp_path / name).exists() == new_is_there
     with pytest.raises(GrowkitError, match="already exists"):
-        refuse_existing(tmp_path / "model", force=False)
+        refuse_existing(tmp_path / name, force=False)
     clear_left(tmp_path)
-    assert (tmp_path / "model" / "weights").read_text() == ("new" if new_is_there else "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / name / "weights").read_text() == ("new" if new_is_there else "old")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
