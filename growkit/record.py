@@ -104,7 +104,6 @@ class RunFolder:
 
     def clear_left(self) -> None:
         """Clean up what killed commands left; no other process may be writing here (`lock.held`)."""
-        clear_left(self.path.absolute().parent, self.path.name)
         clear_left(self.path, alone=True)
         for stage in STAGES:
             for folder, _, _ in os.walk(self.path / stage):

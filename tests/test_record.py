@@ -106,6 +106,17 @@ def test_looking_whether_a_run_can_be_made_leaves_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_dead_machine_left_anywhere_in_a_run_goes_and_its_old_folders_come_back(tmp_path: Path) -> None:
+    for name in (".record.json", "finetuned/last/.state.pt", "compare/runs/a/.last"):
+        (tmp_path / f"{name}.000000-1-00000001.partial").mkdir(parents=True)
+    for name in (".grown", "compare/runs/.b"):
+        (tmp_path / f"{name}.000000-1-00000001.old").mkdir(parents=True)
+    RunFolder(tmp_path).clear_left()
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    runs = {"compare", "compare/runs", "compare/runs/a", "compare/runs/b"}
+    assert left == {"finetuned", "finetuned/last", "grown", *runs}
+
+
 def test_who_resumes_without_the_model_is_told_which_one_is_missing(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     (run.finetuned / "last").mkdir(parents=True)
