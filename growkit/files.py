@@ -149,7 +149,7 @@ def writing(path: Path) -> Iterator[None]:
 def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
     """Return why `path` was not written, and the remedy; None if `error` is about something else."""
     if isinstance(error, OSError):
-        # rename has two names; a file that was opened by its number has that for a name
+        # a copy has two names, the source's first; a file that was opened by its number has that for a name
         names = [name for name in (error.filename, error.filename2) if not isinstance(name, int | None)]
         ours = any(_concerns(Path(os.fsdecode(name)), path) for name in names) if names else error.errno in WRITING
         return REMEDIES.get(error.errno or 0) if ours else None
@@ -157,7 +157,7 @@ def _refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
     if told is not None:
         return REMEDIES.get(int(told[1]))
     under = error.__context__
-    return _refusal(under, path) if isinstance(under, OSError) and under.errno in (*WRITING, errno.EIO) else None
+    return _refusal(under, path) if isinstance(under, OSError) and under.errno in WRITING else None
 
 
 def _concerns(name: Path, path: Path) -> bool:

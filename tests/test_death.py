@@ -567,15 +567,21 @@ def test_error_about_another_file_is_not_put_on_the_one_that_is_written(
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["run/model", "run/model/a", "run/.model.abcdef-1-01234567.partial/a", "run", "."])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("run/model",), ("run/model/a",), ("run/.model.abcdef-1-01234567.partial/a",), ("run",), (".",)),
+        ("/elsewhere/a", None, "run/model/a"),  # as shutil tells of a copy
+    ],
+)
 def test_error_about_what_is_written_or_a_folder_above_is_of_the_write(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
     def write() -> None:
         with whole_folder(Path("run/model")):
-            raise OSError(errno.EACCES, "no", name)
+            raise OSError(errno.EACCES, "no", *names)
 
     with pytest.raises(UnwritableError, match=r"^run/model: cannot be written \(permission denied\)"):
         write()

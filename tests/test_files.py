@@ -178,8 +178,8 @@ def test_existing_output_is_refused_without_force(tmp_path: Path) -> None:
 
 def test_json_survives_a_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_json(path, {"path": Path("x"), "numbers": [1, 2.5, np.int64(2), np.float32(0.5), np.float32("nan")]})
-    assert read_json(path) == {"path": "x", "numbers": [1, 2.5, 2, 0.5, "nan"]}
+    write_json(path, {"path": Path("x"), "numbers": [1, 2.5, np.int64(2**53 + 1), np.float32(0.5), np.float32("nan")]})
+    assert read_json(path) == {"path": "x", "numbers": [1, 2.5, 2**53 + 1, 0.5, "nan"]}
 
 
 def test_what_is_written_is_json_also_of_numbers_that_are_not_finite(
