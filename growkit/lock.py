@@ -15,7 +15,6 @@ from growkit.files import LOCK
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems call a lock that another process holds
 UNABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 TRIES = 100  # to make a folder that others may be removing
-_held: set[Path] = set()  # by this process; the system would grant it its own lock again
 
 
 @contextmanager
@@ -23,22 +22,19 @@ def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: N
     """Lock `folder` for this process, creating it if missing; yield whether it could be locked.
 
     The system releases the lock when the process ends, however it ends. Child processes, such as data-loader workers,
-    never hold it. If the file system has no locks, `say` gets a line and work goes on. It also goes on if nothing can
-    be written, since the command itself then reports that.
+    never hold it. A process must not take it twice: it would get it, and lose both with the first that ends. If the
+    file system has no locks, `say` gets a line and work goes on. It also goes on if nothing can be written, since the
+    command itself then reports that.
 
     Raises:
         GrowkitError: another process holds it; the message says which.
     """
     path = folder.absolute() / LOCK
-    if path in _held:
-        yield True
-        return
     made = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
     descriptor = _take(path, say)
     if descriptor is None:
         yield False
         return
-    _held.add(path)
     try:
         holder = {
             "process": os.getpid(),
@@ -51,7 +47,6 @@ def held(folder: Path, command: str, say: Callable[[str], None] = lambda line: N
             os.write(descriptor, json.dumps(holder).encode())
         yield True
     finally:
-        _held.discard(path)
         with suppress(OSError):
             path.unlink()  # before it is released: whoever gets it then sees that it no longer has a name
         os.close(descriptor)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from growkit.compare.folder import WRITES as COMPARED
 from growkit.errors import GrowkitError, UnwritableError
 from growkit.exporting import WRITES as EXPORTED
-from growkit.files import clear_left, refuse_existing, refuse_foreign, whole_file, whole_folder
+from growkit.files import LOCK, clear_left, refuse_existing, refuse_foreign, whole_file, whole_folder
 from growkit.growing import WRITES as GROWN
 from growkit.lock import held
 from growkit_cli.demo import demo as growkit_demo
@@ -356,6 +356,13 @@ def test_lock_goes_with_its_process_and_leaves_nothing(
     assert (folder / "run" / ".growkit.lock").exists()
     assert "holds nothing of a run" in server.run(folder, ("report",)).err
     assert list((folder / "run").iterdir()) == []
+
+
+def test_lock_tells_of_its_holder_also_over_what_one_that_was_killed_left(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("longer than what is written now" * 100)
+    with held(tmp_path, "growkit finetune"):
+        assert json.loads((tmp_path / LOCK).read_text())["command"] == "growkit finetune"
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_refused_command_leaves_no_run_folder(server: Server, new: Callable[..., Path]) -> None:
