@@ -153,9 +153,10 @@ def test_a_grey_image_answers_as_the_same_image_in_three_channels() -> None:
 
 def test_channels_are_normalised_as_their_kernels_came_about() -> None:
     source = source_of(KINDS["plain"])
-    one, five = (with_input(source, [f"in_chans={count}"]).preprocessing for count in (1, 5))
+    one, two, five = (with_input(source, [f"in_chans={count}"]).preprocessing for count in (1, 2, 5))
     assert one["mean"] == pytest.approx((1.6 / 3,))
     assert one["std"] == pytest.approx((0.25,))
+    assert two["mean"] == (0.4, 0.5)
     assert five["mean"] == (0.4, 0.5, 0.7, 0.4, 0.5)
     assert five["crop_pct"] == 0.9
 
@@ -238,6 +239,7 @@ def test_other_classes_get_a_new_head_by_the_seed_and_it_is_said() -> None:
     adapted = with_classes(source, ["cat", "dog"], seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert adapted.adapted == ("the source has 7 classes, the data 2: a new head starts from scratch",)
+    assert not adapted.own_head
     assert adapted.labels == ("cat", "dog")
     assert adapted.architecture.shapes["head.weight"] == (2, 32)
     assert adapted.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
@@ -259,6 +261,7 @@ def test_head_sliced_by_label_gives_the_sources_logits_of_these_classes(kind: st
         wanted, got = source.model()(images), adapted.model()(images)
     assert torch.allclose(got, wanted[:, ["abcdefg".index(name) for name in names]], atol=1e-6)
     assert adapted.labels == tuple(names)
+    assert adapted.own_head
     assert adapted.architecture.classes == len(names)
     (line,) = adapted.adapted
     assert ("put into the data's order" if len(names) == 7 else f"the data's {len(names)} are kept") in line
