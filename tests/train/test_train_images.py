@@ -235,6 +235,16 @@ def test_stand_ins_do_not_depend_on_workers_batches_or_where_a_run_begins(folder
     assert whole[0] == whole[1]
 
 
+def test_unreadable_images_in_a_row_are_each_told_by_their_own_name(folder: Path) -> None:
+    for number in (1, 2):
+        cut(folder / "train" / "cat" / f"{number}.png", 0.5)
+    data = open_data(str(folder), CONFIG, PLAIN)
+    trained(data, replace(PLAIN, batch_size=2), 0, 6)
+    assert [line.partition(": ")[0] for line in sorted(data.unreadable)] == [
+        str(folder / "train" / "cat" / f"{number}.png") for number in (1, 2)
+    ]
+
+
 def test_unreadable_images_that_were_met_before_a_run_was_stopped_are_told_too(folder: Path, tmp_path: Path) -> None:
     cut(folder / "train" / "cat" / "1.png", 0.5)
     settings = replace(PLAIN, batch_size=2, steps=6, save_seconds=0.0)

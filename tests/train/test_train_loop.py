@@ -769,10 +769,22 @@ def test_settings_that_do_not_fit_are_refused_in_a_line(changes: dict[str, objec
     assert "\n" not in str(caught.value)
 
 
-def test_label_beyond_the_outputs_is_refused_where_classes_have_no_names() -> None:
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_label_beyond_the_outputs_is_refused_where_classes_have_no_names(mixup: float) -> None:
     data = replace(blobs(classes=3), classes=[])
     with pytest.raises(GrowkitError, match="but the model has 2 outputs"):
-        fit(Net(), data, PLAIN)
+        fit(Net(), data, replace(PLAIN, mixup=mixup))
+
+
+def test_label_beyond_the_outputs_is_refused_wherever_it_comes_first() -> None:
+    settings, met = replace(PLAIN, steps=8), []
+    images, labels = blobs().train.tensors
+    numbered = Data(train=TensorDataset(images, torch.arange(64)), val=blobs().val, classes=[])
+    _, last = next(train_batches(numbered, settings, 7, 8))
+    data = replace(numbered, train=TensorDataset(images, labels.index_fill(0, last[-1:], 2)))
+    with pytest.raises(GrowkitError, match="but the model has 2 outputs"):
+        fit(Net(), data, settings, on_step=lambda record: met.append(record.step))
+    assert met == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_tensorboard_files_hold_losses_and_scores(tmp_path: Path) -> None:
