@@ -51,7 +51,7 @@ def parse_arms(settings: CompareSettings, *, learned: Callable[[GrowSettings], b
     arms = [Arm(SCRATCH), *(parse_arm(text) for text in settings.methods.split(","))]
     main = arms[1]
     assert main.grow is not None
-    controls = [] if settings.controls == "none" else settings.controls.split(",")
+    controls = settings.listed_controls()
     if "random-pad" in controls and not any(arm.grow and arm.grow.method == "random-pad" for arm in arms):
         arms.append(Arm("random-pad", GrowSettings(method="random-pad"), control=True))
     if "untrained-operator" in controls:

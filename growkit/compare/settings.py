@@ -61,9 +61,12 @@ class CompareSettings:
         _refuse_shared(self)
         shares = numbers("--budgets", self.budgets)
         _require(max(shares) == 1, f"--budgets {self.budgets}: the largest must be 1, the full budget")
-        chosen = [] if self.controls == "none" else self.controls.split(",")
-        unknown = [name for name in chosen if name not in CONTROLS]
+        unknown = [name for name in self.listed_controls() if name not in CONTROLS]
         _require(not unknown, f"--controls {','.join(unknown)}: choose from {', '.join(CONTROLS)}, or none")
+
+    def listed_controls(self) -> list[str]:
+        """Return the names in `controls`."""
+        return [] if self.controls == "none" else [name.strip() for name in self.controls.split(",")]
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ def test_training_from_scratch_comes_first_and_controls_last():
         "source trained longer",
     ]
     assert names(methods="lemon", controls="none") == ["from scratch", "lemon"]
+    assert names(methods="lemon, ligo", controls="random-pad, source-longer")[1:4] == ["lemon", "ligo", "random-pad"]
 
 
 def test_each_operator_is_left_untrained_in_one_arm():
