@@ -329,8 +329,18 @@ def test_noise_of_a_precision_is_granted_to_few_values_alone_and_not_where_pytor
     truth = Truth(images, expected, plain, {}, (1, 2))
     verdicts = {c.name: c.verdict for c in number_checks(session, truth, LIMITS["fp16"])[0]}
     assert [verdicts[f"batch {batch}: relative RMS error"] for batch in (1, 2)] == ["fail", "pass"]
+    assert "batch 1: smallest cosine" in verdicts  # of two classes; of one it would be a sign
     assert (truth.own(), truth.own(2)) == pytest.approx((4e-3, 4e-3))
     assert Truth(images, expected, {1: np.full((8, 2), np.inf)}, {}, (1,)).own() == 0
+
+
+@pytest.mark.parametrize(("off", "ratio", "verdict"), [(0.0, 1.0, "pass"), (1e-9, np.inf, "fail")])
+def test_where_pytorch_makes_no_error_the_file_may_make_none(off: float, ratio: float, verdict: str) -> None:
+    expected, images = np.eye(4), np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1)
+    session: Any = SimpleNamespace(run=lambda fed: (expected + off)[fed.ravel().astype(int)])
+    checks, figures = number_checks(session, Truth(images, expected, {1: expected}, {}, (1,)), LIMITS["fp32"])
+    assert figures["noise_ratio"] == ratio
+    assert {c.verdict for c in checks if c.name == "error / PyTorch's own"} == {verdict}
 
 
 def test_images_are_run_in_whole_batches_and_answered_one_by_one() -> None:
@@ -351,6 +361,6 @@ def test_angle_counts_less_only_for_logits_shorter_than_usual() -> None:
     long, short = np.array([[3.0, 0.0]]), np.array([[0.01, 0.0]])
     turned = [cosines(logits @ [[0.8, 0.6], [-0.6, 0.8]], logits, 1.0)[0] for logits in (long, short)]
     assert turned[0] == pytest.approx(0.8)
-    assert turned[1] > 0.9999
+    assert turned[1] == pytest.approx(1 - 0.2 * 0.01**2 / 2)  # two logits of spread 1 have length sqrt(2)
     wrong = cosines(np.array([[0.0, 3.0]]), short, 1.0)[0]  # short in the model alone
     assert wrong == pytest.approx(0.0)
