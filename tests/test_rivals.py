@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pairs import PAIRS, randomised, tiny
+from pairs import PAIRS, kin, randomised, tiny
 from torch.nn.init import trunc_normal_
 
 from growkit.core import maps
@@ -21,7 +21,7 @@ WRITES = {
     "out": ("embed", "mlp"),
     "head": (None, "embed"),
 }
-LAYERED = ("q", "k", "v", "o", "in", "out", "norm1", "norm2")
+LAYERED = ("q", "k", "v", "o", "in", "out", "norm1", "norm2", "norm_attn", "norm_mlp")
 EMBEDDINGS = ("cls_token", "pos_embed")
 
 
@@ -235,6 +235,7 @@ def ligo_by_numpy(method, weights, layers):
     hidden = {slot: m.detach().numpy() for slot, m in method.hidden.items()}
     depth = {module: w.detach().numpy() for module, w in method.depth.items()}
     out_of = {"q": hidden["q"], "k": hidden["k"], "v": hidden["v"], "in": hidden["in"], "o": embed, "out": embed}
+    of_norm = {"norm_attn": hidden["v"], "norm_mlp": hidden["in"]}  # over what these write
     read_by = {"q": embed, "k": embed, "v": embed, "in": embed, "o": hidden["v"], "out": hidden["in"]}
 
     def of_layer(matrices, layer):
@@ -253,7 +254,7 @@ def ligo_by_numpy(method, weights, layers):
             wide = []
             for layer in range(layers):
                 if name.startswith("norm"):
-                    wide.append(embed @ tensor[layer])
+                    wide.append(of_layer(of_norm.get(name, embed), layer) @ tensor[layer])
                     continue
                 out = of_layer(out_of[name], layer)
                 one = out @ tensor[layer]
@@ -264,14 +265,17 @@ def ligo_by_numpy(method, weights, layers):
     return grown
 
 
-@pytest.mark.parametrize("pair", ["wider and deeper", "half as wide again", "odd width and depth", "larger MLP ratio"])
+@pytest.mark.parametrize(
+    "pair", ["wider and deeper", "half as wide again", "odd width and depth", "larger MLP ratio", "norms inside"]
+)
 def test_ligo_is_its_equation_wherever_its_parameters_are(pair):
     source, target = PAIRS[pair]
     state = randomised(source).state_dict()
     method = grow(source, target, state, GrowSettings(method="ligo")).method
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in method.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(2))
+            p.normal_(generator=generator)
         grown = {slot: t.numpy() for slot, t in method(source.split(state)).items()}
     weights = {slot: t.numpy() for slot, t in source.split(state).items()}
     expected = ligo_by_numpy(method, weights, source.spaces["blocks"].size)
@@ -284,9 +288,10 @@ def test_ligo_is_a_kronecker_product_on_the_stacked_weights():
     source, target = PAIRS["wider and deeper"]
     state = randomised(source).state_dict()
     method = grow(source, target, state, GrowSettings(method="ligo")).method
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in method.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(2))
+            p.normal_(generator=generator)
         grown = method(source.split(state))["norm1.weight"].numpy()
     operator = np.kron(method.depth["norm1"].detach().numpy(), method.embed.detach().numpy())
     assert np.allclose(grown.ravel(), operator @ source.split(state)["norm1.weight"].numpy().ravel())
@@ -332,7 +337,7 @@ def test_mango_at_rank_1_starts_as_fpi_up_to_the_order_of_mlp_units():
 
 
 def test_random_pad_keeps_the_corner_and_draws_the_rest_as_timm_does():
-    source, target = tiny(32, 2, 2), tiny(256, 4, 16)
+    source, target = kin((32, 2, 2), (256, 4, 16), init_values=0.1)
     state = randomised(source).state_dict()
     model = grow(source, target, state, GrowSettings(method="random-pad"))
     grown, weights = model.method(source.split(state)), source.split(state)
@@ -345,3 +350,4 @@ def test_random_pad_keeps_the_corner_and_draws_the_rest_as_timm_does():
     assert (grown["in.bias"][2:] == 0).all()
     assert (grown["norm1.weight"][2:] == 1).all()
     assert (grown["norm.weight"][32:] == 1).all()
+    assert (grown["scale2.gamma"][:, 32:].float() == 1e-5).all()
