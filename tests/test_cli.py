@@ -170,6 +170,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "--aa unknown": (("finetune", "small", *DATA, "--aa", "nonsense"), "--aa nonsense: no policy that timm knows"),
     "--opt unknown to compare": (("compare", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
     "--opt unknown to sweep": (("sweep", "small", *TO, *DATA, "--opt", "adamm", *QUICK), "--opt adamm"),
+    "--opt unknown to a rule": (
+        (*GROW, "--method", "lemon", *DATA, "--batch-size", "auto", "--opt", "adamm"),
+        "nearest: adam, ",
+    ),
     "--opt of second order": (("finetune", "small", *DATA, "--opt", "adahessian"), "--opt adahessian: it asks for"),
     "--compile unknown": (("finetune", "small", *DATA, "--compile", "fast"), "--compile fast: unknown; choose default"),
     "--cache unknown": (("finetune", "small", *DATA, "--cache", "disk"), "--cache disk: unknown; choose none"),
@@ -439,8 +443,9 @@ def test_grow_says_which_options_mean_nothing(tmp_path: Path, capsys: pytest.Cap
         assert status == 0, err
         assert line in out
         assert out.count("nothing") == len(given) // 2
-    status, out, _ = growkit(capsys, *GROW, "--rank", "4", "--run", tmp_path, "--force")
-    assert (status, "nothing" in out) == (0, False)
+    for given in (("--rank", "4"), ("--set", "num_classes=3")):  # no scores that a new head could spoil
+        status, out, _ = growkit(capsys, *GROW, *given, "--run", tmp_path, "--force")
+        assert (status, "nothing" in out) == (0, False)
 
 
 @pytest.mark.usefixtures("here")
