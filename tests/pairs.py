@@ -52,6 +52,10 @@ PAIRS: dict[str, tuple[Architecture, Architecture]] = {
     "no last norm, odd": kin((32, 2, 2), (80, 3, 5), final_norm=False),
     "norms inside": kin((32, 2, 2), (64, 3, 4), scale_attn_norm=True, scale_mlp_norm=True),
     "norms inside, odd": kin((32, 2, 2), (48, 2, 3), scale_attn_norm=True, scale_mlp_norm=True),
+    "norm inside, larger MLP ratio": (
+        tiny(32, 2, 2, mlp_ratio=2, scale_mlp_norm=True),
+        tiny(32, 2, 2, mlp_ratio=3, scale_mlp_norm=True),
+    ),
     "RMSNorm": kin((32, 2, 2), (64, 3, 4), name="test_vit4"),
     "RMSNorm, odd": kin((32, 2, 2), (80, 3, 5), name="test_vit4", pre_norm=True, global_pool="max"),
     "SwiGLU, RMSNorm, no biases, odd": kin((32, 2, 2), (48, 3, 3), name="aimv2_large_patch14_224", mlp_ratio=2),
