@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pairs import EXACT, NEARLY, PAIRS, can_grow, published_scale, randomised, tiny
+from pairs import EXACT, NEARLY, PAIRS, can_grow, kin, published_scale, randomised, tiny
 from torch.nn.functional import cross_entropy
 
 from growkit.arch import find
@@ -425,6 +425,7 @@ def test_scales_made_even_keep_the_function_and_are_one_number_for_each_layer():
     state = model.state_dict()
     with torch.no_grad():
         state["blocks.1.ls1.gamma"][:3] = torch.tensor([0.0, -2.0, 5.0], dtype=torch.float64)
+        state["blocks.0.ls2.gamma"].zero_()  # a branch that is silent
     even = even_scales(source.split(state))
     assert all(torch.equal(even[scale], even[scale][:, :1].expand_as(even[scale])) for scale in SCALED)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -456,6 +457,33 @@ def test_norm_of_equal_gains_is_left_as_it_is():
     method = METHODS["lemon"](source, target, GrowSettings(method="lemon"))
     grown, plain = method(weights), Expansion.forward(method, weights)
     assert all(torch.equal(grown[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("embed", [48, 80])
+def test_what_carries_the_mean_adds_a_millionth_to_the_variance(embed):
+    """Of 32 independent channels of variance 1: a kernel that is the identity shows what each new channel holds."""
+    source, target = tiny(32, 2, 2, pre_norm=True), tiny(embed, 2, embed // 16, pre_norm=True)
+    weights = source.split(randomised(source).state_dict())
+    weights["patch_embed.proj.weight"] = torch.eye(32, 192, dtype=torch.float64).reshape(32, 3, 8, 8)
+    method = METHODS["lemon"](source, target, GrowSettings(method="lemon"))
+    grown, plain = (made["patch_embed.proj.weight"] for made in (method(weights), Expansion.forward(method, weights)))
+    assert float((grown - plain).square().sum() / (embed - 16)) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("method", ["lemon", "mango"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        kin((4, 2, 4), (9, 2, 9), pre_norm=True),
+        kin((32, 2, 2), (48, 2, 3), embed_norm_layer="layernorm"),
+    ],
+    ids=["one new channel", "norm over patches"],
+)
+def test_nothing_is_claimed_where_the_mean_cannot_be_carried(source, target, method):
+    model = randomised(source)
+    grown = grow(source, target, model.state_dict(), GrowSettings(method=method))
+    assert not grown.method.lossless
+    assert lossless_gap(model, grown.materialize(), seed=1) > 1e-4
 
 
 @pytest.mark.parametrize("count", range(2, 12))
