@@ -1,5 +1,6 @@
 """Products pair by pair against torch.einsum, along any order of pairs."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +70,14 @@ def test_bounds_of_float16_factors_are_summed_in_float32() -> None:
     forwards, backwards = growth("ab,ac,bd->cd", ((0, 1), (0, 1)), [large, small, torch.ones(3, 2, dtype=torch.half)])
     assert 70_000 <= forwards < torch.inf
     assert backwards < torch.inf
+
+
+@given(sizes, paths)
+def test_bounds_are_what_ones_add_up_to(size, path):
+    operands = [torch.ones([size[index] for index in term]).requires_grad_() for term in RING]
+    kept: list[torch.Tensor] = []
+    whole = contract(EQUATION, path, operands, keep=kept)
+    found = growth(EQUATION, path, [operand.detach() for operand in operands])
+    upstream = torch.autograd.grad(whole.sum(), kept)
+    for bound, made in zip(found, (kept, upstream), strict=True):
+        assert float(bound) == pytest.approx(max(part.max().item() for part in made))

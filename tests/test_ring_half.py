@@ -131,6 +131,13 @@ def test_processes_share_a_ring_of_float16_factors():
         assert gap(sum(parts) / 2, expected) < 10 * ROUNDING
 
 
+def test_what_processes_add_up_stays_below_its_scale(monkeypatch):
+    team, parts = Team(3), (0.1, -0.9, 0.9)
+    monkeypatch.setattr(ring_slices, "dist", team)
+    scales = team.run(lambda number: ring_slices._scale_of_sums(torch.full((2,), parts[number]), 3).item())
+    assert scales == [4, 4, 4]  # the power of two above 3 times the largest
+
+
 def test_without_gradients_a_ring_is_exact():
     """Growing and scoring stay in float32; steps of training alone are rounded."""
     exact, x = random_ring(*EXAMPLE)
