@@ -373,6 +373,16 @@ def test_a_damaged_grown_weight_shows_in_the_gap():
     assert lossless_gap(model, grown, seed=1) > 1e-6
 
 
+def test_gap_is_the_largest_difference_either_way_and_modes_are_left():
+    source, target = PAIRS["twice as wide"]
+    model = randomised(source).train()
+    grown = grow(source, target, model.state_dict(), GrowSettings()).materialize()
+    with torch.no_grad():
+        grown.head.bias[2] += 3
+    assert lossless_gap(model, grown, seed=1) == pytest.approx(3)
+    assert (model.training, grown.training) == (True, False)
+
+
 def test_moving_and_saving_touches_the_method_alone():
     source, target = PAIRS["twice as wide"]
     model = grow(source, target, randomised(source).state_dict(), GrowSettings())
