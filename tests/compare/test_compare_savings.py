@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from growkit.compare.figures import _ends_below_start, guessing
+from growkit.compare.arms import SCRATCH, Arm
+from growkit.compare.figures import _ends_below_start, arm_figures, guessing
 from growkit.compare.savings import Estimate, estimate, flops_to, saving
+from growkit.settings import GrowSettings
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 
@@ -92,6 +94,50 @@ def test_run_that_never_gets_there_counts_as_all_it_spent_and_bounds_the_saving(
     assert (found.reached, found.seeds) == (1, 2)
     assert found.mean == pytest.approx((0.8 + 0.1) / 2)
     assert found.low is None  # an interval around a bound would be none
+
+
+def run(arm, seed, spent, top1, seconds, **more):
+    """What a comparison keeps of a run that reaches its score in the middle of what it spent."""
+    return {
+        "arm": arm,
+        "seed": seed,
+        "budget": 1.0,
+        "lr": 1e-3,
+        "flops": spent,
+        "curve": [(0.0, 0.0, 9.0), (spent / 2, top1, 1.0), (spent, top1, 1.0)],
+        "final": {"top1": top1},
+        "test": {"top1": top1, "loss": 1.0},
+        "step0": None,
+        "started_from": {"top1": 0.0},
+        "operator_flops": 0.0,
+        "operator_lr": None,
+        "seconds": seconds,
+        "operator_seconds": seconds / 2,
+        **more,
+    }
+
+
+def test_figures_of_an_arm_are_of_its_own_runs():
+    failed = {"arm": "lemon", "seed": 1, "budget": 1.0, "lr": 1e-3, "failed": "a disk was full"}
+    runs = [
+        *(run(SCRATCH, seed, 10.0, 0.5, 4.0) for seed in (0, 1)),
+        run("lemon", 0, 9.0, 0.4, 6.0),
+        failed,
+        run("ligo", 0, 10.0, 0.8, 8.0),
+        run("ligo", 1, 10.0, 0.8, 8.0),
+    ]
+    arms = [Arm(SCRATCH), *(Arm(name, GrowSettings(method=name)) for name in ("lemon", "ligo"))]
+    options = {"seeds": range(2), "budgets": [1.0], "metric": "top1", "source_flops": None}
+    scratch, lemon, ligo = arm_figures(runs, arms=arms, **options)
+    assert [arm.failures for arm in (scratch, lemon, ligo)] == [
+        (),
+        ("budget 100%, seed 1, lr 0.001: a disk was full",),
+        (),
+    ]
+    assert [arm.seconds.mean for arm in (scratch, lemon, ligo)] == [6.0, 9.0, 12.0]  # with the operator's
+    assert lemon.saving.mean == pytest.approx(((1 - 9 / 5) + (1 - 10 / 5)) / 2)  # its own spending, or the whole budget
+    assert (lemon.saving.reached, lemon.saving.low) == (0, None)
+    assert ligo.saving.mean == pytest.approx(1 - 10 / 2 * (5 / 8) / 5)
 
 
 @pytest.mark.parametrize(
