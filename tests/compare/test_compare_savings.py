@@ -105,7 +105,7 @@ def run(arm, seed, spent, top1, seconds, **more):
         "lr": 1e-3,
         "flops": spent,
         "curve": [(0.0, 0.0, 9.0), (spent / 2, top1, 1.0), (spent, top1, 1.0)],
-        "final": {"top1": top1},
+        "final": {"top1": top1, "loss": 2.0},
         "test": {"top1": top1, "loss": 1.0},
         "step0": None,
         "started_from": {"top1": 0.0},
@@ -121,13 +121,14 @@ def test_figures_of_an_arm_are_of_its_own_runs():
     failed = {"arm": "lemon", "seed": 1, "budget": 1.0, "lr": 1e-3, "failed": "a disk was full"}
     runs = [
         *(run(SCRATCH, seed, 10.0, 0.5, 4.0) for seed in (0, 1)),
+        run("lemon", 0, 4.5, 0.3, 3.0, budget=0.5, lr=2e-3),
         run("lemon", 0, 9.0, 0.4, 6.0),
         failed,
         run("ligo", 0, 10.0, 0.8, 8.0),
         run("ligo", 1, 10.0, 0.8, 8.0),
     ]
     arms = [Arm(SCRATCH), *(Arm(name, GrowSettings(method=name)) for name in ("lemon", "ligo"))]
-    options = {"seeds": range(2), "budgets": [1.0], "metric": "top1", "source_flops": None}
+    options = {"seeds": range(2), "budgets": [0.5, 1.0], "metric": "top1", "source_flops": None}
     scratch, lemon, ligo = arm_figures(runs, arms=arms, **options)
     assert [arm.failures for arm in (scratch, lemon, ligo)] == [
         (),
@@ -137,6 +138,10 @@ def test_figures_of_an_arm_are_of_its_own_runs():
     assert [arm.seconds.mean for arm in (scratch, lemon, ligo)] == [6.0, 9.0, 12.0]  # with the operator's
     assert lemon.saving.mean == pytest.approx(((1 - 9 / 5) + (1 - 10 / 5)) / 2)  # its own spending, or the whole budget
     assert (lemon.saving.reached, lemon.saving.low) == (0, None)
+    assert [(budget.lr, budget.flops, budget.loss.mean) for budget in lemon.budgets] == [
+        (2e-3, 4.5, 1.0),
+        (1e-3, 9.0, 1.0),
+    ]
     assert ligo.saving.mean == pytest.approx(1 - 10 / 2 * (5 / 8) / 5)
 
 
