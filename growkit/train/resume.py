@@ -189,7 +189,7 @@ def cut_metrics(folder: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] > step:
                 break
@@ -197,4 +197,4 @@ def cut_metrics(folder: Path, step: int) -> None:
             break
         kept.append(line)
     with whole_file(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))

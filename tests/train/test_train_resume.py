@@ -436,15 +436,15 @@ def test_new_run_in_the_folder_forgets_the_old_one(tmp_path: Path, opened: Open)
     assert not (run.folder / "state.pt").exists()
 
 
-@pytest.mark.parametrize("torn", ['{"step": 6, "to', "5\n", '{"loss": 2}\n', '{"step": "x"}\n'])
+@pytest.mark.parametrize("torn", [b'{"step": 6, "to', b"5\n", b'{"loss": 2}\n', b'{"step": "x"}\n', b"\xff\xfe\n"])
 def test_torn_last_line_of_metrics_is_written_again(
-    torn: str, unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
+    torn: bytes, unbroken: tuple[Run, FitResult], tmp_path: Path, opened: Open
 ) -> None:
     whole, _ = unbroken
     run = Run(tmp_path / "torn", opened(ALL_ON))
     with pytest.raises(KilledError):
         run.fit(ALL_ON, kill_at=6)
-    with (run.folder / "metrics.jsonl").open("a") as stream:
+    with (run.folder / "metrics.jsonl").open("ab") as stream:
         stream.write(torn)
     run.fit(ALL_ON, resume=True)
     assert run.metrics() == whole.metrics()
