@@ -217,8 +217,8 @@ def test_next_image_stands_in_for_an_unreadable_one_in_training_and_it_is_told(
 
 def test_stand_ins_do_not_depend_on_workers_batches_or_where_a_run_begins(folder: Path) -> None:
     hard = replace(PLAIN, aa="rand-m9-mstd0.5", scale_min=0.2, hflip=0.5, batch_size=2)
-    cut(folder / "train" / "cat" / "1.png", 0.5)
-    cut(folder / "train" / "dog" / "2.png", 0.8)
+    cut(folder / "train" / "dog" / "1.png", 0.5)
+    cut(folder / "train" / "dog" / "2.png", 0.8)  # both give way to cat/0.png
     runs, remarks = [], []
     for settings in (hard, replace(hard, workers=2)):
         data = open_data(str(folder), CONFIG, settings)
@@ -296,15 +296,21 @@ def test_training_on_images_that_many_cannot_be_read_of_is_refused(
     assert not set(multiprocessing.active_children()) - before, "a process reads on for an error that is kept"
 
 
-def test_two_of_many_unreadable_images_end_no_run(tmp_path: Path) -> None:
-    write_images(tmp_path, "train", ["cat", "dog"], 12)
+@pytest.mark.parametrize(
+    ("names", "images", "batch_size"), [(["cat/1", "dog/5"], 24, 4), (["cat/1", "cat/9", "dog/5"], 30, 30)]
+)
+def test_two_or_a_tenth_of_many_unreadable_images_end_no_run(
+    names: list[str], images: int, batch_size: int, tmp_path: Path
+) -> None:
+    write_images(tmp_path, "train", ["cat", "dog"], images // 2)
     write_images(tmp_path, "val", ["cat", "dog"], 1)
-    for name in ("cat/1.png", "dog/5.png"):
-        (tmp_path / "train" / name).write_bytes(b"")
-    data = open_data(str(tmp_path), CONFIG, PLAIN)
+    for name in names:
+        (tmp_path / "train" / f"{name}.png").write_bytes(b"")
+    settings = replace(PLAIN, epochs=2, batch_size=batch_size)
+    data = open_data(str(tmp_path), CONFIG, settings)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    assert fit(model, data, replace(PLAIN, epochs=2)).steps == 12
-    assert "read: 2," in data.remarks(RECORD)[0]
+    assert fit(model, data, settings).steps == 2 * images // batch_size
+    assert f"read: {len(names)}," in data.remarks(RECORD)[0]
 
 
 def test_few_unreadable_images_end_no_run_that_knew_of_others(tmp_path: Path) -> None:
