@@ -14,7 +14,7 @@ from growkit.errors import GrowkitError
 from growkit.train.data import Data
 from growkit.train.precision import refuse_tf32
 from growkit.train.progress import followed
-from growkit.train.score import Scores, evaluate, predictor, read_through
+from growkit.train.score import Scores, evaluate, predictor, read_through, worse
 from growkit.train.settings import FitSettings
 
 
@@ -55,6 +55,20 @@ def test_scores_are_those_of_plain_numpy(seed: int, classes: int, count: int, si
     assert scores.count == expected.count
     for name in ("top1", "top5", "loss", "ece"):
         assert getattr(scores, name) == pytest.approx(getattr(expected, name), abs=1e-12), name
+
+
+def test_half_precision_logits_are_scored_in_full_and_the_surest_share_a_bin() -> None:
+    table, labels = torch.tensor([[0.0, 99.0], [0.0, 3.7]]).half(), torch.tensor([0, 1])
+    scores = evaluate(lambda which: table[which], in_batches(labels, 2))
+    expected = by_hand(table.double().numpy(), labels.numpy())
+    assert (scores.loss, scores.ece) == pytest.approx((expected.loss, expected.ece), abs=1e-12)
+
+
+def test_a_score_is_worse_where_it_fell_by_more_than_two_standard_errors() -> None:
+    """From 0.9 down, with 100 images, these are 0.106, 0.104 and 0.101."""
+    scores = {top1: Scores(top1, 1.0, 0.0, 0.0, 100) for top1 in (0.76, 0.78, 0.8, 0.9)}
+    assert [worse(scores[0.9], scores[top1]) for top1 in (0.76, 0.78, 0.8, 0.9)] == [True, True, False, False]
+    assert not worse(scores[0.76], scores[0.9])
 
 
 def test_sure_and_always_wrong_is_the_worst_calibration() -> None:
