@@ -53,6 +53,14 @@ def test_counted_peak_is_the_peak_of_real_allocations(rank, count, batches):
     assert step_peak(network(rank).train(), batch, "fp32", batches) == pytest.approx(peak, rel=0.01)
 
 
+def test_frozen_weights_take_no_gradients_and_no_moments():
+    whole, frozen = network(0), network(0)
+    frozen.blocks.requires_grad_(False)
+    still = 4 * sum(p.numel() for p in frozen.blocks.parameters())
+    peaks = [step_peak(model.train(), (4, *BATCH[1:]), "fp32") for model in (whole, frozen)]
+    assert peaks[0] - peaks[1] == pytest.approx(3 * still, rel=0.1)
+
+
 def test_storage_counts_until_its_last_view_is_gone():
     with Alive() as alive:
         whole = torch.empty(1000, device="meta")
