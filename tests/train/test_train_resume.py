@@ -299,13 +299,16 @@ def test_resuming_with_other_settings_names_the_difference(
     assert run.metrics() == before
 
 
-def test_resuming_for_longer_says_how(unbroken: tuple[Run, FitResult]) -> None:
+def test_resuming_for_longer_says_how(unbroken: tuple[Run, FitResult], tmp_path: Path) -> None:
     run = Run(unbroken[0].folder, unbroken[0].data)
     says = "; to train what it gave for longer, fine-tune that into another --run"
     for changes, told in (({"steps": 20}, True), ({"steps": 5}, False), ({"lr": 0.5}, False)):
         with pytest.raises(GrowkitError) as caught:
             run.fit(replace(ALL_ON, **changes), resume=True)
         assert str(caught.value).endswith(says) == told
+    resume.save_state(tmp_path, {"identity": {"epochs": 1.5}, "step": 1, "training": {}})
+    with pytest.raises(GrowkitError, match=f"started with --epochs 1.5, not 2.0: .*{says}$"):
+        resume.load_state(tmp_path, {"epochs": 2.0})
 
 
 def test_resuming_with_other_settings_names_all_of_them_at_once(unbroken: tuple[Run, FitResult]) -> None:
