@@ -356,7 +356,7 @@ def test_flipped_bit_of_a_weight_is_found_where_torch_reads_on(tmp_path: Path) -
     path, whole = tmp_path / "source.pth", bytearray(_bytes_of("zip"))
     whole[whole.index(weights()["head.bias"].numpy().tobytes())] ^= 1
     path.write_bytes(whole)
-    assert not torch.equal(torch.load(path)["head.bias"], weights()["head.bias"])
+    assert not torch.equal(torch.load(path, weights_only=True)["head.bias"], weights()["head.bias"])
     assert "does not match its checksum, so the file is damaged; fetch it again" in refusal(path)
 
 
@@ -375,7 +375,7 @@ def test_archive_deflated_to_no_fewer_bytes_is_refused_as_torch_would_map_other_
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=0) as archive:
         for name in whole.namelist():
             archive.writestr(name, whole.read(name))
-    mapped = torch.load(path, mmap=True)
+    mapped = torch.load(path, mmap=True, weights_only=True)
     assert not torch.equal(mapped["head.weight"], weights()["head.weight"])
     assert "a packed archive, which torch.save does not write" in refusal(path)
 

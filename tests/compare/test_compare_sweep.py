@@ -296,10 +296,15 @@ def test_sweep_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(drawn,
     assert len(found.tried) == len(drawn.tried)
 
 
-def test_trial_whose_line_in_the_journal_is_cut_short_is_made_again(swept, source, digits, tmp_path):
-    folder, found = swept
-    shutil.copytree(folder / "sweep", tmp_path / "sweep")
-    journal = tmp_path / "sweep" / "study.log"
+@pytest.fixture
+def journal(swept, tmp_path):
+    """The trials of a finished sweep, in a copy of its folder."""
+    shutil.copytree(swept[0] / "sweep", tmp_path / "sweep")
+    return tmp_path / "sweep" / "study.log"
+
+
+def test_trial_whose_line_in_the_journal_is_cut_short_is_made_again(swept, journal, source, digits, tmp_path):
+    _, found = swept
     *lines, last = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines) + last[:-40])
     again = run_sweep(tmp_path, source, digits, resume=True)
@@ -307,10 +312,7 @@ def test_trial_whose_line_in_the_journal_is_cut_short_is_made_again(swept, sourc
     assert len(again.tried) == len(found.tried)
 
 
-def test_damaged_journal_is_refused_by_name(swept, source, digits, tmp_path):
-    folder, _ = swept
-    shutil.copytree(folder / "sweep", tmp_path / "sweep")
-    journal = tmp_path / "sweep" / "study.log"
+def test_damaged_journal_is_refused_by_name(journal, source, digits, tmp_path):
     journal.write_bytes(journal.read_bytes().replace(b"{", b"[", 2))
     with pytest.raises(GrowkitError, match=r"study\.log: damaged; start anew with --force in place of --resume"):
         run_sweep(tmp_path, source, digits, resume=True)
